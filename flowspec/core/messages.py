@@ -1,0 +1,122 @@
+"""Everything rank 0's scheduler hears (events) and says (actions), and what a stage hears. Pure.
+
+Node ids are stable: they grow in the order of creation, a parent's id is below its children's, and no
+id is used twice in a request. The root is the newest known token that has not been through the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+
+# ---- rank 0 to the stages --------------------------------------------------------------------------
+class Segment(NamedTuple):
+    """Nodes to verify, parents before children. A root's parent is the last committed node (or -1)."""
+
+    number: int
+    ids: tuple[int, ...]
+    parents: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+
+class Prune(NamedTuple):
+    """What was decided: the path up to `anchor` is text now, and only `root` and its descendants live on.
+
+    It may come late, early or never. A stage derives the rest from the parents it was given."""
+
+    version: int
+    anchor: int
+    root: int
+
+
+# ---- actions ---------------------------------------------------------------------------------------
+class DraftNode(NamedTuple):
+    """A node the drafter should expand. `parent` is the anchor when the node is the root."""
+
+    id: int
+    parent: int
+    token: int
+
+
+class Draft(NamedTuple):
+    """Run one drafter forward over these nodes and propose children for each."""
+
+    nodes: tuple[DraftNode, ...]
+
+
+class Commit(NamedTuple):
+    """Tokens that are final now, in order; `path` are the nodes they were picked at (the first is the old root).
+
+    `accepted[i]`: the token had been drafted and sent before the target picked it."""
+
+    path: tuple[int, ...]
+    tokens: tuple[int, ...]
+    accepted: tuple[bool, ...]
+    root: int
+    """The id of the last token's node: the new root."""
+
+
+class Wake(NamedTuple):
+    """Call again at this time (seconds of the driver's clock) unless something comes before."""
+
+    at: float
+
+
+class Finish(NamedTuple):
+    """The text is complete: `stop` (an end token) or `length` (the limit of new tokens)."""
+
+    reason: str
+
+
+Action = Segment | Prune | Draft | Commit | Wake | Finish
+
+
+# ---- events ----------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True, eq=False)
+class Proposal:
+    """A drafter's children for one node, best first by logq + noise."""
+
+    tokens: np.ndarray
+    """int64 [k]"""
+    logq: np.ndarray
+    """float64 [k]: the drafter's log-probabilities at the request's temperature (1 when greedy)"""
+    noise: np.ndarray | None = None
+    """float64 [k]: the target's keyed Gumbel noise at that position; None when greedy or not coupled"""
+
+
+class Drafted(NamedTuple):
+    """The drafter's answer, one proposal a node (None: it cannot go on from there)."""
+
+    nodes: tuple[int, ...]
+    proposals: tuple[Proposal | None, ...]
+
+
+class Returned(NamedTuple):
+    """A segment came back; `choices[id]` is the token the target picks after that node (looked up on the walk only)."""
+
+    number: int
+    ids: tuple[int, ...]
+    choices: Mapping[int, int]
+
+
+class Started(NamedTuple):
+    """The first stage took a segment off its queue: `rows` were alive, and it expects to be free in `expected` seconds.
+
+    `base` and `slope` are its measured cost, seconds for no row and for each row."""
+
+    number: int
+    rows: int
+    expected: float
+    base: float
+    slope: float
+
+
+class Woke(NamedTuple):
+    """The time of a Wake has come."""
+
+
+Event = Drafted | Returned | Started | Woke

@@ -1,0 +1,123 @@
+"""A stage's bookkeeping: which cache row holds which node, what a new row may see, what a prune frees. Pure.
+
+Rows [0, base) hold committed tokens in order. Behind them lie `tail` (committed, not moved down yet), live
+tree rows and dead ones, in the order of their arrival. Dead rows cost memory and nothing else, so they are
+gathered away lazily, when more than COMPACT of them have piled up.
+
+The accepted path is never sent: it is the chain of parents of the prune's anchor through rows that are
+still tree rows here. So prune k+1 repairs a lost prune k, and a stage that never hears one is still right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from flowspec.core.messages import Prune
+
+
+class Admitted(NamedTuple):
+    """What of a segment is worth computing here."""
+
+    kept: list[int]
+    """indices into the segment, n of them"""
+    positions: np.ndarray
+    """int64 [n]: absolute positions of their tokens"""
+    hidden: np.ndarray
+    """bool [n, length]: cache rows (the new ones included) that each must not see"""
+
+
+class Gather(NamedTuple):
+    """Move cache rows: cache[base : base + len(rows)] = cache[rows], and the cache ends there."""
+
+    base: int
+    rows: list[int]
+
+
+class StageState:
+    COMPACT = 64
+    """dead rows that are tolerated before a gather"""
+
+    def __init__(self) -> None:
+        self.base = 0
+        self.length = 0  # rows in the cache: base + tail + live + dead
+        self.version = 0
+        self.root = 0  # the first root's id
+        self.row: dict[int, int] = {}  # live node -> row, parents before children
+        self.parent: dict[int, int] = {}
+        self.tail: list[int] = []
+
+    @property
+    def context(self) -> int:
+        """Committed tokens."""
+        return self.base + len(self.tail)
+
+    @property
+    def dead(self) -> int:
+        return self.length - self.context - len(self.row)
+
+    def alive(self, ids: Sequence[int]) -> list[int]:
+        """Indices of the nodes that still hold a row."""
+        return [k for k, i in enumerate(ids) if i in self.row]
+
+    def extend(self, n: int) -> Admitted:
+        """Admit n prompt tokens: committed from the start, each sees what is before it."""
+        assert not self.row and not self.tail, "the prompt comes before the tree"
+        start, self.base, self.length = self.length, self.base + n, self.length + n
+        positions = np.arange(start, self.length)
+        return Admitted(list(range(n)), positions, np.arange(self.length)[None, :] > positions[:, None])
+
+    def admit(self, ids: Sequence[int], parents: Sequence[int]) -> Admitted:
+        """Give rows to the nodes that may still be needed: the root, and children of nodes that hold a row."""
+        kept = []
+        for k, (i, p) in enumerate(zip(ids, parents, strict=True)):
+            if i == self.root or p in self.row:
+                self.row[i], self.parent[i] = self.length, p
+                self.length += 1
+                kept.append(k)
+        hidden = np.ones((len(kept), self.length), dtype=bool)
+        hidden[:, : self.base] = False
+        hidden[:, self.tail] = False
+        positions = np.empty(len(kept), dtype=np.int64)
+        for k, i in enumerate(ids[k] for k in kept):
+            chain = self._chain(i)
+            hidden[k, [self.row[a] for a in chain]] = False
+            positions[k] = self.context + len(chain) - 1
+        return Admitted(kept, positions, hidden)
+
+    def prune(self, prune: Prune) -> Gather | None:
+        """Commit the path to the anchor, forget what is not below the root; the move of rows that is due, if any."""
+        if prune.version <= self.version:
+            return None
+        self.version, self.root = prune.version, prune.root
+        path = self._chain(prune.anchor)
+        live = {prune.root}
+        for i in self.row:  # parents come before children
+            if self.parent[i] in live:
+                live.add(i)
+        live.difference_update(path)
+        self.tail += [self.row[i] for i in path]
+        self.row = {i: r for i, r in self.row.items() if i in live}
+        self.parent = {i: self.parent[i] for i in self.row}
+        while self.tail and self.tail[0] == self.base:  # already in place
+            self.tail.pop(0)
+            self.base += 1
+        return self._compact() if self.dead > self.COMPACT else None
+
+    def _chain(self, node: int) -> list[int]:
+        """The node and its ancestors that hold a tree row here, oldest first; empty if the node holds none."""
+        ids = []
+        while node in self.row:
+            ids.append(node)
+            node = self.parent[node]
+        return ids[::-1]
+
+    def _compact(self) -> Gather:
+        gather = Gather(self.base, [*self.tail, *self.row.values()])
+        self.base += len(self.tail)
+        self.tail = []
+        self.row = {i: self.base + k for k, i in enumerate(self.row)}
+        self.length = self.base + len(self.row)
+        return gather

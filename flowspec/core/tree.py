@@ -1,0 +1,71 @@
+"""The token tree on rank 0: parents and tokens are the facts, everything else is derived. Pure."""
+
+from __future__ import annotations
+
+
+class Node:
+    """One drafted token. `score` is the log of its probability to be accepted, absolute; differences count."""
+
+    __slots__ = ("children", "expanded", "id", "parent", "position", "score", "sent", "token")
+
+    def __init__(self, id: int, parent: int, token: int, position: int, score: float):
+        self.id, self.parent, self.token, self.position, self.score = id, parent, token, position, score
+        self.sent = False
+        self.expanded = False
+        self.children: dict[int, Node] = {}  # token -> child
+
+
+class TokenTree:
+    """A rooted tree with ids that are never used twice. The root's parent is the last committed node."""
+
+    def __init__(self, token: int, position: int):
+        self._last = 0
+        self.drafted = 0  # nodes ever added
+        self.root = Node(0, -1, token, position, 0.0)
+        self.nodes: dict[int, Node] = {0: self.root}
+
+    def __contains__(self, id: int) -> bool:
+        return id in self.nodes
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def depth(self, node: Node) -> int:
+        return node.position - self.root.position
+
+    def add(self, parent: Node, token: int, score: float) -> Node:
+        """The child of `parent` with this token, made if it is absent (then its score is the one given)."""
+        child = parent.children.get(token)
+        if child is None:
+            self._last += 1
+            self.drafted += 1
+            child = Node(self._last, parent.id, token, parent.position + 1, score)
+            parent.children[token] = child
+            self.nodes[child.id] = child
+        return child
+
+    def reroot(self, root: Node) -> None:
+        """Keep `root` and its descendants."""
+        kept, stack = {}, [root]
+        while stack:
+            node = stack.pop()
+            kept[node.id] = node
+            stack.extend(node.children.values())
+        self.root, self.nodes = root, kept
+
+    def restart(self, anchor: int, token: int, position: int) -> None:
+        """Keep nothing: a new root below the committed node `anchor`."""
+        self._last += 1
+        self.root = Node(self._last, anchor, token, position, 0.0)
+        self.nodes = {self.root.id: self.root}
+
+    def validate(self) -> None:
+        """Assert the invariants: every node hangs below the root, ids grow downwards, sent sets are closed upwards."""
+        for node in self.nodes.values():
+            for token, child in node.children.items():
+                assert self.nodes[child.id] is child and child.parent == node.id and child.token == token
+                assert child.id > node.id and child.position == node.position + 1
+                assert child.score <= node.score, "a child may not outrank its parent"
+                assert node.sent or not child.sent, "a child may not be sent before its parent"
+        reached = 1 + sum(len(node.children) for node in self.nodes.values())
+        assert reached == len(self.nodes), "a node outside the tree"

@@ -1,0 +1,9 @@
+"""Errors whose text is meant for the person at the keyboard. Pure."""
+
+
+class UserError(Exception):
+    """Bad input: printed as one line, exit code 2, no traceback. Names the field or file and what to do."""
+
+
+class RankLost(Exception):
+    """A peer died or hung: the run cannot go on. Names the rank and what is known of the reason."""

@@ -1,0 +1,194 @@
+"""A world in virtual time for the heart: a made-up target, stages that only keep books, links with random delays.
+
+Every link is first in, first out; prunes travel beside the ring, late or never. Each attention row that a stage would
+read is checked against the true context, and the text against plain decoding.
+"""
+
+import heapq
+import itertools
+import random
+from dataclasses import dataclass
+
+import numpy as np
+
+from flowspec.core.messages import Commit, Draft, Drafted, Finish, Proposal, Prune, Returned, Segment, Started, Wake, Woke
+from flowspec.core.policy import PolicyConfig, TreeConfig, make_policy
+from flowspec.core.request import Request, Sampling
+from flowspec.core.scheduler import Scheduler
+from flowspec.core.stage import StageState
+
+VOCABULARY = 40
+
+
+def target(context: tuple[int, ...]) -> int:
+    """The made-up target: its next token is a function of the whole context."""
+    return hash(context) % VOCABULARY
+
+
+def greedy(request: Request) -> list[int]:
+    """Plain decoding: the oracle."""
+    context, out = tuple(request.prompt), []
+    while len(out) < request.sampling.max_new_tokens:
+        out.append(target((*context, *out)))
+        if out[-1] in request.eos:
+            break
+    return out
+
+
+class ToyStage:
+    """A stage whose cache rows hold (position, token)."""
+
+    def __init__(self):
+        self.state, self.cache, self.computed = StageState(), [], 0
+
+    def prefill(self, tokens):
+        admitted = self.state.extend(len(tokens))
+        self.cache += [(int(p), t) for p, t in zip(admitted.positions, tokens, strict=True)]
+
+    def prune(self, prune):
+        gather = self.state.prune(prune)
+        if gather:
+            self.cache[gather.base :] = [self.cache[r] for r in gather.rows]
+
+    def forward(self, segment):
+        """The segment's surviving part and, for each row, the tokens it attends to in order of position."""
+        admitted = self.state.admit(segment.ids, segment.parents)
+        kept = [segment.tokens[k] for k in admitted.kept]
+        self.cache += [(int(p), t) for p, t in zip(admitted.positions, kept, strict=True)]
+        self.computed += len(kept)
+        assert len(self.cache) == self.state.length
+        seen = {}
+        for k, hidden in zip(admitted.kept, admitted.hidden, strict=True):
+            rows = sorted(self.cache[r] for r in np.flatnonzero(~hidden))
+            assert [p for p, _ in rows] == list(range(len(rows))), "rows that are not one path"
+            seen[segment.ids[k]] = tuple(t for _, t in rows)
+        return only(segment, admitted.kept), seen
+
+
+def only(segment: Segment, kept) -> Segment:
+    return Segment(segment.number, *(tuple(field[k] for k in kept) for field in segment[1:]))
+
+
+@dataclass
+class Case:
+    """One random run."""
+
+    seed: int
+    method: str = "flowspec"
+    lost: float = 0.0
+    """share of prunes that never arrive"""
+
+    def __post_init__(self):
+        self.random = r = random.Random(self.seed)
+        self.stages = r.randint(1, 6)
+        self.accuracy = r.random()
+        self.slow_prunes = r.choice([0.1, 1.0, 8.0])
+        prompt = tuple(r.randrange(VOCABULARY) for _ in range(r.randint(1, 9)))
+        eos = frozenset(r.sample(range(VOCABULARY), r.choice([0, 0, 1, 2])))
+        self.request = Request(id=1, prompt=prompt, sampling=Sampling(max_new_tokens=r.randint(1, 70)), eos=eos)
+        self.tree = TreeConfig(
+            budget=r.choice([None, 1, 2, 5, 30, 200]),
+            top_k=r.choice([None, 1, 2, 4]),
+            depth=r.choice([None, 1, 3, 8]),
+            segment=r.choice([None, 1, 2, 7, 64]),
+        )
+        self.switches = PolicyConfig(just_in_time=r.random() < 0.7)
+        self.drafts = r.random() < 0.95
+
+
+class World:
+    """Runs one case. `stage` may be a mutant's class."""
+
+    def __init__(self, case: Case, stage=ToyStage):
+        self.case, self.random = case, case.random
+        policy = make_policy(case.method, case.tree, case.switches, case.stages)
+        self.scheduler = Scheduler(case.request, policy, drafts=case.drafts)
+        self.stages = [stage() for _ in range(case.stages)]
+        self.context = {-1: case.request.prompt[:-1]}  # node -> the text up to it, for the drafter and the checks
+        self.out, self.reason = [], None
+        self.heap, self.tick, self.last = [], itertools.count(), {}
+        self.busy = 0.0
+
+    def run(self) -> list[int]:
+        now = 0.0
+        for chunk in self._chunks():
+            self._post("hop0", now, self.random.random(), ("prefill", 0, chunk))
+        self._perform(self.scheduler.start(now), now)
+        while self.reason is None:
+            now, _, (kind, *what) = heapq.heappop(self.heap)
+            getattr(self, "_on_" + kind)(now, *what)
+            self.scheduler.validate()
+        return self.out
+
+    def _chunks(self):
+        prompt, k = self.case.request.prompt[:-1], 0
+        while k < len(prompt):
+            n = self.random.randint(1, 4)
+            yield prompt[k : k + n]
+            k += n
+
+    def _post(self, link, now, delay, event):
+        self.last[link] = at = max(self.last.get(link, 0.0) + 1e-6, now + delay)
+        heapq.heappush(self.heap, (at, next(self.tick), event))
+
+    def _perform(self, actions, now):
+        for action in actions:
+            if isinstance(action, Segment):
+                for i, p, t in zip(action.ids, action.parents, action.tokens, strict=True):
+                    assert self.context.setdefault(i, (*self.context[p], t))[-1] == t
+                self._post("hop0", now, self.random.random(), ("segment", 0, action))
+            elif isinstance(action, Prune):
+                for k in range(len(self.stages)):
+                    if self.random.random() >= self.case.lost:
+                        self._post(f"prune{k}", now, self.random.random() * self.case.slow_prunes, ("prune", k, action))
+            elif isinstance(action, Draft):
+                self._post("draft", now, self.random.random(), ("draft", action))
+            elif isinstance(action, Commit):
+                self.out += action.tokens
+            elif isinstance(action, Wake):
+                self._post("wake", now, max(0.0, action.at - now), ("wake",))
+            elif isinstance(action, Finish):
+                self.reason = action.reason
+
+    def _on_prefill(self, now, k, tokens):
+        self.stages[k].prefill(tokens)
+        if k + 1 < len(self.stages):
+            self._post(f"hop{k + 1}", now, self.random.random(), ("prefill", k + 1, tokens))
+
+    def _on_segment(self, now, k, segment):
+        kept, seen = self.stages[k].forward(segment)
+        for i, tokens in seen.items():
+            assert tokens == self.context[i], "a stage attended to the wrong rows"
+        if k == 0:
+            started = Started(segment.number, len(kept.ids), 0.5 if kept.ids else 0.0, 0.4, 0.01)
+            self._post("control", now, self.random.random(), ("started", started))
+        if not kept.ids:
+            return
+        if k + 1 < len(self.stages):
+            self._post(f"hop{k + 1}", now, 0.5 + self.random.random(), ("segment", k + 1, kept))
+        else:
+            choices = {i: target(seen[i]) for i in kept.ids}
+            self._post("return", now, 0.5 + self.random.random(), ("returned", Returned(segment.number, kept.ids, choices)))
+
+    def _on_prune(self, now, k, prune):
+        self.stages[k].prune(prune)
+
+    def _on_draft(self, now, draft):
+        proposals = []
+        for id, parent, token in draft.nodes:
+            context = self.context.setdefault(id, (*self.context[parent], token))
+            k = self.random.randint(1, 4)
+            tokens = self.random.sample(range(VOCABULARY), k)
+            if self.random.random() < self.case.accuracy and target(context) not in tokens:
+                tokens[0] = target(context)
+            logq = np.sort(np.log(np.array([self.random.random() + 1e-3 for _ in tokens])))[::-1]
+            proposals.append(None if self.random.random() < 0.02 else Proposal(np.array(tokens), logq))
+        self._perform(self.scheduler.handle(Drafted(tuple(n.id for n in draft.nodes), tuple(proposals)), now), now)
+
+    def _on_started(self, now, event):
+        self._perform(self.scheduler.handle(event, now), now)
+
+    _on_returned = _on_started
+
+    def _on_wake(self, now):
+        self._perform(self.scheduler.handle(Woke(), now), now)
