@@ -6,6 +6,10 @@ take much longer than an empty one: n_max = 0.35 * base / slope.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from flowspec.core.request import need
+
 
 class LinearCost:
     """Weighted least squares over the recent past, started from a guess that a few observations outweigh."""
@@ -43,3 +47,51 @@ class LinearCost:
 
     def predict(self, rows: int) -> float:
         return self.base + self.slope * rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Emulate:
+    """Times that one machine pretends to, so that it can stand for a cluster; null switches one off.
+
+    A stage's forward over n rows takes at least stage_ms + token_ms * n, a drafter's forward at least draft_ms. A hop
+    delivers a message link_ms + bytes / link_mbps after it was sent; links carry one message at a time."""
+
+    stage_ms: float | tuple[float, ...] = 0.0
+    """One number, or one a stage."""
+    token_ms: float = 0.0
+    draft_ms: float = 0.0
+    link_ms: float = 0.0
+    link_mbps: float | None = None
+    hidden_scale: float = 1.0
+    """Hidden rows are counted as 2-byte elements times this, so that a small model's rows weigh like a large one's."""
+
+    def __post_init__(self) -> None:
+        for name in ("token_ms", "draft_ms", "link_ms", "hidden_scale"):
+            need(getattr(self, name) >= 0, f"emulate.{name} is {getattr(self, name)}: it must not be negative")
+        need(all(ms >= 0 for ms in self._stages), f"emulate.stage_ms is {self.stage_ms}: it must not be negative")
+        need(self.link_mbps is None or self.link_mbps > 0, f"emulate.link_mbps is {self.link_mbps}: it must be above 0")
+
+    @property
+    def _stages(self) -> tuple[float, ...]:
+        return self.stage_ms if isinstance(self.stage_ms, tuple) else (self.stage_ms,)
+
+    @property
+    def active(self) -> bool:
+        return self != Emulate()
+
+    @property
+    def shapes_links(self) -> bool:
+        return self.link_ms > 0 or self.link_mbps is not None
+
+    def check_stages(self, stages: int) -> None:
+        n = len(self._stages)
+        need(n in (1, stages), f"emulate.stage_ms lists {n} stages, the model is split into {stages}")
+
+    def stage_seconds(self, stage: int, rows: int) -> float:
+        """Least time of stage 1.. over `rows` rows."""
+        base = self._stages[0] if len(self._stages) == 1 else self._stages[stage - 1]
+        return (base + self.token_ms * rows) / 1000
+
+    def wire_seconds(self, size: float) -> float:
+        """Time a message of `size` bytes keeps its link busy."""
+        return 0.0 if self.link_mbps is None else size * 8 / (self.link_mbps * 1e6)

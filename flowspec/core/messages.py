@@ -86,6 +86,8 @@ class Proposal:
     """float64 [k]: the drafter's log-probabilities at the request's temperature (1 when greedy)"""
     noise: np.ndarray | None = None
     """float64 [k]: the target's keyed Gumbel noise at that position; None when greedy or not coupled"""
+    coverage: float = 0.97
+    """how often the target's choice is in the list"""
 
 
 class Drafted(NamedTuple):

@@ -57,11 +57,11 @@ def log_probabilities(proposal: Proposal) -> np.ndarray:
     """log p of each candidate to be the target's choice: p = C * softmax(logq + noise) over the kept ones, float64 [k].
 
     If the target's logits are the drafter's plus independent Gumbel error of scale 1, this is exact (POLICY
-    section 4, with weight 1); C = 0.97 is the share of choices that the list holds, and keeps every child
-    strictly below its parent."""
+    section 4, with weight 1); C < 1, the share of choices that the list holds, keeps every child strictly
+    below its parent."""
     z = proposal.logq if proposal.noise is None else proposal.logq + proposal.noise
     z = z - z.max()
-    return z - np.log(np.exp(z).sum()) + np.log(0.97)
+    return z - np.log(np.exp(z).sum()) + np.log(proposal.coverage)
 
 
 class Rounds:

@@ -69,14 +69,21 @@ class StageState:
         positions = np.arange(start, self.length)
         return Admitted(list(range(n)), positions, np.arange(self.length)[None, :] > positions[:, None])
 
-    def admit(self, ids: Sequence[int], parents: Sequence[int]) -> Admitted:
-        """Give rows to the nodes that may still be needed: the root, and children of nodes that hold a row."""
-        kept = []
+    def worth(self, ids: Sequence[int], parents: Sequence[int]) -> list[int]:
+        """Indices of the nodes that may still be needed: the root, and children of nodes that hold a row or will."""
+        kept, coming = [], set()
         for k, (i, p) in enumerate(zip(ids, parents, strict=True)):
-            if i == self.root or p in self.row:
-                self.row[i], self.parent[i] = self.length, p
-                self.length += 1
+            if i == self.root or p in self.row or p in coming:
+                coming.add(i)
                 kept.append(k)
+        return kept
+
+    def admit(self, ids: Sequence[int], parents: Sequence[int]) -> Admitted:
+        """Give rows to the nodes that are worth it."""
+        kept = self.worth(ids, parents)
+        for k in kept:
+            self.row[ids[k]], self.parent[ids[k]] = self.length, parents[k]
+            self.length += 1
         hidden = np.ones((len(kept), self.length), dtype=bool)
         hidden[:, : self.base] = False
         hidden[:, self.tail] = False

@@ -1,0 +1,141 @@
+"""A run's configuration: frozen dataclasses (most live beside what they configure), YAML and a.b=c overrides.
+
+Imports no torch, so that everything wrong with a configuration is said before anything heavy starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flowspec.core.cost import Emulate
+from flowspec.core.policy import METHODS, PolicyConfig, TreeConfig
+from flowspec.core.request import Sampling, need
+from flowspec.draft.config import DrafterConfig
+from flowspec.errors import UserError
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+VERIFY_ON = ("auto", "coordinator", "last")
+LATER = ("pruned", "pipedec", "tp", "galaxy", "dsi", "si")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to run and how. Paths are relative to the file they stand in."""
+
+    stages: str
+    """stages.yaml of a split model, or its folder."""
+    method: str = "flowspec"
+    drafter: DrafterConfig = field(default_factory=DrafterConfig)
+    tree: TreeConfig = field(default_factory=TreeConfig)
+    sampling: Sampling = field(default_factory=Sampling)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    emulate: Emulate = field(default_factory=Emulate)
+    dtype: str = "auto"
+    """The computing dtype; auto: float32 on a CPU, the stored one elsewhere."""
+    device: str | tuple[str, ...] = "cpu"
+    """One for all ranks, or one a rank."""
+    threads: int | None = None
+    """CPU threads a rank; auto: the cores shared by the ranks of this host."""
+    verify_on: str = "auto"
+    """Where tokens are picked: coordinator (hidden rows return to rank 0) or last (tokens return); auto: last."""
+    folder: Path = field(default=Path(), metadata={"internal": True})
+
+    def __post_init__(self) -> None:
+        later = f"{self.method} comes later; " if self.method in LATER else ""
+        _choice("method", self.method, METHODS, later)
+        _choice("dtype", self.dtype, DTYPES)
+        _choice("verify_on", self.verify_on, VERIFY_ON)
+        need(self.threads is None or self.threads >= 1, f"threads is {self.threads}: it must be at least 1, or auto")
+
+    @property
+    def stages_path(self) -> Path:
+        return self.folder / self.stages
+
+    @property
+    def verifies_last(self) -> bool:
+        return self.verify_on != "coordinator"
+
+    def device_of(self, rank: int) -> str:
+        return self.device if isinstance(self.device, str) else self.device[rank]
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...], note: str = "") -> None:
+    near = difflib.get_close_matches(str(value), allowed, 1)
+    hint = f"did you mean {near[0]}? " if near and not note else ""
+    need(value in allowed, f"{name} is {value}: {note}{hint}choose one of {', '.join(allowed)}")
+
+
+def load_config(path: str | os.PathLike[str], overrides: typing.Iterable[str] = ()) -> Config:
+    """Read a YAML file, apply `a.b=c` overrides (c is YAML), check everything. UserError names the key."""
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        at = getattr(error, "problem_mark", None)
+        raise UserError(f"{path} is not valid YAML{f' (line {at.line + 1})' if at else ''}") from None
+    need(isinstance(tree, dict), f"{path} holds no configuration: it must be a YAML mapping with at least `stages`")
+    for override in overrides:
+        _apply(tree, override)
+    return build(Config, tree, folder=path.resolve().parent)
+
+
+def _apply(tree: dict, override: str) -> None:
+    key, sign, text = override.partition("=")
+    need(bool(sign) and bool(key), f"{override!r} is not understood: overrides are written key=value, such as tree.budget=64")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{override!r}: the value is not valid YAML") from None
+    *parents, leaf = key.split(".")
+    for name in parents:
+        inner = tree.get(name)
+        tree[name] = tree = dict(inner) if isinstance(inner, dict) else {}
+    tree[leaf] = value
+
+
+def build(cls: type, values: Any, where: str = "", **internal: Any) -> Any:
+    """A dataclass from plain values: unknown keys, wrong types and missing keys are UserErrors with the key's full name."""
+    need(isinstance(values, dict), f"{where or 'the configuration'} must be a mapping, it is {values!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if not f.metadata.get("internal")}
+    made = dict(internal)
+    for key, value in values.items():
+        name = f"{where}.{key}" if where else str(key)
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(fields)}"
+            raise UserError(f"unknown key {name}: {hint}")
+        made[key] = _convert(hints[key], value, name)
+    for f in fields.values():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        need(f.name in made or not required, f"{where}.{f.name}".lstrip(".") + " is missing")
+    return cls(**made)
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    """`value` as the field's type: a dataclass from a mapping, auto as None, an int where a float is asked for."""
+    if dataclasses.is_dataclass(hint):
+        return build(hint, {} if value is None else value, name)
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if type(None) in options and (value is None or value == "auto"):
+        return None
+    for option in options:
+        if typing.get_origin(option) is tuple and isinstance(value, list):
+            return tuple(_convert(typing.get_args(option)[0], item, name) for item in value)
+        if option is float and type(value) is int:
+            return float(value)
+        if type(value) is option:
+            return value
+    wanted = " or ".join("a list" if typing.get_origin(o) else {type(None): "auto"}.get(o, getattr(o, "__name__", "?")) for o in options)
+    raise UserError(f"{name} is {value!r}: expected {wanted}")

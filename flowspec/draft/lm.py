@@ -1,0 +1,73 @@
+"""A small language model as drafter, with a tree cache of its own that lives as long as the request.
+
+It is a pipeline of one stage: the same books (core/stage.py) and the same cache as the target's. What is drafted
+and still alive stays in the cache; a forward computes the frontier only, and the committed tokens that the drafter
+itself had not expected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flowspec.core.messages import Commit, DraftNode, Proposal, Prune
+from flowspec.core.request import Request
+from flowspec.draft.base import Lineage, Noise
+from flowspec.models import stage
+
+PREFILL_ROWS = 256
+
+
+class LmDrafter:
+    KEPT = 20
+    """candidates kept for a node"""
+
+    def __init__(self, model: stage.StageModel, head: stage.Head, vocabulary: int):
+        self._model, self._head = model, head
+        self._vocabulary = min(vocabulary, head.vocabulary)  # the two may be padded differently
+
+    def begin(self, request: Request, noise: Noise | None) -> None:
+        self._temperature = request.sampling.temperature or 1.0
+        self._noise = noise
+        self._sequence = stage.Sequence(self._model)
+        prompt = torch.tensor(request.prompt[:-1], dtype=torch.long)
+        for chunk in prompt.split(PREFILL_ROWS) if len(prompt) else ():
+            self._sequence.prefill(chunk)
+        self._lineage = Lineage.of(request)
+        self._missing: list[DraftNode] = []  # committed tokens that hold no row here yet
+        self._version = 0
+
+    def propose(self, nodes: Sequence[DraftNode]) -> list[Proposal | None]:
+        batch = [*self._missing, *nodes]
+        tokens = torch.tensor([n.token for n in batch])
+        kept, positions, features = self._sequence.verify([n.id for n in batch], [n.parent for n in batch], tokens)
+        skip, self._missing = len(self._missing), []
+        wanted = [row for row, k in enumerate(kept) if k >= skip]
+        if not wanted:
+            return [None] * len(nodes)
+        logp = torch.log_softmax(self._head(features[wanted])[:, : self._vocabulary].float() / self._temperature, -1).cpu()
+        proposals: list[Proposal | None] = [None] * len(nodes)
+        for row, logq in zip(wanted, logp, strict=True):
+            proposals[kept[row] - skip] = self._best(logq, int(positions[row]) + 1)
+        return proposals
+
+    def commit(self, commit: Commit) -> None:
+        path = self._lineage.path(commit)
+        held = [n for n in path if n.id in self._sequence.state.row]
+        self._missing += path[len(held) :]
+        self._lineage = self._lineage.after(commit)
+        self._version += 1
+        anchor = held[-1].id if held else -1
+        root = self._missing[0].id if self._missing else commit.root
+        self._sequence.prune(Prune(self._version, anchor, root))
+
+    def _best(self, logq: Tensor, position: int) -> Proposal:
+        """The kept candidates for the token at `position`, best first by logq plus noise."""
+        if self._noise is None:
+            values, tokens = logq.topk(min(self.KEPT, len(logq)))
+            return Proposal(tokens.numpy(), values.double().numpy())
+        noise = self._noise(position)[: len(logq)]
+        tokens = (logq.double() + noise).topk(min(self.KEPT, len(logq))).indices
+        return Proposal(tokens.numpy(), logq[tokens].double().numpy(), noise[tokens].numpy())

@@ -1,0 +1,63 @@
+"""Prompt look-up: the tokens that followed the last few tokens before, in the prompt or in the output so far.
+
+Costs nothing and needs no model (Saxena 2023, "prompt lookup decoding"). The longest match wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from flowspec.core.messages import Commit, DraftNode, Proposal
+from flowspec.core.request import Request
+from flowspec.draft.base import Lineage, Noise
+
+
+class NgramDrafter:
+    LENGTHS: ClassVar = {4: 0.7, 3: 0.6, 2: 0.45, 1: 0.25}
+    """match length -> how often its prediction is taken to be right"""
+    KEPT = 3
+    """different continuations remembered for a match, the newest first"""
+
+    def begin(self, request: Request, noise: Noise | None) -> None:
+        self._text: list[int] = []
+        self._followers: dict[tuple[int, ...], list[int]] = {}
+        for token in request.prompt:
+            self._append(token)
+        self._lineage = Lineage.of(request)
+        self._ending = {0: self._last_tokens()}  # node -> the last tokens up to it
+
+    def propose(self, nodes: Sequence[DraftNode]) -> list[Proposal | None]:
+        return [self._continue(node) for node in nodes]
+
+    def commit(self, commit: Commit) -> None:
+        for token in commit.tokens:
+            self._append(token)
+        self._lineage = self._lineage.after(commit)
+        self._ending.setdefault(commit.root, self._last_tokens())
+
+    def _append(self, token: int) -> None:
+        for n in self.LENGTHS:
+            if len(self._text) >= n:
+                followers = self._followers.setdefault(tuple(self._text[-n:]), [])
+                if token in followers:
+                    followers.remove(token)
+                followers.insert(0, token)
+                del followers[self.KEPT :]
+        self._text.append(token)
+
+    def _last_tokens(self) -> tuple[int, ...]:
+        return tuple(self._text[-max(self.LENGTHS) :])
+
+    def _continue(self, node: DraftNode) -> Proposal | None:
+        if node.id not in self._ending:
+            self._ending[node.id] = (*self._ending[node.parent], node.token)[-max(self.LENGTHS) :]
+        ending = self._ending[node.id]
+        for n, share in self.LENGTHS.items():
+            followers = self._followers.get(ending[-n:]) if len(ending) >= n else None
+            if followers:
+                ranks = np.arange(len(followers))
+                return Proposal(np.array(followers), np.log(0.5) * ranks, coverage=share)
+        return None

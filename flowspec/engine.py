@@ -1,0 +1,283 @@
+"""From a configuration to the objects of this rank, and from a prompt to its text.
+
+On rank 0 `generate` yields tokens; on the other ranks `work` serves until rank 0 is done. Started by torchrun, a rank
+is a process; without it, `Engine.from_config` runs all ranks as threads of this process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from flowspec.comm import inproc
+from flowspec.comm.base import Transport
+from flowspec.comm.shaped import ShapedTransport
+from flowspec.config import Config, load_config
+from flowspec.core.policy import make_policy
+from flowspec.core.request import Request, Sampling, need
+from flowspec.draft.registry import make_drafter
+from flowspec.models.manifest import Manifest
+from flowspec.models.stage import load_head, load_stage
+from flowspec.preflight import check_files, check_prompt, check_run
+from flowspec.runtime import wire
+from flowspec.runtime.drafting import DraftThread
+from flowspec.runtime.driver import Driver, Stats
+from flowspec.runtime.worker import Worker
+from flowspec.text import Text, TextStream
+
+
+class Token(NamedTuple):
+    """One token of the output, as it is committed."""
+
+    id: int
+    text: str
+    """what became certain with it: whole characters, perhaps none"""
+    accepted: bool
+    """True: the draft had it and it was on its way already; False: the target's own"""
+    gap: float
+    """the target's lead of this token over the next best (logit; above temperature 0 perturbed log-probability)"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one generation was; the fields of the result JSON (seconds, tokens)."""
+
+    method: str
+    prompt_tokens: int
+    new_tokens: int
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+    """stop (an end token or a stop text), length (a limit), cancelled"""
+    prefill_seconds: float
+    """from the request to the first token known"""
+    decode_seconds: float
+    """from there to the last token"""
+    tokens_per_second: float | None
+    """(new_tokens - 1) / decode_seconds; None for one token"""
+    accepted_per_segment: float
+    """new tokens over returned segments"""
+    accepted_tokens: int
+    """new tokens that the draft had sent before the target picked them"""
+    drafted_tokens: int
+    forwarded_tokens: int
+    """tree rows that the first stage computed"""
+    stage_utilisation: list[float]
+    """share of the request's time that each stage spent computing"""
+    world_size: int
+    seed: int
+    temperature: float
+    emulated: bool
+    """True: the times are those of an emulated cluster"""
+
+
+class Generation:
+    """An iterator of Token; `result` is there once it is exhausted or closed."""
+
+    def __init__(self, tokens: Iterator[Token]):
+        self._tokens = tokens
+        self.result: Result | None = None
+
+    def __iter__(self) -> Iterator[Token]:
+        return self
+
+    def __next__(self) -> Token:
+        return next(self._tokens)
+
+    def close(self) -> None:
+        """Cancel what is not generated yet."""
+        self._tokens.close()  # type: ignore[attr-defined]
+
+
+class Engine:
+    """One rank of a run. Use as a context manager, or call `close`."""
+
+    def __init__(self, config: Config, manifest: Manifest, transport: Transport, on_close: Sequence[Callable[[], None]] = ()):
+        if config.emulate.shapes_links:
+            transport = ShapedTransport(transport, config.emulate)
+        self.config, self.manifest, self._transport = config, manifest, transport
+        self.rank, self.world_size = transport.rank, transport.world_size
+        self._on_close = list(on_close)
+        self._requests = 0
+        self._running: Generation | None = None
+        if self.rank == 0:
+            self.text = Text(manifest.folder(0))
+            self._driver = self._make_driver()
+
+    @classmethod
+    def from_config(cls, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Engine:
+        """The engine of a configuration file; `overrides` are `a.b=c` texts. UserError names what is wrong.
+
+        Under torchrun this is the engine of this process's rank; otherwise of rank 0, with the stages as threads."""
+        config = load_config(path, overrides)
+        if "RANK" in os.environ:
+            from flowspec.runtime.process import join_run
+
+            manifest = Manifest.load(config.stages_path)
+            transport, leave = join_run(manifest.num_stages + 1)
+            check_files(config, manifest, [transport.rank])
+            return cls(config, manifest, transport, [leave])
+        return cls._over_threads(config, check_run(config))
+
+    @classmethod
+    def _over_threads(cls, config: Config, manifest: Manifest) -> Engine:
+        first, *others = inproc.ring(manifest.num_stages + 1)
+        stages = [threading.Thread(target=_stage_thread, args=(config, manifest, end, first), daemon=True) for end in others]
+        for thread in stages:
+            thread.start()
+        engine = cls(config, manifest, first, [thread.join for thread in stages])
+        engine.wait_until_loaded()
+        return engine
+
+    # ---- rank 0 ------------------------------------------------------------------------------------
+    def wait_until_loaded(self, show: Callable[[int, dict], None] = lambda rank, facts: None) -> None:
+        """Until every stage holds its weights; `show(rank, {what, megabytes, seconds})` as they do."""
+        for _ in range(self.world_size - 1):
+            rank, message = self._transport.inbox.get()
+            assert message.kind == "loaded", f"rank {rank} says {message.kind} before it has loaded"
+            show(rank, message.meta)
+
+    def generate(
+        self, prompt: str | Sequence[int], *, method: str | None = None, stop: str | Sequence[str] = (), **sampling: Any
+    ) -> Generation:
+        """The continuation of a prompt (text, or token ids) as an iterator of Token.
+
+        `method` and the keywords of `Sampling` (temperature, top_p, top_k, min_p, seed, max_new_tokens) default to the
+        configuration's. Generation ends before a text in `stop`. One generation at a time: a new one cancels the last."""
+        config = dataclasses.replace(self.config, **({} if method is None else {"method": method}))
+        tokens = self.text.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
+        check_prompt(tokens, self.manifest)
+        wanted = dataclasses.replace(config.sampling, **sampling)
+        if self._running:
+            self._running.close()
+        self._requests += 1
+        request = self._request(tokens, wanted)
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        generation = Generation(iter(()))
+        generation._tokens = self._run(generation, request, config, stops)
+        self._running = generation
+        return generation
+
+    def close(self) -> None:
+        """End the run on every rank."""
+        if self.rank == 0:
+            if self._running:
+                self._running.close()
+            for rank in range(1, self.world_size):
+                self._transport.send_control(rank, wire.STOP)
+            if self._draft:
+                self._draft.close()
+        self._transport.close()
+        for leave in self._on_close:
+            leave()
+        self._on_close = []
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- the other ranks ---------------------------------------------------------------------------
+    def work(self) -> None:
+        """Load this rank's stage and serve until rank 0 ends the run."""
+        _work(self.config, self.manifest, self._transport)
+
+    # ---- inside ------------------------------------------------------------------------------------
+    def _make_driver(self) -> Driver:
+        config, manifest = self.config, self.manifest
+        dtype, device = compute_dtype(config, manifest, 0), config.device_of(0)
+        drafter = make_drafter(config.drafter, config.folder, manifest.vocab_size, dtype, device)
+        least = config.emulate.draft_ms / 1000 if config.drafter.kind == "lm" else 0.0
+        self._draft = DraftThread(drafter, self._transport.inbox, least) if drafter else None
+        head = None if config.verifies_last else load_head(manifest, 0, dtype, device)
+        return Driver(self._transport, self._draft, manifest.vocab_size, head)
+
+    def _request(self, tokens: tuple[int, ...], sampling: Sampling) -> Request:
+        """With a seed, and no more new tokens than the model has positions for."""
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        room = self.manifest.max_positions - len(tokens)
+        sampling = dataclasses.replace(sampling, seed=seed, max_new_tokens=min(sampling.max_new_tokens, room))
+        return Request(id=self._requests, prompt=tokens, sampling=sampling, eos=self.text.eos)
+
+    def _run(self, generation: Generation, request: Request, config: Config, stop: list[str]) -> Iterator[Token]:
+        stats, ids, stream = Stats(), [], TextStream(self.text.tokenizer, stop)
+        policy = make_policy(config.method, config.tree, config.policy, self.manifest.num_stages)
+        tokens = self._driver.generate(request, policy, config.policy.coupled, stats)
+        try:
+            for token in tokens:
+                ids.append(token.id)
+                piece = stream.push(token.id) + (stream.flush() if token.final else "")
+                yield Token(token.id, piece, token.accepted, token.gap)
+                if stream.stopped:
+                    stats.finish_reason = "stop"
+                    break
+        finally:
+            tokens.close()
+            text = stream.text if stream.stopped else self.text.decode(ids)
+            generation.result = self._result(request, config, stats, ids, text)
+
+    def _result(self, request: Request, config: Config, stats: Stats, ids: list[int], text: str) -> Result:
+        decode = stats.last_token - stats.first_token
+        spent = max(stats.ended - stats.begun, 1e-9)
+        stages = [stats.reports[rank] for rank in sorted(stats.reports)]
+        return Result(
+            method=config.method,
+            prompt_tokens=request.prompt_length,
+            new_tokens=len(ids),
+            token_ids=ids,
+            text=text,
+            finish_reason=stats.finish_reason,
+            prefill_seconds=(stats.first_token or stats.ended) - stats.begun,
+            decode_seconds=decode,
+            tokens_per_second=(len(ids) - 1) / decode if len(ids) > 1 and decode > 0 else None,
+            accepted_per_segment=len(ids) / max(1, stats.returned_segments),
+            accepted_tokens=stats.accepted,
+            drafted_tokens=stats.drafted,
+            forwarded_tokens=stages[0].rows if stages else 0,
+            stage_utilisation=[min(1.0, report.busy / spent) for report in stages],
+            world_size=self.world_size,
+            seed=request.sampling.seed,
+            temperature=request.sampling.temperature,
+            emulated=config.emulate.active,
+        )
+
+
+def compute_dtype(config: Config, manifest: Manifest, rank: int) -> torch.dtype:
+    """auto: float32 on a CPU (half precision is slow there), the stored dtype elsewhere."""
+    name = config.dtype
+    if name == "auto":
+        name = "float32" if config.device_of(rank) == "cpu" else manifest.dtype
+    return getattr(torch, name)
+
+
+def _work(config: Config, manifest: Manifest, transport: Transport) -> None:
+    rank, begun = transport.rank, time.monotonic()
+    dtype, device = compute_dtype(config, manifest, rank), config.device_of(rank)
+    need(device == "cpu" or torch.cuda.is_available(), f"device is {device}, but torch sees no GPU on rank {rank}")
+    model = load_stage(manifest, rank, dtype, device)
+    head = load_head(manifest, rank, dtype, device) if manifest.is_last(rank) and config.verifies_last else None
+    size = sum(p.nbytes for p in model.parameters()) / 1e6
+    a, b = manifest.ranks[rank].layers
+    transport.send_control(0, wire.loaded(size, time.monotonic() - begun, f"layers {a} to {b - 1}"))
+    Worker(transport, model, head, config.emulate).run()
+
+
+def _stage_thread(config: Config, manifest: Manifest, end: Transport, first: Transport) -> None:
+    """A stage as a thread; what goes wrong in it is raised where rank 0 waits."""
+    if config.emulate.shapes_links:
+        end = ShapedTransport(end, config.emulate)
+    try:
+        _work(config, manifest, end)
+    except BaseException as error:
+        first.inbox.fail(error)
+    finally:
+        end.close()

@@ -1,0 +1,190 @@
+"""The model families that can be split into stages: their classes, their tensor names, and who is refused."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from flowspec.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from flowspec.models.weights import TensorFile
+
+EMBEDDING = "model.embed_tokens.weight"
+NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+class Classes(NamedTuple):
+    """The transformers classes a stage is made of."""
+
+    config: type
+    layer: type
+    rotary: type
+    norm: type
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type`. `window_default` is what transformers assumes when config.json has no `sliding_window`."""
+
+    model_type: str
+    prefix: str
+    experts: bool = False
+    window_switch: bool = False
+    window_default: int | None = None
+
+    @property
+    def module(self) -> str:
+        return f"transformers.models.{self.model_type}.modeling_{self.model_type}"
+
+    def classes(self) -> Classes:
+        """Imports transformers."""
+        module = importlib.import_module(self.module)
+        return Classes(*(getattr(module, self.prefix + part) for part in ("Config", "DecoderLayer", "RotaryEmbedding", "RMSNorm")))
+
+
+FAMILIES = {
+    "llama": Family("llama", "Llama"),
+    "mistral": Family("mistral", "Mistral", window_default=4096),
+    "qwen2": Family("qwen2", "Qwen2", window_switch=True),
+    "qwen3": Family("qwen3", "Qwen3", window_switch=True),
+    "mixtral": Family("mixtral", "Mixtral", experts=True),
+}
+
+
+# ---- who is refused --------------------------------------------------------------------------------
+def check_config(config: dict) -> None:
+    """UserError, by name, for a config.json whose model would not be computed right."""
+    family = family_of(config)
+    for key in REQUIRED:
+        if type(config.get(key)) is not int or config[key] < 1:
+            raise UserError(f"config.json: {key} must be a positive integer, it is {config.get(key)!r}")
+    _check_window(family, config)
+    for kind in _rope_types(config):
+        if kind in LENGTH_DEPENDENT_ROPE:
+            raise UserError(f"config.json: rope type {kind} changes with the length of the text and is not supported")
+    if config.get("quantization_config"):
+        raise UserError("config.json: quantization_config: quantized checkpoints are not supported, give the unquantized one")
+
+
+def family_of(config: dict) -> Family:
+    """UserError when the config's model_type is not supported."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise UserError(f"config.json: model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}")
+    return FAMILIES[kind]
+
+
+def _check_window(family: Family, config: dict) -> None:
+    other = {kind for kind in config.get("layer_types") or () if kind != "full_attention"}
+    if other:
+        raise UserError(f"config.json: layer_types holds {', '.join(sorted(map(str, other)))}; only full_attention is supported")
+    if family.window_switch:
+        if config.get("use_sliding_window"):
+            raise UserError("config.json: use_sliding_window is true; sliding-window attention is not supported")
+        return
+    window = config.get("sliding_window", family.window_default)
+    if window is not None:
+        absent = "" if "sliding_window" in config else " by default (the key is missing; null switches it off)"
+        raise UserError(f"config.json: sliding_window is {window}{absent}; sliding-window attention is not supported")
+
+
+def _rope_types(config: dict) -> Iterator[str]:
+    """Every rope type named by the old `rope_scaling` or the new `rope_parameters`, the latter perhaps one per kind of layer."""
+    for key in ("rope_scaling", "rope_parameters"):
+        outer = config.get(key)
+        if isinstance(outer, dict):
+            for each in (outer, *(value for value in outer.values() if isinstance(value, dict))):
+                yield str(each.get("rope_type", each.get("type", "default")))
+
+
+# ---- tensor names ----------------------------------------------------------------------------------
+LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+
+def layer_of(name: str) -> int | None:
+    """`model.layers.7.mlp.up_proj.weight` -> 7; None for a tensor of no layer."""
+    match = LAYER_NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def layer_tensors(config: dict, layer: int, stored: set[str]) -> list[str]:
+    """Names of every tensor that decoder layer must have; of Mixtral's two layouts the one that `stored` uses."""
+    family = family_of(config)
+    prefix = f"model.layers.{layer}."
+    fused = prefix + "mlp.experts.gate_up_proj" in stored
+    mlp = _expert_names(config, fused) if family.experts else _projections("mlp", "gate up down", bool(config.get("mlp_bias")))
+    return [prefix + name for name in ("input_layernorm.weight", "post_attention_layernorm.weight", *_attention_names(config), *mlp)]
+
+
+def _attention_names(config: dict) -> list[str]:
+    kind, biased = config["model_type"], bool(config.get("attention_bias"))
+    qkv = _projections("self_attn", "q k v", kind == "qwen2" or (kind in ("llama", "qwen3") and biased))
+    out = _projections("self_attn", "o", kind in ("llama", "qwen3") and biased)
+    norms = ["self_attn.q_norm.weight", "self_attn.k_norm.weight"] if kind == "qwen3" else []
+    return [*qkv, *out, *norms]
+
+
+def _projections(module: str, letters: str, bias: bool) -> list[str]:
+    return [f"{module}.{letter}_proj.{part}" for letter in letters.split() for part in (("weight", "bias") if bias else ("weight",))]
+
+
+def _expert_names(config: dict, fused: bool) -> list[str]:
+    if fused:
+        return ["mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    each = [f"block_sparse_moe.experts.{i}.w{j}.weight" for i in range(config.get("num_local_experts", 8)) for j in (1, 2, 3)]
+    return ["block_sparse_moe.gate.weight", *each]
+
+
+# ---- loading ---------------------------------------------------------------------------------------
+EXPERT_NAME = re.compile(r"(layers\.\d+\.)block_sparse_moe\.experts\.(\d+)\.w([123])\.weight")
+
+
+def module_tensors(
+    file: TensorFile, family: Family, first_layer: int, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name inside the stage, tensor) for every tensor of a stage's file, one in memory at a time.
+
+    Names lose `model.` and layers count from `first_layer`: `layers.0.self_attn.q_proj.weight`. Mixtral's experts come fused.
+    """
+    experts: dict[str, list[str]] = {}
+    for name in file.names:
+        local = _local_name(name, first_layer)
+        match = EXPERT_NAME.fullmatch(local) if family.experts else None
+        if match:
+            experts.setdefault(match[1], []).append(name)
+        else:
+            yield local.replace(".block_sparse_moe.", ".mlp."), file.read(name, dtype)
+    for prefix, names in experts.items():
+        yield prefix + "mlp.experts.gate_up_proj", _fused(file, names, ("w1", "w3"), dtype)
+        yield prefix + "mlp.experts.down_proj", _fused(file, names, ("w2",), dtype)
+
+
+def _local_name(name: str, first_layer: int) -> str:
+    match = LAYER_NAME.fullmatch(name)
+    return f"layers.{int(match[1]) - first_layer}.{match[2]}" if match else name.removeprefix("model.")
+
+
+def _fused(file: TensorFile, names: list[str], parts: tuple[str, ...], dtype: torch.dtype | None) -> torch.Tensor:
+    """[experts, sum of rows, columns]: the named matrices of each expert above one another, filled in place."""
+    import torch
+
+    from flowspec.models.weights import torch_dtype
+
+    stem = names[0].split(".experts.")[0] + ".experts."
+    count = 1 + max(int(name.removeprefix(stem).split(".")[0]) for name in names)
+    info = file.info(f"{stem}0.{parts[0]}.weight")
+    rows, columns = info.shape
+    out = torch.empty(count, len(parts), rows, columns, dtype=dtype or torch_dtype(info.dtype))
+    for expert in range(count):
+        for k, part in enumerate(parts):
+            file.read_into(f"{stem}{expert}.{part}.weight", out[expert, k])
+    return out.view(count, len(parts) * rows, columns)

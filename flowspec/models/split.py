@@ -1,0 +1,475 @@
+"""Cut a Hugging Face checkpoint into one folder a rank.
+
+    OUT/stages.yaml
+    OUT/rank_00/   config, tokenizer, lm_head.safetensors, an empty model.safetensors
+    OUT/rank_NN/   config, model.safetensors: its layers; rank 1 also the embedding, the last one the final norm (and lm_head beside)
+
+Tensors are copied in chunks under the names they have; nothing larger than a chunk is ever held. All is written into a
+folder beside OUT and renamed at the end, so a split that fails or is interrupted leaves OUT as it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import accumulate, chain, pairwise
+from pathlib import Path
+from typing import NoReturn
+
+from flowspec.errors import UserError
+from flowspec.models.families import EMBEDDING, HEAD, NORM, check_config, layer_of, layer_tensors
+from flowspec.models.manifest import CACHE_NAME, FILE_NAME, FileEntry, Manifest, RankEntry, role_of
+from flowspec.models.weights import (
+    CHUNK,
+    FLOATS,
+    TORCH_NAMES,
+    Checkpoint,
+    Entry,
+    TensorFile,
+    file_bytes,
+    torch_dtype,
+    write_file,
+    write_tensors,
+)
+
+MODEL, LM_HEAD, CONFIG = "model.safetensors", "lm_head.safetensors", "config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+COORDINATOR_FILES = ("generation_config.json", *TOKENIZER_FILES)
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+HUB_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json", *COORDINATOR_FILES]
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+METADATA = {"format": "pt"}
+
+
+# ---- the command -----------------------------------------------------------------------------------
+class Parser(argparse.ArgumentParser):
+    """Errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def parser() -> Parser:
+    each = Parser(prog="split_models.py", description="Cut a Hugging Face checkpoint into one folder a rank.")
+    each.add_argument(
+        "--model", required=True, metavar="DIR_OR_HUB_ID", help="folder with a safetensors checkpoint, or a name on the Hugging Face hub"
+    )
+    each.add_argument("--stages", required=True, type=int, metavar="N", help="number of stages; there is one rank more, the coordinator")
+    each.add_argument("--output", required=True, metavar="OUT", help="folder to write; an older split there is replaced")
+    each.add_argument("--layers", metavar="8,8,8,8", help="layers of each stage (default: near equal, the later stages get the remainder)")
+    each.add_argument("--dtype", default="auto", metavar="auto|float32|float16|bfloat16", help="dtype to store (default: auto, as it is)")
+    return each
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
+    try:
+        args = parser().parse_args(argv)
+        with _sigterm_interrupts():
+            split(args.model, args.stages, args.output, layers=args.layers, dtype=args.dtype, progress=Screen())
+    except UserError as error:
+        print(f"flowspec: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("flowspec: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """A plain kill cleans up like Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Progress:
+    """Told what a split is doing; this one keeps it to itself."""
+
+    def line(self, text: str) -> None:
+        """A step is done."""
+
+    def percent(self, part: float) -> None:
+        """`part` of all bytes, 0 to 1, are written."""
+
+
+class Screen(Progress):
+    """Lines on stderr, and on a terminal a percentage that the next line overwrites."""
+
+    def __init__(self) -> None:
+        self.terminal = sys.stderr.isatty()
+        self.shown = -1
+
+    def line(self, text: str) -> None:
+        clear = "\r\033[K" if self.terminal else ""
+        print(f"{clear}{text}", file=sys.stderr, flush=True)
+
+    def percent(self, part: float) -> None:
+        if self.terminal and int(100 * part) != self.shown:
+            self.shown = int(100 * part)
+            print(f"\r{self.shown:3d} %", end="", file=sys.stderr, flush=True)
+
+
+# ---- the split -------------------------------------------------------------------------------------
+def split(
+    model: str,
+    stages: int,
+    output: str | os.PathLike[str],
+    *,
+    layers: str | Sequence[int] | None = None,
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> Manifest:
+    """Cut `model` (folder or hub id) into `stages` stages under `output`; returns the manifest. UserError for bad input."""
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError(f"--dtype is {dtype!r}, it must be one of auto, {', '.join(DTYPES)}")
+    if stages < 1:
+        raise UserError(f"--stages is {stages}, it must be at least 1")
+    target = check_output(output)
+    source = Source.open(local_folder(model))
+    ranges = layer_ranges(source.num_layers, stages, layers)
+    job = Job(source, ranges, DTYPES.get(dtype), progress or Progress())
+    with staged_folder(target, job.total) as folder:
+        manifest = job.write(folder)
+    return replace(manifest, root=target)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint whose config and tensor names have been checked."""
+
+    folder: Path
+    config: dict
+    checkpoint: Checkpoint
+
+    @classmethod
+    def open(cls, folder: Path) -> Source:
+        """UserError for a config that cannot be read or is not supported, and for missing tensors."""
+        config = read_config(folder)
+        check_config(config)
+        source = cls(folder, config, Checkpoint(folder))
+        source._check_tensors()
+        return source
+
+    @property
+    def num_layers(self) -> int:
+        return self.config["num_hidden_layers"]
+
+    @property
+    def tied(self) -> bool:
+        """A checkpoint that holds both matrices means them, whatever its config says (so does transformers)."""
+        return bool(self.config.get("tie_word_embeddings", False)) and HEAD not in self.checkpoint.names
+
+    @property
+    def head(self) -> str:
+        return EMBEDDING if self.tied else HEAD
+
+    def layer_names(self, start: int, stop: int) -> list[str]:
+        stored = set(self.checkpoint.names)
+        return [name for layer in range(start, stop) for name in layer_tensors(self.config, layer, stored)]
+
+    def unused(self) -> list[str]:
+        """Tensors the architecture does not have; old checkpoints carry rotary tables, which are computed."""
+        used = {EMBEDDING, NORM, HEAD, *self.layer_names(0, self.num_layers)}
+        return [name for name in self.checkpoint.names if name not in used and not name.endswith(".rotary_emb.inv_freq")]
+
+    def _check_tensors(self) -> None:
+        stored = set(self.checkpoint.names)
+        wanted = [EMBEDDING, *self.layer_names(0, self.num_layers), NORM, self.head]
+        missing = [name for name in wanted if name not in stored]
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise UserError(f"{self.folder} lacks tensors the model needs: {', '.join(missing[:3])}{more}")
+        for name in wanted:
+            if self.checkpoint.info(name).dtype not in FLOATS:
+                raise UserError(
+                    f"{self.folder}: {name} is stored as {self.checkpoint.info(name).dtype}; only {', '.join(sorted(FLOATS))} are supported"
+                )
+        self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        vocab, hidden = self.config["vocab_size"], self.config["hidden_size"]
+        for name, shape in ((EMBEDDING, (vocab, hidden)), (self.head, (vocab, hidden)), (NORM, (hidden,))):
+            if self.checkpoint.info(name).shape != shape:
+                raise UserError(f"{self.folder}: {name} has shape {list(self.checkpoint.info(name).shape)}, config.json says {list(shape)}")
+        deepest = max((layer_of(name) or 0 for name in self.checkpoint.names), default=0)
+        if deepest >= self.num_layers:
+            raise UserError(f"{self.folder} has weights of layer {deepest}, config.json says num_hidden_layers {self.num_layers}")
+
+
+@dataclass
+class Job:
+    """One split under way: which tensors go where, and how many bytes are done."""
+
+    source: Source
+    ranges: list[tuple[int, int]]
+    dtype: str | None
+    progress: Progress
+    stages: list[list[Entry]] = field(init=False)
+    head: list[Entry] = field(init=False)
+    total: int = field(init=False)
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        self.stages = [[self._entry(name) for name in self._names(rank)] for rank in range(1, len(self.ranges) + 1)]
+        self.head = [self._entry(self.source.head)._replace(name=HEAD)]
+        self.total = sum(file_bytes(entries, METADATA) for entries in (*self.stages, self.head))
+
+    def write(self, folder: Path) -> Manifest:
+        """Write every rank's folder and stages.yaml under `folder`."""
+        unused = self.source.unused()
+        if unused:
+            self.progress.line(f"left out {len(unused)} tensors that the architecture does not have ({unused[0]}, ...)")
+        for rank in range(len(self.ranges) + 1):
+            (folder / rank_name(rank)).mkdir()
+        head = self._tensors(folder, f"{rank_name(0)}/{LM_HEAD}", self.head)
+        manifest = self._manifest(tuple(self._rank(folder, rank, head) for rank in range(len(self.ranges) + 1)))
+        manifest.save(folder / FILE_NAME)
+        return manifest
+
+    def _names(self, rank: int) -> list[str]:
+        first = [EMBEDDING] if rank == 1 else []
+        last = [NORM] if rank == len(self.ranges) else []
+        return [*first, *self.source.layer_names(*self.ranges[rank - 1]), *last]
+
+    def _entry(self, name: str) -> Entry:
+        info = self.source.checkpoint.info(name)
+        dtype = self.dtype or info.dtype
+        return Entry(name, dtype, info.shape, partial(self._chunks, name, dtype))
+
+    def _chunks(self, name: str, dtype: str) -> Iterator[bytes | memoryview]:
+        file = self.source.checkpoint.file(name)
+        for piece in file.chunks(name) if file.info(name).dtype == dtype else converted(file, name, dtype):
+            yield piece
+            self.done += len(piece)
+            self.progress.percent(self.done / self.total)
+
+    def _rank(self, folder: Path, rank: int, head: FileEntry) -> RankEntry:
+        name, role = rank_name(rank), role_of(rank, len(self.ranges))
+        weights = self._tensors(folder, f"{name}/{MODEL}", self.stages[rank - 1] if rank else [])
+        own_head = head if rank == 0 else linked(folder, head, f"{name}/{LM_HEAD}") if role == "last" else None
+        layers = self.ranges[rank - 1] if rank else (0, 0)
+        held = sum(entry.bytes for entry in (weights, own_head) if entry)
+        what = f"layers {layers[0]}-{layers[1] - 1}" if rank else "lm_head"
+        self.progress.line(f"{name}  {role:11}  {what:14}  {held / 1e6:10.1f} MB")
+        return RankEntry(rank, role, layers, *vars(weights).values(), lm_head=own_head, extra=self._small_files(folder, rank))
+
+    def _tensors(self, folder: Path, name: str, entries: list[Entry]) -> FileEntry:
+        return FileEntry(name, *write_tensors(folder / name, entries, METADATA))
+
+    def _small_files(self, folder: Path, rank: int) -> tuple[FileEntry, ...]:
+        contents = {CONFIG: self._config()}
+        for name in COORDINATOR_FILES if rank == 0 else ():
+            if (self.source.folder / name).is_file():
+                contents[name] = read_bytes(self.source.folder / name)
+        paths = {f"{rank_name(rank)}/{name}": content for name, content in contents.items()}
+        return tuple(FileEntry(path, *write_file(folder / path, [content], len(content))) for path, content in paths.items())
+
+    def _config(self) -> bytes:
+        """config.json as it is, or with the dtype the tensors now have."""
+        if self.dtype is None:
+            return read_bytes(self.source.folder / CONFIG)
+        rest = {key: value for key, value in self.source.config.items() if key != "torch_dtype"}
+        return json.dumps({**rest, "dtype": TORCH_NAMES[self.dtype]}, indent=2).encode()
+
+    def _manifest(self, ranks: tuple[RankEntry, ...]) -> Manifest:
+        config, sizes = self.source.config, Counter()
+        for entry in chain(*self.stages, self.head):
+            sizes[entry.dtype] += entry.nbytes
+        return Manifest(
+            model_type=config["model_type"], vocab_size=config["vocab_size"], hidden_size=config["hidden_size"],
+            num_layers=self.source.num_layers, max_positions=config["max_position_embeddings"],
+            dtype=TORCH_NAMES[sizes.most_common(1)[0][0]], tied=self.source.tied, ranks=ranks,
+        )  # fmt: skip
+
+
+def rank_name(rank: int) -> str:
+    return f"rank_{rank:02d}"
+
+
+def converted(file: TensorFile, name: str, dtype: str) -> Iterator[memoryview]:
+    """The tensor's bytes as another dtype, chunk by chunk. UserError where a finite value would become infinite."""
+    import torch
+
+    stored, wanted = torch_dtype(file.info(name).dtype), torch_dtype(dtype)
+    for piece in file.chunks(name):
+        before = torch.frombuffer(bytearray(piece), dtype=stored)
+        after = before.to(wanted)
+        if not torch.equal(before.isfinite(), after.isfinite()):
+            raise UserError(f"{file.path}: {name} has values too large for {TORCH_NAMES[dtype]}: choose another --dtype")
+        yield memoryview(after.view(torch.uint8).numpy())
+
+
+def linked(folder: Path, entry: FileEntry, name: str) -> FileEntry:
+    """The same file under a second name: a hard link, or a copy where the file system has none."""
+    try:
+        os.link(folder / entry.file, folder / name)
+    except OSError:
+        write_file(folder / name, blocks(folder / entry.file), entry.bytes)
+    return replace(entry, file=name)
+
+
+def blocks(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while piece := file.read(CHUNK):
+            yield piece
+
+
+def layer_ranges(num_layers: int, stages: int, layers: str | Sequence[int] | None = None) -> list[tuple[int, int]]:
+    """Half-open layer ranges, one a stage: as asked ("8,8,8"), else near equal with the remainder on the later stages."""
+    if stages > num_layers:
+        raise UserError(f"--stages is {stages}, the model has only {num_layers} layers")
+    counts = _even(num_layers, stages) if layers is None else _asked(layers)
+    if len(counts) != stages:
+        raise UserError(f"--layers names {len(counts)} stages, --stages is {stages}")
+    if min(counts) < 1:
+        raise UserError(f"--layers {','.join(map(str, counts))}: every stage needs at least one layer")
+    if sum(counts) != num_layers:
+        raise UserError(f"--layers {','.join(map(str, counts))} adds up to {sum(counts)}, the model has {num_layers} layers")
+    ends = list(accumulate(counts, initial=0))
+    return list(pairwise(ends))
+
+
+def _even(num_layers: int, stages: int) -> list[int]:
+    base, more = divmod(num_layers, stages)
+    return [base + (stage >= stages - more) for stage in range(stages)]
+
+
+def _asked(layers: str | Sequence[int]) -> list[int]:
+    try:
+        return [int(count) for count in (layers.split(",") if isinstance(layers, str) else layers)]
+    except ValueError:
+        raise UserError(f"--layers is {layers!r}, it must be integers with commas between them, like 8,8,8,8") from None
+
+
+# ---- where it comes from ---------------------------------------------------------------------------
+def local_folder(model: str) -> Path:
+    """The checkpoint's folder: `model` itself, or where the hub's client put it. UserError when there is neither."""
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists() or not HUB_ID.fullmatch(model) or model in (".", ".."):
+        raise UserError(f"--model {model}: no such folder")
+    return _from_hub(model)
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except ImportError:
+        raise UserError(f"--model {name}: no such folder, and huggingface_hub is not installed to download it") from None
+    except Exception as error:  # the hub's client raises dozens of kinds, some from the HTTP library below it
+        raise UserError(f"--model {name}: no such folder, and the Hugging Face hub did not give it: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+
+
+def read_config(folder: Path) -> dict:
+    """The checkpoint's config.json. UserError when it is missing or no JSON object."""
+    try:
+        config = json.loads(read_bytes(folder / CONFIG))
+    except ValueError:
+        raise UserError(f"{folder / CONFIG} is not valid JSON") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / CONFIG} is not a JSON object")
+    return config
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+# ---- where it goes ---------------------------------------------------------------------------------
+def check_output(output: str | os.PathLike[str]) -> Path:
+    """The absolute folder to write. UserError when something other than an older split lies there."""
+    target = Path(output).resolve()
+    if target.exists() and not target.is_dir():
+        raise UserError(f"--output {output} is a file")
+    present = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
+    if present and FILE_NAME not in present:
+        raise UserError(f"--output {output} is not empty and holds no {FILE_NAME}: choose another folder")
+    foreign = [name for name in present if name not in (FILE_NAME, CACHE_NAME) and not re.fullmatch(r"rank_\d+", name)]
+    if foreign:
+        raise UserError(f"--output {output} holds an older split and also {foreign[0]}: move that away, the folder will be replaced")
+    return target
+
+
+@contextlib.contextmanager
+def staged_folder(target: Path, needed: int) -> Iterator[Path]:
+    """A folder beside `target` that takes its place at the end; on any failure it is deleted and `target` stays as it was.
+
+    `needed` bytes must be free. UserError when they are not, or when the place cannot be written.
+    """
+    partial_folder = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    made: list[Path] = []
+    try:
+        try:
+            _make_parents(target.parent, made)
+            _check_space(target.parent, needed)
+            partial_folder.mkdir()
+            yield partial_folder
+            _swap(partial_folder, target)
+        except OSError as error:
+            raise UserError(f"cannot write {target}: {error.strerror}") from None
+    except BaseException:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+        for parent in reversed(made):
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def _make_parents(folder: Path, made: list[Path]) -> None:
+    """Make the missing folders above, noting each in `made`."""
+    for parent in (*reversed(folder.parents), folder):
+        if not parent.exists():
+            parent.mkdir()
+            made.append(parent)
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(f"no space left in {folder}: {needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free")
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Put `new` where `target` is, then delete the old one; a signal waits until both are done."""
+    old = target.with_name(f"{target.name}.old-{os.getpid()}")
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        if target.exists():
+            os.rename(target, old)
+        try:
+            os.rename(new, target)
+        except OSError:
+            if old.exists():
+                os.rename(old, target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

@@ -1,0 +1,158 @@
+"""A run of consecutive decoder layers of a transformers model, alone: the target's stages and the draft model.
+
+The layers, rotary embedding and norms are transformers' own classes; rows, masks and positions are ours. Masks
+are always additive and four-dimensional: a boolean mask is wrong with eager attention, and none at all means causal
+to one implementation and full to another.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flowspec.core.stage import StageState
+from flowspec.errors import UserError
+from flowspec.models.cache import RowCache
+from flowspec.models.families import EMBEDDING, HEAD, check_config, family_of, module_tensors
+from flowspec.models.manifest import Manifest
+from flowspec.models.weights import Checkpoint, TensorFile
+
+
+class StageModel(nn.Module):
+    """Decoder layers [0, layers) of one rank, behind the embedding if `first`, before the final norm if `last`."""
+
+    def __init__(self, config: dict, layers: int, first: bool, last: bool):
+        super().__init__()
+        classes = family_of(config).classes()
+        self.config = classes.config.from_dict({**config, "attn_implementation": "sdpa"})
+        with torch.device("meta"):
+            self.embed_tokens = nn.Embedding(self.config.vocab_size, self.config.hidden_size) if first else None
+            self.layers = nn.ModuleList(classes.layer(self.config, k) for k in range(layers))
+            self.norm = classes.norm(self.config.hidden_size, eps=self.config.rms_norm_eps) if last else None
+        self.rotary = classes.rotary(self.config)  # its frequencies are in no file: never on meta
+        self.eval()
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]], device: str, source: str) -> StageModel:
+        """Take each tensor as it comes (the caller holds one at a time); UserError if some are missing or misshapen."""
+        waiting = dict(self.named_parameters())
+        for name, tensor in tensors:
+            expected = waiting.pop(name, None)
+            if expected is None:
+                continue  # what a layer of this family does not know, such as stored rotary frequencies
+            if expected.shape != tensor.shape:
+                raise UserError(f"{source}: {name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected.shape)}")
+            module, _, leaf = name.rpartition(".")
+            setattr(self.get_submodule(module), leaf, nn.Parameter(tensor.to(device), requires_grad=False))
+        if waiting:
+            raise UserError(f"{source}: {len(waiting)} tensors are missing, such as {next(iter(waiting))}")
+        self.rotary.to(device)
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def new_cache(self) -> RowCache:
+        return RowCache(len(self.layers))
+
+    @torch.inference_mode()
+    def forward(self, rows: Tensor, positions: np.ndarray, hidden: np.ndarray, cache: RowCache) -> Tensor:
+        """Append n rows to the cache and return their outputs [n, hidden].
+
+        rows: token ids int [n] for a first stage, else features [n, hidden]; positions: int64 [n];
+        hidden: bool [n, cache.length + n], True where a row must not see another."""
+        rows = rows.to(self.device)
+        x = self.embed_tokens(rows.long())[None] if self.embed_tokens is not None else rows.to(self.dtype)[None]
+        mask = torch.zeros(hidden.shape, dtype=x.dtype).masked_fill_(torch.from_numpy(hidden), torch.finfo(x.dtype).min)
+        mask = mask.to(self.device)[None, None]
+        turns = self.rotary(x, torch.from_numpy(positions).to(self.device)[None])
+        for layer in self.layers:
+            x = layer(x, attention_mask=mask, position_embeddings=turns, past_key_values=cache, use_cache=True)
+        cache.advance(len(rows))
+        return (x if self.norm is None else self.norm(x))[0]
+
+
+class Sequence:
+    """One request in one model: the books and the cache, moved together."""
+
+    def __init__(self, model: StageModel):
+        self.model, self.state, self.cache = model, StageState(), model.new_cache()
+
+    def prefill(self, rows: Tensor) -> Tensor:
+        """Prompt rows (tokens or features [n, hidden]) through the model; features [n, hidden]."""
+        admitted = self.state.extend(len(rows))
+        return self.model(rows, admitted.positions, admitted.hidden, self.cache)
+
+    def verify(self, ids: list[int], parents: list[int], rows: Tensor) -> tuple[list[int], np.ndarray, Tensor]:
+        """Tree rows through the model: which were worth it (n indices), their positions [n], their features [n, hidden]."""
+        admitted = self.state.admit(ids, parents)
+        if not admitted.kept:
+            return [], admitted.positions, rows[:0]
+        rows = rows if len(admitted.kept) == len(ids) else rows[admitted.kept]
+        return admitted.kept, admitted.positions, self.model(rows, admitted.positions, admitted.hidden, self.cache)
+
+    def prune(self, prune) -> None:
+        gather = self.state.prune(prune)
+        if gather:
+            self.cache.gather(gather)
+
+
+class Head:
+    """lm_head: features [n, hidden] -> logits [n, vocabulary]."""
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight  # [vocabulary, hidden]
+
+    @property
+    def vocabulary(self) -> int:
+        return self.weight.shape[0]
+
+    @torch.inference_mode()
+    def __call__(self, features: Tensor) -> Tensor:
+        return features.to(self.weight.device, self.weight.dtype) @ self.weight.T
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a checkpoint or a stage, checked to be of a family that can run."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {folder / 'config.json'}: {error}") from None
+    check_config(config)
+    return config
+
+
+def load_stage(manifest: Manifest, rank: int, dtype: torch.dtype, device: str) -> StageModel:
+    """The layers of one rank of a split model."""
+    config, entry = read_config(manifest.folder(rank)), manifest.ranks[rank]
+    path = manifest.path(entry)
+    model = StageModel(config, entry.num_layers, manifest.is_first(rank), manifest.is_last(rank))
+    return model.load(module_tensors(TensorFile(path), family_of(config), entry.layers[0], dtype), device, str(path))
+
+
+def load_head(manifest: Manifest, rank: int, dtype: torch.dtype, device: str) -> Head:
+    """The lm_head that lies beside rank 0 and beside the last stage."""
+    entry = manifest.ranks[rank].lm_head
+    return Head(TensorFile(manifest.path(entry)).read(HEAD, dtype).to(device))
+
+
+def load_whole(folder: Path, dtype: torch.dtype, device: str) -> tuple[StageModel, Head]:
+    """A whole checkpoint as one stage and its head: a draft model."""
+    config, checkpoint = read_config(folder), Checkpoint(folder)
+    family = family_of(config)
+    model = StageModel(config, config["num_hidden_layers"], first=True, last=True)
+    files = {checkpoint.file(name).path: checkpoint.file(name) for name in checkpoint.names}
+    model.load((pair for file in files.values() for pair in module_tensors(file, family, 0, dtype)), device, str(folder))
+    if HEAD not in checkpoint.names:
+        assert EMBEDDING in checkpoint.names
+        return model, Head(model.embed_tokens.weight)
+    return model, Head(checkpoint.file(HEAD).read(HEAD, dtype).to(device))

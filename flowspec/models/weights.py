@@ -1,0 +1,325 @@
+"""Safetensors files, read and written as streams.
+
+Nothing is mapped into memory, so file pages never count as this process's own: a rank holds the tensors it asked
+for and a copy holds one chunk. A file is an 8-byte little-endian header length, a JSON header
+`{name: {dtype, shape, data_offsets}}` and the raw bytes, row-major and little-endian.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from flowspec.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+CHUNK = 1 << 20
+MAX_HEADER = 100_000_000
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+TORCH_NAMES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "U16": "uint16",
+    "I16": "int16", "F16": "float16", "BF16": "bfloat16", "U32": "uint32", "I32": "int32", "F32": "float32",
+    "U64": "uint64", "I64": "int64", "F64": "float64",
+}  # fmt: skip
+FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
+
+
+class TensorInfo(NamedTuple):
+    """Where a tensor lies: its safetensors dtype, shape, and the bytes [start, end) of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+class Entry(NamedTuple):
+    """A tensor to write: `chunks()` starts a fresh iterator over its bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[bytes | memoryview]]
+
+    @property
+    def nbytes(self) -> int:
+        return DTYPE_BYTES[self.dtype] * math.prod(self.shape)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype name ("F16")."""
+    import torch
+
+    return getattr(torch, TORCH_NAMES[name])
+
+
+# ---- reading ---------------------------------------------------------------------------------------
+class TensorFile:
+    """One safetensors file; its header is read and checked once. UserError names the file when it is damaged."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self._infos = _read_header(self.path)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._infos)
+
+    def info(self, name: str) -> TensorInfo:
+        """UserError when the file has no such tensor."""
+        try:
+            return self._infos[name]
+        except KeyError:
+            raise UserError(f"{self.path} has no tensor {name}") from None
+
+    def chunks(self, name: str, size: int = CHUNK) -> Iterator[bytes]:
+        """The tensor's bytes in pieces of at most `size`."""
+        info = self.info(name)
+        with _open(self.path) as file:
+            file.seek(info.start)
+            left = info.nbytes
+            while left:
+                piece = file.read(min(size, left))
+                if not piece:
+                    raise _truncated(self.path)
+                left -= len(piece)
+                yield piece
+
+    def read(self, name: str, dtype: torch.dtype | None = None, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """The tensor, or its rows [a, b) along the first dimension, in a buffer of its own; converted when `dtype` is given."""
+        import torch
+
+        info = self.info(name)
+        shape = info.shape if rows is None else (rows[1] - rows[0], *info.shape[1:])
+        out = torch.empty(shape, dtype=dtype or torch_dtype(info.dtype))
+        self.read_into(name, out, 0 if rows is None else rows[0])
+        return out
+
+    def read_into(self, name: str, out: torch.Tensor, first_row: int = 0) -> None:
+        """Fill the contiguous `out` with the tensor's rows from `first_row` on, converting piece by piece where the dtypes differ."""
+        info = self.info(name)
+        row = math.prod(info.shape[1:])
+        skip = first_row * row
+        if not out.is_contiguous() or skip + out.numel() > math.prod(info.shape):
+            raise ValueError(f"{name} of shape {info.shape} does not fill {tuple(out.shape)} from row {first_row}")
+        stored, flat = torch_dtype(info.dtype), out.view(-1)
+        with _open(self.path) as file:
+            file.seek(info.start + skip * DTYPE_BYTES[info.dtype])
+            if flat.dtype == stored:
+                _fill(file, flat, self.path)
+            else:
+                _fill_converted(file, flat, stored, self.path)
+
+
+def _fill(file, flat: torch.Tensor, path: Path) -> None:
+    """Read straight into the memory of a flat tensor."""
+    import torch
+
+    view = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    done = 0
+    while done < len(view):
+        got = file.readinto(view[done:])
+        if not got:
+            raise _truncated(path)
+        done += got
+
+
+def _fill_converted(file, flat: torch.Tensor, stored: torch.dtype, path: Path) -> None:
+    import torch
+
+    staging = torch.empty(min(CHUNK, flat.numel()), dtype=stored)
+    for start in range(0, flat.numel(), CHUNK):
+        part = flat[start : start + CHUNK]
+        _fill(file, staging[: part.numel()], path)
+        part.copy_(staging[: part.numel()])
+
+
+def _open(path: Path):
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _truncated(path: Path) -> UserError:
+    return UserError(f"{path} is truncated: copy or download it again")
+
+
+def _read_header(path: Path) -> dict[str, TensorInfo]:
+    with _open(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise UserError(f"{path} is truncated or no safetensors file: copy or download it again")
+        if length > MAX_HEADER:
+            raise UserError(f"{path} is no safetensors file: its header claims {length} bytes")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        infos = {name: _info(entry, 8 + length) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} has a damaged safetensors header: copy or download it again") from None
+    end = max((info.end for info in infos.values()), default=8 + length)
+    if end > size:
+        raise _truncated(path)
+    if end < size:
+        raise UserError(f"{path} has {size - end} bytes after its last tensor: copy or download it again")
+    return infos
+
+
+def _info(entry: dict, data: int) -> TensorInfo:
+    """One header entry, its offsets made absolute (`data` is where tensor bytes begin). ValueError if they contradict its shape."""
+    dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if any(type(number) is not int or number < 0 for number in (*shape, start, end)):
+        raise ValueError("shape or offsets")
+    if end - start != DTYPE_BYTES[dtype] * math.prod(shape):
+        raise ValueError("size")
+    return TensorInfo(dtype, shape, data + start, data + end)
+
+
+# ---- a Hugging Face folder -------------------------------------------------------------------------
+INDEX = "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """A folder with model.safetensors, or with an index and its shards. Shard headers are read when first needed."""
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = Path(folder)
+        self._files: dict[str, TensorFile] = {}
+        self._shard_of = self._locate()
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._shard_of)
+
+    def file(self, name: str) -> TensorFile:
+        """The file that holds this tensor. UserError when no shard does."""
+        if name not in self._shard_of:
+            raise UserError(f"{self.folder} has no tensor {name}")
+        return self._open(self._shard_of[name])
+
+    def info(self, name: str) -> TensorInfo:
+        return self.file(name).info(name)
+
+    def _open(self, shard: str) -> TensorFile:
+        if shard not in self._files:
+            self._files[shard] = TensorFile(self.folder / shard)
+        return self._files[shard]
+
+    def _locate(self) -> dict[str, str]:
+        if (self.folder / "model.safetensors").is_file():
+            return dict.fromkeys(self._open("model.safetensors").names, "model.safetensors")
+        if (self.folder / INDEX).is_file():
+            return _shards_of_index(self.folder)
+        raise UserError(_no_checkpoint(self.folder))
+
+
+def _shards_of_index(folder: Path) -> dict[str, str]:
+    try:
+        shard_of = json.loads((folder / INDEX).read_bytes())["weight_map"]
+        shards = sorted(set(shard_of.values()))
+        absent = [shard for shard in shards if not (folder / shard).is_file()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{folder / INDEX} cannot be read: copy or download it again") from None
+    if absent:
+        raise UserError(f"{folder} lacks {len(absent)} of {len(shards)} shards ({', '.join(absent[:3])}): download them again")
+    return shard_of
+
+
+def _no_checkpoint(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"no folder {folder}"
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pth")) or any(folder.glob("*.pt")):
+        return f"{folder} has its weights in pickled files only: convert them (transformers: save_pretrained writes safetensors)"
+    return f"{folder} has no model.safetensors and no {INDEX}: give a folder with a Hugging Face checkpoint in safetensors"
+
+
+# ---- writing ---------------------------------------------------------------------------------------
+def write_tensors(path: str | os.PathLike[str], entries: Sequence[Entry], metadata: dict[str, str] | None = None) -> tuple[int, str]:
+    """Stream tensors into a safetensors file; returns (bytes, sha256 in hex).
+
+    The file appears whole or not at all: it is written beside, synced and renamed. UserError when the disk is full or not writable.
+    """
+    entries = sorted(entries, key=lambda entry: -DTYPE_BYTES[entry.dtype])  # wide types first keeps every offset aligned
+    return write_file(path, _file_pieces(entries, metadata), file_bytes(entries, metadata))
+
+
+def file_bytes(entries: Iterable[Entry], metadata: dict[str, str] | None = None) -> int:
+    """Size of the file that `write_tensors` would write."""
+    entries = list(entries)
+    return len(_header(entries, metadata)) + sum(entry.nbytes for entry in entries)
+
+
+def write_file(path: str | os.PathLike[str], pieces: Iterable[bytes | memoryview], total: int) -> tuple[int, str]:
+    """Write the pieces (`total` bytes, for the message when space runs out) beside and rename; returns (bytes, sha256 in hex)."""
+    path = Path(path)
+    beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    digest, written = hashlib.sha256(), 0
+    try:
+        with open(beside, "wb", buffering=0) as file:
+            for piece in pieces:
+                _write_all(file, piece)
+                digest.update(piece)
+                written += len(piece)
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        if isinstance(error, OSError):
+            raise _write_error(error, path, total - written) from None
+        raise
+    return written, digest.hexdigest()
+
+
+def _write_all(file, piece: bytes | memoryview) -> None:
+    """An unbuffered write may take less than it is given, most of all when the disk fills up."""
+    view = memoryview(piece)
+    while view:
+        view = view[file.write(view) :]
+
+
+def _write_error(error: OSError, path: Path, missing: int) -> UserError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"no space left in {path.parent}: {path.name} needs about {max(1, -(-missing // 10**6))} MB more")
+    return UserError(f"cannot write {path}: {error.strerror}")
+
+
+def _header(entries: Iterable[Entry], metadata: dict[str, str] | None) -> bytes:
+    table: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    at = 0
+    for entry in entries:
+        table[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [at, at + entry.nbytes]}
+        at += entry.nbytes
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _file_pieces(entries: Sequence[Entry], metadata: dict[str, str] | None) -> Iterator[bytes | memoryview]:
+    yield _header(entries, metadata)
+    for entry in entries:
+        count = 0
+        for piece in entry.chunks():
+            count += len(piece)
+            yield piece
+        if count != entry.nbytes:
+            raise ValueError(f"{entry.name}: {count} bytes given, {entry.nbytes} announced")

@@ -1,0 +1,84 @@
+"""Everything about a run that can be known before torch is imported or a rank is started."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from flowspec.config import Config
+from flowspec.core.request import need
+from flowspec.draft.config import DrafterConfig
+from flowspec.errors import UserError
+from flowspec.models.families import check_config
+from flowspec.models.manifest import Manifest, verify_files
+from flowspec.models.weights import Checkpoint
+from flowspec.text import Text, check_same_tokens, load_tokenizer
+
+
+def check_run(config: Config) -> Manifest:
+    """The manifest of the split model, after checking it and all that the configuration names. UserError says what is wrong."""
+    manifest = Manifest.load(config.stages_path)
+    world_size = manifest.num_stages + 1
+    devices = 1 if isinstance(config.device, str) else len(config.device)
+    need(
+        devices in (1, world_size), f"device lists {devices} ranks, the model is split for {world_size} (rank 0 and {manifest.num_stages})"
+    )
+    config.emulate.check_stages(manifest.num_stages)
+    check_files(config, manifest, range(world_size))
+    check_drafter(config.drafter, config.folder, manifest)
+    return manifest
+
+
+def check_files(config: Config, manifest: Manifest, ranks: Sequence[int]) -> None:
+    """Size and sha256 of what these ranks will read."""
+    head = manifest.num_stages if config.verifies_last else 0
+    verify_files(manifest, ranks, lm_head=[head])
+
+
+def check_drafter(drafter: DrafterConfig, folder: Path, manifest: Manifest) -> None:
+    if drafter.kind != "lm":
+        return
+    path = folder / drafter.path
+    need(path.is_dir(), f"drafter.path: no folder {path}")
+    Checkpoint(path)
+    check_config(read_json(path / "config.json"))
+    check_same_tokens(Text(manifest.folder(0)).tokenizer, load_tokenizer(path), str(path))
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def check_prompt(tokens: Sequence[int], manifest: Manifest, name: str = "the prompt") -> None:
+    """A prompt needs a token, and room for one more in the model."""
+    need(len(tokens) > 0, f"{name} is empty: give at least one token of text")
+    limit = manifest.max_positions
+    need(len(tokens) < limit, f"{name} has {len(tokens)} tokens; the model takes {limit} in all, so at most {limit - 1} of prompt")
+
+
+def read_prompts(path: str) -> list[str]:
+    """Prompts of a file: .txt holds one a line, .jsonl an object with `prompt` a line."""
+    file = Path(path)
+    need(file.suffix in (".txt", ".jsonl"), f"--prompt-file {path}: the name must end in .txt (a prompt a line) or .jsonl")
+    try:
+        lines = [(n, line) for n, line in enumerate(file.read_text().splitlines(), 1) if line.strip()]
+    except OSError as error:
+        raise UserError(f"cannot read --prompt-file {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--prompt-file {path} is not UTF-8 text") from None
+    need(bool(lines), f"--prompt-file {path} holds no prompt")
+    return [line if file.suffix == ".txt" else _json_prompt(line, f"{path} line {n}") for n, line in lines]
+
+
+def _json_prompt(line: str, where: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError):
+        prompt = None
+    if not isinstance(prompt, str):
+        raise UserError(f'{where}: expected an object with a text under "prompt"')
+    return prompt

@@ -1,0 +1,103 @@
+"""The messages of the ring by name: what is packed into each, and how it is read again."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowspec.comm.base import Message
+from flowspec.core.messages import Prune, Segment, Started
+from flowspec.core.request import Request, Sampling
+
+
+# ---- round the ring --------------------------------------------------------------------------------
+def start(request: Request) -> Message:
+    """A request begins: stages make room for it."""
+    return Message("start", {"request": request.id, "sampling": dataclasses.asdict(request.sampling)})
+
+
+def read_sampling(message: Message) -> Sampling:
+    return Sampling(**message.meta["sampling"])
+
+
+def prefill(request: int, rows: Tensor) -> Message:
+    """Prompt rows: token ids to the first stage, features after it. Nobody waits for an answer."""
+    return Message("prefill", {"request": request}, (rows,))
+
+
+def segment(request: int, segment: Segment) -> Message:
+    return rows_of(request, segment.number, segment.ids, segment.parents, torch.tensor(segment.tokens, dtype=torch.int32))
+
+
+def rows_of(request: int, number: int, ids: tuple[int, ...], parents: tuple[int, ...], rows: Tensor) -> Message:
+    """A segment on its way: per node its id, its parent, and a token (first hop) or a feature row."""
+    nodes = torch.tensor([ids, parents], dtype=torch.int32)
+    return Message("segment", {"request": request, "number": number}, (nodes, rows))
+
+
+def read_nodes(message: Message) -> tuple[list[int], list[int]]:
+    ids, parents = message.tensors[0].tolist()
+    return ids, parents
+
+
+def features(request: int, number: int, ids: list[int], positions: Tensor, rows: Tensor) -> Message:
+    """A segment back at rank 0 that verifies itself: the last stage's normed rows."""
+    return Message("features", {"request": request, "number": number}, (torch.tensor(ids, dtype=torch.int32), positions, rows))
+
+
+def choices(request: int, number: int, ids: list[int], tokens: list[int], gaps: list[float]) -> Message:
+    """A segment back from a last stage that verifies: the target's token after each node, and how clear it was."""
+    table = torch.tensor([ids, tokens], dtype=torch.int32)
+    return Message("choices", {"request": request, "number": number}, (table, torch.tensor(gaps, dtype=torch.float64)))
+
+
+# ---- beside the ring -------------------------------------------------------------------------------
+def prune(request: int, prune: Prune) -> Message:
+    return Message("prune", {"request": request, **prune._asdict()})
+
+
+def read_prune(message: Message) -> Prune:
+    return Prune(*(message.meta[name] for name in Prune._fields))
+
+
+def started(request: int, started: Started) -> Message:
+    return Message("started", {"request": request, **started._asdict()})
+
+
+def read_started(message: Message) -> Started:
+    return Started(*(message.meta[name] for name in Started._fields))
+
+
+def end(request: int) -> Message:
+    """A request is over: forget it, and answer with a report."""
+    return Message("end", {"request": request})
+
+
+class Report(NamedTuple):
+    """What a stage did for a request."""
+
+    busy: float
+    """seconds spent computing"""
+    rows: int
+    """tree rows computed"""
+    forwards: int
+
+
+def report(request: int, report: Report) -> Message:
+    return Message("report", {"request": request, **report._asdict()})
+
+
+def read_report(message: Message) -> Report:
+    return Report(*(message.meta[name] for name in Report._fields))
+
+
+def loaded(megabytes: float, seconds: float, what: str) -> Message:
+    """A stage holds its weights and waits for work."""
+    return Message("loaded", {"megabytes": megabytes, "seconds": seconds, "what": what})
+
+
+STOP = Message("stop")
+"""The run is over: leave."""

@@ -1,0 +1,151 @@
+"""A stage at work (ranks 1..S): rows come in, pass the layers, go on; prunes are heard between forwards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flowspec.comm.base import Message, Transport
+from flowspec.core.cost import Emulate, LinearCost
+from flowspec.core.messages import Started
+from flowspec.core.request import Sampling
+from flowspec.models.stage import Head, Sequence, StageModel
+from flowspec.runtime import wire
+from flowspec.sampling import NoiseRows, pick
+
+
+@dataclass
+class _Live:
+    """A request in this stage."""
+
+    sequence: Sequence
+    sampling: Sampling
+    noise: Callable[[int], Tensor] | None
+    busy: float = 0.0
+    rows: int = 0
+    forwards: int = 0
+
+    @property
+    def report(self) -> wire.Report:
+        return wire.Report(self.busy, self.rows, self.forwards)
+
+
+@dataclass
+class Worker:
+    """Rank `transport.rank`. `head` is given to a last stage that picks the tokens itself (verify_on: last)."""
+
+    transport: Transport
+    model: StageModel
+    head: Head | None = None
+    emulate: Emulate = field(default_factory=Emulate)
+
+    def __post_init__(self) -> None:
+        self._is_first = self.transport.rank == 1
+        self._is_last = self.transport.rank == self.transport.world_size - 1
+        self._live: dict[int, _Live] = {}
+        self._over: set[int] = set()  # ended before they began here
+        self._cost = LinearCost()
+
+    def run(self) -> None:
+        """Serve until rank 0 says stop."""
+        while True:
+            _, message = self.transport.inbox.get()
+            if message.kind == "stop":
+                return
+            getattr(self, "_on_" + message.kind)(message)
+
+    # ---- round the ring ----------------------------------------------------------------------------
+    def _on_start(self, message: Message) -> None:
+        request = message.meta["request"]
+        if request in self._over:
+            self._over.discard(request)
+        else:
+            sampling = wire.read_sampling(message)
+            noise = NoiseRows(sampling.seed, self.head.vocabulary) if self.head and sampling.temperature > 0 else None
+            self._live[request] = _Live(Sequence(self.model), sampling, noise)
+        if not self._is_last:
+            self.transport.send_next(message)
+
+    def _on_prefill(self, message: Message) -> None:
+        live = self._live.get(message.meta["request"])
+        if live is None:
+            return
+        rows = message.tensors[0]
+        out = self._timed(live, len(rows), lambda: live.sequence.prefill(rows))
+        if not self._is_last:
+            self.transport.send_next(wire.prefill(message.meta["request"], out))
+
+    def _on_segment(self, message: Message) -> None:
+        request, number = message.meta["request"], message.meta["number"]
+        self._hear_control()
+        live = self._live.get(request)
+        if live is None:
+            return
+        ids, parents = wire.read_nodes(message)
+        worth = live.sequence.state.worth(ids, parents)
+        if self._is_first:
+            self._announce(request, number, len(worth))
+        if not worth:
+            return
+        kept, positions, out = self._timed(live, len(worth), lambda: live.sequence.verify(ids, parents, message.tensors[1]))
+        live.rows += len(kept)
+        ids, parents = [ids[k] for k in kept], [parents[k] for k in kept]
+        self._hear_control()
+        if request in self._live and (alive := live.sequence.state.alive(ids)):
+            some = slice(None) if len(alive) == len(ids) else alive
+            nodes = [ids[k] for k in alive], [parents[k] for k in alive]
+            self._pass_on(live, request, number, *nodes, torch.from_numpy(positions)[some], out[some])
+
+    def _pass_on(self, live: _Live, request: int, number: int, ids, parents, positions: Tensor, out: Tensor) -> None:
+        if not self._is_last:
+            self.transport.send_next(wire.rows_of(request, number, ids, parents, out))
+        elif self.head is None:
+            self.transport.send_next(wire.features(request, number, ids, positions, out))
+        else:
+            logits = self.head(out).cpu()
+            picks = [pick(row, live.sampling, live.noise, p + 1) for row, p in zip(logits, positions.tolist(), strict=True)]
+            self.transport.send_next(wire.choices(request, number, ids, [p.token for p in picks], [p.gap for p in picks]))
+
+    # ---- beside the ring ---------------------------------------------------------------------------
+    def _hear_control(self) -> None:
+        """Take in what is decided by now; the latest moment at which a dead row can still be dropped."""
+        while (item := self.transport.inbox.get_urgent()) is not None:
+            message = item[1]
+            if message.kind == "stop":  # for `run` to see
+                self.transport.inbox.put(item, urgent=True)
+                return
+            getattr(self, "_on_" + message.kind)(message)
+
+    def _on_prune(self, message: Message) -> None:
+        live = self._live.get(message.meta["request"])
+        if live is not None:
+            live.sequence.prune(wire.read_prune(message))
+
+    def _on_end(self, message: Message) -> None:
+        request = message.meta["request"]
+        live = self._live.pop(request, None)
+        if live is None:
+            self._over.add(request)
+        self.transport.send_control(0, wire.report(request, live.report if live else wire.Report(0.0, 0, 0)))
+
+    # ---- time --------------------------------------------------------------------------------------
+    def _announce(self, request: int, number: int, rows: int) -> None:
+        """Tell rank 0 when this stage will be free, so that the next segment can arrive just then."""
+        expected = self._cost.predict(rows) if rows else 0.0
+        started = Started(number, rows, expected, self._cost.base, self._cost.slope)
+        self.transport.send_control(0, wire.started(request, started))
+
+    def _timed(self, live: _Live, rows: int, forward: Callable):
+        """Run a forward, take at least the emulated time, keep account."""
+        begun = time.monotonic()
+        result = forward()
+        time.sleep(max(0.0, begun + self.emulate.stage_seconds(self.transport.rank, rows) - time.monotonic()))
+        spent = time.monotonic() - begun
+        self._cost.observe(rows, spent)
+        live.busy += spent
+        live.forwards += 1
+        return result

@@ -1,0 +1,112 @@
+"""Keyed sampling: which token a distribution yields is a pure function of (seed, absolute position, logits).
+
+Gumbel-max (Gumbel 1954; Maddison et al. 2014): argmax of log p(t) + g(t) with independent Gumbel noise g is a draw
+from p. Here g is counter-based, a hash of (seed, position, token): the same on every rank, device and batch
+shape. So whatever was drafted and by whichever method the text was made, it is the same text.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowspec.core.request import Sampling
+
+_M32 = (1 << 32) - 1
+
+
+# ---- noise -----------------------------------------------------------------------------------------
+def _mix(x: int) -> int:
+    """Avalanche of a 32-bit integer (two multiply-xorshift rounds)."""
+    x &= _M32
+    x ^= x >> 16
+    x = x * 0x7FEB352D & _M32
+    x ^= x >> 15
+    x = x * 0x846CA68B & _M32
+    return x ^ x >> 16
+
+
+def _mix_tensor(x: Tensor) -> Tensor:
+    """`_mix` over int32 (wrapping products; the masks make the shifts logical)."""
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * 0x7FEB352D
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x * (0x846CA68B - (1 << 32))
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def derive_seed(seed: int, choice: int) -> int:
+    """The seed of the i-th of several texts for one prompt; `derive_seed(s, 0) == s`."""
+    return seed if choice == 0 else (_mix(seed + choice) << 32 | _mix((seed >> 32) + _mix(choice))) & ((1 << 64) - 1)
+
+
+def gumbel(seed: int, position: int, tokens: Tensor) -> Tensor:
+    """Standard Gumbel noise of these tokens (any int shape) at an absolute position: float64 of the same shape."""
+    low, high = seed & _M32, seed >> 32
+    key = _mix(_mix(_mix(low) + high + 0x9E3779B9) + position)
+    key = key - (1 << 32) if key >> 31 else key  # as int32
+    bits = _mix_tensor(_mix_tensor(tokens.to(torch.int32) + key) ^ key)
+    uniform = (bits.double() + 2147483648.5) * 2.0**-32  # in (0, 1)
+    return -torch.log(-torch.log(uniform))
+
+
+class NoiseRows:
+    """The noise of a whole vocabulary by position, the last few positions kept (siblings share theirs)."""
+
+    def __init__(self, seed: int, vocabulary: int, keep: int = 64):
+        self.seed, self._keep = seed, keep
+        self._tokens = torch.arange(vocabulary)
+        self._rows: OrderedDict[int, Tensor] = OrderedDict()
+
+    def __call__(self, position: int) -> Tensor:
+        """float64 [vocabulary]"""
+        row = self._rows.get(position)
+        if row is None:
+            row = self._rows[position] = gumbel(self.seed, position, self._tokens)
+            if len(self._rows) > self._keep:
+                self._rows.popitem(last=False)
+        return row
+
+
+# ---- filters ---------------------------------------------------------------------------------------
+def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Log-probabilities after temperature, top-k, top-p, min-p: float64 [vocabulary], -inf where filtered out.
+
+    Ties at the k-th place are all kept. Top-p keeps a token while the mass strictly above it is below p."""
+    logp = torch.log_softmax(logits.double() / sampling.temperature, -1)
+    if 0 < sampling.top_k < logp.numel():
+        logp = _renormalised(logp, logp >= logp.topk(sampling.top_k).values[-1])
+    if sampling.top_p < 1:
+        values, order = logp.sort(descending=True)
+        above = values.exp().cumsum(-1) - values.exp()
+        first = torch.searchsorted(-values, -values)  # the first of equals: ties share their fate
+        logp = _renormalised(logp, torch.empty_like(above, dtype=torch.bool).scatter_(0, order, above[first] < sampling.top_p))
+    if sampling.min_p > 0:
+        logp = _renormalised(logp, logp >= logp.max() + torch.log(torch.tensor(sampling.min_p, dtype=logp.dtype)))
+    return logp
+
+
+def _renormalised(logp: Tensor, keep: Tensor) -> Tensor:
+    return torch.log_softmax(logp.masked_fill(~keep, -torch.inf), -1)
+
+
+# ---- picks -----------------------------------------------------------------------------------------
+class Pick(NamedTuple):
+    """A chosen token and how clear the choice was: the lead over the runner-up, in (perturbed) log-probability."""
+
+    token: int
+    gap: float
+
+
+def pick(logits: Tensor, sampling: Sampling, noise: Callable[[int], Tensor], position: int) -> Pick:
+    """The token at `position` for these logits [vocabulary]: argmax at temperature 0, else Gumbel-max after the filters."""
+    if sampling.temperature == 0:
+        scores = logits.double()
+    else:
+        scores = filtered(logits, sampling) + noise(position)
+    values, tokens = scores.topk(2)
+    return Pick(int(tokens[0]), float(values[0] - values[1]))

@@ -1,0 +1,112 @@
+"""Text to tokens and back, by the tokenizer that lies beside rank 0. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from flowspec.errors import UserError
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """`tokenizer.json` of a checkpoint; UserError names the file."""
+    path = folder / "tokenizer.json"
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise UserError(f"cannot read the tokenizer {path}: {error}") from None
+
+
+def check_same_tokens(target: Tokenizer, draft: Tokenizer, where: str) -> None:
+    """A draft model must mean the same token by the same number. Padding beyond the vocabulary may differ."""
+    ours, theirs = target.get_vocab(), draft.get_vocab()
+    differs = [t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)]
+    if differs:
+        worst = min(differs, key=lambda t: (ours.get(t, theirs.get(t)), t))
+        raise UserError(
+            f"drafter.path: {where} has another vocabulary than the target ({len(differs)} tokens differ, such as {worst!r}: "
+            f"{ours.get(worst)} in the target, {theirs.get(worst)} in the draft)"
+        )
+
+
+class Text:
+    """The target's tokenizer with its end tokens and chat template."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.tokenizer = load_tokenizer(folder)
+        self.eos = frozenset(_end_tokens(folder))
+
+    def encode(self, prompt: str) -> tuple[int, ...]:
+        """With the special tokens that the tokenizer adds by itself."""
+        return tuple(self.tokenizer.encode(prompt).ids)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    def encode_chat(self, turns: Sequence[dict[str, str]]) -> tuple[int, ...]:
+        """`turns`: [{role, content}, ...]. By the chat template; plain turns where there is none."""
+        if not self.has_template:
+            lines = "".join(f"{turn['role'].capitalize()}: {turn['content']}\n" for turn in turns)
+            return self.encode(lines + "Assistant:")
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        return tuple(tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, return_dict=False))
+
+    @property
+    def has_template(self) -> bool:
+        return (self.folder / "chat_template.jinja").exists() or bool(_json(self.folder / "tokenizer_config.json").get("chat_template"))
+
+
+class TextStream:
+    """Tokens in, text out as soon as it is certain: whole characters only, nothing at or after a stop text."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        self._tokenizer, self._decode = tokenizer, DecodeStream(skip_special_tokens=True)
+        self._stop, self._held = [s for s in stop if s], ""
+        self.text = ""
+        """everything given out so far"""
+        self.stopped = False
+        """a stop text was met"""
+
+    def push(self, token: int) -> str:
+        """The text that this token makes certain."""
+        self._held += self._decode.step(self._tokenizer, token) or ""
+        cuts = [at for s in self._stop if (at := self._held.find(s)) >= 0]
+        if cuts:
+            self.stopped = True
+            return self._give(min(cuts))
+        doubtful = max((_overlap(self._held, s) for s in self._stop), default=0)
+        return self._give(len(self._held) - doubtful)
+
+    def flush(self) -> str:
+        """What was held back for a stop text that never came."""
+        return "" if self.stopped else self._give(len(self._held))
+
+    def _give(self, length: int) -> str:
+        piece, self._held = self._held[:length], self._held[length:]
+        self.text += piece
+        return piece
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _end_tokens(folder: Path) -> list[int]:
+    """eos_token_id of generation_config.json, else of config.json: a number, a list, or nothing."""
+    for name in ("generation_config.json", "config.json"):
+        eos = _json(folder / name).get("eos_token_id")
+        if eos is not None:
+            return eos if isinstance(eos, list) else [eos]
+    return []
+
+
+def _json(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}

@@ -1,0 +1,105 @@
+"""Keyed noise and filters: the distribution is softmax's, the filters are transformers', the key is a key."""
+
+import math
+
+import pytest
+import torch
+from transformers.generation.logits_process import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from flowspec.core.request import Sampling
+from flowspec.errors import UserError
+from flowspec.sampling import NoiseRows, derive_seed, filtered, gumbel, pick
+
+FILTERS = [
+    dict(temperature=1.0),
+    dict(temperature=0.8, top_p=0.9),
+    dict(temperature=1.3, top_k=7),
+    dict(temperature=0.7, min_p=0.05),
+    dict(temperature=1.0, top_k=20, top_p=0.8, min_p=0.02),
+]
+
+
+def chi_square(counts: torch.Tensor, p: torch.Tensor) -> tuple[float, float]:
+    """(statistic, its limit at five standard deviations), cells of expectation below 5 pooled."""
+    expected = p * counts.sum()
+    small = expected < 5
+    counts = torch.cat([counts[~small], counts[small].sum()[None]])
+    expected = torch.cat([expected[~small], expected[small].sum()[None]])
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    freedom = len(counts) - 1
+    return float(((counts - expected) ** 2 / expected).sum()), freedom + 5 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("settings", FILTERS)
+def test_picks_follow_the_filtered_softmax(settings):
+    sampling = Sampling(**settings)
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(3)) * 2
+    logp, noise = filtered(logits, sampling), NoiseRows(11, 50)
+    n = 20_000
+    counts = torch.zeros(50, dtype=torch.float64)
+    for position in range(n):
+        counts[int((logp + noise(position)).argmax())] += 1
+    assert counts[logp.isinf()].sum() == 0
+    statistic, limit = chi_square(counts, logp.exp())
+    assert statistic < limit, f"seed 11: chi-square {statistic:.1f} over {limit:.1f}"
+
+
+def test_chi_square_can_fail():
+    counts = torch.full((50,), 400.0, dtype=torch.float64)
+    statistic, limit = chi_square(counts, torch.softmax(torch.randn(50, dtype=torch.float64), -1))
+    assert statistic > limit
+
+
+@pytest.mark.parametrize("settings", FILTERS)
+@pytest.mark.parametrize("seed", range(5))
+def test_filters_are_those_of_transformers(settings, seed):
+    sampling = Sampling(**settings)
+    logits = torch.randn(1, 200, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
+    warpers = [TemperatureLogitsWarper(sampling.temperature)]
+    warpers += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
+    warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+    warpers += [MinPLogitsWarper(sampling.min_p)] if sampling.min_p else []
+    want = logits
+    for warper in warpers:
+        want = warper(None, want)
+    torch.testing.assert_close(filtered(logits[0], sampling), torch.log_softmax(want[0], -1))
+
+
+def test_pick_is_the_argmax_when_greedy_and_tells_its_lead():
+    logits = torch.tensor([0.0, 3.0, 2.5, -1.0])
+    assert pick(logits, Sampling(), None, 0) == (1, 0.5)
+
+
+def test_noise_is_the_same_for_a_row_a_subset_and_a_batch():
+    row = NoiseRows(5, 1000)(77)
+    some = torch.tensor([3, 999, 3, 0])
+    assert torch.equal(gumbel(5, 77, some), row[some])
+    assert torch.equal(gumbel(5, 77, some.view(2, 2)), row[some].view(2, 2))
+
+
+def test_noise_depends_on_seed_and_position_and_their_order():
+    tokens = torch.arange(100)
+    rows = [gumbel(s, p, tokens) for s, p in [(5, 3), (3, 5), (0, 0), (1 << 40, 0), (5, 4)]]
+    assert all(not torch.equal(a, b) for i, a in enumerate(rows) for b in rows[:i])
+    assert gumbel(0, 0, tokens).isfinite().all()
+
+
+def test_noise_has_the_moments_of_gumbel():
+    noise = torch.stack([gumbel(9, p, torch.arange(2000)) for p in range(100)])
+    assert abs(noise.mean() - 0.5772) < 0.01
+    assert abs(noise.var() - math.pi**2 / 6) < 0.03
+    assert abs(torch.corrcoef(noise[:, :2].T)[0, 1]) < 0.4
+    assert abs(torch.corrcoef(torch.stack([noise[:-1].flatten(), noise[1:].flatten()]))[0, 1]) < 0.01
+
+
+def test_derived_seeds_differ_and_the_first_is_the_seed_itself():
+    assert derive_seed(42, 0) == 42
+    assert len({derive_seed(42, i) for i in range(100)}) == 100
+
+
+@pytest.mark.parametrize(
+    "bad", [dict(temperature=-1), dict(top_p=0), dict(top_p=1.5), dict(min_p=2), dict(top_k=-1), dict(max_new_tokens=0), dict(seed=-1)]
+)
+def test_bad_settings_are_named(bad):
+    with pytest.raises(UserError, match=f"sampling.{next(iter(bad))} is"):
+        Sampling(**bad)
