@@ -118,14 +118,17 @@ class Engine:
 
         Under torchrun this is the engine of this process's rank; otherwise of rank 0, with the stages as threads."""
         config = load_config(path, overrides)
-        if "RANK" in os.environ:
-            from flowspec.runtime.process import join_run
+        return cls.join(config) if "RANK" in os.environ else cls._over_threads(config, check_run(config))
 
-            manifest = Manifest.load(config.stages_path)
-            transport, leave = join_run(manifest.num_stages + 1)
-            check_files(config, manifest, [transport.rank])
-            return cls(config, manifest, transport, [leave])
-        return cls._over_threads(config, check_run(config))
+    @classmethod
+    def join(cls, config: Config) -> Engine:
+        """The engine of this process's rank in a torchrun world."""
+        from flowspec.runtime.process import join_run
+
+        manifest = Manifest.load(config.stages_path)
+        transport, leave = join_run(manifest.num_stages + 1)
+        check_files(config, manifest, [transport.rank])
+        return cls(config, manifest, transport, [leave])
 
     @classmethod
     def _over_threads(cls, config: Config, manifest: Manifest) -> Engine:
@@ -190,6 +193,11 @@ class Engine:
     def work(self) -> None:
         """Load this rank's stage and serve until rank 0 ends the run."""
         _work(self.config, self.manifest, self._transport)
+
+    @property
+    def dtype_name(self) -> str:
+        """The computing dtype of the last stage."""
+        return str(compute_dtype(self.config, self.manifest, self.manifest.num_stages)).removeprefix("torch.")
 
     # ---- inside ------------------------------------------------------------------------------------
     def _make_driver(self) -> Driver:

@@ -22,7 +22,8 @@ from flowspec.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-CHUNK = 1 << 20
+CHUNK = 1 << 20  # bytes
+CONVERTED = 1 << 15  # elements; torch converts so few on one thread, and waking others on a busy machine costs milliseconds
 MAX_HEADER = 100_000_000
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -143,9 +144,8 @@ def _fill(file, flat: torch.Tensor, path: Path) -> None:
 def _fill_converted(file, flat: torch.Tensor, stored: torch.dtype, path: Path) -> None:
     import torch
 
-    staging = torch.empty(min(CHUNK, flat.numel()), dtype=stored)
-    for start in range(0, flat.numel(), CHUNK):
-        part = flat[start : start + CHUNK]
+    staging = torch.empty(min(CONVERTED, flat.numel()), dtype=stored)
+    for part in flat.split(CONVERTED):
         _fill(file, staging[: part.numel()], path)
         part.copy_(staging[: part.numel()])
 

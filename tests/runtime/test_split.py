@@ -509,7 +509,7 @@ def test_stage_tensors_are_converted_while_they_load(tmp_path):
 
 # ---- safetensors files -----------------------------------------------------------------------------
 def test_files_are_read_as_safetensors_reads_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "CHUNK", 7)
+    monkeypatch.setattr(weights, "CONVERTED", 4)
     tensors = {
         "half": torch.randn(5, 3).half(), "brain": torch.randn(4, 2, 2).bfloat16(), "byte": torch.arange(5, dtype=torch.uint8),
         "empty": torch.empty(0, 4), "scalar": torch.tensor(2.5), "flag": torch.tensor([True, False]), "long": torch.arange(9),

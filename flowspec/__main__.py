@@ -1,0 +1,5 @@
+import sys
+
+from flowspec.cli import main
+
+sys.exit(main())

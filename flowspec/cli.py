@@ -1,0 +1,201 @@
+"""Sub-commands: read the command line, call what does the work, print, exit. Decides nothing.
+
+`run` and `verify` are started twice: first as the launcher, which checks all it can without importing torch, then by
+torchrun as each rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from flowspec.config import METHODS, Config, load_config
+from flowspec.core.request import need
+from flowspec.errors import RankLost, UserError
+from flowspec.launcher import ROOT, is_rank, launch
+from flowspec.version import __version__
+
+DEMO = ROOT / "configs" / "demo.yaml"
+DEMO_PROMPT = "import os\n\n\ndef read_lines(path):\n"
+SHORT = {"max_new_tokens": int, "temperature": float, "top_p": float, "top_k": int, "min_p": float, "seed": int}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+COMMANDS = {
+    "run": "generate text over the ring of stages",
+    "verify": "prove that speculation changes no token",
+    "split": "cut a checkpoint into a file a stage (split_models.py)",
+}
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    listing = "\n".join(f"  {name:<8} {what}" for name, what in COMMANDS.items())
+    top = _Parser(
+        prog="flowspec",
+        description="One request to a large language model, fast, on several small devices.",
+        epilog=f"commands (each with its own --help):\n{listing}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"flowspec {__version__}")
+    top.add_argument("command", choices=COMMANDS, metavar="command")
+    return top
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    """Of `run` or `verify`."""
+    parser = _Parser(prog=f"flowspec {command}", description=_VERIFY if command == "verify" else "Generate text over the ring of stages.")
+    _shared(parser)
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="the text to continue; may be given several times")
+    if command == "run":
+        parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
+        parser.add_argument("--chat", action="store_true", help="hold a conversation in the terminal")
+        parser.add_argument("--json", metavar="FILE", help="write one result object a line, a prompt each")
+    return parser
+
+
+_VERIFY = """Replay prompts with the configured method and with plain decoding, greedy and sampled, and say whether the tokens are
+identical; at a divergence: where, which tokens, how close the target's choice was, and so whether it is a numeric tie or a bug."""
+
+
+def _shared(command: argparse.ArgumentParser) -> None:
+    command.add_argument("words", nargs="*", metavar="CONFIG | key=value", help="a YAML file (default: the demo) and overrides of its keys")
+    command.add_argument("--prompt-file", metavar="FILE", help=".txt: a prompt a line; .jsonl: an object with `prompt` a line")
+    command.add_argument("--method", help=" ".join(METHODS))
+    for name in SHORT:
+        command.add_argument("--" + name.replace("_", "-"), metavar="N" if SHORT[name] is int else "X")
+    command.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        command = _top_parser().parse_args(argv[:1]).command
+        if command == "split":
+            from flowspec.models.split import main as split
+
+            return split(argv[1:])
+        options = _parser(command).parse_intermixed_args(argv[1:])
+        options.command = command
+        return _rank(options) if is_rank() else _launch(options, argv)
+    except UserError as error:
+        print(f"flowspec: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+# ---- as the launcher -------------------------------------------------------------------------------
+def _launch(options: argparse.Namespace, argv: list[str]) -> int:
+    from flowspec.preflight import check_prompt, check_run
+    from flowspec.text import Text
+
+    path, config = _configuration(options)
+    if path == DEMO:
+        _split_demo(config)
+    manifest = check_run(config)
+    text = Text(manifest.folder(0))
+    for number, prompt in enumerate(_prompts(options, path), 1):
+        need(prompt != "", f"prompt {number} is empty: give at least one token of text")
+        check_prompt(text.encode(prompt), manifest, f"prompt {number}")
+    if (json := getattr(options, "json", None)) is not None:
+        need(Path(json).resolve().parent.is_dir(), f"--json: no folder {Path(json).resolve().parent}")
+        need(not Path(json).is_dir(), f"--json: {json} is a folder")
+    return launch(argv, manifest.num_stages + 1, config)
+
+
+def _configuration(options: argparse.Namespace) -> tuple[Path, Config]:
+    """The configuration file and what it says, flags and overrides applied."""
+    files = [word for word in options.words if "=" not in word]
+    need(len(files) <= 1, f"one configuration at a time: {' and '.join(files)} were given")
+    path = Path(files[0]).resolve() if files else DEMO
+    overrides = [word for word in options.words if "=" in word]
+    overrides += [f"method={options.method}"] if options.method is not None else []
+    overrides += [f"sampling.{name}={_number(name, kind, options)}" for name, kind in SHORT.items() if getattr(options, name) is not None]
+    return path, load_config(path, overrides)
+
+
+def _number(name: str, kind: type, options: argparse.Namespace) -> int | float:
+    text = getattr(options, name)
+    try:
+        return kind(text)
+    except ValueError:
+        raise UserError(f"--{name.replace('_', '-')} is {text!r}: it must be {'a whole number' if kind is int else 'a number'}") from None
+
+
+def _prompts(options: argparse.Namespace, path: Path) -> list[str]:
+    from flowspec.preflight import read_prompts
+
+    given = options.prompt + (read_prompts(options.prompt_file) if options.prompt_file else [])
+    if given or getattr(options, "chat", False):
+        return given
+    need(path == DEMO, "no prompt: give --prompt TEXT, --prompt-file FILE or --chat")
+    return [DEMO_PROMPT]
+
+
+def _split_demo(config: Config) -> None:
+    """Split the shipped target if that was not done since it last changed."""
+    from flowspec.models.split import split
+
+    source, made = ROOT / "demo" / "target", config.stages_path / "stages.yaml"
+    if not made.exists() or made.stat().st_mtime < (source / "model.safetensors").stat().st_mtime:
+        split(str(source), 2, made.parent)
+
+
+# ---- as a rank -------------------------------------------------------------------------------------
+def _rank(options: argparse.Namespace) -> NoReturn:
+    from flowspec.runtime.process import leave, own_name, report
+
+    rank = os.environ["RANK"]
+    place = "rank0" if rank == "0" else f"rank{rank}/stage{rank}"
+    logging.basicConfig(level=options.log_level.upper(), format=f"[{place}] %(levelname)s %(name)s: %(message)s")
+    code = 0
+    try:
+        code = _serve(options)
+    except UserError as error:
+        report(str(error), code := 2, speak=rank == "0")
+    except RankLost as error:
+        report(str(error), code := 1)
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException as error:
+        traceback.print_exc()
+        report(f"{own_name()} failed: {type(error).__name__}: {error}", code := 1)
+    leave(code)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    """This rank's part of the run; its exit code."""
+    from flowspec.engine import Engine
+
+    path, config = _configuration(options)
+    with Engine.join(config) as engine:
+        if engine.rank:
+            engine.work()
+            return 0
+        from flowspec import session
+
+        session.show_loading(engine)
+        prompts = _prompts(options, path)
+        if options.command == "verify":
+            return 0 if session.verify(engine, prompts, _settings(config)) else 1
+        session.run_prompts(engine, prompts, options.stop, options.json)
+        if options.chat:
+            session.chat(engine, options.stop)
+        return 0
+
+
+def _settings(config: Config) -> list[dict]:
+    """Greedy, and the configured sampling with three seeds (temperature 0.8, top-p 0.9 where it is greedy)."""
+    own = config.sampling
+    sampled = {"temperature": own.temperature or 0.8, "top_p": own.top_p if own.temperature else 0.9}
+    return [{"temperature": 0.0}, *({**sampled, "seed": seed} for seed in (1, 2, 3))]

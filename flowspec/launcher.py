@@ -1,0 +1,87 @@
+"""One host, one command: check everything in this process, start the ranks with torchrun, say in one line how it ended.
+
+Several hosts: start `torchrun ... launch/run.py CONFIG ...` on each; the ranks then speak for themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from flowspec.config import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def launch(argv: Sequence[str], world_size: int, config: Config) -> int:
+    """Run `python -m flowspec *argv` as `world_size` ranks of this host; the exit code."""
+    with tempfile.TemporaryDirectory(prefix="flowspec-") as folder:
+        last_words = Path(folder) / "report"
+        os.environ.update(_environment(world_size, config, last_words))
+        try:
+            _torchrun(argv, world_size)
+            return 0
+        except KeyboardInterrupt:
+            return _say("interrupted", 130)
+        except Exception as error:
+            return _obituary(error, last_words)
+
+
+def _environment(world_size: int, config: Config, last_words: Path) -> dict[str, str]:
+    threads = config.threads or max(1, (os.cpu_count() or 1) // world_size)
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        "FLOWSPEC_REPORT": str(last_words),
+        "OMP_NUM_THREADS": str(threads),  # torchrun would set 1, and warn
+        "PYTHONPATH": os.pathsep.join(paths),
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+
+
+def _torchrun(argv: Sequence[str], world_size: int) -> None:
+    from torch.distributed import run
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # its report has 66 lines; ours has one
+    port = os.environ.get("MASTER_PORT") or str(_free_port())
+    where = ["--master-addr", "127.0.0.1", "--master-port", port]
+    run.run(run.parse_args(["--nproc-per-node", str(world_size), *where, "-m", "flowspec", *argv]))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _obituary(error: Exception, last_words: Path) -> int:
+    """What the ranks said, else what torchrun knows of the first that fell."""
+    if last_words.exists():
+        said = json.loads(last_words.read_text().splitlines()[0])
+        return _say(said["line"], said["code"])
+    failures = getattr(error, "failures", None)  # ChildFailedError
+    if failures is None:
+        signal_number = getattr(error, "sigval", None)  # SignalException: we were told to go
+        return _say("interrupted" if signal_number else f"the ranks could not be started: {error}", 130 if signal_number else 1)
+    from flowspec.runtime.process import rank_name
+
+    rank, failure = min(failures.items(), key=lambda item: (item[1].exitcode == -signal.SIGTERM, item[1].timestamp))
+    how = f"killed by signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+    return _say(f"{rank_name(rank, socket.gethostname())} died: {how}", 1)
+
+
+def _say(line: str, code: int) -> int:
+    print(f"{'' if code == 2 else os.linesep}flowspec: {line}", file=sys.stderr, flush=True)
+    return code
+
+
+def is_rank() -> bool:
+    """Is this process one that torchrun started?"""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ

@@ -1,0 +1,167 @@
+"""What rank 0 does for the person at the terminal: stream texts, hold a conversation, compare with plain decoding."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from flowspec.core.request import need
+from flowspec.engine import Engine, Generation, Result
+from flowspec.errors import UserError
+
+GREEN, RESET = "\x1b[32m", "\x1b[0m"
+TIES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+"""dtype -> lead below which two forwards of different shape may disagree (docs/architecture.md, "Ties")"""
+
+
+def show_loading(engine: Engine) -> None:
+    """A line a rank as it holds its weights."""
+
+    def show(rank: int, facts: dict) -> None:
+        size, seconds = facts["megabytes"], facts["seconds"]
+        print(f"rank {rank} of {engine.world_size - 1}: {facts['what']}, {size:.1f} MB in {seconds:.1f} s", file=sys.stderr, flush=True)
+
+    engine.wait_until_loaded(show)
+
+
+# ---- texts -----------------------------------------------------------------------------------------
+def run_prompts(engine: Engine, prompts: Sequence[str], stop: Sequence[str], json_path: str | None) -> None:
+    """Stream each prompt's continuation, show its table, write its JSON line."""
+    with _json_lines(json_path) as write:
+        for prompt in prompts:
+            print(prompt, end="", flush=True)
+            result = stream(engine.generate(prompt, stop=stop))
+            write(result)
+            print(table(result), file=sys.stderr, flush=True)
+
+
+def stream(generation: Generation) -> Result:
+    """Print the text as it is committed; green: accepted from the draft, plain: the target's own."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for token in generation:
+        text = f"{GREEN}{token.text}{RESET}" if colour and token.accepted and token.text else token.text
+        print(text, end="", flush=True)
+    print(flush=True)
+    assert generation.result is not None
+    return generation.result
+
+
+def table(result: Result) -> str:
+    """The end's small table."""
+    rate = "-" if result.tokens_per_second is None else f"{result.tokens_per_second:.1f}"
+    busy = " ".join(f"{share:.0%}" for share in result.stage_utilisation)
+    rows = [
+        ("method", result.method + (" (emulated times)" if result.emulated else "")),
+        ("tokens", f"{result.prompt_tokens} of prompt, {result.new_tokens} new ({result.finish_reason})"),
+        ("speed", f"{rate} tokens/s, first token after {result.prefill_seconds:.2f} s"),
+        ("accepted per segment", f"{result.accepted_per_segment:.2f}"),
+        ("stage utilisation", busy),
+        ("drafted / forwarded / accepted", f"{result.drafted_tokens} / {result.forwarded_tokens} / {result.accepted_tokens} tokens"),
+        ("seed", f"{result.seed}" if result.temperature else "none needed (greedy)"),
+    ]
+    return "\n".join(f"  {name:<31} {value}" for name, value in rows)
+
+
+@contextmanager
+def _json_lines(path: str | None) -> Iterator:
+    """A function that writes one result a line. The file is written beside and renamed when all are there."""
+    if path is None:
+        yield lambda result: None
+        return
+    beside = Path(f"{path}.partial")
+    with _open(beside) as file:
+
+        def write(result: Result) -> None:
+            file.write(json.dumps(dataclasses.asdict(result)) + "\n")
+            file.flush()
+
+        yield write
+    os.replace(beside, path)
+
+
+def _open(path: Path) -> IO[str]:
+    try:
+        return open(path, "w")
+    except OSError as error:
+        raise UserError(f"--json: cannot write {path}: {error.strerror}") from None
+
+
+# ---- conversation ----------------------------------------------------------------------------------
+def chat(engine: Engine, stop: Sequence[str]) -> None:
+    """Read a line, answer it, remember both; an empty line or the end of input ends it."""
+    turns: list[dict[str, str]] = []
+    stops = [*stop] if engine.text.has_template else [*stop, "\nUser:"]
+    while line := _ask():
+        turns.append({"role": "user", "content": line})
+        try:
+            result = stream(engine.generate(engine.text.encode_chat(turns), stop=stops))
+        except UserError as error:  # the conversation outgrew the model
+            print(f"flowspec: {error}", file=sys.stderr)
+            return
+        turns.append({"role": "assistant", "content": result.text})
+
+
+def _ask() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+# ---- lossless --------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """Where two texts part: absolute position, the two tokens, and how clear plain decoding's choice was."""
+
+    position: int
+    speculative: int | None
+    plain: int | None
+    gap: float
+
+
+def verify(engine: Engine, prompts: Sequence[str], settings: Sequence[dict]) -> bool:
+    """Each prompt with the configured method and with plain decoding, at each sampling setting: the same tokens?
+
+    Prints a line each; True if all are identical or part at a numeric tie only."""
+    need(engine.config.method != "ar", "verify compares a method with plain decoding: choose another method than ar")
+    bugs = ties = 0
+    for number, prompt in enumerate(prompts, 1):
+        for setting in settings:
+            found, count = compare(engine, prompt, setting)
+            tie = found is not None and found.gap < TIES[engine.dtype_name]
+            bugs, ties = bugs + (found is not None and not tie), ties + tie
+            print(f"prompt {number}, {describe(setting)}: {verdict(engine, found, count, tie)}", flush=True)
+    runs = len(prompts) * len(settings)
+    print(f"{engine.config.method}: {runs - bugs - ties} of {runs} identical, {ties} parted at a numeric tie, {bugs} at a bug")
+    return bugs == 0
+
+
+def compare(engine: Engine, prompt: str, setting: dict) -> tuple[Divergence | None, int]:
+    """The first divergence, if any, and the number of tokens that agree."""
+    with_ids = [token.id for token in engine.generate(prompt, **setting)]
+    plain = list(engine.generate(prompt, method="ar", **setting))
+    without = [token.id for token in plain]
+    if with_ids == without:
+        return None, len(without)
+    at = next((i for i, (a, b) in enumerate(zip(with_ids, without, strict=False)) if a != b), min(len(with_ids), len(without)))
+    a, b = (ids[at] if at < len(ids) else None for ids in (with_ids, without))
+    gap = plain[at].gap if at < len(plain) else float("inf")
+    return Divergence(len(engine.text.encode(prompt)) + at, a, b, gap), at
+
+
+def verdict(engine: Engine, found: Divergence | None, count: int, tie: bool) -> str:
+    if found is None:
+        return f"identical ({count} tokens)"
+    a, b = (f"{t} {engine.text.decode([t])!r}" if t is not None else "nothing" for t in (found.speculative, found.plain))
+    kind = "a numeric tie" if tie else "a bug"
+    return f"differs at position {found.position}: {a} with speculation, {b} without; top-2 gap {found.gap:.2e}, so {kind}"
+
+
+def describe(setting: dict) -> str:
+    return "greedy" if setting["temperature"] == 0 else ", ".join(f"{name} {value}" for name, value in setting.items())
