@@ -22,6 +22,7 @@ from flowspec.launcher import ROOT, is_rank, launch
 from flowspec.version import __version__
 
 DEMO = ROOT / "configs" / "demo.yaml"
+DEMO_STAGES = ROOT / "build" / "demo"
 DEMO_PROMPT = "import os\n\n\ndef read_lines(path):\n"
 SHORT = {"max_new_tokens": int, "temperature": float, "top_p": float, "top_k": int, "min_p": float, "seed": int}
 
@@ -100,8 +101,8 @@ def _launch(options: argparse.Namespace, argv: list[str]) -> int:
     from flowspec.text import Text
 
     path, config = _configuration(options)
-    if path == DEMO:
-        _split_demo(config)
+    if config.stages_path.resolve() == DEMO_STAGES:
+        _split_demo()
     manifest = check_run(config)
     text = Text(manifest.folder(0))
     for number, prompt in enumerate(_prompts(options, path), 1):
@@ -110,7 +111,7 @@ def _launch(options: argparse.Namespace, argv: list[str]) -> int:
     if (json := getattr(options, "json", None)) is not None:
         need(Path(json).resolve().parent.is_dir(), f"--json: no folder {Path(json).resolve().parent}")
         need(not Path(json).is_dir(), f"--json: {json} is a folder")
-    return launch(argv, manifest.num_stages + 1, config)
+    return launch(argv, manifest.num_stages + 1)
 
 
 def _configuration(options: argparse.Namespace) -> tuple[Path, Config]:
@@ -142,13 +143,14 @@ def _prompts(options: argparse.Namespace, path: Path) -> list[str]:
     return [DEMO_PROMPT]
 
 
-def _split_demo(config: Config) -> None:
+def _split_demo() -> None:
     """Split the shipped target if that was not done since it last changed."""
     from flowspec.models.split import split
 
-    source, made = ROOT / "demo" / "target", config.stages_path / "stages.yaml"
+    source, made = ROOT / "demo" / "target", DEMO_STAGES / "stages.yaml"
     if not made.exists() or made.stat().st_mtime < (source / "model.safetensors").stat().st_mtime:
-        split(str(source), 2, made.parent)
+        DEMO_STAGES.parent.mkdir(exist_ok=True)
+        split(str(source), 2, DEMO_STAGES)
 
 
 # ---- as a rank -------------------------------------------------------------------------------------

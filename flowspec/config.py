@@ -114,7 +114,7 @@ def build(cls: type, values: Any, where: str = "", **internal: Any) -> Any:
         name = f"{where}.{key}" if where else str(key)
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(fields)}"
+            hint = f"did you mean {name.removesuffix(str(key))}{near[0]}?" if near else f"known here: {', '.join(fields)}"
             raise UserError(f"unknown key {name}: {hint}")
         made[key] = _convert(hints[key], value, name)
     for f in fields.values():
@@ -125,7 +125,7 @@ def build(cls: type, values: Any, where: str = "", **internal: Any) -> Any:
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
     """`value` as the field's type: a dataclass from a mapping, auto as None, an int where a float is asked for."""
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return build(hint, {} if value is None else value, name)
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if type(None) in options and (value is None or value == "auto"):

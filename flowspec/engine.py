@@ -19,7 +19,7 @@ import torch
 
 from flowspec.comm import inproc
 from flowspec.comm.base import Transport
-from flowspec.comm.shaped import ShapedTransport
+from flowspec.comm.shaped import shaped
 from flowspec.config import Config, load_config
 from flowspec.core.policy import make_policy
 from flowspec.core.request import Request, Sampling, need
@@ -101,8 +101,7 @@ class Engine:
     """One rank of a run. Use as a context manager, or call `close`."""
 
     def __init__(self, config: Config, manifest: Manifest, transport: Transport, on_close: Sequence[Callable[[], None]] = ()):
-        if config.emulate.shapes_links:
-            transport = ShapedTransport(transport, config.emulate)
+        transport = shaped(transport, config.emulate)
         self.config, self.manifest, self._transport = config, manifest, transport
         self.rank, self.world_size = transport.rank, transport.world_size
         self._on_close = list(on_close)
@@ -126,12 +125,14 @@ class Engine:
         from flowspec.runtime.process import join_run
 
         manifest = Manifest.load(config.stages_path)
+        set_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         transport, leave = join_run(manifest.num_stages + 1)
         check_files(config, manifest, [transport.rank])
         return cls(config, manifest, transport, [leave])
 
     @classmethod
     def _over_threads(cls, config: Config, manifest: Manifest) -> Engine:
+        set_threads(config, manifest.num_stages + 1)
         first, *others = inproc.ring(manifest.num_stages + 1)
         stages = [threading.Thread(target=_stage_thread, args=(config, manifest, end, first), daemon=True) for end in others]
         for thread in stages:
@@ -155,7 +156,7 @@ class Engine:
 
         `method` and the keywords of `Sampling` (temperature, top_p, top_k, min_p, seed, max_new_tokens) default to the
         configuration's. Generation ends before a text in `stop`. One generation at a time: a new one cancels the last."""
-        config = dataclasses.replace(self.config, **({} if method is None else {"method": method}))
+        config = self.config if method is None else dataclasses.replace(self.config, method=method)
         tokens = self.text.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
         check_prompt(tokens, self.manifest)
         wanted = dataclasses.replace(config.sampling, **sampling)
@@ -253,10 +254,15 @@ class Engine:
             forwarded_tokens=stages[0].rows if stages else 0,
             stage_utilisation=[min(1.0, report.busy / spent) for report in stages],
             world_size=self.world_size,
-            seed=request.sampling.seed,
+            seed=request.sampling.seed or 0,
             temperature=request.sampling.temperature,
             emulated=config.emulate.active,
         )
+
+
+def set_threads(config: Config, ranks_here: int) -> None:
+    """CPU threads of a rank: as configured, or an equal share of the cores (torchrun alone would leave one)."""
+    torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // ranks_here))
 
 
 def compute_dtype(config: Config, manifest: Manifest, rank: int) -> torch.dtype:
@@ -281,8 +287,7 @@ def _work(config: Config, manifest: Manifest, transport: Transport) -> None:
 
 def _stage_thread(config: Config, manifest: Manifest, end: Transport, first: Transport) -> None:
     """A stage as a thread; what goes wrong in it is raised where rank 0 waits."""
-    if config.emulate.shapes_links:
-        end = ShapedTransport(end, config.emulate)
+    end = shaped(end, config.emulate)
     try:
         _work(config, manifest, end)
     except BaseException as error:

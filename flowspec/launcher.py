@@ -15,16 +15,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from flowspec.config import Config
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def launch(argv: Sequence[str], world_size: int, config: Config) -> int:
+def launch(argv: Sequence[str], world_size: int) -> int:
     """Run `python -m flowspec *argv` as `world_size` ranks of this host; the exit code."""
     with tempfile.TemporaryDirectory(prefix="flowspec-") as folder:
         last_words = Path(folder) / "report"
-        os.environ.update(_environment(world_size, config, last_words))
+        os.environ.update(_environment(last_words))
         try:
             _torchrun(argv, world_size)
             return 0
@@ -34,12 +32,11 @@ def launch(argv: Sequence[str], world_size: int, config: Config) -> int:
             return _obituary(error, last_words)
 
 
-def _environment(world_size: int, config: Config, last_words: Path) -> dict[str, str]:
-    threads = config.threads or max(1, (os.cpu_count() or 1) // world_size)
+def _environment(last_words: Path) -> dict[str, str]:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         "FLOWSPEC_REPORT": str(last_words),
-        "OMP_NUM_THREADS": str(threads),  # torchrun would set 1, and warn
+        "OMP_NUM_THREADS": "1",  # as torchrun would, but without its warning; the engine sets each rank's threads
         "PYTHONPATH": os.pathsep.join(paths),
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_CPP_LOG_LEVEL": "ERROR",

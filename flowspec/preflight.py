@@ -10,7 +10,7 @@ from flowspec.config import Config
 from flowspec.core.request import need
 from flowspec.draft.config import DrafterConfig
 from flowspec.errors import UserError
-from flowspec.models.families import check_config
+from flowspec.models.families import read_config
 from flowspec.models.manifest import Manifest, verify_files
 from flowspec.models.weights import Checkpoint
 from flowspec.text import Text, check_same_tokens, load_tokenizer
@@ -39,18 +39,11 @@ def check_files(config: Config, manifest: Manifest, ranks: Sequence[int]) -> Non
 def check_drafter(drafter: DrafterConfig, folder: Path, manifest: Manifest) -> None:
     if drafter.kind != "lm":
         return
-    path = folder / drafter.path
+    path = drafter.checkpoint(folder)
     need(path.is_dir(), f"drafter.path: no folder {path}")
     Checkpoint(path)
-    check_config(read_json(path / "config.json"))
+    read_config(path)
     check_same_tokens(Text(manifest.folder(0)).tokenizer, load_tokenizer(path), str(path))
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
 
 
 def check_prompt(tokens: Sequence[int], manifest: Manifest, name: str = "the prompt") -> None:

@@ -8,7 +8,6 @@ shape. So whatever was drafted and by whichever method the text was made, it is 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -72,6 +71,14 @@ class NoiseRows:
         return row
 
 
+def noise_for(sampling: Sampling, vocabulary: int) -> NoiseRows | None:
+    """The noise of a request; None when it is greedy."""
+    if sampling.temperature == 0:
+        return None
+    assert sampling.seed is not None, "a sampled request has a seed by now"
+    return NoiseRows(sampling.seed, vocabulary)
+
+
 # ---- filters ---------------------------------------------------------------------------------------
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     """Log-probabilities after temperature, top-k, top-p, min-p: float64 [vocabulary], -inf where filtered out.
@@ -102,9 +109,9 @@ class Pick(NamedTuple):
     gap: float
 
 
-def pick(logits: Tensor, sampling: Sampling, noise: Callable[[int], Tensor], position: int) -> Pick:
-    """The token at `position` for these logits [vocabulary]: argmax at temperature 0, else Gumbel-max after the filters."""
-    if sampling.temperature == 0:
+def pick(logits: Tensor, sampling: Sampling, noise: NoiseRows | None, position: int) -> Pick:
+    """The token at `position` for these logits [vocabulary]: argmax without noise (greedy), else Gumbel-max after the filters."""
+    if noise is None:
         scores = logits.double()
     else:
         scores = filtered(logits, sampling) + noise(position)

@@ -174,7 +174,7 @@ class Inflation:
         return Entry(name, DTYPES[dtype], shape, partial(self._chunks, name, shape, getattr(torch, dtype)))
 
     def _chunks(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[memoryview]:
-        yield memoryview(self.tensor(name, shape).to(dtype).view(-1).view(torch.uint8).numpy())
+        yield self.tensor(name, shape).to(dtype).view(-1).view(torch.uint8).numpy().data
 
 
 # ---- files -----------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def tokens_of(tokenizer: Tokenizer, files: list[str], seed: int) -> torch.Tensor
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
     end = tokenizer.token_to_id(END)
     out: list[int] = []
-    for k, encoding in zip(order, tokenizer.encode_batch([files[k] for k in order], add_special_tokens=False), strict=True):
+    for encoding in tokenizer.encode_batch([files[k] for k in order], add_special_tokens=False):
         out += [end, *encoding.ids]
     return torch.tensor(out, dtype=torch.long)
 
@@ -148,7 +148,8 @@ def train(role: str, out: Path, data: torch.Tensor, held: torch.Tensor, steps: i
         mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
         if (step + 1) % 100 == 0 or step + 1 == steps:
             spent = time.time() - begun
-            print(f"{role} step {step + 1}/{steps} loss {mean:.3f} {(step + 1) * batch * CONTEXT / spent:.0f} tok/s {spent / 60:.1f} min", flush=True)  # fmt: skip
+            rate = (step + 1) * batch * CONTEXT / spent
+            print(f"{role} step {step + 1}/{steps} loss {mean:.3f} {rate:.0f} tok/s {spent / 60:.1f} min", flush=True)
         if (step + 1) % 1000 == 0 or step + 1 == steps:
             save(model, out / role)
     note(out, role, steps=steps, tokens=steps * batch * CONTEXT, minutes=round((time.time() - begun) / 60, 1))
@@ -210,13 +211,13 @@ def write_card(out: Path, files: list[str], data: torch.Tensor, held: torch.Tens
     for role in SHAPES:
         t, shape = known[role], SHAPES[role]
         how = "next-token loss" if role == "target" else "cross entropy against the target's distributions"
-        lines.append(
-            f"- {role.capitalize()}: {params[role]:,} parameters ({shape['num_hidden_layers']} layers, width {shape['hidden_size']}), {how},\n"
-            f"  {t['steps']} steps, {t['tokens']:,} tokens, {t['minutes']} minutes on two shared cores."
-        )
+        size_of = f"{params[role]:,} parameters ({shape['num_hidden_layers']} layers, width {shape['hidden_size']})"
+        lines.append(f"- {role.capitalize()}: {size_of}, {how},")
+        lines.append(f"  {t['steps']} steps, {t['tokens']:,} tokens, {t['minutes']} minutes on two shared cores.")
     lines += [
-        f"- Held out ({facts['positions']:,} positions): target loss {facts['target_loss']} nats a token (first choice right at {facts['target_accuracy']:.1%}),",
-        f"  draft loss {facts['draft_loss']}; the draft's first choice is the target's at **{facts['first_choice_agreement']:.1%}** of positions.",
+        f"- Held out ({facts['positions']:,} positions): target loss {facts['target_loss']} nats a token, its first choice right at",
+        f"  {facts['target_accuracy']:.1%}; draft loss {facts['draft_loss']}; the draft's first choice is the target's at",
+        f"  **{facts['first_choice_agreement']:.1%}** of positions.",
         f"- Files: safetensors in float16, {size:.1f} MB in all.",
         "",
         "Made by `python scripts/train_demo.py --out demo` (one run, one seed: no spread is known). The figures",

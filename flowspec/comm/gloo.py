@@ -98,8 +98,8 @@ class GlooTransport:
         senders = [self._next, *self._control.values()]
         for sender in senders:
             sender.send(_BYE)
-        for end in (*senders, *self._receivers):
-            end.thread.join(timeout=2.0)
+        for thread in [end.thread for end in senders] + [end.thread for end in self._receivers]:
+            thread.join(timeout=2.0)
 
     def _lost(self, rank: int, reason: str) -> None:
         if not self._closing:

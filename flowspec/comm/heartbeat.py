@@ -54,7 +54,8 @@ class Heartbeat:
             self._thread.join()
 
     def _run(self) -> None:
-        count, heard = 0, {}
+        count = 0
+        heard: dict[int, tuple[bytes, float]] = {}
         begun = time.monotonic()
         while not self._stop.wait(self._every):
             now = time.monotonic()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 
-from flowspec.comm.base import Inbox, Message, Transport
+from flowspec.comm.base import Message, Transport
 from flowspec.core.cost import Emulate
 
 
@@ -49,19 +50,20 @@ class _Link:
             self._deliver(message)
 
 
+def shaped(transport: Transport, emulate: Emulate) -> Transport:
+    """`transport` itself when no link is emulated."""
+    return ShapedTransport(transport, emulate) if emulate.shapes_links else transport
+
+
 class ShapedTransport:
     """Delays what `inner` sends. Each link (the ring's and each control line) is shaped by itself."""
 
     def __init__(self, inner: Transport, emulate: Emulate):
         self._inner = inner
-        self.rank, self.world_size = inner.rank, inner.world_size
+        self.rank, self.world_size, self.inbox = inner.rank, inner.world_size, inner.inbox
         peers = range(1, self.world_size) if self.rank == 0 else [0]
         self._next = _Link(emulate, inner.send_next)
-        self._control = {to: _Link(emulate, lambda m, to=to: inner.send_control(to, m)) for to in peers}
-
-    @property
-    def inbox(self) -> Inbox:
-        return self._inner.inbox
+        self._control = {to: _Link(emulate, functools.partial(inner.send_control, to)) for to in peers}
 
     def send_next(self, message: Message) -> None:
         self._next.send(message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from pathlib import Path
 
 from flowspec.core.request import need
 
@@ -16,6 +17,11 @@ class DrafterConfig:
     """lm (a small language model with the target's vocabulary), ngram (look-up in prompt and output), none"""
     path: str | None = None
     """The draft model's checkpoint, for lm."""
+
+    def checkpoint(self, folder: Path) -> Path:
+        """The draft model's folder; `folder` is where the configuration lies."""
+        assert self.path is not None
+        return folder / self.path
 
     def __post_init__(self) -> None:
         near = difflib.get_close_matches(self.kind, KINDS, 1)

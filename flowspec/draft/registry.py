@@ -16,7 +16,7 @@ def make_drafter(config: DrafterConfig, folder: Path, vocabulary: int, dtype: to
         from flowspec.draft.lm import LmDrafter
         from flowspec.models.stage import load_whole
 
-        return LmDrafter(*load_whole(folder / config.path, dtype, device), vocabulary)
+        return LmDrafter(*load_whole(config.checkpoint(folder), dtype, device), vocabulary)
     if config.kind == "ngram":
         from flowspec.draft.ngram import NgramDrafter
 

@@ -16,16 +16,16 @@ class RowCache:
     STEP = 256
     """rows by which the buffers grow at least"""
 
-    def __init__(self, layers: int):
+    def __init__(self) -> None:
         self.length = 0
-        self._keys: list[Tensor | None] = [None] * layers  # [1, kv_heads, capacity, head_dim]
-        self._values: list[Tensor | None] = [None] * layers
+        self._keys: dict[int, Tensor] = {}  # layer -> [1, kv_heads, capacity, head_dim]
+        self._values: dict[int, Tensor] = {}
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
         """Write n new rows ([1, kv_heads, n, head_dim]) behind the last; all rows up to them. `advance` makes them count."""
         end = self.length + keys.shape[2]
         for buffers, new in ((self._keys, keys), (self._values, values)):
-            buffers[layer] = _room(buffers[layer], new, self.length, end)
+            buffers[layer] = _room(buffers.get(layer), new, self.length, end)
             buffers[layer][:, :, self.length : end] = new
         return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
 
@@ -36,9 +36,8 @@ class RowCache:
     def gather(self, gather: Gather) -> None:
         """Rows [base, base + k) become the k listed rows, and the cache ends there."""
         index = torch.tensor(gather.rows, dtype=torch.long)
-        for buffer in (*self._keys, *self._values):
-            if buffer is not None:
-                buffer[:, :, gather.base : gather.base + len(index)] = buffer[:, :, index.to(buffer.device)]
+        for buffer in (*self._keys.values(), *self._values.values()):
+            buffer[:, :, gather.base : gather.base + len(index)] = buffer[:, :, index.to(buffer.device)]
         self.length = gather.base + len(index)
 
 

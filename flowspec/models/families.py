@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowspec.errors import UserError
 
@@ -25,10 +27,10 @@ LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 class Classes(NamedTuple):
     """The transformers classes a stage is made of."""
 
-    config: type
-    layer: type
-    rotary: type
-    norm: type
+    config: Any
+    layer: Any
+    rotary: Any
+    norm: Any
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,24 @@ FAMILIES = {
     "qwen3": Family("qwen3", "Qwen3", window_switch=True),
     "mixtral": Family("mixtral", "Mixtral", experts=True),
 }
+
+
+CONFIG = "config.json"
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a checkpoint or a stage. UserError when it cannot be read, or its model would not be computed right."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path} is not valid JSON") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is not a JSON object")
+    check_config(config)
+    return config
 
 
 # ---- who is refused --------------------------------------------------------------------------------

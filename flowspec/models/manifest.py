@@ -6,9 +6,11 @@ import contextlib
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import yaml
 
@@ -136,7 +138,7 @@ def _read_yaml(path: Path) -> dict:
 class _Fields:
     """A mapping of the manifest and where it lies, to name in errors."""
 
-    values: object
+    values: Any
     where: str
 
     def get(self, key: str, kind: type):
@@ -144,7 +146,7 @@ class _Fields:
         if not isinstance(self.values, dict) or key not in self.values:
             raise UserError(f"{self.where}: {key} is missing: {AGAIN}")
         value = self.values[key]
-        if type(value) is not kind or (kind is int and value < 0):
+        if type(value) is not kind or (type(value) is int and value < 0):
             raise UserError(f"{self.where}: {key} is {value!r}: {AGAIN}")
         return value
 
@@ -196,7 +198,7 @@ def _check_ranks(ranks: tuple[RankEntry, ...], num_layers: int, path: Path) -> N
 
 
 def _replace_text(path: Path, text: str) -> None:
-    beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    beside = path.with_name(f"{path.name}.tmp-{os.getpid()}-{threading.get_ident()}")
     try:
         beside.write_text(text)
         os.replace(beside, path)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from flowspec.errors import UserError
-from flowspec.models.families import EMBEDDING, HEAD, NORM, check_config, layer_of, layer_tensors
+from flowspec.models.families import CONFIG, EMBEDDING, HEAD, NORM, layer_of, layer_tensors, read_config
 from flowspec.models.manifest import CACHE_NAME, FILE_NAME, FileEntry, Manifest, RankEntry, role_of
 from flowspec.models.weights import (
     CHUNK,
@@ -44,7 +44,7 @@ from flowspec.models.weights import (
     write_tensors,
 )
 
-MODEL, LM_HEAD, CONFIG = "model.safetensors", "lm_head.safetensors", "config.json"
+MODEL, LM_HEAD = "model.safetensors", "lm_head.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
@@ -164,7 +164,6 @@ class Source:
     def open(cls, folder: Path) -> Source:
         """UserError for a config that cannot be read or is not supported, and for missing tensors."""
         config = read_config(folder)
-        check_config(config)
         source = cls(folder, config, Checkpoint(folder))
         source._check_tensors()
         return source
@@ -270,7 +269,9 @@ class Job:
         held = sum(entry.bytes for entry in (weights, own_head) if entry)
         what = f"layers {layers[0]}-{layers[1] - 1}" if rank else "lm_head"
         self.progress.line(f"{name}  {role:11}  {what:14}  {held / 1e6:10.1f} MB")
-        return RankEntry(rank, role, layers, *vars(weights).values(), lm_head=own_head, extra=self._small_files(folder, rank))
+        return RankEntry(
+            rank, role, layers, weights.file, weights.bytes, weights.sha256, lm_head=own_head, extra=self._small_files(folder, rank)
+        )
 
     def _tensors(self, folder: Path, name: str, entries: list[Entry]) -> FileEntry:
         return FileEntry(name, *write_tensors(folder / name, entries, METADATA))
@@ -291,7 +292,8 @@ class Job:
         return json.dumps({**rest, "dtype": TORCH_NAMES[self.dtype]}, indent=2).encode()
 
     def _manifest(self, ranks: tuple[RankEntry, ...]) -> Manifest:
-        config, sizes = self.source.config, Counter()
+        config = self.source.config
+        sizes: Counter[str] = Counter()
         for entry in chain(*self.stages, self.head):
             sizes[entry.dtype] += entry.nbytes
         return Manifest(
@@ -315,7 +317,7 @@ def converted(file: TensorFile, name: str, dtype: str) -> Iterator[memoryview]:
         after = before.to(wanted)
         if not math.isfinite(sum(after.aminmax())) and not torch.equal(before.isfinite(), after.isfinite()):
             raise UserError(f"{file.path}: {name} has values too large for {TORCH_NAMES[dtype]}: choose another --dtype")
-        yield memoryview(after.view(torch.uint8).numpy())
+        yield after.view(torch.uint8).numpy().data
 
 
 def linked(folder: Path, entry: FileEntry, name: str) -> FileEntry:
@@ -385,17 +387,6 @@ def _from_hub(name: str) -> Path:
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
     return text.splitlines()[0].rstrip(".") if text else type(error).__name__
-
-
-def read_config(folder: Path) -> dict:
-    """The checkpoint's config.json. UserError when it is missing or no JSON object."""
-    try:
-        config = json.loads(read_bytes(folder / CONFIG))
-    except ValueError:
-        raise UserError(f"{folder / CONFIG} is not valid JSON") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / CONFIG} is not a JSON object")
-    return config
 
 
 def read_bytes(path: Path) -> bytes:

@@ -7,7 +7,6 @@ to one implementation and full to another.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from flowspec.core.stage import StageState
 from flowspec.errors import UserError
 from flowspec.models.cache import RowCache
-from flowspec.models.families import EMBEDDING, HEAD, check_config, family_of, module_tensors
+from flowspec.models.families import HEAD, family_of, module_tensors, read_config
 from flowspec.models.manifest import Manifest
 from flowspec.models.weights import Checkpoint, TensorFile
 
@@ -61,9 +60,6 @@ class StageModel(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def new_cache(self) -> RowCache:
-        return RowCache(len(self.layers))
-
     @torch.inference_mode()
     def forward(self, rows: Tensor, positions: np.ndarray, hidden: np.ndarray, cache: RowCache) -> Tensor:
         """Append n rows to the cache and return their outputs [n, hidden].
@@ -85,7 +81,7 @@ class Sequence:
     """One request in one model: the books and the cache, moved together."""
 
     def __init__(self, model: StageModel):
-        self.model, self.state, self.cache = model, StageState(), model.new_cache()
+        self.model, self.state, self.cache = model, StageState(), RowCache()
 
     def prefill(self, rows: Tensor) -> Tensor:
         """Prompt rows (tokens or features [n, hidden]) through the model; features [n, hidden]."""
@@ -121,16 +117,6 @@ class Head:
         return features.to(self.weight.device, self.weight.dtype) @ self.weight.T
 
 
-def read_config(folder: Path) -> dict:
-    """config.json of a checkpoint or a stage, checked to be of a family that can run."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {folder / 'config.json'}: {error}") from None
-    check_config(config)
-    return config
-
-
 def load_stage(manifest: Manifest, rank: int, dtype: torch.dtype, device: str) -> StageModel:
     """The layers of one rank of a split model."""
     config, entry = read_config(manifest.folder(rank)), manifest.ranks[rank]
@@ -142,6 +128,7 @@ def load_stage(manifest: Manifest, rank: int, dtype: torch.dtype, device: str) -
 def load_head(manifest: Manifest, rank: int, dtype: torch.dtype, device: str) -> Head:
     """The lm_head that lies beside rank 0 and beside the last stage."""
     entry = manifest.ranks[rank].lm_head
+    assert entry is not None, f"the split has no head beside rank {rank}"
     return Head(TensorFile(manifest.path(entry)).read(HEAD, dtype).to(device))
 
 
@@ -152,7 +139,6 @@ def load_whole(folder: Path, dtype: torch.dtype, device: str) -> tuple[StageMode
     model = StageModel(config, config["num_hidden_layers"], first=True, last=True)
     files = {checkpoint.file(name).path: checkpoint.file(name) for name in checkpoint.names}
     model.load((pair for file in files.values() for pair in module_tensors(file, family, 0, dtype)), device, str(folder))
-    if HEAD not in checkpoint.names:
-        assert EMBEDDING in checkpoint.names
-        return model, Head(model.embed_tokens.weight)
-    return model, Head(checkpoint.file(HEAD).read(HEAD, dtype).to(device))
+    tied = HEAD not in checkpoint.names
+    weight = model.get_parameter("embed_tokens.weight") if tied else checkpoint.file(HEAD).read(HEAD, dtype).to(device)
+    return model, Head(weight)

@@ -132,7 +132,7 @@ def _fill(file, flat: torch.Tensor, path: Path) -> None:
     """Read straight into the memory of a flat tensor."""
     import torch
 
-    view = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    view = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
     done = 0
     while done < len(view):
         got = file.readinto(view[done:])

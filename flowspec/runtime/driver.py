@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from flowspec.errors import RankLost
 from flowspec.models.stage import Head
 from flowspec.runtime import wire
 from flowspec.runtime.drafting import DraftThread, Local
-from flowspec.sampling import NoiseRows, Pick, pick
+from flowspec.sampling import NoiseRows, Pick, noise_for, pick
 
 STALL = 600.0
 """seconds without any message after which a request is given up: a bug, since dead and hung ranks show earlier"""
@@ -98,7 +98,7 @@ class Driver:
     def __init__(self, transport: Transport, draft: DraftThread | None, vocabulary: int, head: Head | None = None):
         self._transport, self._draft, self._head, self._vocabulary = transport, draft, head, vocabulary
 
-    def generate(self, request: Request, policy: Policy, coupled: bool, stats: Stats) -> Iterator[Committed]:
+    def generate(self, request: Request, policy: Policy, coupled: bool, stats: Stats) -> Generator[Committed, None, None]:
         """The text as it is committed. Closing the iterator cancels the request. `stats` is filled as it goes."""
         scheduler = Scheduler(request, policy, drafts=self._draft is not None)
         self._wake_at: float | None = None
@@ -120,15 +120,13 @@ class Driver:
             self._end(request, stats)
 
     def _begin(self, request: Request, coupled: bool) -> None:
-        sampled = request.sampling.temperature > 0
-        self._noise = NoiseRows(request.sampling.seed, self._vocabulary) if sampled else None
+        self._noise = noise_for(request.sampling, self._vocabulary)
         self._transport.send_next(wire.start(request))
         prompt = torch.tensor(request.prompt[:-1], dtype=torch.int32)
         for chunk in prompt.split(PREFILL_ROWS) if len(prompt) else ():
             self._transport.send_next(wire.prefill(request.id, chunk))
         if self._draft:
-            own = NoiseRows(request.sampling.seed, self._vocabulary) if sampled and coupled else None
-            self._draft.begin(request, own)
+            self._draft.begin(request, noise_for(request.sampling, self._vocabulary) if coupled else None)
 
     def _perform(self, request: Request, actions: list[Action], stats: Stats) -> Iterator[Committed]:
         """Everything that leaves this rank goes before the caller sees a token."""
@@ -140,7 +138,7 @@ class Driver:
             elif isinstance(action, Prune):
                 for rank in range(1, self._transport.world_size):
                     self._transport.send_control(rank, wire.prune(request.id, action))
-            elif isinstance(action, Draft):
+            elif isinstance(action, Draft) and self._draft:
                 self._draft.draft(request, action)
             elif isinstance(action, Commit):
                 committed = self._commit(action, stats)
@@ -190,6 +188,7 @@ class Driver:
             ids, tokens = table.tolist()
             picks: Mapping = dict(zip(ids, map(Pick, tokens, gaps.tolist()), strict=True))
         else:
+            assert self._head is not None, f"a {message.kind} message, but this rank does not verify"
             picks = _Verifier(self._head, request, self._noise, message)
         choices = _Choices(picks)
         choices.looked_up = self._picks

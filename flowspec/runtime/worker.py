@@ -15,7 +15,7 @@ from flowspec.core.messages import Started
 from flowspec.core.request import Sampling
 from flowspec.models.stage import Head, Sequence, StageModel
 from flowspec.runtime import wire
-from flowspec.sampling import NoiseRows, pick
+from flowspec.sampling import NoiseRows, noise_for, pick
 
 
 @dataclass
@@ -24,7 +24,7 @@ class _Live:
 
     sequence: Sequence
     sampling: Sampling
-    noise: Callable[[int], Tensor] | None
+    noise: NoiseRows | None
     busy: float = 0.0
     rows: int = 0
     forwards: int = 0
@@ -65,7 +65,7 @@ class Worker:
             self._over.discard(request)
         else:
             sampling = wire.read_sampling(message)
-            noise = NoiseRows(sampling.seed, self.head.vocabulary) if self.head and sampling.temperature > 0 else None
+            noise = noise_for(sampling, self.head.vocabulary) if self.head else None
             self._live[request] = _Live(Sequence(self.model), sampling, noise)
         if not self._is_last:
             self.transport.send_next(message)

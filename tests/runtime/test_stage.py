@@ -82,7 +82,7 @@ def test_a_tree_in_segments_of_any_size(family, size):
         some = ids[k : k + size]
         x = torch.tensor([tokens[i] for i in some])
         for sequence in sequences:
-            kept, positions, x = sequence.verify(some, [parents[i] for i in some], x)
+            kept, _, x = sequence.verify(some, [parents[i] for i in some], x)
             assert len(kept) == len(some)
         for i, logits in zip(some, head(x), strict=True):
             path, node = [], i

@@ -1,0 +1,79 @@
+"""A tiny random target, a draft that mostly agrees with it, and their splits: made once, in a temporary folder."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from flowspec.models.split import main as split
+
+TEXT = ["def add(a, b):\n    return a + b\n", "for i in range(10):\n    print(i, 'é', '語')\n"] * 4
+
+
+def save_tokenizer(folder, vocabulary: int) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+class TinyPair:
+    """Folders `target`, `draft` (the target with noise on its weights) and `split(stages)`."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.target, self.draft = folder / "target", folder / "draft"
+        torch.manual_seed(1)
+        config = LlamaConfig(
+            vocab_size=320,
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=160,
+            tie_word_embeddings=False,
+            eos_token_id=None,
+            bos_token_id=None,
+        )
+        self.model = LlamaForCausalLM(config).eval()
+        for p in self.model.parameters():
+            torch.nn.init.normal_(p, std=0.15) if p.ndim == 2 else torch.nn.init.normal_(p, 1.0, 0.1)
+        self.model.save_pretrained(self.target)
+        near = LlamaForCausalLM(config)
+        near.load_state_dict({k: v + 0.005 * torch.randn_like(v) for k, v in self.model.state_dict().items()})
+        near.save_pretrained(self.draft)
+        for place in (self.target, self.draft):
+            save_tokenizer(place, 300)  # 20 tokens of padding, as real checkpoints have
+        self._made = {}
+
+    def split(self, stages: int, layers: str | None = None):
+        """The folder of the target split into that many stages."""
+        key = (stages, layers)
+        if key not in self._made:
+            out = self.folder / f"split_{stages}_{layers}"
+            words = ["--model", str(self.target), "--stages", str(stages), "--output", str(out)]
+            split([*words, *(["--layers", layers] if layers else [])])
+            self._made[key] = out
+        return self._made[key]
+
+    def config(self, stages: int, layers: str | None = None, drafter: str = "lm"):
+        """A configuration file for that split."""
+        path = self.folder / f"config_{stages}_{layers}_{drafter}.yaml"
+        kind = f"{{kind: lm, path: {self.draft}}}" if drafter == "lm" else f"{{kind: {drafter}}}"
+        path.write_text(f"stages: {self.split(stages, layers)}\ndrafter: {kind}\nsampling: {{max_new_tokens: 40}}\n")
+        return path
+
+    @torch.no_grad()
+    def greedy(self, tokens, n: int) -> list[int]:
+        """transformers' own generate."""
+        ids = torch.tensor([list(tokens)])
+        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False, pad_token_id=0)
+        return out[0, ids.shape[1] :].tolist()
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    return TinyPair(tmp_path_factory.mktemp("pair"))
