@@ -1,0 +1,150 @@
+"""Rank 0's machine read as a transcript: an event goes in, a list of actions comes out."""
+
+import numpy as np
+import pytest
+
+from flowspec.core.messages import Commit, Draft, Drafted, DraftNode, Finish, Proposal, Prune, Returned, Segment, Started, Wake, Woke
+from flowspec.core.policy import PolicyConfig, TreeConfig, log_probabilities, make_policy
+from flowspec.core.request import Request, Sampling
+from flowspec.core.scheduler import Scheduler
+from flowspec.errors import UserError
+
+ROOT = DraftNode(0, -1, 9)
+
+
+def proposal(**chances):
+    """Candidates t<token>=probability, best first."""
+    tokens = [int(name[1:]) for name in chances]
+    return Proposal(np.array(tokens), np.log(list(chances.values())))
+
+
+def scheduler(method="flowspec", stages=2, new=20, eos=(), drafts=True, jit=False, **tree):
+    policy = make_policy(method, TreeConfig(**tree), PolicyConfig(just_in_time=jit), stages)
+    request = Request(id=1, prompt=(7, 8, 9), sampling=Sampling(max_new_tokens=new), eos=frozenset(eos))
+    return Scheduler(request, policy, drafts=drafts)
+
+
+def test_plain_decoding_is_one_row_at_a_time():
+    s = scheduler("ar")
+    assert s.start(0.0) == [Segment(1, (0,), (-1,), (9,))]
+    assert s.handle(Returned(1, (0,), {0: 5}), 1.0) == [
+        Prune(1, 0, 1),
+        Commit((0,), (5,), (False,), 1),
+        Segment(2, (1,), (0,), (5,)),
+    ]
+
+
+def test_the_root_leaves_at_once_and_is_drafted_from_meanwhile():
+    assert scheduler().start(0.0) == [Draft((ROOT,)), Segment(1, (0,), (-1,), (9,))]
+
+
+def test_a_draft_is_sent_behind_the_root_likeliest_first():
+    s = scheduler(top_k=2)
+    s.start(0.0)
+    actions = s.handle(Drafted((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)
+    assert actions == [Draft((DraftNode(1, 0, 5), DraftNode(2, 0, 6))), Segment(2, (1, 2), (0, 0), (5, 6))]
+
+
+def test_a_hit_keeps_the_subtree_and_a_miss_keeps_nothing():
+    s = scheduler(top_k=2)
+    s.start(0.0)
+    s.handle(Drafted((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)
+    s.handle(Drafted((1, 2), (proposal(t1=0.9), proposal(t2=0.9))), 2.0)
+    hit = s.handle(Returned(1, (0,), {0: 6}), 3.0)
+    assert hit[:2] == [Prune(1, 0, 2), Commit((0,), (6,), (True,), 2)]
+    assert set(s.tree.nodes) == {2, 4}
+    miss = s.handle(Returned(2, (1, 2), {1: 0, 2: 30}), 4.0)
+    assert miss == [Prune(2, 2, 5), Commit((2,), (30,), (False,), 5), Segment(4, (5,), (2,), (30,))]
+    assert len(s.tree) == 1
+    assert s.handle(Drafted((3, 4), (None, None)), 5.0) == [Draft((DraftNode(5, 2, 30),))], "one drafter forward at a time"
+
+
+def test_several_tokens_of_one_segment_are_committed_at_once():
+    s = scheduler("serial", budget=4, top_k=1, depth=2)
+    s.start(0.0)
+    for node, token in [(0, 5), (1, 6), (2, 4)]:
+        actions = s.handle(Drafted((node,), (proposal(**{f"t{token}": 0.9}),)), 1.0)
+    assert actions == [Segment(1, (0, 1, 2, 3), (-1, 0, 1, 2), (9, 5, 6, 4))]
+    assert s.handle(Returned(1, (0, 1, 2, 3), {0: 5, 1: 6, 2: 30}), 2.0)[:2] == [
+        Prune(1, 2, 4),
+        Commit((0, 1, 2), (5, 6, 30), (True, True, False), 4),
+    ]
+
+
+def test_naive_waits_for_all_its_pieces():
+    s = scheduler("naive", stages=2, budget=6, top_k=2, depth=1)
+    s.start(0.0)
+    s.handle(Drafted((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)
+    pieces = s.handle(Drafted((1, 2), (proposal(t1=0.9), proposal(t2=0.9))), 1.0)
+    assert [p.ids for p in pieces] == [(0,), (1, 3), (2, 4)]
+    assert s.handle(Returned(1, (0,), {0: 5}), 2.0) == []
+    assert s.handle(Returned(2, (1, 3), {1: 1, 3: 8}), 2.0) == []
+    commit = s.handle(Returned(3, (2, 4), {2: 0, 4: 0}), 2.0)[1]
+    assert commit.tokens == (5, 1, 8) and commit.accepted == (True, True, False)
+
+
+def test_an_end_token_inside_the_accepted_path_ends_the_text_there():
+    s = scheduler("serial", eos=[5], budget=3, top_k=1, depth=1)
+    s.start(0.0)
+    s.handle(Drafted((0,), (proposal(t5=0.9),)), 1.0)
+    s.handle(Drafted((1,), (proposal(t6=0.9),)), 1.0)
+    actions = s.handle(Returned(1, (0, 1, 2), {0: 5, 1: 6, 2: 7}), 2.0)
+    assert actions == [Commit((0,), (5,), (True,), 3), Finish("stop")]
+    assert s.handle(Woke(), 3.0) == []
+
+
+def test_the_limit_cuts_an_accepted_path():
+    s = scheduler("serial", new=2, budget=3, top_k=1, depth=3)
+    s.start(0.0)
+    actions = s.handle(Drafted((0,), (proposal(t5=0.9),)), 1.0)
+    assert actions == [Segment(1, (0, 1), (-1, 0), (9, 5))], "a node deeper than the limit is never drafted"
+    assert s.handle(Returned(1, (0, 1), {0: 5, 1: 6}), 2.0) == [Commit((0, 1), (5, 6), (True, False), 2), Finish("length")]
+
+
+def test_without_a_drafter_nothing_is_drafted():
+    assert scheduler(drafts=False).start(0.0) == [Segment(1, (0,), (-1,), (9,))]
+
+
+def test_a_dead_proposal_is_dropped():
+    s = scheduler()
+    s.start(0.0)
+    s.handle(Returned(1, (0,), {0: 30}), 1.0)
+    assert s.handle(Drafted((0,), (proposal(t5=0.9),)), 2.0) == [Draft((DraftNode(1, 0, 30),))]
+    assert len(s.tree) == 1
+
+
+def test_just_in_time_the_next_segment_waits_for_the_first_stage():
+    s = scheduler(jit=True, top_k=1)
+    s.start(0.0)
+    assert s.handle(Drafted((0,), (proposal(t5=0.9),)), 1.0) == [Draft((DraftNode(1, 0, 5),))], "the root has not started yet"
+    [wake] = s.handle(Started(1, 1, expected=4.0, base=3.9, slope=0.05), 2.0)
+    assert wake == Wake(4.0), "two seconds there and back: free at 5 by our clock, one hop earlier it may leave"
+    assert s.handle(Woke(), 4.0) == [Segment(2, (1,), (0,), (5,))]
+
+
+def test_a_segment_that_returned_has_started():
+    s = scheduler(jit=True, top_k=1)
+    s.start(0.0)
+    s.handle(Drafted((0,), (proposal(t5=0.9),)), 1.0)
+    assert s.handle(Returned(1, (0,), {0: 5}), 2.0)[-1] == Segment(2, (1,), (0,), (5,))
+    assert s.handle(Started(1, 1, 9.0, 1.0, 0.1), 2.1) == [], "old news changes nothing"
+
+
+def test_credits_bound_the_segments_in_flight():
+    s = scheduler(stages=1, segment=1, top_k=4)
+    s.start(0.0)
+    actions = s.handle(Drafted((0,), (proposal(t1=0.3, t2=0.3, t3=0.2, t4=0.2),)), 1.0)
+    assert sum(isinstance(a, Segment) for a in actions) == 1, "two credits with one stage, one is the root's"
+
+
+def test_probabilities_are_normalised_over_the_kept_candidates():
+    noise = np.array([0.0, 1.0])
+    p = np.exp(log_probabilities(Proposal(np.array([3, 4]), np.log([0.2, 0.1]), noise, coverage=0.9)))
+    assert p.sum() == pytest.approx(0.9)
+    assert p[1] / p[0] == pytest.approx(0.5 * np.e)
+
+
+@pytest.mark.parametrize("name", ["budget", "top_k", "depth", "segment"])
+def test_bad_trees_are_named(name):
+    with pytest.raises(UserError, match=f"tree.{name} is 0"):
+        TreeConfig(**{name: 0})

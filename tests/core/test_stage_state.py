@@ -1,0 +1,112 @@
+"""A stage's books, with the worked example of the design and the defects of other implementations as vectors."""
+
+import numpy as np
+
+from flowspec.core.cost import Emulate, LinearCost
+from flowspec.core.messages import Prune
+from flowspec.core.stage import Gather, StageState
+
+PARENTS = {0: -1, 1: 0, 2: 1, 3: 0, 4: 1, 5: 2, 6: 3, 7: 4, 8: 2}
+
+
+def admit(state, *ids):
+    return state.admit(ids, [PARENTS[i] for i in ids])
+
+
+def visible(admitted):
+    return [np.flatnonzero(~row).tolist() for row in admitted.hidden]
+
+
+def prompted(n=10):
+    state = StageState()
+    state.extend(n)
+    return state
+
+
+def test_prompt_rows_are_causal():
+    state = StageState()
+    assert visible(state.extend(2)) == [[0], [0, 1]]
+    second = state.extend(2)
+    assert second.positions.tolist() == [2, 3] and visible(second) == [[0, 1, 2], [0, 1, 2, 3]]
+
+
+def test_the_worked_example_on_a_stage_that_has_two_segments():
+    """Nodes 0 and 1 accepted, node 4 the new root: it holds rows 0..5 of the tree and keeps 0, 1, 4."""
+    state = prompted()
+    state.COMPACT = -1
+    admit(state, 0, 1, 2)
+    admit(state, 3, 4, 5)
+    assert state.prune(Prune(1, 1, 4)) == Gather(12, [14]), "rows 10 and 11 are in place, the root moves behind them"
+    assert state.context == 12 and state.row == {4: 12} and state.length == 13
+    third = admit(state, 6, 7, 8)
+    assert third.kept == [1], "of the third segment only node 7 is alive"
+    assert visible(third) == [[*range(12), 12, 13]] and third.positions.tolist() == [13]
+
+
+def test_the_worked_example_on_a_stage_that_has_one_segment():
+    state = prompted()
+    admit(state, 0, 1, 2)
+    state.prune(Prune(1, 1, 4))
+    second = admit(state, 3, 4, 5)
+    assert second.kept == [1] and second.positions.tolist() == [12]
+    assert visible(second) == [[*range(12), 13]], "row 12 held the dead node 2 and is still there, unseen"
+
+
+def test_a_single_row_does_not_see_its_siblings():
+    state = prompted(1)
+    admit(state, 0)
+    admit(state, 1)
+    assert visible(admit(state, 3)) == [[0, 1, 3]]
+
+
+def test_a_miss_keeps_nothing_and_the_new_root_is_admitted():
+    state = prompted(1)
+    admit(state, 0, 1, 2, 3)
+    state.prune(Prune(1, 1, 20))
+    assert state.row == {} and state.context == 3
+    assert state.admit([20, 5], [1, 2]).kept == [0]
+
+
+def test_an_early_prune_and_a_lost_one_end_in_the_same_books():
+    late, lost = prompted(1), prompted(1)
+    for state in (late, lost):
+        admit(state, 0, 1, 2, 3, 4)
+    late.prune(Prune(1, 0, 1))
+    for state in (late, lost):
+        state.prune(Prune(2, 1, 4))
+    assert late.context == lost.context == 3 and list(late.row) == list(lost.row) == [4]
+    assert late.prune(Prune(1, 0, 1)) is None, "an older prune changes nothing"
+
+
+def test_dead_rows_are_gathered_only_when_many():
+    state = prompted(1)
+    ids = list(range(StageState.COMPACT + 2))
+    state.admit(ids, [-1, *[0] * (len(ids) - 1)])
+    assert state.prune(Prune(1, 0, 1)) is None and state.dead == StageState.COMPACT
+    state.admit([100], [1])
+    state.admit([101], [1])
+    gather = state.prune(Prune(2, 1, 100))
+    assert gather is not None and gather.base + len(gather.rows) == state.length and state.dead == 0
+
+
+def test_costs_are_learnt():
+    cost = LinearCost()
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        n = int(rng.integers(1, 40))
+        cost.observe(n, 0.05 + 0.0005 * n)
+    assert abs(cost.base - 0.05) < 0.002 and abs(cost.slope - 0.0005) < 5e-5
+    assert abs(cost.predict(10) - 0.055) < 0.002
+
+
+def test_a_cost_without_variety_still_predicts():
+    cost = LinearCost()
+    for _ in range(300):
+        cost.observe(1, 0.01)
+    assert abs(cost.predict(1) - 0.01) < 1e-3 and cost.slope >= 0
+
+
+def test_emulated_times():
+    emulate = Emulate(stage_ms=(10.0, 20.0), token_ms=1.0, link_mbps=8.0)
+    assert emulate.stage_seconds(2, 5) == 0.025 and emulate.wire_seconds(1000) == 0.001
+    assert emulate.active and not Emulate().active
