@@ -26,7 +26,7 @@ from flowspec.core.request import Request, Sampling, need
 from flowspec.draft.registry import make_drafter
 from flowspec.models.manifest import Manifest
 from flowspec.models.stage import load_head, load_stage
-from flowspec.preflight import check_files, check_prompt, check_run
+from flowspec.preflight import check_drafter, check_files, check_prompt, check_run
 from flowspec.runtime import wire
 from flowspec.runtime.drafting import DraftThread
 from flowspec.runtime.driver import Driver, Stats
@@ -128,6 +128,8 @@ class Engine:
         set_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         transport, leave = join_run(manifest.num_stages + 1)
         check_files(config, manifest, [transport.rank])
+        if transport.rank == 0:
+            check_drafter(config.drafter, config.folder, manifest)
         return cls(config, manifest, transport, [leave])
 
     @classmethod

@@ -38,11 +38,6 @@ def _mix_tensor(x: Tensor) -> Tensor:
     return x ^ ((x >> 16) & 0xFFFF)
 
 
-def derive_seed(seed: int, choice: int) -> int:
-    """The seed of the i-th of several texts for one prompt; `derive_seed(s, 0) == s`."""
-    return seed if choice == 0 else (_mix(seed + choice) << 32 | _mix((seed >> 32) + _mix(choice))) & ((1 << 64) - 1)
-
-
 def gumbel(seed: int, position: int, tokens: Tensor) -> Tensor:
     """Standard Gumbel noise of these tokens (any int shape) at an absolute position: float64 of the same shape."""
     low, high = seed & _M32, seed >> 32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from flowspec.models.stage import Head
 from flowspec.runtime import wire
 from flowspec.runtime.drafting import DraftThread, Local
 from flowspec.sampling import NoiseRows, Pick, noise_for, pick
+
+log = logging.getLogger(__name__)
 
 STALL = 600.0
 """seconds without any message after which a request is given up: a bug, since dead and hung ranks show earlier"""
@@ -118,6 +121,7 @@ class Driver:
             stats.accepted, stats.drafted = scheduler.accepted_tokens, scheduler.tree.drafted
             stats.returned_segments = scheduler.returned_segments
             self._end(request, stats)
+            log.info("request %d: %d tokens, %s", request.id, len(scheduler.tokens), stats.finish_reason)
 
     def _begin(self, request: Request, coupled: bool) -> None:
         self._noise = noise_for(request.sampling, self._vocabulary)
@@ -133,6 +137,7 @@ class Driver:
         self._wake_at = None
         committed: list[Committed] = []
         for action in actions:
+            log.debug("%s", action)
             if isinstance(action, Segment):
                 self._transport.send_next(wire.segment(request.id, action))
             elif isinstance(action, Prune):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import sys
@@ -16,6 +17,8 @@ import torch.distributed as dist
 from flowspec.comm.gloo import FOREVER, GlooTransport
 from flowspec.comm.heartbeat import Heartbeat
 from flowspec.core.request import need
+
+log = logging.getLogger(__name__)
 
 REPORT = "FLOWSPEC_REPORT"
 """file in which ranks leave their last words for the launcher; without it they go to stderr"""
@@ -63,6 +66,7 @@ def join_run(world_size: int) -> tuple[GlooTransport, Callable[[], None]]:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=FOREVER)
     transport = GlooTransport(lambda r, why: _mourn(heartbeat, rank, r, why))
     heartbeat.start()
+    log.info("joined a run of %d ranks as %s", world_size, rank_name(rank, socket.gethostname()))
 
     def depart() -> None:
         heartbeat.stop()

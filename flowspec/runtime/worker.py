@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from flowspec.core.request import Sampling
 from flowspec.models.stage import Head, Sequence, StageModel
 from flowspec.runtime import wire
 from flowspec.sampling import NoiseRows, noise_for, pick
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -146,6 +149,7 @@ class Worker:
         time.sleep(max(0.0, begun + self.emulate.stage_seconds(self.transport.rank, rows) - time.monotonic()))
         spent = time.monotonic() - begun
         self._cost.observe(rows, spent)
+        log.debug("%d rows in %.2f ms", rows, spent * 1000)
         live.busy += spent
         live.forwards += 1
         return result

@@ -8,7 +8,7 @@ from transformers.generation.logits_process import MinPLogitsWarper, Temperature
 
 from flowspec.core.request import Sampling
 from flowspec.errors import UserError
-from flowspec.sampling import NoiseRows, derive_seed, filtered, gumbel, pick
+from flowspec.sampling import NoiseRows, filtered, gumbel, pick
 
 FILTERS = [
     dict(temperature=1.0),
@@ -90,11 +90,6 @@ def test_noise_has_the_moments_of_gumbel():
     assert abs(noise.var() - math.pi**2 / 6) < 0.03
     assert abs(torch.corrcoef(noise[:, :2].T)[0, 1]) < 0.4
     assert abs(torch.corrcoef(torch.stack([noise[:-1].flatten(), noise[1:].flatten()]))[0, 1]) < 0.01
-
-
-def test_derived_seeds_differ_and_the_first_is_the_seed_itself():
-    assert derive_seed(42, 0) == 42
-    assert len({derive_seed(42, i) for i in range(100)}) == 100
 
 
 @pytest.mark.parametrize(
