@@ -72,6 +72,8 @@ class Result:
     """tree rows that the first stage computed"""
     stage_utilisation: list[float]
     """share of the request's time that each stage spent computing"""
+    stage_peak_mb: list[float]
+    """most resident memory of each stage's process so far, MB"""
     world_size: int
     seed: int
     temperature: float
@@ -255,6 +257,7 @@ class Engine:
             drafted_tokens=stats.drafted,
             forwarded_tokens=stages[0].rows if stages else 0,
             stage_utilisation=[min(1.0, report.busy / spent) for report in stages],
+            stage_peak_mb=[round(report.peak_mb, 1) for report in stages],
             world_size=self.world_size,
             seed=request.sampling.seed or 0,
             temperature=request.sampling.temperature,

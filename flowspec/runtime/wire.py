@@ -83,7 +83,8 @@ class Report(NamedTuple):
     """seconds spent computing"""
     rows: int
     """tree rows computed"""
-    forwards: int
+    peak_mb: float
+    """the most memory that the process ever held, MB"""
 
 
 def report(request: int, report: Report) -> Message:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,6 +23,14 @@ from flowspec.sampling import NoiseRows, noise_for, pick
 log = logging.getLogger(__name__)
 
 
+def peak_memory() -> float:
+    """MB (10^6 bytes) of the most resident memory this process ever had."""
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss would carry over what the parent had before exec
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # macOS counts in bytes
+
+
 @dataclass
 class _Live:
     """A request in this stage."""
@@ -30,11 +40,6 @@ class _Live:
     noise: NoiseRows | None
     busy: float = 0.0
     rows: int = 0
-    forwards: int = 0
-
-    @property
-    def report(self) -> wire.Report:
-        return wire.Report(self.busy, self.rows, self.forwards)
 
 
 @dataclass
@@ -133,7 +138,8 @@ class Worker:
         live = self._live.pop(request, None)
         if live is None:
             self._over.add(request)
-        self.transport.send_control(0, wire.report(request, live.report if live else wire.Report(0.0, 0, 0)))
+        busy, rows = (live.busy, live.rows) if live else (0.0, 0)
+        self.transport.send_control(0, wire.report(request, wire.Report(busy, rows, peak_memory())))
 
     # ---- time --------------------------------------------------------------------------------------
     def _announce(self, request: int, number: int, rows: int) -> None:
@@ -151,5 +157,4 @@ class Worker:
         self._cost.observe(rows, spent)
         log.debug("%d rows in %.2f ms", rows, spent * 1000)
         live.busy += spent
-        live.forwards += 1
         return result

@@ -1,0 +1,115 @@
+"""Drafters: what they propose does not depend on how they got there."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from flowspec.core.messages import Commit, DraftNode
+from flowspec.core.request import Request, Sampling
+from flowspec.draft.lm import LmDrafter
+from flowspec.draft.ngram import NgramDrafter
+from flowspec.models.stage import Sequence, load_whole
+from flowspec.sampling import NoiseRows
+
+PROMPT = (5, 6, 7, 8)
+
+
+def request(**sampling):
+    return Request(id=1, prompt=PROMPT, sampling=Sampling(**sampling))
+
+
+@pytest.fixture(scope="module")
+def whole(pair):
+    return load_whole(pair.draft, torch.float32, "cpu")
+
+
+def from_scratch(whole, tokens):
+    """The drafter's log-probabilities after these tokens, computed without any cache."""
+    model, head = whole
+    return torch.log_softmax(head(Sequence(model).prefill(torch.tensor(tokens)))[-1, :320].float(), -1)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_an_incremental_tree_proposes_what_a_fresh_forward_would(whole, seed):
+    """Random growth and commits: deep hits, misses, several commits without a draft in between."""
+    print(f"seed {seed}")
+    r, drafter = random.Random(seed), LmDrafter(*whole, 320)
+    drafter.begin(request(), None)
+    text, root, next_id = list(PROMPT), 0, 1
+    anchor, path_of, children = -1, {0: []}, {}
+
+    def node_of(id, path):
+        """The node at the end of a path [(id, token), ...] below the root; the root's path is empty."""
+        if not path:
+            return DraftNode(id, anchor, text[-1])
+        return DraftNode(id, path[-2][0] if len(path) > 1 else root, path[-1][1])
+
+    for _ in range(25):
+        if r.random() < 0.6:
+            open_nodes = [i for i in path_of if i not in children]
+            batch = r.sample(open_nodes, min(len(open_nodes), r.randint(1, 4)))
+            nodes = [node_of(i, path_of[i]) for i in batch]
+            for node, proposal in zip(nodes, drafter.propose(nodes), strict=True):
+                want = from_scratch(whole, text + [t for _, t in path_of[node.id]])
+                np.testing.assert_allclose(proposal.logq, want[proposal.tokens].double().numpy(), atol=2e-4)
+                assert proposal.tokens[0] == int(want.argmax()) and len(proposal.tokens) == LmDrafter.KEPT
+                children[node.id] = []
+                for token in proposal.tokens[: r.randint(1, 3)].tolist():
+                    path_of[next_id] = [*path_of[node.id], (next_id, token)]
+                    children[node.id].append(next_id)
+                    next_id += 1
+        else:
+            goal = r.choice(list(path_of))
+            steps, hit = path_of[goal], r.random() < 0.6
+            path, tokens = [root, *(i for i, _ in steps)], [t for _, t in steps]
+            if hit and len(path) > 1:
+                new_root, path = path[-1], path[:-1]
+            else:
+                new_root, next_id = next_id, next_id + 1
+                tokens.append(r.randrange(300))
+            drafter.commit(Commit(tuple(path), tuple(tokens), (False,) * len(tokens), new_root))
+            text, anchor, root = text + tokens, path[-1], new_root
+            kept = {i: p for i, p in path_of.items() if hit and len(steps) and any(n == new_root for n, _ in p)}
+            cut = len(steps)
+            path_of = {i: p[cut:] for i, p in kept.items()} or {root: []}
+            children = {i: c for i, c in children.items() if i in path_of}
+
+
+def test_noise_reranks_the_candidates(whole):
+    noise = NoiseRows(3, 320)
+    plain, coupled = LmDrafter(*whole, 320), LmDrafter(*whole, 320)
+    plain.begin(request(temperature=1.0, seed=3), None)
+    coupled.begin(request(temperature=1.0, seed=3), noise)
+    [a], [b] = (d.propose([DraftNode(0, -1, PROMPT[-1])]) for d in (plain, coupled))
+    logq = from_scratch(whole, list(PROMPT)).double()
+    assert b.tokens.tolist() == (logq + noise(len(PROMPT))).topk(20).indices.tolist()
+    assert a.tokens.tolist() != b.tokens.tolist() and a.noise is None
+    np.testing.assert_allclose(b.noise, noise(len(PROMPT))[b.tokens].numpy())
+
+
+def test_a_node_whose_branch_died_gets_no_proposal(whole):
+    drafter = LmDrafter(*whole, 320)
+    drafter.begin(request(), None)
+    drafter.propose([DraftNode(0, -1, PROMPT[-1])])
+    drafter.commit(Commit((0,), (9,), (False,), 5))
+    assert drafter.propose([DraftNode(1, 0, 30)]) == [None]
+
+
+def test_look_up_proposes_what_followed_before_longest_match_first():
+    drafter = NgramDrafter()
+    drafter.begin(Request(id=1, prompt=(1, 2, 3, 9, 4, 2, 3, 8, 1, 2, 3), sampling=Sampling()), None)
+    [proposal] = drafter.propose([DraftNode(0, -1, 3)])
+    assert proposal.tokens.tolist() == [9] and proposal.coverage == NgramDrafter.LENGTHS[3]
+    [second] = drafter.propose([DraftNode(1, 0, 9)])
+    assert second.tokens.tolist() == [4]
+
+
+def test_look_up_learns_from_the_output():
+    drafter = NgramDrafter()
+    drafter.begin(request(), None)
+    assert drafter.propose([DraftNode(0, -1, 8)]) == [None]
+    drafter.commit(Commit((0, 1, 2), (20, 21, 8), (False,) * 3, 3))
+    [proposal] = drafter.propose([DraftNode(3, 2, 8)])
+    assert proposal.tokens.tolist() == [20]

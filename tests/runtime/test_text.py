@@ -1,0 +1,91 @@
+"""Text out of tokens: whole characters only, stop texts, end tokens, chats."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from flowspec.errors import UserError
+from flowspec.text import Text, TextStream, check_same_tokens
+
+
+@pytest.fixture
+def tokenizer():
+    """One token a byte: every other character of real text is broken in between."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def pieces(tokenizer, text, stop=()):
+    stream, out = TextStream(tokenizer, stop), []
+    for token in tokenizer.encode(text).ids:
+        out.append(stream.push(token))
+        if stream.stopped:
+            break
+    return out, stream
+
+
+@pytest.mark.parametrize("text", ["plain", "naïve café", "日本語 🙂 done", "a\n  b\t"])
+def test_no_piece_holds_a_broken_character(tokenizer, text):
+    out, stream = pieces(tokenizer, text)
+    assert "".join(out) + stream.flush() == text == stream.text
+    assert not any("\ufffd" in piece for piece in out)
+
+
+def test_a_character_cut_by_the_limit_is_not_shown(tokenizer):
+    stream = TextStream(tokenizer)
+    assert "".join(stream.push(t) for t in tokenizer.encode("né").ids[:2]) == "n"
+
+
+@pytest.mark.parametrize(
+    "text,stop,want", [("one END two", ["END"], "one "), ("aab", ["ab"], "a"), ("x\n\ny", ["\n\n", "y"], "x"), ("END", ["END"], "")]
+)
+def test_nothing_at_or_after_a_stop_text_is_given(tokenizer, text, stop, want):
+    out, stream = pieces(tokenizer, text, stop)
+    assert stream.stopped and "".join(out) == want == stream.text
+
+
+def test_what_only_looks_like_a_stop_text_is_given_in_the_end(tokenizer):
+    out, stream = pieces(tokenizer, "one EN", ["END"])
+    assert "".join(out) == "one " and stream.flush() == "EN" and not stream.stopped
+
+
+def test_the_same_tokens_with_other_padding_are_the_same_vocabulary(tokenizer):
+    check_same_tokens(tokenizer, tokenizer, "draft")
+    vocabulary = json.loads(tokenizer.to_str())
+    vocabulary["model"]["vocab"]["A"], vocabulary["model"]["vocab"]["B"] = (vocabulary["model"]["vocab"][c] for c in "BA")
+    other = Tokenizer.from_str(json.dumps(vocabulary))
+    with pytest.raises(UserError, match=r"another vocabulary.*2 tokens differ"):
+        check_same_tokens(tokenizer, other, "draft")
+
+
+@pytest.mark.parametrize("eos,want", [(3, {3}), ([3, 4], {3, 4}), (None, set())])
+def test_end_tokens_may_be_one_several_or_none(tokenizer, tmp_path, eos, want):
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 9 if eos else None}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    assert Text(tmp_path).eos == want
+
+
+def test_a_chat_without_a_template_is_plain_turns(tokenizer, tmp_path):
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = Text(tmp_path)
+    turns = [{"role": "user", "content": "Hi"}]
+    assert text.decode(text.encode_chat(turns)) == "User: Hi\nAssistant:"
+
+
+def test_a_chat_template_is_applied(tokenizer, tmp_path):
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    text = Text(tmp_path)
+    assert text.decode(text.encode_chat([{"role": "user", "content": "Hi"}])) == "<user>Hi<bot>"
+
+
+def test_a_missing_tokenizer_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        Text(tmp_path)
