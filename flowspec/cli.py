@@ -72,6 +72,7 @@ def _shared(command: argparse.ArgumentParser) -> None:
     command.add_argument("words", nargs="*", metavar="CONFIG | key=value", help="a YAML file (default: the demo) and overrides of its keys")
     command.add_argument("--prompt-file", metavar="FILE", help=".txt: a prompt a line; .jsonl: an object with `prompt` a line")
     command.add_argument("--method", help=" ".join(METHODS))
+    command.add_argument("--version", action="version", version=f"flowspec {__version__}")
     for name in SHORT:
         command.add_argument("--" + name.replace("_", "-"), metavar="N" if SHORT[name] is int else "X")
     command.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 # ---- as the launcher -------------------------------------------------------------------------------
 def _launch(options: argparse.Namespace, argv: list[str]) -> int:
-    from flowspec.preflight import check_prompt, check_run
+    from flowspec.preflight import check_prompt, check_run, check_writable
     from flowspec.text import Text
 
     path, config = _configuration(options)
@@ -108,9 +109,7 @@ def _launch(options: argparse.Namespace, argv: list[str]) -> int:
     for number, prompt in enumerate(_prompts(options, path), 1):
         need(prompt != "", f"prompt {number} is empty: give at least one token of text")
         check_prompt(text.encode(prompt), manifest, f"prompt {number}")
-    if (json := getattr(options, "json", None)) is not None:
-        need(Path(json).resolve().parent.is_dir(), f"--json: no folder {Path(json).resolve().parent}")
-        need(not Path(json).is_dir(), f"--json: {json} is a folder")
+    check_writable(getattr(options, "json", None))
     return launch(argv, manifest.num_stages + 1)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -54,6 +55,8 @@ class Config:
         _choice("method", self.method, METHODS, later)
         _choice("dtype", self.dtype, DTYPES)
         _choice("verify_on", self.verify_on, VERIFY_ON)
+        for device in [self.device] if isinstance(self.device, str) else self.device:
+            need(re.fullmatch(r"cpu|cuda(:\d+)?", device) is not None, f"device is {device}: it must be cpu, cuda or cuda:N")
         need(self.threads is None or self.threads >= 1, f"threads is {self.threads}: it must be at least 1, or auto")
 
     @property

@@ -24,6 +24,7 @@ from flowspec.config import Config, load_config
 from flowspec.core.policy import make_policy
 from flowspec.core.request import Request, Sampling, need
 from flowspec.draft.registry import make_drafter
+from flowspec.models.families import family_of, read_config
 from flowspec.models.manifest import Manifest
 from flowspec.models.stage import load_head, load_stage
 from flowspec.preflight import check_drafter, check_files, check_prompt, check_run
@@ -124,10 +125,12 @@ class Engine:
     @classmethod
     def join(cls, config: Config) -> Engine:
         """The engine of this process's rank in a torchrun world."""
-        from flowspec.runtime.process import join_run
+        from flowspec.runtime.process import check_world, join_run
 
         manifest = Manifest.load(config.stages_path)
+        check_world(manifest.num_stages + 1)
         set_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        warm_up(config, manifest, int(os.environ["RANK"]))
         transport, leave = join_run(manifest.num_stages + 1)
         check_files(config, manifest, [transport.rank])
         if transport.rank == 0:
@@ -147,11 +150,12 @@ class Engine:
 
     # ---- rank 0 ------------------------------------------------------------------------------------
     def wait_until_loaded(self, show: Callable[[int, dict], None] = lambda rank, facts: None) -> None:
-        """Until every stage holds its weights; `show(rank, {what, megabytes, seconds})` as they do."""
-        for _ in range(self.world_size - 1):
+        """Until every stage holds its weights; `show(rank, {megabytes, seconds})` on the way, with `what` when it is done."""
+        waiting = self.world_size - 1
+        while waiting:
             rank, message = self._transport.inbox.get()
-            assert message.kind == "loaded", f"rank {rank} says {message.kind} before it has loaded"
             show(rank, message.meta)
+            waiting -= message.kind == "loaded"
 
     def generate(
         self, prompt: str | Sequence[int], *, method: str | None = None, stop: str | Sequence[str] = (), **sampling: Any
@@ -235,8 +239,7 @@ class Engine:
                     break
         finally:
             tokens.close()
-            text = stream.text if stream.stopped else self.text.decode(ids)
-            generation.result = self._result(request, config, stats, ids, text)
+            generation.result = self._result(request, config, stats, ids, stream.text)
 
     def _result(self, request: Request, config: Config, stats: Stats, ids: list[int], text: str) -> Result:
         decode = stats.last_token - stats.first_token
@@ -265,6 +268,14 @@ class Engine:
         )
 
 
+def warm_up(config: Config, manifest: Manifest, rank: int) -> None:
+    """Import the model's code before there are heartbeats to miss: it takes seconds, and holds the interpreter's lock."""
+    if rank > 0:
+        family_of(read_config(manifest.folder(rank))).classes()
+    elif config.drafter.kind == "lm":
+        family_of(read_config(config.drafter.checkpoint(config.folder))).classes()
+
+
 def set_threads(config: Config, ranks_here: int) -> None:
     """CPU threads of a rank: as configured, or an equal share of the cores (torchrun alone would leave one)."""
     torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // ranks_here))
@@ -282,7 +293,15 @@ def _work(config: Config, manifest: Manifest, transport: Transport) -> None:
     rank, begun = transport.rank, time.monotonic()
     dtype, device = compute_dtype(config, manifest, rank), config.device_of(rank)
     need(device == "cpu" or torch.cuda.is_available(), f"device is {device}, but torch sees no GPU on rank {rank}")
-    model = load_stage(manifest, rank, dtype, device)
+    said = begun
+
+    def progress(size: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > 1.0:
+            said = time.monotonic()
+            transport.send_control(0, wire.loading(size / 1e6, said - begun))
+
+    model = load_stage(manifest, rank, dtype, device, progress)
     head = load_head(manifest, rank, dtype, device) if manifest.is_last(rank) and config.verifies_last else None
     size = sum(p.nbytes for p in model.parameters()) / 1e6
     a, b = manifest.ranks[rank].layers

@@ -15,6 +15,9 @@ from flowspec.models.manifest import Manifest, verify_files
 from flowspec.models.weights import Checkpoint
 from flowspec.text import Text, check_same_tokens, load_tokenizer
 
+PARTIAL = ".partial"
+"""ending of a result file that is not complete yet"""
+
 
 def check_run(config: Config) -> Manifest:
     """The manifest of the split model, after checking it and all that the configuration names. UserError says what is wrong."""
@@ -51,6 +54,21 @@ def check_prompt(tokens: Sequence[int], manifest: Manifest, name: str = "the pro
     need(len(tokens) > 0, f"{name} is empty: give at least one token of text")
     limit = manifest.max_positions
     need(len(tokens) < limit, f"{name} has {len(tokens)} tokens; the model takes {limit} in all, so at most {limit - 1} of prompt")
+
+
+def check_writable(path: str | None) -> None:
+    """Results can be written beside `path` and renamed to it."""
+    if path is None:
+        return
+    need(not Path(path).is_dir(), f"--json: {path} is a folder")
+    beside = Path(path + PARTIAL)
+    known = beside.exists()
+    try:
+        beside.open("a").close()
+    except OSError as error:
+        raise UserError(f"--json: cannot write {beside}: {error.strerror}") from None
+    if not known:
+        beside.unlink()
 
 
 def read_prompts(path: str) -> list[str]:

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from flowspec.core.request import need
 from flowspec.engine import Engine, Generation, Result
 from flowspec.errors import UserError
+from flowspec.preflight import PARTIAL
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
 TIES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
@@ -21,11 +21,12 @@ TIES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 
 def show_loading(engine: Engine) -> None:
-    """A line a rank as it holds its weights."""
+    """A line a rank when it holds its weights, and one a second until then."""
 
     def show(rank: int, facts: dict) -> None:
         size, seconds = facts["megabytes"], facts["seconds"]
-        print(f"rank {rank} of {engine.world_size - 1}: {facts['what']}, {size:.1f} MB in {seconds:.1f} s", file=sys.stderr, flush=True)
+        what = facts.get("what", "loading")
+        print(f"rank {rank} of {engine.world_size - 1}: {what}, {size:.1f} MB in {seconds:.1f} s", file=sys.stderr, flush=True)
 
     engine.wait_until_loaded(show)
 
@@ -74,8 +75,8 @@ def _json_lines(path: str | None) -> Iterator:
     if path is None:
         yield lambda result: None
         return
-    beside = Path(f"{path}.partial")
-    with _open(beside) as file:
+    beside = Path(path + PARTIAL)
+    with open(beside, "w") as file:
 
         def write(result: Result) -> None:
             file.write(json.dumps(dataclasses.asdict(result)) + "\n")
@@ -83,13 +84,6 @@ def _json_lines(path: str | None) -> Iterator:
 
         yield write
     os.replace(beside, path)
-
-
-def _open(path: Path) -> IO[str]:
-    try:
-        return open(path, "w")
-    except OSError as error:
-        raise UserError(f"--json: cannot write {path}: {error.strerror}") from None
 
 
 # ---- conversation ----------------------------------------------------------------------------------

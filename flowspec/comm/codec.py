@@ -33,6 +33,7 @@ _DTYPES = {
         torch.float64,
     )
 }
+_NAMES = {d: name for name, d in _DTYPES.items()}
 
 
 def _padded(n: int) -> int:
@@ -42,7 +43,7 @@ def _padded(n: int) -> int:
 def encode(message: Message) -> tuple[Tensor, Tensor]:
     """(header int64 [2], payload uint8 [n])"""
     tensors = [t.detach().cpu().contiguous() for t in message.tensors]
-    specs = [[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in tensors]
+    specs = [[_NAMES[t.dtype], list(t.shape)] for t in tensors]
     about = json.dumps({"version": VERSION, "kind": message.kind, "meta": message.meta, "tensors": specs}).encode()
     at = _padded(len(about))
     payload = torch.zeros(at + sum(_padded(t.nbytes) for t in tensors), dtype=torch.uint8)
@@ -62,10 +63,10 @@ def payload_size(header: Tensor) -> int:
 
 
 def decode(header: Tensor, payload: Tensor) -> Message:
-    """The message; its tensors share the payload's memory."""
+    """The message; its tensors share the payload's memory. ValueError for what no encoder of this version wrote."""
     about = json.loads(payload[: int(header[1])].numpy().tobytes())
-    if about["version"] != VERSION:
-        raise ValueError(f"a peer speaks version {about['version']} of the wire format, this is version {VERSION}")
+    if about.get("version") != VERSION:
+        raise ValueError(f"a peer speaks version {about.get('version')} of the wire format, this is version {VERSION}")
     at, tensors = _padded(int(header[1])), []
     for name, shape in about["tensors"]:
         size = math.prod(shape) * _DTYPES[name].itemsize

@@ -60,10 +60,11 @@ class _Receiver:
                 dist.recv(header, self._source, group=self._group)
                 payload = torch.empty(payload_size(header), dtype=torch.uint8)
                 dist.recv(payload, self._source, group=self._group)
-            except (RuntimeError, ValueError) as error:
-                reason = str(error) if isinstance(error, ValueError) else "the connection broke"
-                return self._lost(self._source, reason)
-            message = decode(header, payload)
+                message = decode(header, payload)
+            except RuntimeError:
+                return self._lost(self._source, "the connection broke")
+            except ValueError as error:
+                return self._lost(self._source, str(error))
             if message.kind == _BYE.kind:
                 return
             self._inbox.put((self._source, message), self._urgent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from flowspec.errors import UserError
@@ -32,7 +33,7 @@ class Sampling:
     max_new_tokens: int = 128
 
     def __post_init__(self) -> None:
-        need(self.temperature >= 0, f"sampling.temperature is {self.temperature}: it must be 0 (greedy) or more")
+        need(0 <= self.temperature < math.inf, f"sampling.temperature is {self.temperature}: it must be 0 (greedy) or more")
         need(self.top_k >= 0, f"sampling.top_k is {self.top_k}: it must be 0 (off) or more")
         need(0 < self.top_p <= 1, f"sampling.top_p is {self.top_p}: it must lie in (0, 1]")
         need(0 <= self.min_p <= 1, f"sampling.min_p is {self.min_p}: it must lie in [0, 1]")

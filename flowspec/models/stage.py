@@ -7,7 +7,7 @@ to one implementation and full to another.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -117,12 +117,23 @@ class Head:
         return features.to(self.weight.device, self.weight.dtype) @ self.weight.T
 
 
-def load_stage(manifest: Manifest, rank: int, dtype: torch.dtype, device: str) -> StageModel:
-    """The layers of one rank of a split model."""
+def load_stage(
+    manifest: Manifest, rank: int, dtype: torch.dtype, device: str, progress: Callable[[int], None] = lambda size: None
+) -> StageModel:
+    """The layers of one rank of a split model; `progress(bytes)` after each tensor, in bytes as computed with."""
     config, entry = read_config(manifest.folder(rank)), manifest.ranks[rank]
     path = manifest.path(entry)
     model = StageModel(config, entry.num_layers, manifest.is_first(rank), manifest.is_last(rank))
-    return model.load(module_tensors(TensorFile(path), family_of(config), entry.layers[0], dtype), device, str(path))
+    tensors = module_tensors(TensorFile(path), family_of(config), entry.layers[0], dtype)
+    return model.load(_counted(tensors, progress), device, str(path))
+
+
+def _counted(tensors: Iterable[tuple[str, Tensor]], progress: Callable[[int], None]) -> Iterator[tuple[str, Tensor]]:
+    done = 0
+    for name, tensor in tensors:
+        done += tensor.nbytes
+        yield name, tensor
+        progress(done)
 
 
 def load_head(manifest: Manifest, rank: int, dtype: torch.dtype, device: str) -> Head:

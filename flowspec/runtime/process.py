@@ -51,16 +51,20 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def join_run(world_size: int) -> tuple[GlooTransport, Callable[[], None]]:
-    """Connect to the other ranks; the transport, and what to call after it was closed. UserError for a wrong world size."""
-    rank, started = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+def check_world(world_size: int) -> None:
+    """UserError when torchrun started another number of ranks than the model was split for."""
+    started, stages = int(os.environ["WORLD_SIZE"]), world_size - 1
     need(
         started == world_size,
-        f"wrong world size: the model is split for {world_size} ranks (rank 0 and {world_size - 1} stages), torchrun started {started}",
+        f"wrong world size: the model is split for {world_size} ranks (rank 0 and {stages} stages), torchrun started {started}",
     )
+
+
+def join_run(world_size: int) -> tuple[GlooTransport, Callable[[], None]]:
+    """Connect to the other ranks; the transport, and what to call after it was closed."""
     if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost", "::1"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")  # listen on loopback only
-    store, rank, started = next(dist.rendezvous("env://"))
+    store, rank, _ = next(dist.rendezvous("env://"))
     heartbeat = Heartbeat(store.clone(), rank, world_size, lambda r, why: _mourn(heartbeat, rank, r, why), **_pace())
     heartbeat.announce()
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=FOREVER)

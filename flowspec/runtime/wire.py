@@ -95,6 +95,11 @@ def read_report(message: Message) -> Report:
     return Report(*(message.meta[name] for name in Report._fields))
 
 
+def loading(megabytes: float, seconds: float) -> Message:
+    """A stage has read this much of its weights."""
+    return Message("loading", {"megabytes": megabytes, "seconds": seconds})
+
+
 def loaded(megabytes: float, seconds: float, what: str) -> Message:
     """A stage holds its weights and waits for work."""
     return Message("loaded", {"megabytes": megabytes, "seconds": seconds, "what": what})

@@ -1,0 +1,229 @@
+"""Bad input is one line that names the field or the file, and exit code 2, before any rank is started."""
+
+import json
+import socket
+
+import pytest
+
+from flowspec import cli
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch):
+    """`refused(*words)`: the one line that the command prints."""
+    monkeypatch.setattr(cli, "launch", lambda *_: pytest.fail("ranks were about to be started"))
+
+    def run(*words: object) -> str:
+        capsys.readouterr()
+        code = cli.main(["run", *map(str, words)])
+        out, err = capsys.readouterr()
+        assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("flowspec: ") and "Traceback" not in err, err
+        return err
+
+    return run
+
+
+def test_what_is_right_is_not_refused(pair, monkeypatch):
+    started = []
+    monkeypatch.setattr(cli, "launch", lambda argv, world_size: started.append(world_size) or 0)
+    for words in [
+        ["--prompt", "a"],
+        ["--chat"],
+        ["--prompt", "a", "--temperature", "0.5", "device=[cpu, cpu, cpu]", "emulate.stage_ms=[1, 2]"],
+    ]:
+        assert cli.main(["run", str(pair.config(2)), *words]) == 0  # the draft pads its vocabulary otherwise than its tokenizer
+    assert started == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    "words,named",
+    [
+        (["tree.bugdet=3"], ["tree.bugdet", "tree.budget"]),
+        (["metod=ar"], ["metod", "method"]),
+        (["emulate.speed=3"], ["emulate.speed", "stage_ms"]),
+        (["--method", "fast"], ["method", "fast", "flowspec"]),
+        (["--method", "flowspce"], ["method", "did you mean flowspec"]),
+        (["--method", "pipedec"], ["method", "pipedec comes later"]),
+        (["drafter.kind=ngrma"], ["drafter.kind", "did you mean ngram"]),
+        (["drafter.kind=oracle"], ["drafter.kind", "oracle", "ngram"]),
+        (["drafter.path=no/where"], ["drafter.path", "no/where"]),
+        (["drafter={kind: lm}"], ["drafter.path"]),
+        (["drafter=lm"], ["drafter"]),
+        (["stages=no/where"], ["no/where"]),
+        (["stages=3"], ["stages", "3"]),
+        (["dtype=float8"], ["dtype", "float8", "float16"]),
+        (["verify_on=first"], ["verify_on", "first"]),
+        (["threads=0"], ["threads"]),
+        (["tree.budget=many"], ["tree.budget", "many"]),
+        (["tree.budget=0"], ["tree.budget"]),
+        (["sampling=3"], ["sampling", "3"]),
+        (["sampling.seed=-1"], ["sampling.seed", "-1"]),
+        (["emulate.stage_ms=[1, 2, 3]"], ["emulate.stage_ms", "3", "2"]),
+        (["emulate.link_ms=-1"], ["emulate.link_ms", "-1"]),
+        (["emulate.link_mbps=0"], ["emulate.link_mbps"]),
+        (["device=[cpu, cpu]"], ["device", "2", "3"]),
+        (["tree.budget={"], ["tree.budget={", "YAML"]),
+        (["=3"], ["=3", "key=value"]),
+        (["tree.budget"], ["tree.budget"]),
+        (["--prompt", ""], ["prompt 2", "empty"]),
+        (["--prompt", "a\n" * 400], ["prompt 2", "160"]),
+        (["--temperature", "-1"], ["temperature", "-1"]),
+        (["--temperature", "nan"], ["temperature", "nan"]),
+        (["--temperature", "warm"], ["--temperature", "warm"]),
+        (["--top-p", "0"], ["top_p"]),
+        (["--top-p", "1.5"], ["top_p", "1.5"]),
+        (["--top-k", "-3"], ["top_k", "-3"]),
+        (["--top-k", "2.5"], ["--top-k", "2.5", "whole number"]),
+        (["--min-p", "2"], ["min_p", "2"]),
+        (["--seed", "lucky"], ["--seed", "lucky"]),
+        (["--max-new-tokens", "0"], ["max_new_tokens", "0"]),
+        (["--max-new-tokens", "many"], ["--max-new-tokens", "many"]),
+        (["--max-new-tokens"], ["--max-new-tokens"]),
+        (["--colour"], ["--colour"]),
+        (["--log-level", "loud"], ["--log-level", "loud"]),
+        (["--prompt-file", "no/prompts.txt"], ["--prompt-file", "no/prompts.txt"]),
+        (["--prompt-file", "prompts.csv"], ["--prompt-file", "prompts.csv", ".jsonl"]),
+        (["--json", "no/where/results.jsonl"], ["--json", "no/where"]),
+        (["--json", "/proc/results.jsonl"], ["--json", "/proc"]),  # a folder that nobody can write to, root included
+        (["--json", "/"], ["--json", "/"]),
+    ],
+    ids=lambda value: " ".join(value)[:40].strip() if isinstance(value, list) else None,
+)
+def test_a_wrong_word_is_refused_by_name(pair, refused, words, named):
+    line = refused(pair.config(2), "--prompt", "for", *words)
+    assert [name for name in named if name not in line] == [], line
+
+
+@pytest.mark.parametrize(
+    "argv,named",
+    [([], "command"), (["fly"], "fly"), (["verify", "--chat"], "--chat")],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_wrong_command_is_refused_by_name(capsys, argv, named):
+    assert cli.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1) and err.startswith("flowspec: ") and named in err
+
+
+@pytest.mark.parametrize(
+    "text,named",
+    [
+        (None, "cannot read"),
+        (b"", "no configuration"),
+        (b"- 1\n- 2\n", "no configuration"),
+        (b"stages: [1\nmethod: ar\n", "not valid YAML (line"),
+        (b"stages: 'a\n\tb: {", "not valid YAML"),
+        (b"\xff\xfe\x00stages", "not valid YAML"),
+        (b"method: ar\n", "stages is missing"),
+    ],
+)
+def test_a_wrong_configuration_file_is_refused_by_name(tmp_path, refused, text, named):
+    path = tmp_path / "mine.yaml"
+    if text is not None:
+        path.write_bytes(text)
+    line = refused(path, "--prompt", "for")
+    assert named in line and ("mine.yaml" in line or "stages" in named)
+
+
+def test_a_folder_and_two_files_are_no_configuration(tmp_path, pair, refused):
+    assert str(tmp_path) in refused(tmp_path, "--prompt", "for")
+    assert "one configuration at a time" in refused(pair.config(2), pair.config(3), "--prompt", "for")
+
+
+def test_a_run_wants_a_prompt(pair, refused):
+    assert "--prompt" in refused(pair.config(2))
+
+
+@pytest.mark.parametrize(
+    "name,text,named",
+    [
+        ("none.txt", b"\n\n", "none.txt holds no prompt"),
+        ("bytes.txt", b"\xff\xfe\xfd", "bytes.txt is not UTF-8"),
+        ("word.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', "word.jsonl line 2"),
+        ("number.jsonl", b'{"prompt": 5}\n', "number.jsonl line 1"),
+        ("list.jsonl", b'["prompt"]\n', "list.jsonl line 1"),
+        ("text.jsonl", b'{"prompt": "a"}\n\nprompt\n', "text.jsonl line 3"),
+        ("empty.jsonl", b'{"prompt": ""}\n', "prompt 1 is empty"),
+    ],
+)
+def test_a_wrong_prompt_file_is_refused_by_name_and_line(tmp_path, pair, refused, name, text, named):
+    (tmp_path / name).write_bytes(text)
+    assert named in refused(pair.config(2), "--prompt-file", tmp_path / name)
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+def cut_in_half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def remove(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, cut_in_half, remove])
+@pytest.mark.parametrize(
+    "file", ["rank_00/tokenizer.json", "rank_01/model.safetensors", "rank_02/model.safetensors", "rank_02/config.json"]
+)
+def test_a_damaged_file_of_the_split_is_refused_by_name(damaged, refused, file, damage):
+    config, split, _ = damaged
+    damage(split / file)
+    assert str(split / file) in refused(config, "--prompt", "for")
+
+
+@pytest.mark.parametrize("damage", [cut_in_half, remove])
+@pytest.mark.parametrize("file", ["split/stages.yaml", "draft/tokenizer.json", "draft/config.json", "draft/model.safetensors"])
+def test_a_damaged_manifest_or_draft_is_refused_by_name(damaged, refused, file, damage):
+    config, _, _ = damaged
+    damage(config.parent / file)
+    line = refused(config, "--prompt", "for")
+    assert file.split("/")[1] in line or (damage is remove and str(config.parent / "draft") in line)
+
+
+def test_a_manifest_of_a_newer_version_is_refused(damaged, refused):
+    config, split, _ = damaged
+    path = split / "stages.yaml"
+    path.write_text(path.read_text().replace("format: 1", "format: 2"))
+    assert "newer flowspec (format 2" in refused(config, "--prompt", "for")
+
+
+@pytest.mark.parametrize("verify_on,folder", [("coordinator", "rank_00"), ("last", "rank_02")])
+def test_only_the_lm_head_that_will_be_used_is_checked(damaged, refused, monkeypatch, verify_on, folder):
+    config, split, _ = damaged
+    heads = {path.parent.name: path for path in split.glob("rank_*/lm_head.safetensors")}
+    assert sorted(heads) == ["rank_00", "rank_02"]
+    flip_a_byte(heads.pop(folder))
+    words = [config, "--prompt", "for", f"verify_on={verify_on}"]
+    assert f"{folder}/lm_head.safetensors" in refused(*words)
+    [(_, other)] = heads.items()
+    (split / folder / "lm_head.safetensors").write_bytes(other.read_bytes())
+    other.unlink()
+    monkeypatch.setattr(cli, "launch", lambda *_: 0)
+    assert cli.main(["run", *map(str, words)]) == 0
+
+
+def test_a_draft_with_other_tokens_is_refused(damaged, refused):
+    config, _, draft = damaged
+    path = draft / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(content))
+    line = refused(config, "--prompt", "for")
+    assert "drafter.path" in line and "2 tokens differ" in line and "'a'" in line
+
+
+@pytest.mark.slow
+def test_a_world_of_the_wrong_size_is_named_by_both_numbers(pair, command):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", port)
+    run = command(pair.config(2), "--prompt", "for", start=(*torchrun, "launch/run.py"))
+    assert run.end() != 0
+    [line] = [line for line in run.err.splitlines() if line.startswith("flowspec: ")]
+    assert "wrong world size" in line and "3 ranks" in line and "started 2" in line
