@@ -7,29 +7,30 @@ torchrun as each rank.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from flowspec.config import METHODS, Config, load_config
 from flowspec.core.request import need
 from flowspec.errors import RankLost, UserError
 from flowspec.launcher import ROOT, is_rank, launch
+from flowspec.models.split import Parser
 from flowspec.version import __version__
+
+if TYPE_CHECKING:
+    from flowspec.engine import Engine
 
 DEMO = ROOT / "configs" / "demo.yaml"
 DEMO_STAGES = ROOT / "build" / "demo"
 DEMO_PROMPT = "import os\n\n\ndef read_lines(path):\n"
 SHORT = {"max_new_tokens": int, "temperature": float, "top_p": float, "top_k": int, "min_p": float, "seed": int}
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
 
 
 COMMANDS = {
@@ -41,7 +42,7 @@ COMMANDS = {
 
 def _top_parser() -> argparse.ArgumentParser:
     listing = "\n".join(f"  {name:<8} {what}" for name, what in COMMANDS.items())
-    top = _Parser(
+    top = Parser(
         prog="flowspec",
         description="One request to a large language model, fast, on several small devices.",
         epilog=f"commands (each with its own --help):\n{listing}",
@@ -54,7 +55,7 @@ def _top_parser() -> argparse.ArgumentParser:
 
 def _parser(command: str) -> argparse.ArgumentParser:
     """Of `run` or `verify`."""
-    parser = _Parser(prog=f"flowspec {command}", description=_VERIFY if command == "verify" else "Generate text over the ring of stages.")
+    parser = Parser(prog=f"flowspec {command}", description=_VERIFY if command == "verify" else "Generate text over the ring of stages.")
     _shared(parser)
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="the text to continue; may be given several times")
     if command == "run":
@@ -108,6 +109,7 @@ def _launch(options: argparse.Namespace, argv: list[str]) -> int:
     text = Text(manifest.folder(0))
     for number, prompt in enumerate(_prompts(options, path), 1):
         need(prompt != "", f"prompt {number} is empty: give at least one token of text")
+        need(not any("\ud800" <= c <= "\udfff" for c in prompt), f"prompt {number} is not valid UTF-8")
         check_prompt(text.encode(prompt), manifest, f"prompt {number}")
     check_writable(getattr(options, "json", None))
     return launch(argv, manifest.num_stages + 1)
@@ -138,7 +140,7 @@ def _prompts(options: argparse.Namespace, path: Path) -> list[str]:
     given = options.prompt + (read_prompts(options.prompt_file) if options.prompt_file else [])
     if given or getattr(options, "chat", False):
         return given
-    need(path == DEMO, "no prompt: give --prompt TEXT, --prompt-file FILE or --chat")
+    need(path == DEMO, "no prompt: give --prompt TEXT or --prompt-file FILE" + (" or --chat" if options.command == "run" else ""))
     return [DEMO_PROMPT]
 
 
@@ -148,7 +150,6 @@ def _split_demo() -> None:
 
     source, made = ROOT / "demo" / "target", DEMO_STAGES / "stages.yaml"
     if not made.exists() or made.stat().st_mtime < (source / "model.safetensors").stat().st_mtime:
-        DEMO_STAGES.parent.mkdir(exist_ok=True)
         split(str(source), 2, DEMO_STAGES)
 
 
@@ -158,6 +159,8 @@ def _rank(options: argparse.Namespace) -> NoReturn:
 
     rank = os.environ["RANK"]
     place = "rank0" if rank == "0" else f"rank{rank}/stage{rank}"
+    if rank != "0":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun passes Ctrl-C to all; rank 0 answers for them
     logging.basicConfig(level=options.log_level.upper(), format=f"[{place}] %(levelname)s %(name)s: %(message)s")
     code = 0
     try:
@@ -179,20 +182,31 @@ def _serve(options: argparse.Namespace) -> int:
     from flowspec.engine import Engine
 
     path, config = _configuration(options)
-    with Engine.join(config) as engine:
-        if engine.rank:
-            engine.work()
-            return 0
-        from flowspec import session
+    engine = Engine.join(config)
+    code = 0
+    if engine.rank:
+        engine.work()
+    else:
+        code = _lead(engine, options, path, config)
+    engine.close()  # not after a failure: then nobody is to be told that all is well
+    return code
 
-        session.show_loading(engine)
-        prompts = _prompts(options, path)
-        if options.command == "verify":
-            return 0 if session.verify(engine, prompts, _settings(config)) else 1
-        session.run_prompts(engine, prompts, options.stop, options.json)
-        if options.chat:
-            session.chat(engine, options.stop)
-        return 0
+
+def _lead(engine: Engine, options: argparse.Namespace, path: Path, config: Config) -> int:
+    """Rank 0's part."""
+    from flowspec import session
+    from flowspec.runtime.process import report
+
+    session.show_loading(engine)
+    prompts = _prompts(options, path)
+    if options.command == "verify":
+        same = session.verify(engine, prompts, _settings(config))
+        if not same:
+            report("speculation changed the text: see above", 1)
+        return 0 if same else 1
+    with contextlib.suppress(BrokenPipeError):  # whoever reads the output has enough
+        session.run(engine, prompts, options.stop, options.json, options.chat)
+    return 0
 
 
 def _settings(config: Config) -> list[dict]:

@@ -68,7 +68,8 @@ class Config:
         return self.verify_on != "coordinator"
 
     def device_of(self, rank: int) -> str:
-        return self.device if isinstance(self.device, str) else self.device[rank]
+        devices = (self.device,) if isinstance(self.device, str) else self.device
+        return devices[rank] if len(devices) > 1 else devices[0]
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...], note: str = "") -> None:
@@ -98,7 +99,7 @@ def _apply(tree: dict, override: str) -> None:
     need(bool(sign) and bool(key), f"{override!r} is not understood: overrides are written key=value, such as tree.budget=64")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"{override!r}: the value is not valid YAML") from None
     *parents, leaf = key.split(".")
     for name in parents:
@@ -138,7 +139,16 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
             return tuple(_convert(typing.get_args(option)[0], item, name) for item in value)
         if option is float and type(value) is int:
             return float(value)
+        if option is float and isinstance(value, str) and (number := _number(value)) is not None:
+            return number  # YAML 1.1 takes 1e-1 for a text
         if type(value) is option:
             return value
     wanted = " or ".join("a list" if typing.get_origin(o) else {type(None): "auto"}.get(o, getattr(o, "__name__", "?")) for o in options)
     raise UserError(f"{name} is {value!r}: expected {wanted}")
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

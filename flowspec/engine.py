@@ -27,7 +27,7 @@ from flowspec.draft.registry import make_drafter
 from flowspec.models.families import family_of, read_config
 from flowspec.models.manifest import Manifest
 from flowspec.models.stage import load_head, load_stage
-from flowspec.preflight import check_drafter, check_files, check_prompt, check_run
+from flowspec.preflight import check_prompt, check_run
 from flowspec.runtime import wire
 from flowspec.runtime.drafting import DraftThread
 from flowspec.runtime.driver import Driver, Stats
@@ -83,7 +83,7 @@ class Result:
 
 
 class Generation:
-    """An iterator of Token; `result` is there once it is exhausted or closed."""
+    """An iterator of Token; `result` is there once it is exhausted, or closed after its first token."""
 
     def __init__(self, tokens: Iterator[Token]):
         self._tokens = tokens
@@ -127,14 +127,13 @@ class Engine:
         """The engine of this process's rank in a torchrun world."""
         from flowspec.runtime.process import check_world, join_run
 
-        manifest = Manifest.load(config.stages_path)
-        check_world(manifest.num_stages + 1)
+        rank = int(os.environ["RANK"])
+        world_size = Manifest.load(config.stages_path).num_stages + 1
+        check_world(world_size)
+        manifest = check_run(config, [rank])
         set_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        warm_up(config, manifest, int(os.environ["RANK"]))
-        transport, leave = join_run(manifest.num_stages + 1)
-        check_files(config, manifest, [transport.rank])
-        if transport.rank == 0:
-            check_drafter(config.drafter, config.folder, manifest)
+        warm_up(config, manifest, rank)
+        transport, leave = join_run(world_size)
         return cls(config, manifest, transport, [leave])
 
     @classmethod
@@ -144,8 +143,17 @@ class Engine:
         stages = [threading.Thread(target=_stage_thread, args=(config, manifest, end, first), daemon=True) for end in others]
         for thread in stages:
             thread.start()
-        engine = cls(config, manifest, first, [thread.join for thread in stages])
-        engine.wait_until_loaded()
+        try:
+            engine = cls(config, manifest, first, [thread.join for thread in stages])
+        except BaseException:
+            for end in others:
+                first.send_control(end.rank, wire.STOP)
+            raise
+        try:
+            engine.wait_until_loaded()
+        except BaseException:
+            engine.close()
+            raise
         return engine
 
     # ---- rank 0 ------------------------------------------------------------------------------------
@@ -179,18 +187,20 @@ class Engine:
         return generation
 
     def close(self) -> None:
-        """End the run on every rank."""
-        if self.rank == 0:
+        """End the run on every rank; idempotent."""
+        try:
             if self._running:
                 self._running.close()
-            for rank in range(1, self.world_size):
-                self._transport.send_control(rank, wire.STOP)
-            if self._draft:
-                self._draft.close()
-        self._transport.close()
-        for leave in self._on_close:
-            leave()
-        self._on_close = []
+        finally:
+            if self.rank == 0:
+                if self._draft:
+                    self._draft.close()
+                for rank in range(1, self.world_size):
+                    self._transport.send_control(rank, wire.STOP)
+            self._transport.close()
+            leaving, self._on_close = self._on_close, []
+            for leave in leaving:
+                leave()
 
     def __enter__(self) -> Engine:
         return self
@@ -211,7 +221,7 @@ class Engine:
     # ---- inside ------------------------------------------------------------------------------------
     def _make_driver(self) -> Driver:
         config, manifest = self.config, self.manifest
-        dtype, device = compute_dtype(config, manifest, 0), config.device_of(0)
+        dtype, device = compute_dtype(config, manifest, 0), checked_device(config, 0)
         drafter = make_drafter(config.drafter, config.folder, manifest.vocab_size, dtype, device)
         least = config.emulate.draft_ms / 1000 if config.drafter.kind == "lm" else 0.0
         self._draft = DraftThread(drafter, self._transport.inbox, least) if drafter else None
@@ -226,12 +236,14 @@ class Engine:
         return Request(id=self._requests, prompt=tokens, sampling=sampling, eos=self.text.eos)
 
     def _run(self, generation: Generation, request: Request, config: Config, stop: list[str]) -> Iterator[Token]:
-        stats, ids, stream = Stats(), [], TextStream(self.text.tokenizer, stop)
+        stats, ids, accepted = Stats(), [], 0
+        stream = TextStream(self.text.tokenizer, stop, request.prompt)
         policy = make_policy(config.method, config.tree, config.policy, self.manifest.num_stages)
         tokens = self._driver.generate(request, policy, config.policy.coupled, stats)
         try:
             for token in tokens:
                 ids.append(token.id)
+                accepted += token.accepted
                 piece = stream.push(token.id) + (stream.flush() if token.final else "")
                 yield Token(token.id, piece, token.accepted, token.gap)
                 if stream.stopped:
@@ -239,9 +251,9 @@ class Engine:
                     break
         finally:
             tokens.close()
-            generation.result = self._result(request, config, stats, ids, stream.text)
+            generation.result = self._result(request, config, stats, ids, accepted, stream.text)
 
-    def _result(self, request: Request, config: Config, stats: Stats, ids: list[int], text: str) -> Result:
+    def _result(self, request: Request, config: Config, stats: Stats, ids: list[int], accepted: int, text: str) -> Result:
         decode = stats.last_token - stats.first_token
         spent = max(stats.ended - stats.begun, 1e-9)
         stages = [stats.reports[rank] for rank in sorted(stats.reports)]
@@ -256,7 +268,7 @@ class Engine:
             decode_seconds=decode,
             tokens_per_second=(len(ids) - 1) / decode if len(ids) > 1 and decode > 0 else None,
             accepted_per_segment=len(ids) / max(1, stats.returned_segments),
-            accepted_tokens=stats.accepted,
+            accepted_tokens=accepted,
             drafted_tokens=stats.drafted,
             forwarded_tokens=stages[0].rows if stages else 0,
             stage_utilisation=[min(1.0, report.busy / spent) for report in stages],
@@ -281,6 +293,12 @@ def set_threads(config: Config, ranks_here: int) -> None:
     torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // ranks_here))
 
 
+def checked_device(config: Config, rank: int) -> str:
+    device = config.device_of(rank)
+    need(device == "cpu" or torch.cuda.is_available(), f"device is {device}, but torch sees no GPU on rank {rank}")
+    return device
+
+
 def compute_dtype(config: Config, manifest: Manifest, rank: int) -> torch.dtype:
     """auto: float32 on a CPU (half precision is slow there), the stored dtype elsewhere."""
     name = config.dtype
@@ -291,8 +309,7 @@ def compute_dtype(config: Config, manifest: Manifest, rank: int) -> torch.dtype:
 
 def _work(config: Config, manifest: Manifest, transport: Transport) -> None:
     rank, begun = transport.rank, time.monotonic()
-    dtype, device = compute_dtype(config, manifest, rank), config.device_of(rank)
-    need(device == "cpu" or torch.cuda.is_available(), f"device is {device}, but torch sees no GPU on rank {rank}")
+    dtype, device = compute_dtype(config, manifest, rank), checked_device(config, rank)
     said = begun
 
     def progress(size: int) -> None:

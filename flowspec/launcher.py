@@ -69,6 +69,8 @@ def _obituary(error: Exception, last_words: Path) -> int:
         return _say("interrupted" if signal_number else f"the ranks could not be started: {error}", 130 if signal_number else 1)
     from flowspec.runtime.process import rank_name
 
+    if any(failure.exitcode == 130 for failure in failures.values()):
+        return _say("interrupted", 130)
     rank, failure = min(failures.items(), key=lambda item: (item[1].exitcode == -signal.SIGTERM, item[1].timestamp))
     how = f"killed by signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
     return _say(f"{rank_name(rank, socket.gethostname())} died: {how}", 1)

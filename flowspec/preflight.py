@@ -19,8 +19,10 @@ PARTIAL = ".partial"
 """ending of a result file that is not complete yet"""
 
 
-def check_run(config: Config) -> Manifest:
-    """The manifest of the split model, after checking it and all that the configuration names. UserError says what is wrong."""
+def check_run(config: Config, ranks: Sequence[int] | None = None) -> Manifest:
+    """The manifest of the split model, after checking it and all that the configuration names. UserError says what is wrong.
+
+    `ranks` are those whose files lie on this machine; None: all of them."""
     manifest = Manifest.load(config.stages_path)
     world_size = manifest.num_stages + 1
     devices = 1 if isinstance(config.device, str) else len(config.device)
@@ -28,15 +30,11 @@ def check_run(config: Config) -> Manifest:
         devices in (1, world_size), f"device lists {devices} ranks, the model is split for {world_size} (rank 0 and {manifest.num_stages})"
     )
     config.emulate.check_stages(manifest.num_stages)
-    check_files(config, manifest, range(world_size))
-    check_drafter(config.drafter, config.folder, manifest)
+    ranks = range(world_size) if ranks is None else ranks
+    verify_files(manifest, ranks, lm_head=[manifest.num_stages if config.verifies_last else 0])
+    if 0 in ranks:
+        check_drafter(config.drafter, config.folder, manifest)
     return manifest
-
-
-def check_files(config: Config, manifest: Manifest, ranks: Sequence[int]) -> None:
-    """Size and sha256 of what these ranks will read."""
-    head = manifest.num_stages if config.verifies_last else 0
-    verify_files(manifest, ranks, lm_head=[head])
 
 
 def check_drafter(drafter: DrafterConfig, folder: Path, manifest: Manifest) -> None:
@@ -53,6 +51,8 @@ def check_prompt(tokens: Sequence[int], manifest: Manifest, name: str = "the pro
     """A prompt needs a token, and room for one more in the model."""
     need(len(tokens) > 0, f"{name} is empty: give at least one token of text")
     limit = manifest.max_positions
+    strange = [t for t in tokens if not 0 <= t < manifest.vocab_size]
+    need(not strange, f"{name} holds token {strange[:1]}; the vocabulary has {manifest.vocab_size}")
     need(len(tokens) < limit, f"{name} has {len(tokens)} tokens; the model takes {limit} in all, so at most {limit - 1} of prompt")
 
 
@@ -61,7 +61,7 @@ def check_writable(path: str | None) -> None:
     if path is None:
         return
     need(not Path(path).is_dir(), f"--json: {path} is a folder")
-    beside = Path(path + PARTIAL)
+    beside = beside_of(path)
     known = beside.exists()
     try:
         beside.open("a").close()
@@ -71,18 +71,25 @@ def check_writable(path: str | None) -> None:
         beside.unlink()
 
 
+def beside_of(path: str) -> Path:
+    """Where results are written before they get their name; a pipe or a device is written to as it is."""
+    target = Path(path).resolve()
+    special = target.exists() and not target.is_file()
+    return target if special else target.with_name(target.name + PARTIAL)
+
+
 def read_prompts(path: str) -> list[str]:
     """Prompts of a file: .txt holds one a line, .jsonl an object with `prompt` a line."""
     file = Path(path)
     need(file.suffix in (".txt", ".jsonl"), f"--prompt-file {path}: the name must end in .txt (a prompt a line) or .jsonl")
     try:
-        lines = [(n, line) for n, line in enumerate(file.read_text().splitlines(), 1) if line.strip()]
+        lines = [(n, line) for n, line in enumerate(file.read_text("utf-8-sig").split("\n"), 1) if line.strip()]
     except OSError as error:
         raise UserError(f"cannot read --prompt-file {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"--prompt-file {path} is not UTF-8 text") from None
     need(bool(lines), f"--prompt-file {path} holds no prompt")
-    return [line if file.suffix == ".txt" else _json_prompt(line, f"{path} line {n}") for n, line in lines]
+    return [line.rstrip("\r") if file.suffix == ".txt" else _json_prompt(line, f"{path} line {n}") for n, line in lines]
 
 
 def _json_prompt(line: str, where: str) -> str:

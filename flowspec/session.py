@@ -6,14 +6,13 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from flowspec.core.request import need
 from flowspec.engine import Engine, Generation, Result
 from flowspec.errors import UserError
-from flowspec.preflight import PARTIAL
+from flowspec.preflight import PARTIAL, beside_of
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
 TIES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
@@ -32,12 +31,19 @@ def show_loading(engine: Engine) -> None:
 
 
 # ---- texts -----------------------------------------------------------------------------------------
-def run_prompts(engine: Engine, prompts: Sequence[str], stop: Sequence[str], json_path: str | None) -> None:
-    """Stream each prompt's continuation, show its table, write its JSON line."""
+def run(engine: Engine, prompts: Sequence[str], stop: Sequence[str], json_path: str | None, chat: bool) -> None:
+    """Stream each prompt's continuation, show its table, write its JSON line; with `chat` by the chat template, and as a
+    conversation if no prompt was given."""
     with _json_lines(json_path) as write:
+        if chat and not prompts:
+            converse(engine, stop, write)
         for prompt in prompts:
-            print(prompt, end="", flush=True)
-            result = stream(engine.generate(prompt, stop=stop))
+            if chat:
+                generation = engine.generate(engine.text.encode_chat([{"role": "user", "content": prompt}]), stop=stop)
+            else:
+                print(prompt, end="", flush=True)
+                generation = engine.generate(prompt, stop=stop)
+            result = stream(generation)
             write(result)
             print(table(result), file=sys.stderr, flush=True)
 
@@ -70,12 +76,12 @@ def table(result: Result) -> str:
 
 
 @contextmanager
-def _json_lines(path: str | None) -> Iterator:
+def _json_lines(path: str | None) -> Iterator[Callable[[Result], None]]:
     """A function that writes one result a line. The file is written beside and renamed when all are there."""
     if path is None:
         yield lambda result: None
         return
-    beside = Path(path + PARTIAL)
+    beside = beside_of(path)
     with open(beside, "w") as file:
 
         def write(result: Result) -> None:
@@ -83,11 +89,12 @@ def _json_lines(path: str | None) -> Iterator:
             file.flush()
 
         yield write
-    os.replace(beside, path)
+    if beside.name.endswith(PARTIAL):
+        os.replace(beside, beside.with_name(beside.name.removesuffix(PARTIAL)))
 
 
 # ---- conversation ----------------------------------------------------------------------------------
-def chat(engine: Engine, stop: Sequence[str]) -> None:
+def converse(engine: Engine, stop: Sequence[str], write: Callable[[Result], None]) -> None:
     """Read a line, answer it, remember both; an empty line or the end of input ends it."""
     turns: list[dict[str, str]] = []
     stops = [*stop] if engine.text.has_template else [*stop, "\nUser:"]
@@ -98,6 +105,7 @@ def chat(engine: Engine, stop: Sequence[str]) -> None:
         except UserError as error:  # the conversation outgrew the model
             print(f"flowspec: {error}", file=sys.stderr)
             return
+        write(result)
         turns.append({"role": "assistant", "content": result.text})
 
 

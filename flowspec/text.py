@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from flowspec.errors import UserError
 
@@ -64,11 +63,18 @@ class Text:
 
 
 class TextStream:
-    """Tokens in, text out as soon as it is certain: whole characters only, nothing at or after a stop text."""
+    """Tokens in, text out as soon as it is certain: whole characters only, nothing at or after a stop text.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
-        self._tokenizer, self._decode = tokenizer, DecodeStream(skip_special_tokens=True)
-        self._stop, self._held = [s for s in stop if s], ""
+    A token's text depends on its neighbours (spaces, bytes of one character), so each is decoded behind what was
+    decoded before it, the prompt's last tokens to begin with, and what is new is given out once it ends in a character."""
+
+    BEFORE = 6
+    """tokens of the prompt that may matter to the first new one"""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()):
+        self._tokenizer, self._stop, self._held = tokenizer, [s for s in stop if s], ""
+        self._window = list(prompt[-self.BEFORE :])  # tokens to stand behind, then undecided ones
+        self._decided = len(self._window)
         self.text = ""
         """everything given out so far"""
         self.stopped = False
@@ -76,13 +82,23 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text that this token makes certain."""
-        self._held += self._decode.step(self._tokenizer, token) or ""
+        self._held += self._decode(token)
         cuts = [at for s in self._stop if (at := self._held.find(s)) >= 0]
         if cuts:
             self.stopped = True
             return self._give(min(cuts))
         doubtful = max((_overlap(self._held, s) for s in self._stop), default=0)
         return self._give(len(self._held) - doubtful)
+
+    def _decode(self, token: int) -> str:
+        self._window.append(token)
+        before = self._tokenizer.decode(self._window[: self._decided], skip_special_tokens=True)
+        now = self._tokenizer.decode(self._window, skip_special_tokens=True)
+        if len(now) <= len(before) or now.endswith("\ufffd"):  # nothing new, or an unfinished character
+            return ""
+        del self._window[: self._decided]
+        self._decided = len(self._window)
+        return now[len(before) :]
 
     def flush(self) -> str:
         """What was held back for a stop text that never came."""
@@ -109,4 +125,11 @@ def _end_tokens(folder: Path) -> list[int]:
 
 
 def _json(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {}
+    """A JSON object; empty where there is no such file. UserError when it is damaged."""
+    try:
+        found = json.loads(path.read_bytes()) if path.exists() else {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return found

@@ -41,6 +41,8 @@ class _Sender:
                     dist.send(part, self.to, group=self._group)
             except RuntimeError:
                 return self._lost(self.to, "the connection broke while sending")
+            except Exception as error:  # a message that cannot be encoded: say so instead of falling silent
+                return self._lost(self.to, f"a {message.kind} message could not be sent: {error}")
             if message is _BYE:
                 return
 

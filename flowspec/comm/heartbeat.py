@@ -7,21 +7,29 @@ the only sign. An idle ring beats on for days. If the store itself is gone, its 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import threading
 import time
+from pathlib import Path
 
 import torch.distributed as dist
 
 from flowspec.comm.base import Lost
 
 
-class Heartbeat:
-    """Beats every `every` seconds; calls `lost(rank, reason)` once when a rank was silent for `limit` seconds.
+def machine() -> list[str]:
+    """This boot of this machine and this namespace of process ids; host names repeat among boards of one image."""
+    boot, ids = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    if not (boot.exists() and ids.exists()):
+        return [socket.gethostname()]
+    return [boot.read_text().strip(), os.readlink(ids)]
 
-    Every rank must have called `announce` before any calls `start` (creating process groups in between sees to that)."""
+
+class Heartbeat:
+    """Beats every `every` seconds; calls `lost(rank, reason)` once when a rank was silent for `limit` seconds."""
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, lost: Lost, every: float = 0.5, limit: float = 3.0):
         self._store = dist.PrefixStore("flowspec/heartbeat", store)
@@ -31,11 +39,12 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def announce(self) -> None:
-        self._store.set(f"who/{self._rank}", f"{socket.gethostname()}:{os.getpid()}")
         self._store.set(f"beat/{self._rank}", "0")
+        self._store.set(f"who/{self._rank}", json.dumps([socket.gethostname(), machine(), os.getpid()]))
 
     def start(self) -> None:
-        self._who = {r: self._store.get(f"who/{r}").decode().rsplit(":", 1) for r in self._others}
+        """Waits until every rank has announced itself (the store's own timeout bounds that), then beats."""
+        self._who = {r: json.loads(self._store.get(f"who/{r}")) for r in self._others}
         self._thread.start()
 
     def host(self, rank: int) -> str:
@@ -43,8 +52,8 @@ class Heartbeat:
 
     def kill_if_here(self, rank: int) -> None:
         """A stopped process does not hear SIGTERM; end it if it runs on this machine."""
-        host, pid = self._who[rank]
-        if host == socket.gethostname():
+        _, where, pid = self._who[rank]
+        if where == machine():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
 

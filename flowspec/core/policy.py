@@ -33,7 +33,7 @@ class TreeConfig:
     top_k: int | None = None
     """Children kept for a node."""
     depth: int | None = None
-    """Levels drafted below the root."""
+    """Drafter levels after the first (EAGLE-2's counting): the tree reaches depth + 1 below the root."""
     segment: int | None = None
     """Rows in a segment."""
 

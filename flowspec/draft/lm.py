@@ -26,13 +26,15 @@ class LmDrafter:
 
     def __init__(self, model: stage.StageModel, head: stage.Head, vocabulary: int):
         self._model, self._head = model, head
-        self._vocabulary = min(vocabulary, head.vocabulary)  # the two may be padded differently
+        # the two may be padded differently: a token that only the target has is drafted from as the last one here
+        self._vocabulary = min(vocabulary, head.vocabulary)
+        self._last_token = model.config.vocab_size - 1
 
     def begin(self, request: Request, noise: Noise | None) -> None:
         self._temperature = request.sampling.temperature or 1.0
         self._noise = noise
         self._sequence = stage.Sequence(self._model)
-        prompt = torch.tensor(request.prompt[:-1], dtype=torch.long)
+        prompt = self._tokens(request.prompt[:-1])
         for chunk in prompt.split(PREFILL_ROWS) if len(prompt) else ():
             self._sequence.prefill(chunk)
         self._lineage = Lineage.of(request)
@@ -41,7 +43,7 @@ class LmDrafter:
 
     def propose(self, nodes: Sequence[DraftNode]) -> list[Proposal | None]:
         batch = [*self._missing, *nodes]
-        tokens = torch.tensor([n.token for n in batch])
+        tokens = self._tokens([n.token for n in batch])
         kept, positions, features = self._sequence.verify([n.id for n in batch], [n.parent for n in batch], tokens)
         skip, self._missing = len(self._missing), []
         wanted = [row for row, k in enumerate(kept) if k >= skip]
@@ -62,6 +64,9 @@ class LmDrafter:
         anchor = held[-1].id if held else -1
         root = self._missing[0].id if self._missing else commit.root
         self._sequence.prune(Prune(self._version, anchor, root))
+
+    def _tokens(self, tokens: Sequence[int]) -> Tensor:
+        return torch.tensor(tokens, dtype=torch.long).clamp(max=self._last_token)
 
     def _best(self, logq: Tensor, position: int) -> Proposal:
         """The kept candidates for the token at `position`, best first by logq plus noise."""

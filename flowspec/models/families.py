@@ -76,7 +76,10 @@ def read_config(folder: Path) -> dict:
         raise UserError(f"{path} is not valid JSON") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a JSON object")
-    check_config(config)
+    try:
+        check_config(config)
+    except UserError as error:
+        raise UserError(f"{folder}/{error}") from None
     return config
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flowspec.core.request import need
 from flowspec.core.stage import StageState
 from flowspec.errors import UserError
 from flowspec.models.cache import RowCache
@@ -151,5 +152,6 @@ def load_whole(folder: Path, dtype: torch.dtype, device: str) -> tuple[StageMode
     files = {checkpoint.file(name).path: checkpoint.file(name) for name in checkpoint.names}
     model.load((pair for file in files.values() for pair in module_tensors(file, family, 0, dtype)), device, str(folder))
     tied = HEAD not in checkpoint.names
+    need(not tied or bool(config.get("tie_word_embeddings")), f"{folder} has no {HEAD}, and config.json does not tie it to the embedding")
     weight = model.get_parameter("embed_tokens.weight") if tied else checkpoint.file(HEAD).read(HEAD, dtype).to(device)
     return model, Head(weight)

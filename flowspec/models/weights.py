@@ -102,26 +102,23 @@ class TensorFile:
                 left -= len(piece)
                 yield piece
 
-    def read(self, name: str, dtype: torch.dtype | None = None, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        """The tensor, or its rows [a, b) along the first dimension, in a buffer of its own; converted when `dtype` is given."""
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The tensor in a buffer of its own; converted when `dtype` is given."""
         import torch
 
         info = self.info(name)
-        shape = info.shape if rows is None else (rows[1] - rows[0], *info.shape[1:])
-        out = torch.empty(shape, dtype=dtype or torch_dtype(info.dtype))
-        self.read_into(name, out, 0 if rows is None else rows[0])
+        out = torch.empty(info.shape, dtype=dtype or torch_dtype(info.dtype))
+        self.read_into(name, out)
         return out
 
-    def read_into(self, name: str, out: torch.Tensor, first_row: int = 0) -> None:
-        """Fill the contiguous `out` with the tensor's rows from `first_row` on, converting piece by piece where the dtypes differ."""
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        """Fill the contiguous `out`, of the tensor's size, converting piece by piece where the dtypes differ."""
         info = self.info(name)
-        row = math.prod(info.shape[1:])
-        skip = first_row * row
-        if not out.is_contiguous() or skip + out.numel() > math.prod(info.shape):
-            raise ValueError(f"{name} of shape {info.shape} does not fill {tuple(out.shape)} from row {first_row}")
+        if not out.is_contiguous() or out.numel() != math.prod(info.shape):
+            raise ValueError(f"{name} of shape {info.shape} does not fill {tuple(out.shape)}")
         stored, flat = torch_dtype(info.dtype), out.view(-1)
         with _open(self.path) as file:
-            file.seek(info.start + skip * DTYPE_BYTES[info.dtype])
+            file.seek(info.start)
             if flat.dtype == stored:
                 _fill(file, flat, self.path)
             else:

@@ -27,6 +27,7 @@ class DraftThread:
     def __init__(self, drafter: Drafter, inbox: Inbox, least: float = 0.0):
         self._drafter, self._inbox, self._least = drafter, inbox, least
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._closing = False
         self._thread = threading.Thread(target=self._run, name="draft", daemon=True)
         self._thread.start()
 
@@ -40,11 +41,13 @@ class DraftThread:
         self._queue.put(lambda: self._drafter.commit(commit))
 
     def close(self) -> None:
+        """Finish the job at hand, drop the others."""
+        self._closing = True
         self._queue.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        while (job := self._queue.get()) is not None:
+        while (job := self._queue.get()) is not None and not self._closing:
             try:
                 job()
             except BaseException as error:

@@ -49,7 +49,6 @@ class Stats:
     last_token: float = 0.0
     ended: float = 0.0
     finish_reason: str = "cancelled"
-    accepted: int = 0
     drafted: int = 0
     returned_segments: int = 0
     reports: dict[int, wire.Report] = field(default_factory=dict)
@@ -107,20 +106,24 @@ class Driver:
         self._wake_at: float | None = None
         self._picks: dict[int, Pick] = {}
         stats.begun = time.monotonic()
+        broken = True
         try:
             self._begin(request, coupled)
             actions = scheduler.start(time.monotonic())
-            while True:
+            while not scheduler.finished:
                 yield from self._perform(request, actions, stats)
-                if scheduler.finished:
-                    return
-                event = self._next_event(request)
-                actions = scheduler.handle(event, time.monotonic())
+                actions = scheduler.handle(self._next_event(request), time.monotonic())
+            yield from self._perform(request, actions, stats)
+            broken = False
+        except GeneratorExit:  # the caller has enough
+            broken = False
+            raise
         finally:
             stats.ended = time.monotonic()
-            stats.accepted, stats.drafted = scheduler.accepted_tokens, scheduler.tree.drafted
-            stats.returned_segments = scheduler.returned_segments
-            self._end(request, stats)
+            stats.drafted, stats.returned_segments = scheduler.tree.drafted, scheduler.returned_segments
+            self._end(request)
+            if not broken:
+                self._await_reports(request, stats)
             log.info("request %d: %d tokens, %s", request.id, len(scheduler.tokens), stats.finish_reason)
 
     def _begin(self, request: Request, coupled: bool) -> None:
@@ -166,8 +169,8 @@ class Driver:
     # ---- what arrives ------------------------------------------------------------------------------
     def _next_event(self, request: Request) -> Event:
         """The next event of this request; what is left of earlier ones is dropped."""
-        deadline = time.monotonic() + STALL
         while True:
+            deadline = time.monotonic() + STALL
             until = deadline if self._wake_at is None else min(deadline, self._wake_at)
             item = self._transport.inbox.get(max(0.0, until - time.monotonic()))
             if item is None:
@@ -185,6 +188,8 @@ class Driver:
         message = item[1]
         if message.meta.get("request") != request.id:
             return None
+        if message.kind == "prefilled":  # a sign of life
+            return None
         return wire.read_started(message) if message.kind == "started" else self._returned(request, message)
 
     def _returned(self, request: Request, message: Message) -> Returned:
@@ -200,15 +205,16 @@ class Driver:
         return Returned(message.meta["number"], tuple(picks), choices)
 
     # ---- the end -----------------------------------------------------------------------------------
-    def _end(self, request: Request, stats: Stats) -> None:
-        """Stages forget the request and report; after this nothing of it is on its way to them."""
-        stages = range(1, self._transport.world_size)
-        for rank in stages:
+    def _end(self, request: Request) -> None:
+        """Stages forget the request; rows of it that are still on their way are dropped where they arrive."""
+        for rank in range(1, self._transport.world_size):
             self._transport.send_control(rank, wire.end(request.id))
-        deadline = time.monotonic() + STALL
+
+    def _await_reports(self, request: Request, stats: Stats) -> None:
+        stages = range(1, self._transport.world_size)
         while len(stats.reports) < len(stages):
-            item = self._transport.inbox.get(max(0.0, deadline - time.monotonic()))
+            item = self._transport.inbox.get(STALL)
             if item is None:
                 raise RankLost(f"no report from rank {min(set(stages) - set(stats.reports))} for {STALL:g} s")
-            if not isinstance(item, Local) and item[1].kind == "report":
+            if not isinstance(item, Local) and item[1].kind == "report" and item[1].meta["request"] == request.id:
                 stats.reports[item[0]] = wire.read_report(item[1])

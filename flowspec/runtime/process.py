@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -46,8 +47,9 @@ def report(line: str, code: int, speak: bool = True) -> None:
 
 def leave(code: int) -> NoReturn:
     """End this process now, whatever its threads are waiting for."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 
@@ -67,9 +69,9 @@ def join_run(world_size: int) -> tuple[GlooTransport, Callable[[], None]]:
     store, rank, _ = next(dist.rendezvous("env://"))
     heartbeat = Heartbeat(store.clone(), rank, world_size, lambda r, why: _mourn(heartbeat, rank, r, why), **_pace())
     heartbeat.announce()
+    heartbeat.start()  # from here on a rank that fails to connect is noticed
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=FOREVER)
     transport = GlooTransport(lambda r, why: _mourn(heartbeat, rank, r, why))
-    heartbeat.start()
     log.info("joined a run of %d ranks as %s", world_size, rank_name(rank, socket.gethostname()))
 
     def depart() -> None:

@@ -71,6 +71,11 @@ def read_started(message: Message) -> Started:
     return Started(*(message.meta[name] for name in Started._fields))
 
 
+def prefilled(request: int) -> Message:
+    """A stage has computed a chunk of the prompt: a sign of life, since prefill has no answer."""
+    return Message("prefilled", {"request": request})
+
+
 def end(request: int) -> Message:
     """A request is over: forget it, and answer with a report."""
     return Message("end", {"request": request})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import resource
 import time
 from collections.abc import Callable
@@ -26,8 +27,9 @@ log = logging.getLogger(__name__)
 def peak_memory() -> float:
     """MB (10^6 bytes) of the most resident memory this process ever had."""
     status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would carry over what the parent had before exec
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if found:  # ru_maxrss would carry over what the parent had before exec
+        return int(found[1]) * 1024 / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # macOS counts in bytes
 
 
@@ -84,6 +86,7 @@ class Worker:
             return
         rows = message.tensors[0]
         out = self._timed(live, len(rows), lambda: live.sequence.prefill(rows))
+        self.transport.send_control(0, wire.prefilled(message.meta["request"]))
         if not self._is_last:
             self.transport.send_next(wire.prefill(message.meta["request"], out))
 

@@ -59,6 +59,15 @@ def test_a_killed_rank_ends_the_run_and_is_named(pair, command, when, rank):
     assert_ends_naming(run, rank, "died: killed by signal 9")
 
 
+def test_an_interrupted_run_says_so(pair, command):
+    run = while_decoding(command, pair.config(2))
+    run.process.send_signal(signal.SIGINT)
+    run.process.wait(timeout=60)
+    assert run.process.returncode == 130
+    assert run.err.splitlines()[-1] == "flowspec: interrupted"
+    run.wait_until(lambda: not run.alive())
+
+
 @pytest.mark.parametrize("when,rank", [pytest.param(while_decoding, 0, marks=SLOW), (while_idle, 2)])
 def test_a_stopped_rank_ends_the_run_and_is_named(pair, command, when, rank):
     run = when(command, pair.config(2), env={"FLOWSPEC_HEARTBEAT": "0.5,5"})  # 3 s by default: a busy box needs more to load

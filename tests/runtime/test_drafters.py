@@ -97,6 +97,13 @@ def test_a_node_whose_branch_died_gets_no_proposal(whole):
     assert drafter.propose([DraftNode(1, 0, 30)]) == [None]
 
 
+def test_a_token_beyond_the_drafts_padding_does_no_harm(whole):
+    drafter = LmDrafter(*whole, 400)
+    drafter.begin(Request(id=1, prompt=(5, 399, 6), sampling=Sampling()), None)
+    [proposal] = drafter.propose([DraftNode(0, -1, 350)])
+    assert proposal.tokens.max() < 320
+
+
 def test_look_up_proposes_what_followed_before_longest_match_first():
     drafter = NgramDrafter()
     drafter.begin(Request(id=1, prompt=(1, 2, 3, 9, 4, 2, 3, 8, 1, 2, 3), sampling=Sampling()), None)

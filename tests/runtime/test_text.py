@@ -1,6 +1,7 @@
 """Text out of tokens: whole characters only, stop texts, end tokens, chats."""
 
 import json
+import random
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -33,6 +34,29 @@ def test_no_piece_holds_a_broken_character(tokenizer, text):
     out, stream = pieces(tokenizer, text)
     assert "".join(out) + stream.flush() == text == stream.text
     assert not any("\ufffd" in piece for piece in out)
+
+
+@pytest.fixture
+def sentencepiece():
+    """As Llama-2's: a space is part of the word, bytes of characters it does not know come one by one."""
+    vocab = {"<unk>": 0, **{f"<0x{b:02X}>": 1 + b for b in range(256)}, "▁Hello": 257, "▁world": 258, "!": 259}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return tokenizer
+
+
+def test_words_that_begin_with_a_space_keep_it_behind_the_prompt(sentencepiece):
+    stream = TextStream(sentencepiece, prompt=[257])
+    assert [stream.push(258), stream.push(259)] == [" world", "!"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_bytes_stream_without_a_failure(sentencepiece, seed):
+    r = random.Random(seed)
+    tokens = [r.choice([r.randrange(1, 257), 257, 258, 259]) for _ in range(30)]
+    stream = TextStream(sentencepiece)
+    text = "".join(stream.push(t) for t in [*tokens, 259])
+    assert text.endswith("!") and text == stream.text, tokens
 
 
 def test_a_character_cut_by_the_limit_is_not_shown(tokenizer):
