@@ -46,7 +46,7 @@ def _environment(last_words: Path) -> dict[str, str]:
 def _torchrun(argv: Sequence[str], world_size: int) -> None:
     from torch.distributed import run
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # its report has 66 lines; ours has one
+    logging.disable(logging.CRITICAL)  # of this process: torchrun's report has 66 lines, ours has one
     port = os.environ.get("MASTER_PORT") or str(_free_port())
     where = ["--master-addr", "127.0.0.1", "--master-port", port]
     run.run(run.parse_args(["--nproc-per-node", str(world_size), *where, "-m", "flowspec", *argv]))
@@ -60,17 +60,16 @@ def _free_port() -> int:
 
 def _obituary(error: Exception, last_words: Path) -> int:
     """What the ranks said, else what torchrun knows of the first that fell."""
+    if hasattr(error, "sigval"):  # torchrun's SignalException: we were told to go
+        return _say("interrupted", 130)
     if last_words.exists():
         said = json.loads(last_words.read_text().splitlines()[0])
         return _say(said["line"], said["code"])
     failures = getattr(error, "failures", None)  # ChildFailedError
     if failures is None:
-        signal_number = getattr(error, "sigval", None)  # SignalException: we were told to go
-        return _say("interrupted" if signal_number else f"the ranks could not be started: {error}", 130 if signal_number else 1)
+        return _say(f"the ranks could not be started: {error}", 1)
     from flowspec.runtime.process import rank_name
 
-    if any(failure.exitcode == 130 for failure in failures.values()):
-        return _say("interrupted", 130)
     rank, failure = min(failures.items(), key=lambda item: (item[1].exitcode == -signal.SIGTERM, item[1].timestamp))
     how = f"killed by signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
     return _say(f"{rank_name(rank, socket.gethostname())} died: {how}", 1)
