@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 DEMO = ROOT / "configs" / "demo.yaml"
 DEMO_STAGES = ROOT / "build" / "demo"
-DEMO_PROMPT = "import os\n\n\ndef read_lines(path):\n"
+DEMO_PROMPT = "import os\n\n\ndef read_lines(path):"
 SHORT = {"max_new_tokens": int, "temperature": float, "top_p": float, "top_k": int, "min_p": float, "seed": int}
 
 

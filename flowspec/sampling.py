@@ -7,7 +7,9 @@ shape. So whatever was drafted and by whichever method the text was made, it is 
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -107,8 +109,44 @@ class Pick(NamedTuple):
 def pick(logits: Tensor, sampling: Sampling, noise: NoiseRows | None, position: int) -> Pick:
     """The token at `position` for these logits [vocabulary]: argmax without noise (greedy), else Gumbel-max after the filters."""
     if noise is None:
-        scores = logits.double()
-    else:
-        scores = filtered(logits, sampling) + noise(position)
-    values, tokens = scores.topk(2)
-    return Pick(int(tokens[0]), float(values[0] - values[1]))
+        values, tokens = logits.double().topk(2)
+        return Pick(int(tokens[0]), float(values[0] - values[1]))
+    logp = torch.log_softmax(logits.double() / sampling.temperature, -1)
+    scores, keeps = logp + noise(position), _Filter(logp, sampling)
+    kept: list[float] = []
+    for score, token in _descending(scores):
+        if keeps(token):
+            kept.append(score)
+            if len(kept) == 1:
+                best = token
+            else:
+                return Pick(best, kept[0] - kept[1])
+    return Pick(best, float("inf"))  # the filters leave one token
+
+
+class _Filter:
+    """Is a token among those that `filtered` keeps? No sort: few tokens are ever asked for, the likeliest first."""
+
+    def __init__(self, logp: Tensor, sampling: Sampling):
+        self._logp, self._top_p = logp, sampling.top_p
+        self._least = logp.max().item() + math.log(sampling.min_p) if sampling.min_p > 0 else -math.inf
+        self._mass = 1.0
+        if 0 < sampling.top_k < logp.numel():
+            self._least = max(self._least, kth := logp.topk(sampling.top_k).values[-1].item())
+            self._mass = logp[logp >= kth].exp().sum().item()
+        self._p = logp.exp() if sampling.top_p < 1 else None
+
+    def __call__(self, token: int) -> bool:
+        own = self._logp[token]
+        if own < self._least:
+            return False
+        return self._p is None or self._p[self._logp > own].sum().item() < self._top_p * self._mass
+
+
+def _descending(scores: Tensor) -> Iterator[tuple[float, int]]:
+    """(score, token), best first; a few at a time, since two are mostly enough."""
+    taken = 0
+    for size in (16, scores.numel()):
+        values, tokens = scores.topk(min(size, scores.numel()))
+        yield from zip(values[taken:].tolist(), tokens[taken:].tolist(), strict=True)
+        taken = len(values)

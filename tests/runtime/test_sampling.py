@@ -70,6 +70,22 @@ def test_pick_is_the_argmax_when_greedy_and_tells_its_lead():
     assert pick(logits, Sampling(), None, 0) == (1, 0.5)
 
 
+@pytest.mark.parametrize(
+    "settings", [*FILTERS, dict(temperature=2.0, top_k=1), dict(temperature=1.5, top_p=0.05), dict(temperature=1.0, min_p=1.0)]
+)
+def test_pick_is_the_argmax_of_the_filtered_distribution(settings):
+    """The quick look-up against the slow, obvious one."""
+    sampling, noise = Sampling(**settings), NoiseRows(21, 300)
+    draw = torch.Generator().manual_seed(2)
+    for position in range(300):
+        logits = torch.randn(300, generator=draw) * float(torch.rand(1, generator=draw) * 4)
+        scores = filtered(logits, sampling) + noise(position)
+        values, tokens = scores.topk(2)
+        token, gap = pick(logits, sampling, noise, position)
+        assert token == int(tokens[0]), f"seed 2, position {position}"
+        assert gap == pytest.approx(float(values[0] - values[1]))
+
+
 def test_noise_is_the_same_for_a_row_a_subset_and_a_batch():
     row = NoiseRows(5, 1000)(77)
     some = torch.tensor([3, 999, 3, 0])
