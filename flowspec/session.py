@@ -85,8 +85,11 @@ def _json_lines(path: str | None) -> Iterator[Callable[[Result], None]]:
     with open(beside, "w") as file:
 
         def write(result: Result) -> None:
-            file.write(json.dumps(dataclasses.asdict(result)) + "\n")
-            file.flush()
+            try:
+                file.write(json.dumps(dataclasses.asdict(result)) + "\n")
+                file.flush()
+            except OSError as error:  # a full disk
+                raise UserError(f"--json: cannot write {beside}: {error.strerror}; what it holds so far is kept") from None
 
         yield write
     if beside.name.endswith(PARTIAL):

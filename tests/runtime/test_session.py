@@ -1,0 +1,87 @@
+"""What rank 0 says: verify's verdicts can be bad, results are written whole or kept beside."""
+
+import errno
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from flowspec import Engine, UserError, session
+from flowspec.preflight import beside_of, check_writable
+
+
+class FakeEngine:
+    """Plain decoding says 1 2 3 4; the method says `speculative`."""
+
+    config = SimpleNamespace(method="flowspec")
+    dtype_name = "float32"
+    text = SimpleNamespace(encode=lambda prompt: (0,) * 10, decode=str)
+
+    def __init__(self, speculative, gap):
+        self.speculative, self.gap = speculative, gap
+
+    def generate(self, prompt, method=None, **setting):
+        ids = [1, 2, 3, 4] if method == "ar" else self.speculative
+        return [SimpleNamespace(id=i, gap=self.gap) for i in ids]
+
+
+@pytest.mark.parametrize(
+    "speculative,gap,words,good",
+    [
+        ([1, 2, 3, 4], 0.5, "identical (4 tokens)", True),
+        ([1, 2, 9, 4], 0.5, "differs at position 12: 9 '[9]' with speculation, 3 '[3]' without; top-2 gap 5.00e-01, so a bug", False),
+        (
+            [1, 9, 3, 4],
+            5e-5,
+            "differs at position 11: 9 '[9]' with speculation, 2 '[2]' without; top-2 gap 5.00e-05, so a numeric tie",
+            True,
+        ),
+        ([1, 2, 3], 0.5, "differs at position 13: nothing with speculation, 4 '[4]' without", False),
+    ],
+)
+def test_verify_tells_identical_tie_and_bug(capsys, speculative, gap, words, good):
+    assert session.verify(FakeEngine(speculative, gap), ["x"], [{"temperature": 0.0}]) is good
+    assert f"prompt 1, greedy: {words}" in capsys.readouterr().out
+
+
+def test_verify_of_plain_decoding_is_refused():
+    engine = FakeEngine([1], 1.0)
+    engine.config = SimpleNamespace(method="ar")
+    with pytest.raises(UserError, match="another method than ar"):
+        session.verify(engine, ["x"], [{"temperature": 0.0}])
+
+
+def test_results_get_their_name_when_all_are_there(pair, tmp_path, capsys):
+    path = tmp_path / "out.jsonl"
+    path.write_text("older")
+    with Engine.from_config(pair.config(1)) as engine:
+        session.run(engine, ["def", "for i"], [], str(path), chat=False)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == 2 and all(line["new_tokens"] == 40 for line in lines)
+    assert not beside_of(str(path)).exists()
+
+
+def test_a_full_disk_keeps_what_was_written(pair, tmp_path, monkeypatch):
+    path = tmp_path / "out.jsonl"
+    path.write_text("older")
+    real, calls = json.dumps, []
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args)
+
+    with Engine.from_config(pair.config(1)) as engine:
+        monkeypatch.setattr(session, "json", SimpleNamespace(dumps=full))
+        with pytest.raises(UserError, match="No space left on device; what it holds so far is kept"):
+            session.run(engine, ["def", "for i"], [], str(path), chat=False)
+    assert path.read_text() == "older" and len(beside_of(str(path)).read_text().splitlines()) == 1
+
+
+def test_a_place_that_cannot_be_written_is_named_before_anything_starts(tmp_path):
+    with pytest.raises(UserError, match="--json: cannot write"):
+        check_writable(str(tmp_path / "no" / "out.jsonl"))
+    check_writable("/dev/null")
+    check_writable(str(tmp_path / "out.jsonl"))
+    assert list(tmp_path.iterdir()) == []
