@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -78,24 +77,39 @@ def noise_for(sampling: Sampling, vocabulary: int) -> NoiseRows | None:
 
 # ---- filters ---------------------------------------------------------------------------------------
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Log-probabilities after temperature, top-k, top-p, min-p: float64 [vocabulary], -inf where filtered out.
+    """Log-probabilities after temperature, top-k, top-p, min-p: float64 [vocabulary], -inf where filtered out."""
+    logp = _tempered(logits, sampling)
+    return torch.log_softmax(logp.masked_fill(logp < _least(logp, sampling), -torch.inf), -1)
 
-    Ties at the k-th place are all kept. Top-p keeps a token while the mass strictly above it is below p."""
-    logp = torch.log_softmax(logits.double() / sampling.temperature, -1)
+
+def _tempered(logits: Tensor, sampling: Sampling) -> Tensor:
+    return torch.log_softmax(logits.double() / sampling.temperature, -1)
+
+
+def _least(logp: Tensor, sampling: Sampling) -> float:
+    """The smallest log-probability that passes all filters: each of them keeps the likeliest tokens, ties included.
+
+    Top-p keeps a token while the mass strictly above it, of what top-k has left, is below p."""
+    least, mass = -math.inf, 1.0
     if 0 < sampling.top_k < logp.numel():
-        logp = _renormalised(logp, logp >= logp.topk(sampling.top_k).values[-1])
+        least = logp.topk(sampling.top_k).values[-1].item()
+        mass = logp[logp >= least].exp().sum().item()
     if sampling.top_p < 1:
-        values, order = logp.sort(descending=True)
-        above = values.exp().cumsum(-1) - values.exp()
-        first = torch.searchsorted(-values, -values)  # the first of equals: ties share their fate
-        logp = _renormalised(logp, torch.empty_like(above, dtype=torch.bool).scatter_(0, order, above[first] < sampling.top_p))
+        least = max(least, _least_of_mass(logp, sampling.top_p * mass))
     if sampling.min_p > 0:
-        logp = _renormalised(logp, logp >= logp.max() + torch.log(torch.tensor(sampling.min_p, dtype=logp.dtype)))
-    return logp
+        least = max(least, logp.max().item() + math.log(sampling.min_p))
+    return least
 
 
-def _renormalised(logp: Tensor, keep: Tensor) -> Tensor:
-    return torch.log_softmax(logp.masked_fill(~keep, -torch.inf), -1)
+def _least_of_mass(logp: Tensor, mass: float) -> float:
+    """The last of the likeliest tokens that together first reach `mass`. Sorts a few, and the whole vocabulary only if it must."""
+    for size in (64, 1024, logp.numel()):
+        values = logp.topk(min(size, logp.numel())).values
+        p = values.exp()
+        kept = int((p.cumsum(-1) - p < mass).sum())
+        if kept < len(values):
+            break
+    return values[kept - 1].item()
 
 
 # ---- picks -----------------------------------------------------------------------------------------
@@ -109,44 +123,9 @@ class Pick(NamedTuple):
 def pick(logits: Tensor, sampling: Sampling, noise: NoiseRows | None, position: int) -> Pick:
     """The token at `position` for these logits [vocabulary]: argmax without noise (greedy), else Gumbel-max after the filters."""
     if noise is None:
-        values, tokens = logits.double().topk(2)
-        return Pick(int(tokens[0]), float(values[0] - values[1]))
-    logp = torch.log_softmax(logits.double() / sampling.temperature, -1)
-    scores, keeps = logp + noise(position), _Filter(logp, sampling)
-    kept: list[float] = []
-    for score, token in _descending(scores):
-        if keeps(token):
-            kept.append(score)
-            if len(kept) == 1:
-                best = token
-            else:
-                return Pick(best, kept[0] - kept[1])
-    return Pick(best, float("inf"))  # the filters leave one token
-
-
-class _Filter:
-    """Is a token among those that `filtered` keeps? No sort: few tokens are ever asked for, the likeliest first."""
-
-    def __init__(self, logp: Tensor, sampling: Sampling):
-        self._logp, self._top_p = logp, sampling.top_p
-        self._least = logp.max().item() + math.log(sampling.min_p) if sampling.min_p > 0 else -math.inf
-        self._mass = 1.0
-        if 0 < sampling.top_k < logp.numel():
-            self._least = max(self._least, kth := logp.topk(sampling.top_k).values[-1].item())
-            self._mass = logp[logp >= kth].exp().sum().item()
-        self._p = logp.exp() if sampling.top_p < 1 else None
-
-    def __call__(self, token: int) -> bool:
-        own = self._logp[token]
-        if own < self._least:
-            return False
-        return self._p is None or self._p[self._logp > own].sum().item() < self._top_p * self._mass
-
-
-def _descending(scores: Tensor) -> Iterator[tuple[float, int]]:
-    """(score, token), best first; a few at a time, since two are mostly enough."""
-    taken = 0
-    for size in (16, scores.numel()):
-        values, tokens = scores.topk(min(size, scores.numel()))
-        yield from zip(values[taken:].tolist(), tokens[taken:].tolist(), strict=True)
-        taken = len(values)
+        scores = logits.double()
+    else:
+        logp = _tempered(logits, sampling)
+        scores = (logp + noise(position)).masked_fill(logp < _least(logp, sampling), -torch.inf)
+    values, tokens = scores.topk(2)
+    return Pick(int(tokens[0]), float(values[0] - values[1]))
