@@ -56,6 +56,7 @@ class Result:
     new_tokens: int
     token_ids: list[int]
     text: str
+    """what was streamed: `token_ids` decoded, without bytes at the end that are no whole character"""
     finish_reason: str
     """stop (an end token or a stop text), length (a limit), cancelled"""
     prefill_seconds: float

@@ -75,7 +75,7 @@ def test_processes_write_transformers_greedy_text_in_the_order_of_the_prompts(pa
         ids = tokenizer.encode(prompt).ids
         assert result["prompt_tokens"] == len(ids)
         assert result["token_ids"] == pair.greedy(ids, min(40, LIMIT - len(ids)))
-        assert result["text"] == tokenizer.decode(result["token_ids"])
+        assert result["text"] == tokenizer.decode(result["token_ids"]).rstrip("\ufffd")  # bytes at the end that are no character yet
     assert results[-1]["new_tokens"] < 40  # the last prompt runs into the model's limit
 
 
