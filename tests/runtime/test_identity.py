@@ -33,7 +33,7 @@ def test_every_method_writes_transformers_greedy_text(pair, stages, layers, draf
 
 @pytest.mark.parametrize("stages", [1, 3])
 @pytest.mark.parametrize("verify_on", ["last", "coordinator"])
-@pytest.mark.parametrize("coupled", ["true", "false"])
+@pytest.mark.parametrize("coupled", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_every_method_writes_the_same_sampled_text(pair, stages, verify_on, coupled):
     with Engine.from_config(pair.config(stages), [f"verify_on={verify_on}", f"policy.coupled={coupled}"]) as engine:
         for settings in SAMPLED:
@@ -42,7 +42,7 @@ def test_every_method_writes_the_same_sampled_text(pair, stages, verify_on, coup
                 assert_same(text(engine, PROMPTS[1], method=method, **settings), want)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [*range(3), *(pytest.param(s, marks=pytest.mark.slow) for s in range(3, 8))])
 def test_any_tree_and_segment(pair, seed):
     r = random.Random(seed)
     tree = dict(
