@@ -83,7 +83,6 @@ class Scheduler:
         self.anchor = -1
         self.version = self.segments = self.returned_segments = 0
         self.tokens: list[int] = []
-        self.accepted_tokens = self.sent_tokens = 0
         self.finished = False
         self._drafting = False
         self._known: dict[int, Mapping[int, int]] = {}
@@ -121,7 +120,6 @@ class Scheduler:
             return []
         path, tokens, accepted, child = self._walk()
         self.tokens += tokens
-        self.accepted_tokens += sum(accepted)
         self.anchor = path[-1].id
         if child is not None and self.policy.keep_tree:
             self.tree.reroot(child)
@@ -188,7 +186,6 @@ class Scheduler:
     def _send(self, nodes: list[Node], now: float) -> Segment:
         for node in nodes:
             node.sent = True
-        self.sent_tokens += len(nodes)
         self.segments += 1
         segment = Segment(self.segments, tuple(n.id for n in nodes), tuple(n.parent for n in nodes), tuple(n.token for n in nodes))
         self.pipe.sent(segment.number, segment.ids, now)
