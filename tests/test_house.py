@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = sorted((ROOT / "flowspec").rglob("*.py"))
 SHIPPED = [*PACKAGE, *sorted((ROOT / "scripts").rglob("*.py")), *sorted((ROOT / "launch").rglob("*.py")), ROOT / "split_models.py"]
 LAYERS = [
-    {"core", "errors", "version"},
+    {"core", "errors", "version", "trace"},
     {"models", "sampling", "text", "comm", "sim"},
     {"draft"},
     {"runtime"},
@@ -21,6 +21,8 @@ LAYERS = [
 ]
 SIDEWAYS = {  # (room, room of the same layer that it may import); everything else goes down
     ("core", "errors"),
+    ("trace", "core"),
+    ("trace", "errors"),
     ("preflight", "config"),
     ("engine", "config"),
     ("engine", "preflight"),
