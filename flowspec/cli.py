@@ -112,6 +112,7 @@ def _launch(options: argparse.Namespace, argv: list[str]) -> int:
         need(not any("\ud800" <= c <= "\udfff" for c in prompt), f"prompt {number} is not valid UTF-8")
         check_prompt(text.encode(prompt), manifest, f"prompt {number}")
     check_writable(getattr(options, "json", None))
+    check_writable(str(config.trace_path) if config.trace else None, "trace")
     return launch(argv, manifest.num_stages + 1)
 
 
@@ -189,6 +190,8 @@ def _serve(options: argparse.Namespace) -> int:
     else:
         code = _lead(engine, options, path, config)
     engine.close()  # not after a failure: then nobody is to be told that all is well
+    if config.trace and not engine.rank:
+        print(f"timeline: {config.trace_path} (python -m flowspec trace FILE, or https://ui.perfetto.dev)", file=sys.stderr)
     return code
 
 

@@ -25,7 +25,7 @@ from flowspec.errors import UserError
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 VERIFY_ON = ("auto", "coordinator", "last")
-LATER = ("pruned", "pipedec", "tp", "galaxy", "dsi", "si")
+LATER = ("tp", "galaxy", "dsi", "si")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,8 @@ class Config:
     """CPU threads a rank; auto: the cores shared by the ranks of this host."""
     verify_on: str = "auto"
     """Where tokens are picked: coordinator (hidden rows return to rank 0) or last (tokens return); auto: last."""
+    trace: str | None = None
+    """A file for the timeline of all ranks (Chrome trace JSON); off if null."""
     folder: Path = field(default=Path(), metadata={"internal": True})
 
     def __post_init__(self) -> None:
@@ -62,6 +64,11 @@ class Config:
     @property
     def stages_path(self) -> Path:
         return self.folder / self.stages
+
+    @property
+    def trace_path(self) -> Path:
+        assert self.trace is not None
+        return self.folder / self.trace
 
     @property
     def verifies_last(self) -> bool:

@@ -7,6 +7,7 @@ is a process; without it, `Engine.from_config` runs all ranks as threads of this
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import secrets
 import threading
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from flowspec import trace
 from flowspec.comm import inproc
 from flowspec.comm.base import Transport
 from flowspec.comm.shaped import shaped
@@ -24,6 +26,7 @@ from flowspec.config import Config, load_config
 from flowspec.core.policy import make_policy
 from flowspec.core.request import Request, Sampling, need
 from flowspec.draft.registry import make_drafter
+from flowspec.errors import UserError
 from flowspec.models.families import family_of, read_config
 from flowspec.models.manifest import Manifest
 from flowspec.models.stage import load_head, load_stage
@@ -33,6 +36,9 @@ from flowspec.runtime.drafting import DraftThread
 from flowspec.runtime.driver import Driver, Stats
 from flowspec.runtime.worker import Worker
 from flowspec.text import Text, TextStream
+from flowspec.trace import Span
+
+log = logging.getLogger(__name__)
 
 
 class Token(NamedTuple):
@@ -74,6 +80,12 @@ class Result:
     """tree rows that the first stage computed"""
     stage_utilisation: list[float]
     """share of the request's time that each stage spent computing"""
+    bookkeeping_ms: float
+    """rank 0's own CPU time a segment sent: neither drafting, lm_head, sampling nor waiting"""
+    stage_overhead_ms: list[float]
+    """each stage's own CPU time a segment: neither the model's forward, lm_head, sampling nor waiting"""
+    stage_cost_ms: list[tuple[float, float]]
+    """each stage's measured cost of a forward: of no row, and of each row"""
     stage_peak_mb: list[float]
     """most resident memory of each stage's process so far, MB"""
     world_size: int
@@ -89,6 +101,8 @@ class Generation:
     def __init__(self, tokens: Iterator[Token]):
         self._tokens = tokens
         self.result: Result | None = None
+        self.spans: list[Span] = []
+        """what all ranks did, once there is a result; empty unless `trace` is set"""
 
     def __iter__(self) -> Iterator[Token]:
         return self
@@ -110,6 +124,9 @@ class Engine:
         self.rank, self.world_size = transport.rank, transport.world_size
         self._on_close = list(on_close)
         self._requests = 0
+        self.traced = config.trace is not None
+        """note what all ranks do during the next requests (Generation.spans)"""
+        self._spans: list[Span] = []
         self._running: Generation | None = None
         if self.rank == 0:
             self.text = Text(manifest.folder(0))
@@ -192,6 +209,8 @@ class Engine:
         try:
             if self._running:
                 self._running.close()
+            if self._spans:
+                self._write_trace()
         finally:
             if self.rank == 0:
                 if self._draft:
@@ -208,6 +227,16 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _write_trace(self) -> None:
+        """The timeline of all requests so far, into the file that `trace` names."""
+        path, spans, self._spans = self.config.trace_path, self._spans, []
+        facts = {"method": self.config.method, "stages": self.world_size - 1, "emulated": self.config.emulate.active}
+        try:
+            trace.write(path, spans, facts)
+        except OSError as error:
+            raise UserError(f"trace: cannot write {path}: {error.strerror}") from None
+        log.info("timeline written to %s", path)
 
     # ---- the other ranks ---------------------------------------------------------------------------
     def work(self) -> None:
@@ -227,7 +256,7 @@ class Engine:
         least = config.emulate.draft_ms / 1000 if config.drafter.kind == "lm" else 0.0
         self._draft = DraftThread(drafter, self._transport.inbox, least) if drafter else None
         head = None if config.verifies_last else load_head(manifest, 0, dtype, device)
-        return Driver(self._transport, self._draft, manifest.vocab_size, head)
+        return Driver(self._transport, self._draft, manifest.vocab_size, head, config.emulate.hidden_scale)
 
     def _request(self, tokens: tuple[int, ...], sampling: Sampling) -> Request:
         """With a seed, and no more new tokens than the model has positions for."""
@@ -240,7 +269,7 @@ class Engine:
         stats, ids, accepted = Stats(), [], 0
         stream = TextStream(self.text.tokenizer, stop, request.prompt)
         policy = make_policy(config.method, config.tree, config.policy, self.manifest.num_stages)
-        tokens = self._driver.generate(request, policy, config.policy.coupled, stats)
+        tokens = self._driver.generate(request, policy, config.policy.coupled, stats, self.traced)
         try:
             for token in tokens:
                 ids.append(token.id)
@@ -252,6 +281,8 @@ class Engine:
                     break
         finally:
             tokens.close()
+            generation.spans = stats.spans
+            self._spans += stats.spans if config.trace else []
             generation.result = self._result(request, config, stats, ids, accepted, stream.text)
 
     def _result(self, request: Request, config: Config, stats: Stats, ids: list[int], accepted: int, text: str) -> Result:
@@ -273,6 +304,9 @@ class Engine:
             drafted_tokens=stats.drafted,
             forwarded_tokens=stages[0].rows if stages else 0,
             stage_utilisation=[min(1.0, report.busy / spent) for report in stages],
+            bookkeeping_ms=stats.bookkeeping * 1000 / max(1, stats.segments),
+            stage_overhead_ms=[report.overhead * 1000 / max(1, report.segments) for report in stages],
+            stage_cost_ms=[(report.base * 1000, report.slope * 1000) for report in stages],
             stage_peak_mb=[round(report.peak_mb, 1) for report in stages],
             world_size=self.world_size,
             seed=request.sampling.seed or 0,

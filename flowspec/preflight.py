@@ -56,17 +56,17 @@ def check_prompt(tokens: Sequence[int], manifest: Manifest, name: str = "the pro
     need(len(tokens) < limit, f"{name} has {len(tokens)} tokens; the model takes {limit} in all, so at most {limit - 1} of prompt")
 
 
-def check_writable(path: str | None) -> None:
-    """Results can be written beside `path` and renamed to it."""
+def check_writable(path: str | None, name: str = "--json") -> None:
+    """What `name` asks for can be written beside `path` and renamed to it."""
     if path is None:
         return
-    need(not Path(path).is_dir(), f"--json: {path} is a folder")
+    need(not Path(path).is_dir(), f"{name}: {path} is a folder")
     beside = beside_of(path)
     known = beside.exists()
     try:
         beside.open("a").close()
     except OSError as error:
-        raise UserError(f"--json: cannot write {beside}: {error.strerror}") from None
+        raise UserError(f"{name}: cannot write {beside}: {error.strerror}") from None
     if not known:
         beside.unlink()
 

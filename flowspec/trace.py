@@ -69,10 +69,27 @@ class Fates:
         dead = sum(self._died.get(i, begin + 1) <= begin for i in nodes)
         return ("accepted" if accepted else "stale" if dead == len(nodes) else "pruned"), accepted, dead
 
-    def span(self, rank: int, row: str, begin: float, end: float, ids: Sequence[int], **facts: Any) -> Span:
-        """A span of work on a segment's nodes."""
-        name, accepted, dead = self.of(ids, begin)
-        return Span(rank, row, name, begin, end, {**facts, "rows": len(ids), "accepted": accepted, "dead": dead})
+    def judge(self, span: Span) -> Span:
+        """A span of work on a segment, whose facts hold its node `ids`: now named by its verdict, with counts for the ids."""
+        if "ids" not in span.facts:
+            return span
+        facts = dict(span.facts)
+        ids = facts.pop("ids")
+        name, accepted, dead = self.of(ids, span.begin)
+        return span._replace(name=name, facts={**facts, "rows": len(ids), "accepted": accepted, "dead": dead})
+
+
+def untangled(spans: Iterable[Span]) -> list[Span]:
+    """Sorted by begin; on each row a span begins no earlier than the one before ends (messages on a link, or in a queue,
+    wait for each other; a viewer wants slices that do not overlap)."""
+    ends: dict[tuple[int, str], float] = {}
+    clipped = []
+    for span in sorted(spans, key=lambda s: s.begin):
+        row = span.rank, span.row
+        begin = min(max(span.begin, ends.get(row, span.begin)), span.end)
+        ends[row] = span.end
+        clipped.append(span._replace(begin=begin))
+    return sorted(clipped, key=lambda s: s.begin)
 
 
 # ---- files -----------------------------------------------------------------------------------------

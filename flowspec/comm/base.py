@@ -7,6 +7,7 @@ overtaken by it. Each link is first in, first out. `send` returns at once and ow
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,10 +33,12 @@ class Inbox:
         self._urgent: deque = deque()
         self._normal: deque = deque()
         self._failure: BaseException | None = None
+        self.since = 0.0
+        """when the item that `get` gave last had been put (monotonic seconds)"""
 
     def put(self, item: object, urgent: bool = False) -> None:
         with self._ready:
-            (self._urgent if urgent else self._normal).append(item)
+            (self._urgent if urgent else self._normal).append((time.monotonic(), item))
             self._ready.notify()
 
     def fail(self, error: BaseException) -> None:
@@ -52,13 +55,14 @@ class Inbox:
                 raise self._failure
             for queue in (self._urgent, self._normal):
                 if queue:
-                    return queue.popleft()
+                    self.since, item = queue.popleft()
+                    return item
             return None
 
     def get_urgent(self) -> Any:
         """An urgent item that is here already, or None."""
         with self._ready:
-            return self._urgent.popleft() if self._urgent else None
+            return self._urgent.popleft()[1] if self._urgent else None
 
 
 class Transport(Protocol):

@@ -7,6 +7,7 @@ to one implementation and full to another.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flowspec.core.request import need
-from flowspec.core.stage import StageState
+from flowspec.core.stage import Admitted, StageState
 from flowspec.errors import UserError
 from flowspec.models.cache import RowCache
 from flowspec.models.families import HEAD, family_of, module_tensors, read_config
@@ -83,11 +84,12 @@ class Sequence:
 
     def __init__(self, model: StageModel):
         self.model, self.state, self.cache = model, StageState(), RowCache()
+        self.model_cpu = 0.0
+        """CPU seconds that this thread spent in the model"""
 
     def prefill(self, rows: Tensor) -> Tensor:
         """Prompt rows (tokens or features [n, hidden]) through the model; features [n, hidden]."""
-        admitted = self.state.extend(len(rows))
-        return self.model(rows, admitted.positions, admitted.hidden, self.cache)
+        return self._forward(rows, self.state.extend(len(rows)))
 
     def verify(self, ids: list[int], parents: list[int], rows: Tensor) -> tuple[list[int], np.ndarray, Tensor]:
         """Tree rows through the model: which were worth it (n indices), their positions [n], their features [n, hidden]."""
@@ -95,7 +97,13 @@ class Sequence:
         if not admitted.kept:
             return [], admitted.positions, rows[:0]
         rows = rows if len(admitted.kept) == len(ids) else rows[admitted.kept]
-        return admitted.kept, admitted.positions, self.model(rows, admitted.positions, admitted.hidden, self.cache)
+        return admitted.kept, admitted.positions, self._forward(rows, admitted)
+
+    def _forward(self, rows: Tensor, admitted: Admitted) -> Tensor:
+        begun = time.thread_time()
+        out = self.model(rows, admitted.positions, admitted.hidden, self.cache)
+        self.model_cpu += time.thread_time() - begun
+        return out
 
     def prune(self, prune) -> None:
         gather = self.state.prune(prune)

@@ -12,6 +12,7 @@ from flowspec.comm.base import Inbox
 from flowspec.core.messages import Commit, Draft, Drafted
 from flowspec.core.request import Request
 from flowspec.draft.base import Drafter, Noise
+from flowspec.runtime.tracing import Log
 
 
 class Local(NamedTuple):
@@ -31,7 +32,8 @@ class DraftThread:
         self._thread = threading.Thread(target=self._run, name="draft", daemon=True)
         self._thread.start()
 
-    def begin(self, request: Request, noise: Noise | None) -> None:
+    def begin(self, request: Request, noise: Noise | None, log: Log) -> None:
+        self._log = log
         self._queue.put(lambda: self._at_least(lambda: self._drafter.begin(request, noise)))
 
     def draft(self, request: Request, draft: Draft) -> None:
@@ -63,4 +65,5 @@ class DraftThread:
         begun = time.monotonic()
         result = work()
         time.sleep(max(0.0, begun + self._least - time.monotonic()))
+        self._log.add(0, "draft", "draft", begun, time.monotonic())
         return result

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,13 +20,17 @@ from flowspec.errors import RankLost
 from flowspec.models.stage import Head
 from flowspec.runtime import wire
 from flowspec.runtime.drafting import DraftThread, Local
+from flowspec.runtime.tracing import Log, merged
 from flowspec.sampling import NoiseRows, Pick, noise_for, pick
+from flowspec.trace import Fates, Span
 
 log = logging.getLogger(__name__)
 
 STALL = 600.0
 """seconds without any message after which a request is given up: a bug, since dead and hung ranks show earlier"""
 PREFILL_ROWS = 128
+QUESTIONS = 5
+"""of each stage's clock, after a traced request"""
 
 
 class Committed(NamedTuple):
@@ -50,8 +55,13 @@ class Stats:
     ended: float = 0.0
     finish_reason: str = "cancelled"
     drafted: int = 0
+    segments: int = 0
     returned_segments: int = 0
+    bookkeeping: float = 0.0
+    """CPU seconds of rank 0's main thread beside verification (lm_head and sampling) and waiting"""
     reports: dict[int, wire.Report] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
+    """what all ranks did, on rank 0's clock; empty unless the request was traced"""
 
 
 class _Choices(Mapping):
@@ -73,19 +83,23 @@ class _Choices(Mapping):
 
 
 class _Verifier(Mapping):
-    """Picks from feature rows when asked: lm_head over the segment at the first look, one pick a node."""
+    """Picks from feature rows when asked: lm_head over the segment at the first look, one pick a node; `took` hears the CPU seconds."""
 
-    def __init__(self, head: Head, request: Request, noise: NoiseRows | None, message: Message):
+    def __init__(self, head: Head, request: Request, noise: NoiseRows | None, message: Message, took: Callable[[float], None]):
+        self._took = took
         ids, self._positions, self._rows = message.tensors
         self._index = {id: k for k, id in enumerate(ids.tolist())}
         self._head, self._sampling, self._noise = head, request.sampling, noise
         self._logits: torch.Tensor | None = None
 
     def __getitem__(self, id: int) -> Pick:
+        begun = time.thread_time()
         if self._logits is None:
             self._logits = self._head(self._rows).cpu()
         k = self._index[id]
-        return pick(self._logits[k], self._sampling, self._noise, int(self._positions[k]) + 1)
+        found = pick(self._logits[k], self._sampling, self._noise, int(self._positions[k]) + 1)
+        self._took(time.thread_time() - begun)
+        return found
 
     def __len__(self) -> int:
         return len(self._index)
@@ -97,23 +111,28 @@ class _Verifier(Mapping):
 class Driver:
     """Serves one request after another. `head` is given when rank 0 verifies (verify_on: coordinator)."""
 
-    def __init__(self, transport: Transport, draft: DraftThread | None, vocabulary: int, head: Head | None = None):
+    def __init__(
+        self, transport: Transport, draft: DraftThread | None, vocabulary: int, head: Head | None = None, hidden_scale: float = 1.0
+    ):
         self._transport, self._draft, self._head, self._vocabulary = transport, draft, head, vocabulary
+        self._hidden_scale = hidden_scale  # of emulated links, for the bytes in a trace
 
-    def generate(self, request: Request, policy: Policy, coupled: bool, stats: Stats) -> Generator[Committed, None, None]:
+    def generate(
+        self, request: Request, policy: Policy, coupled: bool, stats: Stats, trace: bool = False
+    ) -> Generator[Committed, None, None]:
         """The text as it is committed. Closing the iterator cancels the request. `stats` is filled as it goes."""
-        scheduler = Scheduler(request, policy, drafts=self._draft is not None)
+        self._scheduler = scheduler = Scheduler(request, policy, drafts=self._draft is not None)
         self._wake_at: float | None = None
         self._picks: dict[int, Pick] = {}
+        self._verifying = 0.0
+        self._log, self._fates = Log(trace, request.id, self._hidden_scale), Fates()
         stats.begun = time.monotonic()
         broken = True
         try:
             self._begin(request, coupled)
-            actions = scheduler.start(time.monotonic())
+            yield from self._step(request, None, stats)
             while not scheduler.finished:
-                yield from self._perform(request, actions, stats)
-                actions = scheduler.handle(self._next_event(request), time.monotonic())
-            yield from self._perform(request, actions, stats)
+                yield from self._step(request, self._next_event(request), stats)
             broken = False
         except GeneratorExit:  # the caller has enough
             broken = False
@@ -121,28 +140,40 @@ class Driver:
         finally:
             stats.ended = time.monotonic()
             stats.drafted, stats.returned_segments = scheduler.tree.drafted, scheduler.returned_segments
+            stats.segments = scheduler.segments
             self._end(request)
             if not broken:
                 self._await_reports(request, stats)
             log.info("request %d: %d tokens, %s", request.id, len(scheduler.tokens), stats.finish_reason)
 
+    def _step(self, request: Request, event: Event | None, stats: Stats) -> list[Committed]:
+        """One event, or the beginning: everything that leaves this rank does so before the caller sees a token."""
+        begun, cpu, verifying = time.monotonic(), time.thread_time(), self._verifying
+        scheduler = self._scheduler
+        actions = scheduler.handle(event, begun) if event else scheduler.start(begun)
+        committed = self._perform(request, actions, stats)
+        stats.bookkeeping += time.thread_time() - cpu - (self._verifying - verifying)
+        self._log.add(0, "compute", "schedule", begun, time.monotonic(), event=type(event).__name__)
+        return committed
+
     def _begin(self, request: Request, coupled: bool) -> None:
         self._noise = noise_for(request.sampling, self._vocabulary)
-        self._transport.send_next(wire.start(request))
+        self._transport.send_next(wire.start(request, self._log.on))
         prompt = torch.tensor(request.prompt[:-1], dtype=torch.int32)
         for chunk in prompt.split(PREFILL_ROWS) if len(prompt) else ():
             self._transport.send_next(wire.prefill(request.id, chunk))
         if self._draft:
-            self._draft.begin(request, noise_for(request.sampling, self._vocabulary) if coupled else None)
+            self._draft.begin(request, noise_for(request.sampling, self._vocabulary) if coupled else None, self._log)
 
-    def _perform(self, request: Request, actions: list[Action], stats: Stats) -> Iterator[Committed]:
-        """Everything that leaves this rank goes before the caller sees a token."""
+    def _perform(self, request: Request, actions: list[Action], stats: Stats) -> list[Committed]:
         self._wake_at = None
         committed: list[Committed] = []
         for action in actions:
             log.debug("%s", action)
             if isinstance(action, Segment):
                 self._transport.send_next(wire.segment(request.id, action))
+                if self._log.on:
+                    self._fates.sent(action.ids, action.parents)
             elif isinstance(action, Prune):
                 for rank in range(1, self._transport.world_size):
                     self._transport.send_control(rank, wire.prune(request.id, action))
@@ -155,12 +186,14 @@ class Driver:
             elif isinstance(action, Finish):
                 stats.finish_reason = action.reason
                 committed[-1] = committed[-1]._replace(final=True)
-        yield from committed
+        return committed
 
     def _commit(self, commit: Commit, stats: Stats) -> list[Committed]:
         if self._draft:
             self._draft.commit(commit)
         stats.last_token = time.monotonic()
+        if self._log.on:
+            self._fates.decided(commit.path, commit.root, stats.last_token)
         stats.first_token = stats.first_token or stats.last_token
         gaps = [self._picks[node].gap for node in commit.path]
         self._picks = {}
@@ -192,6 +225,9 @@ class Driver:
             return None
         return wire.read_started(message) if message.kind == "started" else self._returned(request, message)
 
+    def _took(self, seconds: float) -> None:
+        self._verifying += seconds
+
     def _returned(self, request: Request, message: Message) -> Returned:
         if message.kind == "choices":
             table, gaps = message.tensors
@@ -199,9 +235,10 @@ class Driver:
             picks: Mapping = dict(zip(ids, map(Pick, tokens, gaps.tolist()), strict=True))
         else:
             assert self._head is not None, f"a {message.kind} message, but this rank does not verify"
-            picks = _Verifier(self._head, request, self._noise, message)
+            picks = _Verifier(self._head, request, self._noise, message, self._took)
         choices = _Choices(picks)
         choices.looked_up = self._picks
+        self._log.arrived(message, self._transport.world_size - 1, 0, self._transport.inbox.since, time.monotonic(), tuple(picks))
         return Returned(message.meta["number"], tuple(picks), choices)
 
     # ---- the end -----------------------------------------------------------------------------------
@@ -218,3 +255,23 @@ class Driver:
                 raise RankLost(f"no report from rank {min(set(stages) - set(stats.reports))} for {STALL:g} s")
             if not isinstance(item, Local) and item[1].kind == "report" and item[1].meta["request"] == request.id:
                 stats.reports[item[0]] = wire.read_report(item[1])
+        if self._log.on:
+            notes = {rank: report.spans for rank, report in stats.reports.items()}
+            stats.spans = merged({0: self._log.spans} | notes, self._offsets(), self._fates)
+
+    def _offsets(self) -> dict[int, float]:
+        """Each rank's clock minus ours, by the quickest of a few questions (Cristian 1989): off by half its way there and back at most."""
+        best: dict[int, tuple[float, float]] = {}
+        for _ in range(QUESTIONS):
+            for rank in range(1, self._transport.world_size):
+                self._transport.send_control(rank, wire.ping())
+            answers = 0
+            while answers < self._transport.world_size - 1:
+                item = self._transport.inbox.get(STALL)
+                if item is None:
+                    raise RankLost(f"a rank did not tell the time for {STALL:g} s")
+                if not isinstance(item, Local) and item[1].kind == "pong":
+                    sent, clock, now = item[1].meta["sent"], item[1].meta["clock"], time.monotonic()
+                    best[item[0]] = min(best.get(item[0], (math.inf, 0.0)), (now - sent, clock - (sent + now) / 2))
+                    answers += 1
+        return {0: 0.0} | {rank: offset for rank, (_, offset) in best.items()}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+import time
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,12 +12,13 @@ from torch import Tensor
 from flowspec.comm.base import Message
 from flowspec.core.messages import Prune, Segment, Started
 from flowspec.core.request import Request, Sampling
+from flowspec.trace import Span
 
 
 # ---- round the ring --------------------------------------------------------------------------------
-def start(request: Request) -> Message:
-    """A request begins: stages make room for it."""
-    return Message("start", {"request": request.id, "sampling": dataclasses.asdict(request.sampling)})
+def start(request: Request, trace: bool) -> Message:
+    """A request begins: stages make room for it, and note what they do when it is traced."""
+    return Message("start", {"request": request.id, "sampling": dataclasses.asdict(request.sampling), "trace": trace})
 
 
 def read_sampling(message: Message) -> Sampling:
@@ -25,7 +27,12 @@ def read_sampling(message: Message) -> Sampling:
 
 def prefill(request: int, rows: Tensor) -> Message:
     """Prompt rows: token ids to the first stage, features after it. Nobody waits for an answer."""
-    return Message("prefill", {"request": request}, (rows,))
+    return Message("prefill", {"request": request, "sent": time.monotonic()}, (rows,))
+
+
+def _numbered(request: int, number: int) -> dict[str, Any]:
+    """Of a segment: its number, and when it left (by the sender's clock)."""
+    return {"request": request, "number": number, "sent": time.monotonic()}
 
 
 def segment(request: int, segment: Segment) -> Message:
@@ -35,7 +42,7 @@ def segment(request: int, segment: Segment) -> Message:
 def rows_of(request: int, number: int, ids: tuple[int, ...], parents: tuple[int, ...], rows: Tensor) -> Message:
     """A segment on its way: per node its id, its parent, and a token (first hop) or a feature row."""
     nodes = torch.tensor([ids, parents], dtype=torch.int32)
-    return Message("segment", {"request": request, "number": number}, (nodes, rows))
+    return Message("segment", _numbered(request, number), (nodes, rows))
 
 
 def read_nodes(message: Message) -> tuple[list[int], list[int]]:
@@ -45,13 +52,13 @@ def read_nodes(message: Message) -> tuple[list[int], list[int]]:
 
 def features(request: int, number: int, ids: list[int], positions: Tensor, rows: Tensor) -> Message:
     """A segment back at rank 0 that verifies itself: the last stage's normed rows."""
-    return Message("features", {"request": request, "number": number}, (torch.tensor(ids, dtype=torch.int32), positions, rows))
+    return Message("features", _numbered(request, number), (torch.tensor(ids, dtype=torch.int32), positions, rows))
 
 
 def choices(request: int, number: int, ids: list[int], tokens: list[int], gaps: list[float]) -> Message:
     """A segment back from a last stage that verifies: the target's token after each node, and how clear it was."""
     table = torch.tensor([ids, tokens], dtype=torch.int32)
-    return Message("choices", {"request": request, "number": number}, (table, torch.tensor(gaps, dtype=torch.float64)))
+    return Message("choices", _numbered(request, number), (table, torch.tensor(gaps, dtype=torch.float64)))
 
 
 # ---- beside the ring -------------------------------------------------------------------------------
@@ -88,8 +95,17 @@ class Report(NamedTuple):
     """seconds spent computing"""
     rows: int
     """tree rows computed"""
+    segments: int
+    """forwards that they took"""
+    overhead: float
+    """CPU seconds of the stage's thread for them beside the model's forward, lm_head and sampling"""
+    base: float
+    slope: float
+    """measured cost of a forward: seconds for no row, and for each row"""
     peak_mb: float
     """the most memory that the process ever held, MB"""
+    spans: list[Span]
+    """what it noted, by its own clock; empty unless the request is traced"""
 
 
 def report(request: int, report: Report) -> Message:
@@ -97,7 +113,17 @@ def report(request: int, report: Report) -> Message:
 
 
 def read_report(message: Message) -> Report:
-    return Report(*(message.meta[name] for name in Report._fields))
+    fields = {name: message.meta[name] for name in Report._fields}
+    return Report(**{**fields, "spans": [Span(*span) for span in fields["spans"]]})
+
+
+def ping() -> Message:
+    """What time is it at your end?"""
+    return Message("ping", {"sent": time.monotonic()})
+
+
+def pong(ping: Message) -> Message:
+    return Message("pong", {"sent": ping.meta["sent"], "clock": time.monotonic()})
 
 
 def loading(megabytes: float, seconds: float) -> Message:

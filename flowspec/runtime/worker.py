@@ -19,6 +19,7 @@ from flowspec.core.messages import Started
 from flowspec.core.request import Sampling
 from flowspec.models.stage import Head, Sequence, StageModel
 from flowspec.runtime import wire
+from flowspec.runtime.tracing import Log
 from flowspec.sampling import NoiseRows, noise_for, pick
 
 log = logging.getLogger(__name__)
@@ -40,8 +41,20 @@ class _Live:
     sequence: Sequence
     sampling: Sampling
     noise: NoiseRows | None
+    log: Log
+    cost: LinearCost = field(default_factory=LinearCost)
     busy: float = 0.0
     rows: int = 0
+    segments: int = 0
+    overhead: float = 0.0
+    """CPU seconds of this thread for segments, beside the following"""
+    picking: float = 0.0
+    """CPU seconds in lm_head and sampling"""
+
+    @property
+    def apart(self) -> float:
+        """CPU seconds in the model, lm_head and sampling."""
+        return self.sequence.model_cpu + self.picking
 
 
 @dataclass
@@ -58,7 +71,7 @@ class Worker:
         self._is_last = self.transport.rank == self.transport.world_size - 1
         self._live: dict[int, _Live] = {}
         self._over: set[int] = set()  # ended before they began here
-        self._cost = LinearCost()
+        self._sender = self.transport.rank - 1
 
     def run(self) -> None:
         """Serve until rank 0 says stop."""
@@ -76,7 +89,8 @@ class Worker:
         else:
             sampling = wire.read_sampling(message)
             noise = noise_for(sampling, self.head.vocabulary) if self.head else None
-            self._live[request] = _Live(Sequence(self.model), sampling, noise)
+            log = Log(message.meta["trace"], request, self.emulate.hidden_scale)
+            self._live[request] = _Live(Sequence(self.model), sampling, noise, log)
         if not self._is_last:
             self.transport.send_next(message)
 
@@ -85,25 +99,34 @@ class Worker:
         if live is None:
             return
         rows = message.tensors[0]
+        self._arrived(live, message, time.monotonic(), None)
         out = self._timed(live, len(rows), lambda: live.sequence.prefill(rows))
         self.transport.send_control(0, wire.prefilled(message.meta["request"]))
         if not self._is_last:
             self.transport.send_next(wire.prefill(message.meta["request"], out))
 
     def _on_segment(self, message: Message) -> None:
-        request, number = message.meta["request"], message.meta["number"]
+        taken, begun = time.monotonic(), time.thread_time()
         self._hear_control()
-        live = self._live.get(request)
+        live = self._live.get(message.meta["request"])
         if live is None:
             return
         ids, parents = wire.read_nodes(message)
+        apart = live.apart
+        self._arrived(live, message, taken, ids)
+        self._verify(live, message, ids, parents)
+        live.overhead += time.thread_time() - begun - (live.apart - apart)
+
+    def _verify(self, live: _Live, message: Message, ids: list[int], parents: list[int]) -> None:
+        request, number = message.meta["request"], message.meta["number"]
         worth = live.sequence.state.worth(ids, parents)
         if self._is_first:
-            self._announce(request, number, len(worth))
+            self._announce(live, request, number, len(worth))
         if not worth:
             return
-        kept, positions, out = self._timed(live, len(worth), lambda: live.sequence.verify(ids, parents, message.tensors[1]))
-        live.rows += len(kept)
+        about = {"segment": number, "ids": [ids[k] for k in worth]}
+        kept, positions, out = self._timed(live, len(worth), lambda: live.sequence.verify(ids, parents, message.tensors[1]), **about)
+        live.rows, live.segments = live.rows + len(kept), live.segments + 1
         ids, parents = [ids[k] for k in kept], [parents[k] for k in kept]
         self._hear_control()
         if request in self._live and (alive := live.sequence.state.alive(ids)):
@@ -117,8 +140,10 @@ class Worker:
         elif self.head is None:
             self.transport.send_next(wire.features(request, number, ids, positions, out))
         else:
+            begun = time.thread_time()
             logits = self.head(out).cpu()
             picks = [pick(row, live.sampling, live.noise, p + 1) for row, p in zip(logits, positions.tolist(), strict=True)]
+            live.picking += time.thread_time() - begun
             self.transport.send_next(wire.choices(request, number, ids, [p.token for p in picks], [p.gap for p in picks]))
 
     # ---- beside the ring ---------------------------------------------------------------------------
@@ -141,23 +166,35 @@ class Worker:
         live = self._live.pop(request, None)
         if live is None:
             self._over.add(request)
-        busy, rows = (live.busy, live.rows) if live else (0.0, 0)
-        self.transport.send_control(0, wire.report(request, wire.Report(busy, rows, peak_memory())))
+        self.transport.send_control(0, wire.report(request, self._report(live)))
+
+    def _report(self, live: _Live | None) -> wire.Report:
+        if live is None:
+            return wire.Report(0.0, 0, 0, 0.0, 0.0, 0.0, peak_memory(), [])
+        cost = live.cost
+        return wire.Report(live.busy, live.rows, live.segments, live.overhead, cost.base, cost.slope, peak_memory(), live.log.spans)
+
+    def _on_ping(self, message: Message) -> None:
+        self.transport.send_control(0, wire.pong(message))
 
     # ---- time --------------------------------------------------------------------------------------
-    def _announce(self, request: int, number: int, rows: int) -> None:
+    def _announce(self, live: _Live, request: int, number: int, rows: int) -> None:
         """Tell rank 0 when this stage will be free, so that the next segment can arrive just then."""
-        expected = self._cost.predict(rows) if rows else 0.0
-        started = Started(number, rows, expected, self._cost.base, self._cost.slope)
+        expected = live.cost.predict(rows) if rows else 0.0
+        started = Started(number, rows, expected, live.cost.base, live.cost.slope)
         self.transport.send_control(0, wire.started(request, started))
 
-    def _timed(self, live: _Live, rows: int, forward: Callable):
+    def _arrived(self, live: _Live, message: Message, taken: float, ids: list[int] | None) -> None:
+        live.log.arrived(message, self._sender, self.transport.rank, self.transport.inbox.since, taken, ids)
+
+    def _timed(self, live: _Live, rows: int, forward: Callable, **about):
         """Run a forward, take at least the emulated time, keep account."""
         begun = time.monotonic()
         result = forward()
         time.sleep(max(0.0, begun + self.emulate.stage_seconds(self.transport.rank, rows) - time.monotonic()))
         spent = time.monotonic() - begun
-        self._cost.observe(rows, spent)
+        live.cost.observe(rows, spent)
+        live.log.add(self.transport.rank, "compute", "prefill", begun, begun + spent, **about)
         log.debug("%d rows in %.2f ms", rows, spent * 1000)
         live.busy += spent
         return result

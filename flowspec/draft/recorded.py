@@ -1,0 +1,227 @@
+"""Drafters for the simulator: what a real drafter proposed, by token path, and a made-up profile of acceptance.
+
+Both depend on the path only (the tokens from the prompt to the node), as a language model does. A tape remembers each
+proposal the first time it is asked for, so that a sweep over stages, links and methods runs the draft model once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from flowspec.core.messages import Commit, DraftNode, Proposal
+from flowspec.core.request import Request, Sampling
+from flowspec.draft.base import Drafter, Lineage, Noise
+from flowspec.errors import UserError
+
+ABSENT, UNASKED = -1, -2
+"""in a tape's file, instead of a number of candidates: the drafter could not go on; nobody asked"""
+FORMAT = 1
+
+
+@dataclass
+class Tape:
+    """One request, the target's text for it, and a tree of token paths with the drafter's proposal after each."""
+
+    request: Request
+    text: list[int]
+    """the target's new tokens"""
+    parents: list[int] = field(default_factory=lambda: [-1])
+    tokens: list[int] = field(default_factory=lambda: [-1])
+    proposals: dict[int, Proposal | None] = field(default_factory=dict)
+    """path -> proposal; path 0 is the prompt"""
+
+    def __post_init__(self) -> None:
+        self._child = {(p, t): i for i, (p, t) in enumerate(zip(self.parents, self.tokens, strict=True))}
+
+    def child(self, path: int, token: int) -> int:
+        """The path one token longer."""
+        if path == -1:  # the first root is the prompt itself
+            return 0
+        found = self._child.setdefault((path, token), len(self.parents))
+        if found == len(self.parents):
+            self.parents.append(path)
+            self.tokens.append(token)
+        return found
+
+
+class _ByPath:
+    """A drafter that looks proposals up by path: keeps book of which node stands for which path."""
+
+    def __init__(self, child: Callable[[int, int], int], request: Request):
+        self._child = child
+        self._path = {-1: -1}  # node -> path
+        self._lineage = Lineage.of(request)
+
+    def enter(self, node: DraftNode) -> int:
+        if node.id not in self._path:
+            self._path[node.id] = self._child(self._path[node.parent], node.token)
+        return self._path[node.id]
+
+    def commit(self, commit: Commit) -> None:
+        for node in self._lineage.path(commit):
+            self.enter(node)
+        self._lineage = self._lineage.after(commit)
+
+
+class RecordedDrafter:
+    """Plays a tape; what it lacks is asked of the real drafter and remembered, or, without one, counted in `lacked`."""
+
+    def __init__(self, tape: Tape, drafter: Drafter | None = None, noise: Noise | None = None):
+        self._tape, self._drafter, self._noise = tape, drafter, noise
+        self._paths = _ByPath(tape.child, tape.request)
+        self._read = False
+        self._held: set[int] = set()  # paths that the real drafter has been asked for in this run
+        self.lacked = 0
+
+    def propose(self, nodes: Sequence[DraftNode]) -> list[Proposal | None]:
+        paths = [self._paths.enter(n) for n in nodes]
+        missing = [p for p in paths if p not in self._tape.proposals]
+        if missing and self._drafter:
+            self._ask(self._drafter, missing)
+        self.lacked += len(missing) if not self._drafter else 0
+        return [self._tape.proposals.get(p) for p in paths]
+
+    def commit(self, commit: Commit) -> None:
+        self._paths.commit(commit)
+
+    def _ask(self, drafter: Drafter, missing: list[int]) -> None:
+        """Paths are its nodes; nothing is ever committed to it, so that every path can still be asked for."""
+        tape = self._tape
+        if not self._read:
+            drafter.begin(tape.request, self._noise)
+            self._read = True
+        wanted = set()
+        for path in missing:
+            while path not in self._held and path not in wanted and path >= 0:
+                wanted.add(path)
+                path = tape.parents[path]
+        batch = sorted(wanted)  # parents before children
+        last = tape.request.prompt[-1]
+        nodes = [DraftNode(p, tape.parents[p], tape.tokens[p] if p else last) for p in batch]
+        self._held |= wanted
+        tape.proposals.update(zip(batch, map(_single, drafter.propose(nodes)), strict=True))
+
+
+def _single(proposal: Proposal | None) -> Proposal | None:
+    """In single precision, as it will be read from the file."""
+    if proposal is None:
+        return None
+    noise = None if proposal.noise is None else proposal.noise.astype(np.float32).astype(float)
+    return dataclasses.replace(proposal, logq=proposal.logq.astype(np.float32).astype(float), noise=noise)
+
+
+class SyntheticDrafter:
+    """Made up: the target's token is the k-th candidate with probability profile[k], independently at each position."""
+
+    def __init__(self, request: Request, text: Sequence[int], profile: Sequence[float], seed: int = 0):
+        self._text, self._profile = text, np.array(profile)
+        self._seed = seed
+        self._next = 0
+        self._offset = request.prompt_length
+        self._paths = _ByPath(self._longer, request)
+        self._logq = np.log(np.maximum(self._profile, 1e-9) / self._profile.sum())
+
+    def propose(self, nodes: Sequence[DraftNode]) -> list[Proposal | None]:
+        return [self._proposal(self._paths.enter(n)) for n in nodes]
+
+    def commit(self, commit: Commit) -> None:
+        self._paths.commit(commit)
+
+    def _longer(self, path: int, token: int) -> int:
+        """Paths on the text are numbered by how many of its tokens they hold; OFF are all others."""
+        if path == -1:
+            return 0
+        return path + 1 if path >= 0 and path < len(self._text) and self._text[path] == token else OFF
+
+    def _proposal(self, path: int) -> Proposal:
+        # tokens of the text are below 2^30 (see `made_up_text`), wrong guesses above
+        wrong = np.arange(self._next, self._next + len(self._profile)) + (1 << 30)
+        self._next += len(self._profile)
+        if 0 <= path < len(self._text):
+            draw = np.random.default_rng((self._seed, path)).random()
+            rank = int(np.searchsorted(self._profile.cumsum(), draw, side="right"))
+            if rank < len(wrong):
+                wrong[rank] = self._text[path]
+        return Proposal(wrong, self._logq, coverage=min(0.999, float(self._profile.sum())))
+
+
+OFF = -3
+
+
+def made_up_text(tokens: int) -> list[int]:
+    """A text for a synthetic drafter: what it says does not matter, its tokens are below 2^30."""
+    return list(range(1, tokens + 1))
+
+
+# ---- files -----------------------------------------------------------------------------------------
+def save(path: str | os.PathLike[str], tapes: Iterable[Tape], source: str) -> None:
+    """An .npz of plain arrays, written beside and renamed. `source` names the models that it was made with."""
+    arrays: dict[str, np.ndarray] = {}
+    heads = []
+    for k, tape in enumerate(tapes):
+        request = tape.request
+        sampling = dataclasses.asdict(request.sampling)
+        heads.append({"prompt": request.prompt, "sampling": sampling, "eos": sorted(request.eos), "text": tape.text})
+        arrays |= {f"{k}.{name}": array for name, array in _columns(tape).items()}
+    head = json.dumps({"format": FORMAT, "source": source, "tapes": heads})
+    beside = Path(f"{path}.partial")
+    with open(beside, "wb") as file:
+        np.savez_compressed(file, head=np.frombuffer(head.encode(), np.uint8), **arrays)  # type: ignore[arg-type]
+    os.replace(beside, path)
+
+
+def _columns(tape: Tape) -> dict[str, np.ndarray]:
+    asked = [tape.proposals.get(p) for p in range(len(tape.parents))]
+    counts = [UNASKED if p not in tape.proposals else ABSENT if a is None else len(a.tokens) for p, a in enumerate(asked)]
+    there = [a for a in asked if a is not None]
+    none = np.zeros(0)
+    columns = {
+        "parents": np.array(tape.parents, np.int32),
+        "tokens": np.array(tape.tokens, np.int32),
+        "counts": np.array(counts, np.int32),
+        "candidates": np.concatenate([none, *(a.tokens for a in there)]).astype(np.int32),
+        "logq": np.concatenate([none, *(a.logq for a in there)]).astype(np.float32),
+        "coverage": np.array([a.coverage for a in there], np.float32),
+    }
+    if any(a.noise is not None for a in there):
+        columns["noise"] = np.concatenate([a.noise for a in there if a.noise is not None]).astype(np.float32)
+    return columns
+
+
+def load(path: str | os.PathLike[str]) -> tuple[list[Tape], str]:
+    """The tapes of a file and its `source`. UserError says what is wrong with it."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            head = json.loads(bytes(arrays["head"]))
+            if head["format"] > FORMAT:
+                raise UserError(f"{path} is of format {head['format']}, this version reads up to {FORMAT}")
+            return [_tape(k, facts, arrays) for k, facts in enumerate(head["tapes"])], head["source"]
+    except OSError as error:
+        raise UserError(f"cannot read the recorded drafts {path}: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError, EOFError):
+        raise UserError(f"{path} holds no recorded drafts: give a file that simulate --drafts wrote") from None
+
+
+def _tape(k: int, facts: dict, arrays) -> Tape:
+    request = Request(id=k, prompt=tuple(facts["prompt"]), sampling=Sampling(**facts["sampling"]), eos=frozenset(facts["eos"]))
+    get = {name.partition(".")[2]: arrays[name] for name in arrays.files if name.startswith(f"{k}.")}
+    tape = Tape(request, facts["text"], get["parents"].tolist(), get["tokens"].tolist())
+    logq, noise = get["logq"].astype(float), get["noise"].astype(float) if "noise" in get else None
+    begin = number = 0
+    for path, count in enumerate(get["counts"].tolist()):
+        if count == ABSENT:
+            tape.proposals[path] = None
+        elif count != UNASKED:
+            part = slice(begin, begin + count)
+            coverage = float(get["coverage"][number])
+            row = get["candidates"][part].astype(np.int64), logq[part], None if noise is None else noise[part]
+            tape.proposals[path] = Proposal(*row, coverage=coverage)
+            begin, number = begin + count, number + 1
+    return tape

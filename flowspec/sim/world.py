@@ -1,0 +1,285 @@
+"""One request over a ring whose stages and links only take time: a discrete-event simulation.
+
+Rank 0 is the real `Scheduler` with a real policy, a stage the real `StageState`; drafts are real or made up. What a stage
+would compute is not needed: the text is known, and only the target's choices on the path of the text are ever looked up.
+What takes no time here: rank 0's own work, the drafter's commits, everything between a message's arrival and its
+first look. So a prediction is a little above what a real ring does with the same costs.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from flowspec.core.cost import Emulate, LinearCost
+from flowspec.core.messages import (
+    Action,
+    Commit,
+    Draft,
+    Drafted,
+    DraftNode,
+    Event,
+    Finish,
+    Proposal,
+    Prune,
+    Returned,
+    Segment,
+    Started,
+    Wake,
+    Woke,
+)
+from flowspec.core.policy import Policy
+from flowspec.core.request import Request
+from flowspec.core.scheduler import Scheduler
+from flowspec.core.stage import StageState
+from flowspec.core.tree import TokenTree
+from flowspec.trace import Fates, Span, untangled
+
+PREFILL_ROWS = 128
+
+
+class Guesser(Protocol):
+    """What the simulator needs of a drafter (draft/base.py): begun already."""
+
+    def propose(self, nodes: Sequence[DraftNode]) -> list[Proposal | None]: ...
+
+    def commit(self, commit: Commit) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ring:
+    """What is simulated: stages and links that take the times of `emulate`."""
+
+    stages: int
+    emulate: Emulate
+    hidden: int
+    """elements of a feature row, before emulate.hidden_scale"""
+    verify_last: bool = True
+    """the last stage picks the tokens; else feature rows return to rank 0"""
+
+    def hop_bytes(self, sender: int, rows: int, nodes: bool = True) -> float:
+        """Bytes that count of a message of `rows` rows from rank `sender` to the next (runtime/wire.py, comm/shaped.py).
+
+        `nodes`: a segment's (with ids and parents, answered at the end), else a chunk of the prompt's."""
+        features = rows * self.hidden * 2 * self.emulate.hidden_scale
+        if sender == 0:
+            return rows * (12 if nodes else 4)  # id, parent, token
+        if sender == self.stages:
+            return rows * 16 if self.verify_last else rows * 12 + features  # id, token, gap; or id, position, row
+        return features + (8 * rows if nodes else 0)
+
+
+class _Link:
+    """One direction between two ranks: carries one message at a time, delivers it link_ms after its last byte."""
+
+    def __init__(self, emulate: Emulate):
+        self._emulate, self._free_at = emulate, 0.0
+
+    def arrival(self, size: float, now: float) -> float:
+        self._free_at = max(self._free_at, now) + self._emulate.wire_seconds(size)
+        return self._free_at + self._emulate.link_ms / 1000
+
+
+@dataclass
+class _Stage:
+    rank: int
+    link: _Link
+    state: StageState = field(default_factory=StageState)
+    cost: LinearCost = field(default_factory=LinearCost)
+    queue: deque = field(default_factory=deque)
+    busy: bool = False
+    rows: int = 0
+
+
+class _Choices(Mapping):
+    """Node id -> the target's token after it; right for nodes on the text's own path, and no other is looked up."""
+
+    def __init__(self, ids: tuple[int, ...], tree: TokenTree, text: Sequence[int], start: int):
+        self._ids, self._tree, self._text, self._start = ids, tree, text, start
+
+    def __getitem__(self, id: int) -> int:
+        return self._text[self._tree.nodes[id].position + 1 - self._start]
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._ids)
+
+
+@dataclass
+class Outcome:
+    """What one simulated request was; seconds of virtual time from its start."""
+
+    tokens: list[int] = field(default_factory=list)
+    first_token: float = 0.0
+    last_token: float = 0.0
+    returned_segments: int = 0
+    drafted: int = 0
+    forwarded: int = 0
+    """tree rows that the first stage computed"""
+    spans: list[Span] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """As in the result JSON: (new tokens - 1) / (last - first token)."""
+        decode = self.last_token - self.first_token
+        return (len(self.tokens) - 1) / decode if decode > 0 else None
+
+
+class World:
+    """Runs one request. `text`: the target's tokens for it; `guesser`: None does not draft."""
+
+    def __init__(self, request: Request, text: Sequence[int], policy: Policy, guesser: Guesser | None, ring: Ring):
+        self.request, self.text, self.guesser, self.ring = request, text, guesser, ring
+        self.scheduler = Scheduler(request, policy, drafts=guesser is not None)
+        self.outcome = Outcome()
+        self._stages = [_Stage(rank, _Link(ring.emulate)) for rank in range(1, ring.stages + 1)]
+        self._first_link = _Link(ring.emulate)
+        self._fates, self._spans = Fates(), list[Span]()
+        self._events: list[tuple[float, int, Callable, tuple]] = []
+        self._order = itertools.count()
+        self._drafter_free = self._draft_seconds  # the drafter reads the prompt first
+        self._wake = 0
+
+    def run(self) -> Outcome:
+        prompt = len(self.request.prompt) - 1
+        for begin in range(0, prompt, PREFILL_ROWS):
+            self._send(0, None, min(PREFILL_ROWS, prompt - begin), 0.0)
+        self._perform(self.scheduler.start(0.0), 0.0)
+        while not self.scheduler.finished:
+            now, _, happen, what = heapq.heappop(self._events)
+            happen(now, *what)
+        out = self.outcome
+        out.returned_segments, out.drafted = self.scheduler.returned_segments, self.scheduler.tree.drafted
+        out.forwarded = self._stages[0].rows
+        out.spans = untangled(self._fates.judge(s) for s in self._spans if s.begin <= out.last_token)
+        return out
+
+    def _at(self, time: float, happen: Callable, *what) -> None:
+        heapq.heappush(self._events, (time, next(self._order), happen, what))
+
+    def _note(self, rank: int, row: str, begin: float, end: float, segment: Segment | None, **facts) -> None:
+        known = {"request": self.request.id} | ({"segment": segment.number, "ids": segment.ids} if segment else {})
+        self._spans.append(Span(rank, row, "prefill", begin, end, known | facts))
+
+    # ---- rank 0 ------------------------------------------------------------------------------------
+    def _perform(self, actions: list[Action], now: float) -> None:
+        for action in actions:
+            if isinstance(action, Segment):
+                self._fates.sent(action.ids, action.parents)
+                self._send(0, action, len(action.ids), now)
+            elif isinstance(action, Prune):
+                for stage in self._stages:
+                    self._at(now + self.ring.emulate.link_ms / 1000, self._on_prune, stage, action)
+            elif isinstance(action, Draft):
+                self._draft(action, now)
+            elif isinstance(action, Commit):
+                self._commit(action, now)
+            elif isinstance(action, Wake):
+                self._at(action.at, self._on_wake, self._wake)
+            else:
+                assert isinstance(action, Finish)
+
+    def _handle(self, now: float, event: Event) -> None:
+        self._wake += 1
+        self._perform(self.scheduler.handle(event, now), now)
+
+    def _on_wake(self, now: float, number: int) -> None:
+        if number == self._wake:  # nothing has happened since
+            self._handle(now, Woke())
+
+    def _commit(self, commit: Commit, now: float) -> None:
+        out = self.outcome
+        out.first_token = out.first_token if out.tokens else now
+        out.tokens += commit.tokens
+        out.last_token = now
+        self._fates.decided(commit.path, commit.root, now)
+        if self.guesser:
+            self.guesser.commit(commit)
+
+    @property
+    def _draft_seconds(self) -> float:
+        return self.ring.emulate.draft_ms / 1000
+
+    def _draft(self, draft: Draft, now: float) -> None:
+        assert self.guesser is not None
+        begin = max(now, self._drafter_free)
+        self._drafter_free = begin + self._draft_seconds
+        self._spans.append(Span(0, "draft", "draft", begin, self._drafter_free, {"request": self.request.id, "nodes": len(draft.nodes)}))
+        self._at(self._drafter_free, self._on_drafted, draft.nodes, self.guesser.propose(draft.nodes))
+
+    def _on_drafted(self, now: float, nodes: tuple[DraftNode, ...], proposals: list[Proposal | None]) -> None:
+        self._handle(now, Drafted(tuple(n.id for n in nodes), tuple(proposals)))
+
+    def _on_returned(self, now: float, segment: Segment) -> None:
+        choices = _Choices(segment.ids, self.scheduler.tree, self.text, self.request.prompt_length)
+        self._handle(now, Returned(segment.number, segment.ids, choices))
+
+    # ---- links and stages --------------------------------------------------------------------------
+    def _send(self, sender: int, segment: Segment | None, rows: int, now: float) -> None:
+        """From rank `sender` to the next of the ring; no segment: a chunk of the prompt."""
+        link = self._stages[sender - 1].link if sender else self._first_link
+        size = self.ring.hop_bytes(sender, rows, segment is not None)
+        arrival = link.arrival(size, now)
+        self._note(sender, "send", now, arrival, segment, bytes=size)
+        if sender < self.ring.stages:
+            self._at(arrival, self._on_arrival, self._stages[sender], segment, rows)
+        elif segment is not None:
+            self._at(arrival, self._on_returned, segment)
+
+    def _on_arrival(self, now: float, stage: _Stage, segment: Segment | None, rows: int) -> None:
+        stage.queue.append((now, segment, rows))
+        self._next(now, stage)
+
+    def _on_prune(self, now: float, stage: _Stage, prune: Prune) -> None:
+        stage.state.prune(prune)
+
+    def _next(self, now: float, stage: _Stage) -> None:
+        """Take what waits, as runtime/worker.py does: drop what is dead, tell rank 0, compute the rest."""
+        while stage.queue and not stage.busy:
+            arrived, segment, rows = stage.queue.popleft()
+            self._note(stage.rank, "receive", arrived, now, segment)
+            if segment is None:
+                stage.state.extend(rows)
+            else:
+                worth = stage.state.worth(segment.ids, segment.parents)
+                segment = _only(segment, worth)
+                rows = len(worth)
+                if stage.rank == 1:
+                    self._announce(now, stage, segment.number, rows)
+                if not rows:
+                    continue
+                stage.state.admit(segment.ids, segment.parents)
+                stage.rows += rows
+            stage.busy = True
+            seconds = self.ring.emulate.stage_seconds(stage.rank, rows)
+            self._note(stage.rank, "compute", now, now + seconds, segment)
+            self._at(now + seconds, self._on_computed, stage, segment, rows, seconds)
+
+    def _announce(self, now: float, stage: _Stage, number: int, rows: int) -> None:
+        expected = stage.cost.predict(rows) if rows else 0.0
+        event = Started(number, rows, expected, stage.cost.base, stage.cost.slope)
+        self._at(now + self.ring.emulate.link_ms / 1000, self._handle, event)
+
+    def _on_computed(self, now: float, stage: _Stage, segment: Segment | None, rows: int, seconds: float) -> None:
+        stage.busy = False
+        stage.cost.observe(rows, seconds)
+        if segment is not None:
+            segment = _only(segment, stage.state.alive(segment.ids))
+            rows = len(segment.ids)
+        if rows:
+            self._send(stage.rank, segment, rows, now)
+        self._next(now, stage)
+
+
+def _only(segment: Segment, kept: Sequence[int]) -> Segment:
+    """The part of a segment at these indices."""
+    if len(kept) == len(segment.ids):
+        return segment
+    ids, parents, tokens = (tuple(column[k] for k in kept) for column in segment[1:])
+    return Segment(segment.number, ids, parents, tokens)
