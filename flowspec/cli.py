@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import logging
 import os
 import signal
@@ -17,27 +18,41 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from flowspec.config import METHODS, Config, load_config
+from flowspec.config import Config
 from flowspec.core.request import need
 from flowspec.errors import RankLost, UserError
-from flowspec.launcher import ROOT, is_rank, launch
+from flowspec.launcher import is_rank, launch
 from flowspec.models.split import Parser
+from flowspec.options import (
+    DEMO,
+    DEMO_PROMPT,
+    add_bench,
+    add_shared,
+    benchmark_prompts,
+    check_bench,
+    configuration,
+    given_prompts,
+    split_demo,
+)
 from flowspec.version import __version__
 
 if TYPE_CHECKING:
     from flowspec.engine import Engine
 
-DEMO = ROOT / "configs" / "demo.yaml"
-DEMO_STAGES = ROOT / "build" / "demo"
-DEMO_PROMPT = "import os\n\n\ndef read_lines(path):"
-SHORT = {"max_new_tokens": int, "temperature": float, "top_p": float, "top_k": int, "min_p": float, "seed": int}
-
-
 COMMANDS = {
     "run": "generate text over the ring of stages",
     "verify": "prove that speculation changes no token",
+    "bench": "compare methods on the same prompts in one call (bench compare CONFIG)",
+    "simulate": "predict tokens/s of any ring and method in virtual time",
+    "trace": "say where the time of a traced run went, and draw it",
     "split": "cut a checkpoint into a file a stage (split_models.py)",
 }
+ALONE = {
+    "split": "flowspec.models.split",
+    "simulate": "flowspec.bench.simulate",
+    "trace": "flowspec.bench.timeline",
+}
+"""commands of one process, and the modules whose `main(words)` they are; the others run on a ring of ranks"""
 
 
 def _top_parser() -> argparse.ArgumentParser:
@@ -54,10 +69,11 @@ def _top_parser() -> argparse.ArgumentParser:
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    """Of `run` or `verify`."""
-    parser = Parser(prog=f"flowspec {command}", description=_VERIFY if command == "verify" else "Generate text over the ring of stages.")
-    _shared(parser)
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="the text to continue; may be given several times")
+    """Of a command that runs on a ring."""
+    parser = Parser(prog=f"flowspec {command}", description=_ABOUT[command])
+    add_shared(parser)
+    if command == "bench":
+        add_bench(parser)
     if command == "run":
         parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
         parser.add_argument("--chat", action="store_true", help="hold a conversation in the terminal")
@@ -65,30 +81,26 @@ def _parser(command: str) -> argparse.ArgumentParser:
     return parser
 
 
-_VERIFY = """Replay prompts with the configured method and with plain decoding, greedy and sampled, and say whether the tokens are
-identical; at a divergence: where, which tokens, how close the target's choice was, and so whether it is a numeric tie or a bug."""
-
-
-def _shared(command: argparse.ArgumentParser) -> None:
-    command.add_argument("words", nargs="*", metavar="CONFIG | key=value", help="a YAML file (default: the demo) and overrides of its keys")
-    command.add_argument("--prompt-file", metavar="FILE", help=".txt: a prompt a line; .jsonl: an object with `prompt` a line")
-    command.add_argument("--method", help=" ".join(METHODS))
-    command.add_argument("--version", action="version", version=f"flowspec {__version__}")
-    for name in SHORT:
-        command.add_argument("--" + name.replace("_", "-"), metavar="N" if SHORT[name] is int else "X")
-    command.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
+_ABOUT = {
+    "run": "Generate text over the ring of stages.",
+    "verify": """Replay prompts with the configured method and with plain decoding, greedy and sampled, and say whether the tokens are
+identical; at a divergence: where, which tokens, how close the target's choice was, and so whether it is a numeric tie or a bug.""",
+    "bench": """bench compare CONFIG: all methods on the same prompts, interleaved and in shuffled order, with what the simulator
+predicts beside what was measured.""",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         command = _top_parser().parse_args(argv[:1]).command
-        if command == "split":
-            from flowspec.models.split import main as split
-
-            return split(argv[1:])
+        if command in ALONE:
+            return importlib.import_module(ALONE[command]).main(argv[1:])
         options = _parser(command).parse_intermixed_args(argv[1:])
-        options.command = command
+        options.command, options.given = command, argv[1:]
+        if command == "bench":
+            need(options.words[:1] == ["compare"], "bench knows one thing to do: flowspec bench compare CONFIG ...")
+            options.words = options.words[1:]
         return _rank(options) if is_rank() else _launch(options, argv)
     except UserError as error:
         print(f"flowspec: {error}", file=sys.stderr)
@@ -102,12 +114,13 @@ def _launch(options: argparse.Namespace, argv: list[str]) -> int:
     from flowspec.preflight import check_prompt, check_run, check_writable
     from flowspec.text import Text
 
-    path, config = _configuration(options)
-    if config.stages_path.resolve() == DEMO_STAGES:
-        _split_demo()
+    path, config = configuration(options)
+    if options.command == "bench":
+        check_bench(options)
+    split_demo(config)
     manifest = check_run(config)
     text = Text(manifest.folder(0))
-    for number, prompt in enumerate(_prompts(options, path), 1):
+    for number, prompt in enumerate(_prompts(options, path, config), 1):
         need(prompt != "", f"prompt {number} is empty: give at least one token of text")
         need(not any("\ud800" <= c <= "\udfff" for c in prompt), f"prompt {number} is not valid UTF-8")
         check_prompt(text.encode(prompt), manifest, f"prompt {number}")
@@ -116,42 +129,14 @@ def _launch(options: argparse.Namespace, argv: list[str]) -> int:
     return launch(argv, manifest.num_stages + 1)
 
 
-def _configuration(options: argparse.Namespace) -> tuple[Path, Config]:
-    """The configuration file and what it says, flags and overrides applied."""
-    files = [word for word in options.words if "=" not in word]
-    need(len(files) <= 1, f"one configuration at a time: {' and '.join(files)} were given")
-    path = Path(files[0]).resolve() if files else DEMO
-    overrides = [word for word in options.words if "=" in word]
-    overrides += [f"method={options.method}"] if options.method is not None else []
-    overrides += [f"sampling.{name}={_number(name, kind, options)}" for name, kind in SHORT.items() if getattr(options, name) is not None]
-    return path, load_config(path, overrides)
-
-
-def _number(name: str, kind: type, options: argparse.Namespace) -> int | float:
-    text = getattr(options, name)
-    try:
-        return kind(text)
-    except ValueError:
-        raise UserError(f"--{name.replace('_', '-')} is {text!r}: it must be {'a whole number' if kind is int else 'a number'}") from None
-
-
-def _prompts(options: argparse.Namespace, path: Path) -> list[str]:
-    from flowspec.preflight import read_prompts
-
-    given = options.prompt + (read_prompts(options.prompt_file) if options.prompt_file else [])
+def _prompts(options: argparse.Namespace, path: Path, config: Config) -> list[str]:
+    if options.command == "bench":
+        return benchmark_prompts(options, config)
+    given = given_prompts(options)
     if given or getattr(options, "chat", False):
         return given
     need(path == DEMO, "no prompt: give --prompt TEXT or --prompt-file FILE" + (" or --chat" if options.command == "run" else ""))
     return [DEMO_PROMPT]
-
-
-def _split_demo() -> None:
-    """Split the shipped target if that was not done since it last changed."""
-    from flowspec.models.split import split
-
-    source, made = ROOT / "demo" / "target", DEMO_STAGES / "stages.yaml"
-    if not made.exists() or made.stat().st_mtime < (source / "model.safetensors").stat().st_mtime:
-        split(str(source), 2, DEMO_STAGES)
 
 
 # ---- as a rank -------------------------------------------------------------------------------------
@@ -182,7 +167,7 @@ def _serve(options: argparse.Namespace) -> int:
     """This rank's part of the run; its exit code."""
     from flowspec.engine import Engine
 
-    path, config = _configuration(options)
+    path, config = configuration(options)
     engine = Engine.join(config)
     code = 0
     if engine.rank:
@@ -201,7 +186,14 @@ def _lead(engine: Engine, options: argparse.Namespace, path: Path, config: Confi
     from flowspec.runtime.process import report
 
     session.show_loading(engine)
-    prompts = _prompts(options, path)
+    prompts = _prompts(options, path, config)
+    if options.command == "bench":
+        from flowspec.bench.compare import compare
+
+        same = compare(engine, prompts, options)
+        if not same:
+            report("methods wrote different tokens: see above", 1)
+        return 0 if same else 1
     if options.command == "verify":
         same = session.verify(engine, prompts, _settings(config))
         if not same:

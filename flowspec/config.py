@@ -51,6 +51,8 @@ class Config:
     trace: str | None = None
     """A file for the timeline of all ranks (Chrome trace JSON); off if null."""
     folder: Path = field(default=Path(), metadata={"internal": True})
+    name: str = field(default="", metadata={"internal": True})
+    """Of the file it came from."""
 
     def __post_init__(self) -> None:
         later = f"{self.method} comes later; " if self.method in LATER else ""
@@ -98,7 +100,7 @@ def load_config(path: str | os.PathLike[str], overrides: typing.Iterable[str] = 
     need(isinstance(tree, dict), f"{path} holds no configuration: it must be a YAML mapping with at least `stages`")
     for override in overrides:
         _apply(tree, override)
-    return build(Config, tree, folder=path.resolve().parent)
+    return build(Config, tree, folder=path.resolve().parent, name=path.stem)
 
 
 def _apply(tree: dict, override: str) -> None:

@@ -98,8 +98,9 @@ class Result:
 class Generation:
     """An iterator of Token; `result` is there once it is exhausted, or closed after its first token."""
 
-    def __init__(self, tokens: Iterator[Token]):
-        self._tokens = tokens
+    def __init__(self, request: Request):
+        self.request = request
+        self._tokens: Iterator[Token] = iter(())
         self.result: Result | None = None
         self.spans: list[Span] = []
         """what all ranks did, once there is a result; empty unless `trace` is set"""
@@ -138,7 +139,7 @@ class Engine:
 
         Under torchrun this is the engine of this process's rank; otherwise of rank 0, with the stages as threads."""
         config = load_config(path, overrides)
-        return cls.join(config) if "RANK" in os.environ else cls._over_threads(config, check_run(config))
+        return cls.join(config) if "RANK" in os.environ else cls.over_threads(config, check_run(config))
 
     @classmethod
     def join(cls, config: Config) -> Engine:
@@ -155,7 +156,8 @@ class Engine:
         return cls(config, manifest, transport, [leave])
 
     @classmethod
-    def _over_threads(cls, config: Config, manifest: Manifest) -> Engine:
+    def over_threads(cls, config: Config, manifest: Manifest) -> Engine:
+        """Rank 0's engine with all stages as threads of this process."""
         set_threads(config, manifest.num_stages + 1)
         first, *others = inproc.ring(manifest.num_stages + 1)
         stages = [threading.Thread(target=_stage_thread, args=(config, manifest, end, first), daemon=True) for end in others]
@@ -199,7 +201,7 @@ class Engine:
         self._requests += 1
         request = self._request(tokens, wanted)
         stops = [stop] if isinstance(stop, str) else list(stop)
-        generation = Generation(iter(()))
+        generation = Generation(request)
         generation._tokens = self._run(generation, request, config, stops)
         self._running = generation
         return generation

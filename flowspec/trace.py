@@ -87,7 +87,7 @@ def untangled(spans: Iterable[Span]) -> list[Span]:
     for span in sorted(spans, key=lambda s: s.begin):
         row = span.rank, span.row
         begin = min(max(span.begin, ends.get(row, span.begin)), span.end)
-        ends[row] = span.end
+        ends[row] = max(span.end, ends.get(row, span.end))
         clipped.append(span._replace(begin=begin))
     return sorted(clipped, key=lambda s: s.begin)
 
@@ -125,8 +125,8 @@ def read(path: str | os.PathLike[str]) -> tuple[list[Span], dict[str, Any]]:
         raise UserError(f"{path} is not JSON: give a file that a run wrote with trace=FILE") from None
     try:
         spans = [_read_event(e) for e in trace["traceEvents"] if e["ph"] == "X"]
-        facts = trace.get("otherData", {})
-    except (KeyError, TypeError, IndexError, AttributeError):
+        facts = dict(trace.get("otherData", {}))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
         raise UserError(f"{path} is no trace of flowspec's: give a file that a run wrote with trace=FILE") from None
     need(bool(spans), f"{path} holds no spans")
     return spans, facts
@@ -134,4 +134,4 @@ def read(path: str | os.PathLike[str]) -> tuple[list[Span], dict[str, Any]]:
 
 def _read_event(event: dict) -> Span:
     begin = event["ts"] / 1e6
-    return Span(event["pid"], ROWS[event["tid"]], event["name"], begin, begin + event["dur"] / 1e6, event["args"])
+    return Span(int(event["pid"]), ROWS[event["tid"]], event["name"], begin, begin + event["dur"] / 1e6, event["args"])

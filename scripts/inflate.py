@@ -1,6 +1,7 @@
 """Grow a Llama checkpoint into a far larger one that computes the same function.
 
-    python scripts/inflate.py --model demo/target --output /tmp/big --size-gb 2
+    python scripts/inflate.py --model demo/target --output /tmp/big --size-gb 2 --check
+    python scripts/inflate.py --model demo/target --output /tmp/big --check          # of one that is there already
 
 The big model costs what its size costs, in arithmetic, memory and transport, and still writes the small model's text, so
 a benchmark sees real acceptance. What makes it the same function:
@@ -18,8 +19,11 @@ Every new weight that may be anything is random, so that no kernel meets blocks 
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import math
+import signal
 import sys
 import zlib
 from collections.abc import Iterator
@@ -31,15 +35,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from flowspec.errors import UserError
+from flowspec.launcher import ROOT
 from flowspec.models.families import EMBEDDING, HEAD, NORM
 from flowspec.models.split import CONFIG, COORDINATOR_FILES, DTYPES, Parser, Source, read_bytes, staged_folder
 from flowspec.models.weights import INDEX, Checkpoint, Entry, write_file, write_tensors
+from flowspec.preflight import read_prompts
+from flowspec.text import load_tokenizer
 
 NEURONS = 32  # the MLP grows by multiples of this
 SHARD_BYTES = 500_000_000
 SPREAD = 0.02  # standard deviation of random weights
 READS_STREAM = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 WRITES_STREAM = ("o_proj", "down_proj")
+CHECKED_PROMPTS, CHECKED_TOKENS = 4, 32
 
 
 @dataclass(frozen=True)
@@ -236,21 +244,84 @@ def inflate(model: Path, output: Path, size_gb: float, dtype: str, shard_bytes: 
     return big
 
 
-def main(argv: list[str] | None = None) -> int:
+# ---- check -----------------------------------------------------------------------------------------
+@torch.inference_mode()
+def greedy(folder: Path, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
+    """Of each prompt transformers' greedy tokens, computed in float32, and the lead of each over the next best logit."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    options = dict(max_new_tokens=CHECKED_TOKENS, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    texts = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        best = torch.cat(out.logits).topk(2).values
+        texts.append((out.sequences[0, len(prompt) :].tolist(), (best[:, 0] - best[:, 1]).tolist()))
+    return texts
+
+
+def check(small: Path, big: Path, prompts: list[str]) -> bool:
+    """Say of each prompt whether both models continue it alike, or where they part; one model is in memory at a time."""
+    for folder in (small, big):
+        Source.open(folder)  # a UserError for what is no checkpoint
+    tokenizer = load_tokenizer(small)
+    tokens = [tokenizer.encode(prompt).ids for prompt in prompts]
+    texts = list(zip(greedy(small, tokens), greedy(big, tokens), strict=True))
+    for number, ((want, leads), (got, _)) in enumerate(texts, 1):
+        at = next((i for i, (a, b) in enumerate(itertools.zip_longest(want, got)) if a != b), None)
+        verdict = (
+            f"identical ({len(want)} tokens)" if at is None else f"parts at new token {at}: {parting(tokenizer, want, got, leads, at)}"
+        )
+        print(f"prompt {number}: {verdict}", flush=True)
+    return all(want == got for (want, _), (got, _) in texts)
+
+
+def parting(tokenizer, want: list[int], got: list[int], leads: list[float], at: int) -> str:
+    old, new = (repr(tokenizer.decode([ids[at]])) if at < len(ids) else "the end" for ids in (want, got))
+    return f"{old} by the small model" + (f" (its lead: {leads[at]:.1e})" if at < len(leads) else "") + f", {new} by the big one"
+
+
+# ---- command line ----------------------------------------------------------------------------------
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     each = Parser(prog="inflate.py", description="Grow a Llama checkpoint into a larger one that computes the same function.")
     each.add_argument("--model", required=True, type=Path, metavar="DIR")
     each.add_argument("--output", required=True, type=Path, metavar="DIR")
-    each.add_argument("--size-gb", required=True, type=float, metavar="GB", help="of weights, in 10^9 bytes")
-    each.add_argument("--dtype", default="float16", choices=("float16", "float32"))
-    try:
-        args = each.parse_args(argv)
+    each.add_argument("--size-gb", type=float, metavar="GB", help="of weights as stored, in 10^9 bytes")
+    each.add_argument("--dtype", default="float16", choices=("float16", "float32"), help="as stored (default: float16)")
+    each.add_argument("--check", action="store_true", help="replay demo prompts with both models; alone: of an output made before")
+    args = each.parse_args(argv)
+    if args.size_gb is None and not args.check:
+        raise UserError("--size-gb is missing: how large is the model to be?")
+    return args
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.size_gb is not None:
         big = inflate(args.model, args.output, args.size_gb, args.dtype)
-    except UserError as error:
-        print(f"flowspec: {error}", file=sys.stderr)
-        return 2
-    print(f"{args.output}: {big.weights / 1e6:.0f} M weights, {big}", file=sys.stderr)
+        stored, computed = (big.weights * getattr(torch, name).itemsize / 1e6 for name in (args.dtype, "float32"))
+        sizes = f"{stored:.0f} MB as stored ({args.dtype}), {computed:.0f} MB as computed with on a CPU (float32)"
+        print(f"{args.output}: {big.weights / 1e6:.0f} M weights, {sizes}, {big}", file=sys.stderr)
+    if args.check:
+        prompts = read_prompts(str(ROOT / "demo" / "prompts.jsonl"))[:CHECKED_PROMPTS]
+        return 0 if check(args.model, args.output, prompts) else 1
     return 0
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0, 1 when --check finds another text, 2 for bad input (one line on stderr), 130 when interrupted."""
+    try:
+        return run(arguments(argv))
+    except UserError as error:
+        print(f"flowspec: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("flowspec: interrupted", file=sys.stderr)
+        return 130
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a plain kill cleans up like Ctrl-C does
     sys.exit(main())

@@ -3,7 +3,7 @@
     python scripts/prove_identity.py                     # 20 prompts of 128 tokens; about 20 minutes on two cores
 
 For 1, 2, 3, 4 and 6 stages (uneven where that is possible), both drafters, and on each prompt another tree (1 to 200
-nodes) and segment (1 to 64 rows): greedy text of flowspec, naive, serial and ar against transformers' generate; sampled
+nodes) and segment (1 to 64 rows): greedy text of every method against transformers' generate; sampled
 text (temperature 0.8, top-p 0.9, three seeds) of all methods against each other. All ranks are threads of this process.
 """
 
@@ -29,7 +29,7 @@ from flowspec.session import TIES
 
 STAGES = {1: None, 2: "3,5", 3: "1,3,4", 4: None, 6: "1,2,1,1,2,1"}
 DRAFTERS = {"lm": f"{{kind: lm, path: {ROOT / 'demo' / 'draft'}}}", "ngram": "{kind: ngram}"}
-METHODS = ("flowspec", "naive", "serial")
+METHODS = ("flowspec", "naive", "serial", "pruned", "pipedec")
 
 
 def random_tree(draw: random.Random) -> TreeConfig:

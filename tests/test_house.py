@@ -17,7 +17,7 @@ LAYERS = [
     {"draft"},
     {"runtime"},
     {"config", "preflight", "engine"},
-    {"cli", "launcher", "session", "__main__", "serve", "bench", ""},  # "" is flowspec/__init__.py
+    {"cli", "options", "launcher", "session", "__main__", "serve", "bench", ""},  # "" is flowspec/__init__.py
 ]
 SIDEWAYS = {  # (room, room of the same layer that it may import); everything else goes down
     ("core", "errors"),
@@ -28,6 +28,11 @@ SIDEWAYS = {  # (room, room of the same layer that it may import); everything el
     ("engine", "preflight"),
     ("cli", "launcher"),
     ("cli", "session"),
+    ("cli", "options"),
+    ("cli", "bench"),
+    ("options", "launcher"),
+    ("bench", "options"),
+    ("bench", "launcher"),
     ("__main__", "cli"),
 }
 STRANGERS = {  # rooms below that a room has no business with

@@ -13,8 +13,8 @@ from flowspec.core.cost import Emulate
 
 
 def wire_bytes(message: Message, hidden_scale: float) -> float:
-    """Bytes that count: floating-point rows as 2-byte elements times hidden_scale, everything else as it is."""
-    return sum(t.numel() * 2 * hidden_scale if t.is_floating_point() else t.nbytes for t in message.tensors)
+    """Bytes that count: feature rows (floating-point, [n, hidden]) as 2-byte elements times hidden_scale, everything else as it is."""
+    return sum(t.numel() * 2 * hidden_scale if t.is_floating_point() and t.ndim == 2 else t.nbytes for t in message.tensors)
 
 
 class _Link:

@@ -58,7 +58,8 @@ class Emulate:
 
     stage_ms: float | tuple[float, ...] = 0.0
     """One number, or one a stage."""
-    token_ms: float = 0.0
+    token_ms: float | tuple[float, ...] = 0.0
+    """Likewise."""
     draft_ms: float = 0.0
     link_ms: float = 0.0
     link_mbps: float | None = None
@@ -66,14 +67,10 @@ class Emulate:
     """Hidden rows are counted as 2-byte elements times this, so that a small model's rows weigh like a large one's."""
 
     def __post_init__(self) -> None:
-        for name in ("token_ms", "draft_ms", "link_ms", "hidden_scale"):
-            need(getattr(self, name) >= 0, f"emulate.{name} is {getattr(self, name)}: it must not be negative")
-        need(all(ms >= 0 for ms in self._stages), f"emulate.stage_ms is {self.stage_ms}: it must not be negative")
+        for name in ("stage_ms", "token_ms", "draft_ms", "link_ms", "hidden_scale"):
+            value = getattr(self, name)
+            need(all(x >= 0 for x in _each(value)), f"emulate.{name} is {value}: it must not be negative")
         need(self.link_mbps is None or self.link_mbps > 0, f"emulate.link_mbps is {self.link_mbps}: it must be above 0")
-
-    @property
-    def _stages(self) -> tuple[float, ...]:
-        return self.stage_ms if isinstance(self.stage_ms, tuple) else (self.stage_ms,)
 
     @property
     def active(self) -> bool:
@@ -84,14 +81,19 @@ class Emulate:
         return self.link_ms > 0 or self.link_mbps is not None
 
     def check_stages(self, stages: int) -> None:
-        n = len(self._stages)
-        need(n in (1, stages), f"emulate.stage_ms lists {n} stages, the model is split into {stages}")
+        for name in ("stage_ms", "token_ms"):
+            n = len(_each(getattr(self, name)))
+            need(n in (1, stages), f"emulate.{name} lists {n} stages, the model is split into {stages}")
 
     def stage_seconds(self, stage: int, rows: int) -> float:
-        """Least time of stage 1.. over `rows` rows."""
-        base = self._stages[0] if len(self._stages) == 1 else self._stages[stage - 1]
-        return (base + self.token_ms * rows) / 1000
+        """Least time of stage 1.. over `rows` rows. A list that is too short (a simulation of more stages) begins again."""
+        base, slope = (values[(stage - 1) % len(values)] for values in (_each(self.stage_ms), _each(self.token_ms)))
+        return (base + slope * rows) / 1000
 
     def wire_seconds(self, size: float) -> float:
         """Time a message of `size` bytes keeps its link busy."""
         return 0.0 if self.link_mbps is None else size * 8 / (self.link_mbps * 1e6)
+
+
+def _each(value: float | tuple[float, ...]) -> tuple[float, ...]:
+    return value if isinstance(value, tuple) else (value,)

@@ -1,9 +1,10 @@
 """Which nodes to draft and which to send, when: small strategies on one machine (scheduler.py). Pure.
 
-Two shapes cover the methods. `Rounds` drafts a whole tree, sends it in pieces, verifies when all are
+Three shapes cover the methods. `Rounds` drafts a whole tree, sends it in pieces, verifies when all are
 back and begins again: with a tree of one node that is plain autoregression, with one piece serial tree
-speculation, with a piece a rank the naive chunked pipeline. `Continuous` never stops: the tree persists, the
-likeliest nodes leave as soon as the first stage can take them (FlowSpec, event-driven; POLICY section 6).
+speculation, with a piece a rank the naive chunked pipeline; told to prune, it verifies every piece as it comes back.
+`PipeDec` never stops and sends a layer of the tree at a time. `Continuous` never stops either, and the likeliest
+nodes leave as soon as the first stage can take them (FlowSpec, event-driven; POLICY section 6).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import dataclasses
 import heapq
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,7 @@ from flowspec.core.messages import Proposal, Started
 from flowspec.core.request import need
 from flowspec.core.tree import Node, TokenTree
 
-METHODS = ("ar", "serial", "naive", "flowspec")
+METHODS = ("ar", "serial", "naive", "pruned", "pipedec", "flowspec")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,45 +54,57 @@ class PolicyConfig:
     """Let a segment leave when the first stage is about to be free, instead of queueing it there."""
 
 
-def log_probabilities(proposal: Proposal) -> np.ndarray:
-    """log p of each candidate to be the target's choice: p = C * softmax(logq + noise) over the kept ones, float64 [k].
+def log_probabilities(proposals: Sequence[Proposal]) -> np.ndarray:
+    """log p of each candidate to be the target's choice: p = C * softmax(logq + noise) over the kept ones of its proposal.
 
     If the target's logits are the drafter's plus independent Gumbel error of scale 1, this is exact (POLICY
     section 4, with weight 1); C < 1, the share of choices that the list holds, keeps every child strictly
-    below its parent."""
-    z = proposal.logq if proposal.noise is None else proposal.logq + proposal.noise
-    z = z - z.max()
-    return z - np.log(np.exp(z).sum()) + np.log(proposal.coverage)
+    below its parent. float64 [sum of k]: the lists lie end to end, since numpy costs by the call."""
+    sizes = [len(p.tokens) for p in proposals]
+    starts = [0, *itertools.accumulate(sizes[:-1])]
+    z = np.concatenate([p.logq if p.noise is None else p.logq + p.noise for p in proposals])
+    z -= np.maximum.reduceat(z, starts).repeat(sizes)
+    shares = np.array([p.coverage for p in proposals]) / np.add.reduceat(np.exp(z), starts)
+    return z + np.log(shares).repeat(sizes)
+
+
+Candidates = tuple[list[int], list[float]]
+"""a node's children as the drafter proposed them: tokens and scores, best first"""
 
 
 class Rounds:
-    """Draft a tree level by level (EAGLE-2), send its best `budget` nodes in `pieces`, verify once all are back, start afresh."""
+    """Draft a tree level by level (EAGLE-2), send its best `budget` nodes in `pieces`, verify once all are back, start afresh.
 
-    keep_tree = False
+    With `pruning`, every piece is verified as it comes back, and what it rules out is dropped on its way; nothing is
+    drafted meanwhile. The round ends at a token that was not sent."""
+
     just_in_time = False
 
-    def __init__(self, config: TreeConfig, pieces: int):
+    def __init__(self, config: TreeConfig, pieces: int, pruning: bool = False):
         self.budget = config.budget or 80
         self.top_k = config.top_k or 10
         self.levels = (config.depth or 6) + 1
         self.segment_rows = config.segment
         self.credits = self.pieces = pieces
+        self.pruning = pruning
 
     def attach(self, tree: TokenTree, levels_left: Callable[[], int]) -> None:
         self.tree, self.levels_left = tree, levels_left
         self.rerooted()
 
     def rerooted(self) -> None:
+        if self.tree.root.sent:  # the round goes on
+            return
         self.level = 0
         self.planned: list[list[Node]] | None = None
 
     def observe(self, started: Started) -> None:
         """Rounds do not look at costs."""
 
-    def proposed(self, node: Node, proposal: Proposal) -> None:
-        scores = log_probabilities(proposal).tolist()
-        for token, logp in list(zip(proposal.tokens.tolist(), scores, strict=True))[: self.top_k]:
-            self.tree.add(node, token, node.score + logp)
+    def proposed(self, drafted: list[tuple[Node, Proposal]]) -> None:
+        for node, tokens, scores in _children(drafted, self.top_k):
+            for token, score in zip(tokens, scores, strict=True):
+                self.tree.add(node, token, score)
 
     def draft(self) -> list[Node]:
         """The best top_k nodes of the deepest level; none once the tree is deep enough."""
@@ -109,7 +122,10 @@ class Rounds:
         return self.planned.pop(0) if self.planned else []
 
     def verify_now(self, segments_out: int) -> bool:
-        return segments_out == 0 and not self.planned
+        return self.pruning or (segments_out == 0 and not self.planned)
+
+    def keeps(self, child: Node) -> bool:
+        return self.pruning and child.sent
 
     def _plan(self) -> list[list[Node]]:
         """Near-equal pieces in score order, small ones first; more of them if `segment` caps their rows."""
@@ -125,7 +141,6 @@ class Rounds:
 class Continuous:
     """The event-driven policy: a persistent tree, the likeliest unsent nodes leave just in time, on S + 1 credits."""
 
-    keep_tree = True
     ROWS = 16
     """nodes in a drafter forward"""
     CROWD = 600
@@ -149,14 +164,16 @@ class Continuous:
         # heaps of (-score, id, ...): absolute scores, so moving the root reorders nothing; entries of dead nodes are skipped
         self.unsent = [(-self.tree.root.score, self.tree.root.id)]
         self.unexpanded = list(self.unsent)
-        self.tail: list[tuple[float, int, int]] = []  # (-score of the next candidate, node, its rank)
-        self.candidates: dict[int, tuple[list[int], list[float]]] = {}
+        self.tail: list[tuple[float, int, int, Candidates]] = []  # (-score of the next candidate, parent, its rank, all of them)
+        self.too_deep: list[tuple[float, int]] = []  # unexpanded, but not before the root has moved on
 
     def rerooted(self) -> None:
         if len(self.tree) == 1 and not self.tree.root.expanded and not self.tree.root.sent:
             self._reset()  # a miss, or a leaf: nothing of the heaps is alive but this
             return
-        self.candidates = {i: c for i, c in self.candidates.items() if i in self.tree}
+        for entry in self.too_deep:
+            heapq.heappush(self.unexpanded, entry)
+        self.too_deep = []
         self._grow()
 
     def observe(self, started: Started) -> None:
@@ -166,39 +183,37 @@ class Continuous:
         if self.fixed_rows is None:
             self.rows = int(min(96, max(16, 0.35 / max(ratio, 1e-6))))
 
-    def proposed(self, node: Node, proposal: Proposal) -> None:
-        scores = (node.score + log_probabilities(proposal)[: self.top_k]).tolist()
-        self.candidates[node.id] = (proposal.tokens[: self.top_k].tolist(), scores)
-        if scores:
-            heapq.heappush(self.tail, (-scores[0], node.id, 0))
+    def proposed(self, drafted: list[tuple[Node, Proposal]]) -> None:
+        for node, tokens, scores in _children(drafted, self.top_k):
+            heapq.heappush(self.tail, (-scores[0], node.id, 0, (tokens, scores)))
         self._grow()
 
     def draft(self) -> list[Node]:
         """The likeliest unexpanded nodes, while P >= theta / 4 and the budget has room."""
         batch: list[Node] = []
-        too_deep = []
-        levels = min(self.levels, self.levels_left())
-        while self.unexpanded and len(batch) < self.ROWS and len(self.tree) < self.budget:
-            node = self.tree.nodes.get(self.unexpanded[0][1])
-            if node is not None and self._reach(node.score) < self.theta / 4:
+        nodes, least = self.tree.nodes, self._score_of(self.theta / 4)
+        useless, deepest = (self.tree.root.position + n for n in (self.levels_left(), self.levels))
+        while self.unexpanded and len(batch) < self.ROWS and len(nodes) < self.budget:
+            node = nodes.get(self.unexpanded[0][1])
+            if node is not None and node.score < least:
                 break
             entry = heapq.heappop(self.unexpanded)
-            if node is not None and not node.expanded:
-                if self.tree.depth(node) < levels:
-                    batch.append(node)
-                else:
-                    too_deep.append(entry)
-        for entry in too_deep:  # until the root has moved on
-            heapq.heappush(self.unexpanded, entry)
+            if node is None or node.expanded or node.position >= useless:
+                continue
+            if node.position < deepest:
+                batch.append(node)
+            else:
+                self.too_deep.append(entry)
         return batch
 
     def segment(self, drafting: bool) -> list[Node]:
         """The root if it is unsent, then the likeliest unsent nodes while P >= theta, up to the rows of a segment."""
         batch: list[Node] = []
+        nodes, root, least = self.tree.nodes, self.tree.root, self._score_of(self.theta)
         while self.unsent and len(batch) < self.rows:
-            node = self.tree.nodes.get(self.unsent[0][1])
+            node = nodes.get(self.unsent[0][1])
             if node is not None and not node.sent:
-                if node is not self.tree.root and self._reach(node.score) < self.theta:
+                if node is not root and node.score < least:
                     break
                 batch.append(node)
             heapq.heappop(self.unsent)
@@ -207,35 +222,114 @@ class Continuous:
     def verify_now(self, segments_out: int) -> bool:
         return True
 
-    def _reach(self, score: float) -> float:
-        """Probability to be accepted, given the present root."""
-        return math.exp(min(0.0, score - self.tree.root.score))
+    def keeps(self, child: Node) -> bool:
+        return True
+
+    def _score_of(self, reach: float) -> float:
+        """The score of a node whose probability to be accepted, given the present root, is `reach`."""
+        return self.tree.root.score + math.log(reach)
 
     def _grow(self) -> None:
-        """Make candidates into nodes, likeliest first, while P >= theta / 20 and the budget has room."""
-        while self.tail and len(self.tree) < self.budget and self._reach(-self.tail[0][0]) >= self.theta / 20:
-            _, id, rank = heapq.heappop(self.tail)
-            node = self.tree.nodes.get(id)
-            if node is None:
-                continue
-            tokens, scores = self.candidates[id]
-            child = self.tree.add(node, tokens[rank], scores[rank])
-            heapq.heappush(self.unsent, (-child.score, child.id))
-            heapq.heappush(self.unexpanded, (-child.score, child.id))
-            if rank + 1 < len(tokens):
-                heapq.heappush(self.tail, (-scores[rank + 1], id, rank + 1))
+        """Make candidates into nodes, likeliest first, while P >= theta / 4 and the budget has room.
+
+        The same bound as for expanding: what is below it would be neither drafted nor sent until the root moves, and then
+        this is asked again."""
+        tree, tail, most = self.tree, self.tail, -self._score_of(self.theta / 4)
+        while tail and len(tree.nodes) < self.budget and tail[0][0] <= most:
+            key, id, rank, candidates = tail[0]
+            node, (tokens, scores) = tree.nodes.get(id), candidates
+            if node is not None:
+                entry = (key, tree.add(node, tokens[rank], scores[rank]).id)
+                heapq.heappush(self.unsent, entry)
+                heapq.heappush(self.unexpanded, entry)
+            rank += 1
+            if node is not None and rank < len(tokens):
+                heapq.heapreplace(tail, (-scores[rank], id, rank, candidates))
+            else:
+                heapq.heappop(tail)
 
 
-Policy = Rounds | Continuous
+class PipeDec:
+    """A segment is a layer of the tree: the root alone, then the best `width` children of the layer before, and so on.
+
+    arXiv 2504.04104, event-driven: no turns and no barriers, a drafter forward a layer, S + 1 layers in flight. The
+    drafter's candidates are kept aside and become nodes when their layer leaves, chosen among the children of what is
+    alive then; so every node of the tree was sent. Each returned layer decides one token (never more: the next level
+    is in the next segment), and a miss starts again with the new root alone. The root and the S layers that can be out
+    with it are at most 1 + S * width nodes; a budget below that narrows the layers. `segment` is the width."""
+
+    def __init__(self, config: TreeConfig, stages: int, just_in_time: bool):
+        self.credits = stages + 1
+        self.just_in_time = just_in_time
+        self.width = config.segment or 16
+        self.top_k = config.top_k or 16
+        self.budget = config.budget or 1 + stages * self.width
+        self.levels = (config.depth + 1) if config.depth else self.credits  # no more can be out
+
+    def attach(self, tree: TokenTree, levels_left: Callable[[], int]) -> None:
+        self.tree, self.levels_left = tree, levels_left
+        self.rerooted()
+
+    def rerooted(self) -> None:
+        if not self.tree.root.sent:  # a miss: everything else is dead
+            self.layer = [self.tree.root]
+            self.candidates: list[tuple[float, int, int]] = []  # (-score, parent, token), the children of the layer
+
+    def observe(self, started: Started) -> None:
+        """A layer is as wide as it is, whatever it costs."""
+
+    def proposed(self, drafted: list[tuple[Node, Proposal]]) -> None:
+        for node, tokens, scores in _children(drafted, self.top_k):
+            self.candidates += [(-score, node.id, token) for token, score in zip(tokens, scores, strict=True)]
+
+    def draft(self) -> list[Node]:
+        """What is alive of the last layer, once."""
+        levels = 0 if self.budget == 1 else min(self.levels, self.levels_left())
+        return [n for n in self.layer if n.id in self.tree and not n.expanded and self.tree.depth(n) < levels]
+
+    def segment(self, drafting: bool) -> list[Node]:
+        """A new root alone, else the next layer: the likeliest candidates whose parents are alive."""
+        if not self.tree.root.sent:
+            return [self.tree.root]
+        nodes, room = self.tree.nodes, min(self.width, self.budget - len(self.tree))
+        best = heapq.nsmallest(room, (c for c in self.candidates if c[1] in nodes))
+        if best:
+            self.layer = [self.tree.add(nodes[id], token, -key) for key, id, token in best]
+            self.candidates = []
+        return self.layer if best else []
+
+    def verify_now(self, segments_out: int) -> bool:
+        return True
+
+    def keeps(self, child: Node) -> bool:
+        return True
+
+
+Policy = Rounds | PipeDec | Continuous
 
 
 def make_policy(method: str, tree: TreeConfig, switches: PolicyConfig, stages: int) -> Policy:
     """The strategy of a method over `stages` stages."""
     if method == "flowspec":
         return Continuous(tree, stages, switches.just_in_time)
+    if method == "pipedec":
+        return PipeDec(tree, stages, switches.just_in_time)
     if method == "ar":
         return Rounds(dataclasses.replace(tree, budget=1), pieces=1)
-    return Rounds(tree, pieces={"serial": 1, "naive": stages + 1}[method])
+    return Rounds(tree, pieces={"serial": 1, "naive": stages + 1, "pruned": stages + 1}[method], pruning=method == "pruned")
+
+
+def _children(drafted: list[tuple[Node, Proposal]], top_k: int) -> Iterator[tuple[Node, list[int], list[float]]]:
+    """Each node with its best top_k candidates: their tokens and their scores."""
+    above = np.array([node.score for node, _ in drafted])
+    sizes = [len(proposal.tokens) for _, proposal in drafted]
+    scores = (log_probabilities([proposal for _, proposal in drafted]) + above.repeat(sizes)).tolist()
+    tokens = np.concatenate([proposal.tokens for _, proposal in drafted]).tolist()
+    start = 0
+    for (node, _), size in zip(drafted, sizes, strict=True):
+        best = slice(start, start + min(size, top_k))
+        yield node, tokens[best], scores[best]
+        start += size
 
 
 def _best_first(node: Node) -> tuple[float, int]:

@@ -60,7 +60,7 @@ class Pipe:
 
     def drop_dead(self, tree: TokenTree) -> None:
         """A segment none of whose nodes is alive need not come back."""
-        self.out = {number: ids for number, ids in self.out.items() if any(i in tree for i in ids)}
+        self.out = {number: ids for number, ids in self.out.items() if not tree.nodes.keys().isdisjoint(ids)}
 
     @property
     def room_at(self) -> float:
@@ -121,7 +121,7 @@ class Scheduler:
         path, tokens, accepted, child = self._walk()
         self.tokens += tokens
         self.anchor = path[-1].id
-        if child is not None and self.policy.keep_tree:
+        if child is not None and self.policy.keeps(child):
             self.tree.reroot(child)
         else:
             self.tree.restart(self.anchor, tokens[-1], path[-1].position + 1)
@@ -160,18 +160,26 @@ class Scheduler:
     # ---- what to do next ---------------------------------------------------------------------------
     def _drafted(self, event: Drafted) -> None:
         self._drafting = False
-        for id, proposal in zip(event.nodes, event.proposals, strict=True):
-            node = self.tree.nodes.get(id)
-            if node is not None and proposal is not None:
-                self.policy.proposed(node, proposal)
+        answers = zip(event.nodes, event.proposals, strict=True)
+        alive = [(self.tree.nodes[id], p) for id, p in answers if p is not None and id in self.tree]
+        if alive:
+            self.policy.proposed(alive)
 
     def _fill(self, now: float) -> list[Action]:
+        drafts = self._draft()
+        sends = self._sends(now)
+        return drafts + sends + self._draft()  # again: a layer that has just left can be drafted from
+
+    def _draft(self) -> list[Action]:
+        if not self.drafts or self._drafting or not (batch := self.policy.draft()):
+            return []
+        self._drafting = True
+        for node in batch:
+            node.expanded = True
+        return [Draft(tuple(DraftNode(n.id, n.parent, n.token) for n in batch))]
+
+    def _sends(self, now: float) -> list[Action]:
         actions: list[Action] = []
-        if self.drafts and not self._drafting and (batch := self.policy.draft()):
-            self._drafting = True
-            for node in batch:
-                node.expanded = True
-            actions.append(Draft(tuple(DraftNode(n.id, n.parent, n.token) for n in batch)))
         while len(self.pipe.out) < self.policy.credits:
             if self.policy.just_in_time and now < self.pipe.room_at:
                 if not math.isinf(self.pipe.room_at):
@@ -197,4 +205,4 @@ class Scheduler:
         assert self.tree.root.position == self.request.prompt_length + len(self.tokens) - 1
         assert self.finished or self.remaining > 0
         assert len(self.pipe.out) <= self.policy.credits
-        assert all(any(i in self.tree for i in ids) for ids in self.pipe.out.values())
+        assert not any(self.tree.nodes.keys().isdisjoint(ids) for ids in self.pipe.out.values())

@@ -45,13 +45,14 @@ class TokenTree:
         return child
 
     def reroot(self, root: Node) -> None:
-        """Keep `root` and its descendants."""
-        kept, stack = {}, [root]
+        """Keep `root` and its descendants. Costs what dies, not what lives, so a node costs only once."""
+        stack = [self.root]
         while stack:
             node = stack.pop()
-            kept[node.id] = node
-            stack.extend(node.children.values())
-        self.root, self.nodes = root, kept
+            if node is not root:
+                del self.nodes[node.id]
+                stack.extend(node.children.values())
+        self.root = root
 
     def restart(self, anchor: int, token: int, position: int) -> None:
         """Keep nothing: a new root below the committed node `anchor`."""
@@ -61,11 +62,14 @@ class TokenTree:
 
     def validate(self) -> None:
         """Assert the invariants: every node hangs below the root, ids grow downwards, sent sets are closed upwards."""
+        reached = 1
         for node in self.nodes.values():
+            if not node.children:
+                continue
+            reached += len(node.children)
             for token, child in node.children.items():
                 assert self.nodes[child.id] is child and child.parent == node.id and child.token == token
                 assert child.id > node.id and child.position == node.position + 1
                 assert child.score <= node.score, "a child may not outrank its parent"
                 assert node.sent or not child.sent, "a child may not be sent before its parent"
-        reached = 1 + sum(len(node.children) for node in self.nodes.values())
         assert reached == len(self.nodes), "a node outside the tree"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -205,7 +206,7 @@ def load(path: str | os.PathLike[str]) -> tuple[list[Tape], str]:
             return [_tape(k, facts, arrays) for k, facts in enumerate(head["tapes"])], head["source"]
     except OSError as error:
         raise UserError(f"cannot read the recorded drafts {path}: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, EOFError):
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
         raise UserError(f"{path} holds no recorded drafts: give a file that simulate --drafts wrote") from None
 
 

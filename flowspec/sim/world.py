@@ -73,7 +73,7 @@ class Ring:
         return features + (8 * rows if nodes else 0)
 
 
-class _Link:
+class Link:
     """One direction between two ranks: carries one message at a time, delivers it link_ms after its last byte."""
 
     def __init__(self, emulate: Emulate):
@@ -87,7 +87,7 @@ class _Link:
 @dataclass
 class _Stage:
     rank: int
-    link: _Link
+    link: Link
     state: StageState = field(default_factory=StageState)
     cost: LinearCost = field(default_factory=LinearCost)
     queue: deque = field(default_factory=deque)
@@ -138,8 +138,8 @@ class World:
         self.request, self.text, self.guesser, self.ring = request, text, guesser, ring
         self.scheduler = Scheduler(request, policy, drafts=guesser is not None)
         self.outcome = Outcome()
-        self._stages = [_Stage(rank, _Link(ring.emulate)) for rank in range(1, ring.stages + 1)]
-        self._first_link = _Link(ring.emulate)
+        self._stages = [_Stage(rank, Link(ring.emulate)) for rank in range(1, ring.stages + 1)]
+        self._first_link = Link(ring.emulate)
         self._fates, self._spans = Fates(), list[Span]()
         self._events: list[tuple[float, int, Callable, tuple]] = []
         self._order = itertools.count()

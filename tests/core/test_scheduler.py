@@ -83,6 +83,93 @@ def test_naive_waits_for_all_its_pieces():
     assert commit.tokens == (5, 1, 8) and commit.accepted == (True, True, False)
 
 
+def test_pruned_verifies_every_piece_and_drafts_only_between_rounds():
+    s = scheduler("pruned", stages=2, budget=6, top_k=2, depth=1)
+    s.start(0.0)
+    s.handle(Drafted((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)
+    pieces = s.handle(Drafted((1, 2), (proposal(t1=0.9), proposal(t2=0.9))), 1.0)
+    assert [p.ids for p in pieces] == [(0,), (1, 3), (2, 4)]
+    assert s.handle(Returned(1, (0,), {0: 5}), 2.0) == [Prune(1, 0, 1), Commit((0,), (5,), (True,), 1)]
+    assert s.handle(Returned(2, (1, 3), {1: 1, 3: 8}), 3.0) == [
+        Prune(2, 3, 5),
+        Commit((1, 3), (1, 8), (True, False), 5),
+        Draft((DraftNode(5, 3, 8),)),
+    ], "the third piece is dead: nobody waits for it"
+
+
+def test_pruned_ends_a_round_at_a_token_that_was_drafted_but_not_sent():
+    s = scheduler("pruned", stages=1, budget=2, top_k=2, depth=1, new=2)
+    s.start(0.0)
+    assert [p.ids for p in s.handle(Drafted((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)] == [(0,), (1,)]
+    assert s.handle(Returned(1, (0,), {0: 6}), 2.0) == [
+        Prune(1, 0, 3),
+        Commit((0,), (6,), (False,), 3),
+        Segment(3, (3,), (0,), (6,)),
+    ], "a fresh tree, of one node since one token is left"
+
+
+def layered(**tree):
+    """A ring of two stages with the root, a layer of two and a layer of two in flight, and one more drafted."""
+    s = scheduler("pipedec", top_k=2, segment=2, **tree)
+    s.start(0.0)
+    s.handle(Drafted((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)
+    s.handle(Drafted((1, 2), (proposal(t1=0.6, t2=0.3), proposal(t3=0.8, t4=0.1))), 2.0)
+    assert s.handle(Drafted((3, 4), (proposal(t7=0.9), proposal(t8=0.9))), 3.0) == [], "three credits: the layer waits"
+    return s
+
+
+def test_pipedec_sends_the_best_of_each_layer_and_drafts_from_it():
+    s = scheduler("pipedec", top_k=2, segment=2)
+    assert s.start(0.0) == [Draft((ROOT,)), Segment(1, (0,), (-1,), (9,))]
+    assert s.handle(Drafted((0,), (proposal(t5=0.6, t6=0.3),)), 1.0) == [
+        Segment(2, (1, 2), (0, 0), (5, 6)),
+        Draft((DraftNode(1, 0, 5), DraftNode(2, 0, 6))),
+    ]
+    assert s.handle(Drafted((1, 2), (proposal(t1=0.6, t2=0.3), proposal(t3=0.8, t4=0.1))), 2.0) == [
+        Segment(3, (3, 4), (1, 2), (1, 3)),
+        Draft((DraftNode(3, 1, 1), DraftNode(4, 2, 3))),
+    ], "0.6 * 0.6 and 0.3 * 0.8 before 0.6 * 0.3"
+
+
+def test_a_layer_of_pipedec_is_chosen_among_the_children_of_the_living():
+    s = layered()
+    assert s.handle(Returned(1, (0,), {0: 6}), 4.0) == [
+        Prune(1, 0, 2),
+        Commit((0,), (6,), (True,), 2),
+        Segment(4, (5,), (4,), (8,)),
+        Draft((DraftNode(5, 4, 8),)),
+    ]
+    assert s.handle(Returned(2, (2,), {2: 30}), 5.0) == [
+        Prune(2, 2, 6),
+        Commit((2,), (30,), (False,), 6),
+        Segment(5, (6,), (2,), (30,)),
+    ], "a miss: the new root alone"
+    assert s.handle(Drafted((5,), (proposal(t1=0.9),)), 6.0) == [Draft((DraftNode(6, 2, 30),))]
+
+
+def test_just_in_time_a_layer_is_chosen_when_it_leaves():
+    s = scheduler("pipedec", jit=True, top_k=1)
+    s.start(0.0)
+    assert s.handle(Drafted((0,), (proposal(t5=0.9),)), 1.0) == [], "the root has not started yet"
+    assert s.handle(Started(1, 1, expected=4.0, base=3.9, slope=0.05), 2.0) == [Wake(4.0)]
+    assert len(s.tree) == 1
+    assert s.handle(Woke(), 4.0) == [Segment(2, (1,), (0,), (5,)), Draft((DraftNode(1, 0, 5),))]
+
+
+def test_a_full_tree_holds_the_next_layer_back_until_the_root_moves_on():
+    s = layered(budget=5)
+    assert s.handle(Returned(1, (0,), {0: 5}), 4.0)[2] == Segment(4, (5,), (3,), (7,))
+    assert [a for a in scheduler("pipedec", budget=1).start(0.0) if isinstance(a, Draft)] == [], "no room for any"
+
+
+def test_depth_bounds_the_layers_of_pipedec():
+    s = scheduler("pipedec", top_k=1, depth=1, stages=5)
+    s.start(0.0)
+    s.handle(Drafted((0,), (proposal(t5=0.9),)), 1.0)
+    assert s.handle(Drafted((1,), (proposal(t6=0.9),)), 2.0) == [Segment(3, (2,), (1,), (6,))], "two levels below the root"
+    assert s.handle(Returned(1, (0,), {0: 5}), 3.0)[2:] == [Draft((DraftNode(2, 1, 6),))]
+
+
 def test_an_end_token_inside_the_accepted_path_ends_the_text_there():
     s = scheduler("serial", eos=[5], budget=3, top_k=1, depth=1)
     s.start(0.0)
@@ -139,9 +226,11 @@ def test_credits_bound_the_segments_in_flight():
 
 def test_probabilities_are_normalised_over_the_kept_candidates():
     noise = np.array([0.0, 1.0])
-    p = np.exp(log_probabilities(Proposal(np.array([3, 4]), np.log([0.2, 0.1]), noise, coverage=0.9)))
-    assert p.sum() == pytest.approx(0.9)
+    noisy = Proposal(np.array([3, 4]), np.log([0.2, 0.1]), noise, coverage=0.9)
+    p = np.exp(log_probabilities([noisy, proposal(t5=0.3)]))
+    assert p[:2].sum() == pytest.approx(0.9)
     assert p[1] / p[0] == pytest.approx(0.5 * np.e)
+    assert p[2:] == pytest.approx([0.97]), "each proposal by itself"
 
 
 @pytest.mark.parametrize("name", ["budget", "top_k", "depth", "segment"])

@@ -43,7 +43,7 @@ def test_what_is_right_is_not_refused(pair, monkeypatch):
         (["emulate.speed=3"], ["emulate.speed", "stage_ms"]),
         (["--method", "fast"], ["method", "fast", "flowspec"]),
         (["--method", "flowspce"], ["method", "did you mean flowspec"]),
-        (["--method", "pipedec"], ["method", "pipedec comes later"]),
+        (["--method", "dsi"], ["method", "dsi comes later"]),
         (["drafter.kind=ngrma"], ["drafter.kind", "did you mean ngram"]),
         (["drafter.kind=oracle"], ["drafter.kind", "oracle", "ngram"]),
         (["drafter.path=no/where"], ["drafter.path", "no/where"]),

@@ -285,7 +285,7 @@ def test_no_message_arrives_before_its_time_nor_out_of_order():
     sizes = [10_000, 0, 4_000, 20_000]
     begun = time.monotonic()
     for n, size in enumerate(sizes):
-        end.send_next(Message("rows", {"n": n}, (torch.zeros(size // 6, dtype=torch.float32), torch.zeros(size % 6, dtype=torch.uint8))))
+        end.send_next(Message("rows", {"n": n}, (torch.zeros(1, size // 6, dtype=torch.float32), torch.zeros(size % 6, dtype=torch.uint8))))
     end.send_control(1, Message("control"))
     due = {"control": 0.020} | {n: 0.020 + sum(sizes[: n + 1]) / 1e6 for n in range(len(sizes))}
     got = []

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from flowspec.cli import ROOT, _split_demo
+from flowspec.config import load_config
 from flowspec.engine import Engine
+from flowspec.options import DEMO, ROOT, split_demo
 from flowspec.preflight import read_prompts
 from scripts.prove_identity import DRAFTERS, METHODS, STAGES, generate, split
 
@@ -48,7 +49,7 @@ def test_the_card_tells_the_agreement_that_was_asked_for():
 
 
 def test_the_readmes_python_example_runs():
-    _split_demo()
+    split_demo(load_config(DEMO))
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

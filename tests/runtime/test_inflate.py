@@ -1,11 +1,13 @@
 """scripts/inflate.py: the big model is transformers-valid, about as large as asked, and says what the small one says."""
 
 import importlib.util
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from flowspec.errors import UserError
@@ -88,3 +90,27 @@ def test_biases_are_refused(tmp_path):
     small_llama(tmp_path / "small", True, attention_bias=True)
     with pytest.raises(UserError, match="without biases"):
         inflate.inflate(tmp_path / "small", tmp_path / "big", 0.01, "float32")
+
+
+def test_an_interrupt_leaves_one_line_and_no_folder(tmp_path, capsys, monkeypatch):
+    small_llama(tmp_path / "small", True)
+    monkeypatch.setattr(inflate, "random_matrix", lambda *_: signal.raise_signal(signal.SIGINT))
+    capsys.readouterr()
+    assert inflate.main(["--model", str(tmp_path / "small"), "--output", str(tmp_path / "big"), "--size-gb", "0.001"]) == 130
+    assert capsys.readouterr().err == "flowspec: interrupted\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_the_check_tells_the_same_function_from_another(pair, tmp_path, capsys):
+    words = ["--model", str(pair.target), "--output", str(tmp_path / "big")]
+    assert inflate.main([*words, "--size-gb", "0.002", "--dtype", "float32", "--check"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [f"prompt {n}: identical (32 tokens)" for n in range(1, 5)]
+    assert "2 MB as stored (float32), 2 MB as computed" in err
+
+    tensors = load_file(tmp_path / "big" / "model-00001-of-00001.safetensors")
+    tensors["model.norm.weight"] *= -1
+    save_file(tensors, tmp_path / "big" / "model-00001-of-00001.safetensors", {"format": "pt"})
+    assert inflate.main([*words, "--check"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and all("parts at new token 0: " in line and "(its lead: " in line for line in lines)

@@ -1,0 +1,1 @@
+"""What is made of runs: pictures, verdicts and figures of timelines."""

@@ -1,0 +1,216 @@
+"""`python -m flowspec bench compare CONFIG`: methods on the same prompts in one call, measured, with the simulator beside.
+
+Each repeat takes the prompts in a new random order and, for each, the methods in a random order, so that whatever else the
+machines do falls on all of them alike; speed-ups are ratios of pairs (same prompt, same repeat). Nothing that a
+method learns outlives its request: the measured costs of the stages start afresh.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import itertools
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flowspec.bench import report, timeline
+from flowspec.bench.forecast import Forecaster, Models, rate
+from flowspec.config import METHODS
+from flowspec.core.cost import Emulate
+from flowspec.core.policy import TreeConfig
+from flowspec.draft.recorded import Tape
+from flowspec.engine import Engine, Generation, Result
+from flowspec.errors import UserError
+from flowspec.launcher import ROOT
+from flowspec.options import methods, numbers
+from flowspec.trace import Span
+
+WARM_UP_TOKENS = 8
+SWEEP = {
+    "serial": {"budget": (16, 32, 80, 160), "depth": (3, 4, 6, 8)},
+    "naive": {"budget": (16, 32, 80, 160), "depth": (3, 4, 6, 8)},
+    "pruned": {"budget": (16, 32, 80, 160), "depth": (3, 4, 6, 8)},
+    "pipedec": {"segment": (4, 8, 16, 32)},
+}
+"""settings of `tree` that --sweep tries for each baseline"""
+
+
+class Run(NamedTuple):
+    """One generation of the comparison."""
+
+    prompt: int
+    repeat: int
+    generation: Generation
+
+    @property
+    def result(self) -> Result:
+        assert self.generation.result is not None
+        return self.generation.result
+
+
+def compare(engine: Engine, prompts: Sequence[str], options: argparse.Namespace) -> bool:
+    """Run, predict, print, write; False if two methods wrote different tokens."""
+    config = engine.config
+    temperatures = numbers(options.temperatures, float, "--temperatures") if options.temperatures else [config.sampling.temperature]
+    folder = Path(options.output or ROOT / "build" / "bench" / f"{config.name}_s{engine.world_size - 1}")
+    order = random.Random(seed := 0)
+    runs = list(_runs(engine, prompts, methods(options.methods, METHODS), temperatures, int(options.repeats), order))
+    forecaster = Forecaster(config, Models.of(config))
+    records = _records(runs, forecaster, engine.world_size - 1)
+    facts = _facts(engine, options, seed)
+    title = f"{config.name}, {engine.world_size - 1} stages{', emulated times' if config.emulate.active else ''}"
+    report.show(records, title)
+    if options.sweep:
+        _sweep(forecaster, [r.method for r in records], engine.world_size - 1, temperatures)
+    different = report.identical(records)
+    print("\n".join(different) or "every method wrote the same tokens")
+    _write(folder, records, title, facts)
+    return not different
+
+
+# ---- measured --------------------------------------------------------------------------------------
+def _runs(
+    engine: Engine, prompts: Sequence[str], chosen: list[str], temperatures: list[float], repeats: int, order: random.Random
+) -> Iterator[Run]:
+    for method in chosen:
+        list(engine.generate(prompts[0], method=method, max_new_tokens=WARM_UP_TOKENS))
+    engine.traced = True
+    total, done, began = len(prompts) * len(temperatures) * repeats * len(chosen), 0, time.monotonic()
+    for repeat in range(1, repeats + 1):
+        turns = list(itertools.product(range(len(prompts)), temperatures))
+        order.shuffle(turns)
+        for k, temperature in turns:
+            for method in order.sample(chosen, len(chosen)):
+                sampling: dict[str, Any] = {"temperature": temperature, "seed": engine.config.sampling.seed or 0}
+                generation = engine.generate(prompts[k], method=method, **sampling)
+                for _ in generation:
+                    pass
+                done += 1
+                spent = time.monotonic() - began
+                print(f"\r{done} of {total} runs, {spent:.0f} s", end="", file=sys.stderr, flush=True)
+                yield Run(k + 1, repeat, generation)
+    print(file=sys.stderr)
+
+
+def _records(runs: Sequence[Run], forecaster: Forecaster, stages: int) -> list[report.Record]:
+    predicted = _predictions(runs, forecaster, stages)
+    return [_record(run, predicted[run.result.method, run.result.temperature, run.prompt]) for run in runs]
+
+
+def _record(run: Run, simulated: float | None) -> report.Record:
+    result, figures = run.result, timeline.summary(run.generation.spans)
+    return report.Record(
+        method=result.method,
+        temperature=result.temperature,
+        prompt=run.prompt,
+        repeat=run.repeat,
+        new_tokens=result.new_tokens,
+        tokens_per_second=result.tokens_per_second,
+        prefill_seconds=result.prefill_seconds,
+        accepted_per_segment=result.accepted_per_segment,
+        utilisation=list(figures.utilisation),
+        bubbles=figures.bubbles,
+        wasted=figures.wasted,
+        dead_rows=figures.dead_rows,
+        bytes_per_token=[size / result.new_tokens for size in figures.bytes_per_link],
+        bookkeeping_ms=result.bookkeeping_ms,
+        stage_overhead_ms=result.stage_overhead_ms,
+        drafted_tokens=result.drafted_tokens,
+        forwarded_tokens=result.forwarded_tokens,
+        simulated=simulated,
+        tokens_sha=hashlib.sha256(str(result.token_ids).encode()).hexdigest()[:16],
+    )
+
+
+# ---- simulated -------------------------------------------------------------------------------------
+def _predictions(runs: Sequence[Run], forecaster: Forecaster, stages: int) -> dict[tuple[str, float, int], float | None]:
+    """(method, temperature, prompt) -> tokens/s in virtual time, with the costs that the configuration emulates, and those
+    measured in these very runs where it emulates none."""
+    predicted: dict[tuple[str, float, int], float | None] = {}
+    for run in runs:
+        key = run.result.method, run.result.temperature, run.prompt
+        if key not in predicted:
+            tape = forecaster.add(run.generation.request, run.result.token_ids)
+            same = [r for r in runs if (r.result.method, r.result.temperature) == key[:2]]
+            emulate = completed(forecaster.config.emulate, same)
+            predicted[key] = forecaster.run(tape, key[0], stages, emulate).tokens_per_second
+    return predicted
+
+
+def completed(emulate: Emulate, runs: Sequence[Run]) -> Emulate:
+    """`emulate` with what it leaves out (zeros) as measured: medians over the runs."""
+    real: dict[str, Any] = {}
+    if emulate.stage_ms == 0 and emulate.token_ms == 0:
+        costs = list(zip(*(run.result.stage_cost_ms for run in runs), strict=True))
+        real["stage_ms"] = tuple(statistics.median(base for base, _ in stage) for stage in costs)
+        real["token_ms"] = tuple(statistics.median(slope for _, slope in stage) for stage in costs)
+    drafts = [1000 * (s.end - s.begin) for run in runs for s in run.generation.spans if _is_draft(s)]
+    if emulate.draft_ms == 0 and drafts:
+        real["draft_ms"] = statistics.median(drafts)
+    return dataclasses.replace(emulate, **real)
+
+
+def _is_draft(span: Span) -> bool:
+    return span.row == "draft"
+
+
+def _sweep(forecaster: Forecaster, chosen: Sequence[str], stages: int, temperatures: Sequence[float]) -> None:
+    """Print each baseline's best tree settings at each temperature; simulated."""
+    for temperature in temperatures:
+        tapes = [t for t in forecaster.tapes.values() if t.request.sampling.temperature == temperature]
+        tried = [(text, m, _simulated(forecaster, tapes, m, stages, tree)) for m in SWEEP if m in chosen for text, tree in _settings(m)]
+        title = f"simulated tokens/s at temperature {temperature:g}: each baseline's best setting"
+        report.console().print(report.sweep_table(tried, title))
+
+
+def _settings(method: str) -> Iterator[tuple[str, TreeConfig]]:
+    names = list(SWEEP[method])
+    for values in itertools.product(*SWEEP[method].values()):
+        chosen = dict(zip(names, values, strict=True))
+        yield " ".join(f"tree.{name}={value}" for name, value in chosen.items()), TreeConfig(**chosen)
+
+
+def _simulated(forecaster: Forecaster, tapes: Sequence[Tape], method: str, stages: int, tree: TreeConfig) -> float:
+    config = dataclasses.replace(forecaster.config, tree=tree)
+    return rate(forecaster.run(tape, method, stages, config=config) for tape in tapes)
+
+
+# ---- written ---------------------------------------------------------------------------------------
+def _facts(engine: Engine, options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    import torch
+
+    command = " ".join(["python -m flowspec bench compare", *options.given])
+    machine = f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}"
+    return {
+        "command": command,
+        "machine": machine,
+        "date": time.strftime("%Y-%m-%d"),
+        "repeats": int(options.repeats),
+        "order": f"shuffled, seed {seed}",
+        "emulated": engine.config.emulate.active,
+        "kept between requests": "nothing",
+    }
+
+
+def _write(folder: Path, records: list[report.Record], title: str, facts: dict[str, Any]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        report.save(records, folder / "records.jsonl")
+        beside = folder / "table.md.partial"
+        beside.write_text(report.markdown(records, title, facts))
+        os.replace(beside, folder / "table.md")
+    except OSError as error:
+        raise UserError(f"--output: cannot write into {folder}: {error.strerror}") from None
+    if timeline.can_draw():
+        report.chart(records, folder / "chart.png", title)
+    else:
+        print(f"no chart: {timeline.MISSING}", file=sys.stderr)
+    print(f"written to {folder}")

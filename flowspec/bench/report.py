@@ -1,0 +1,542 @@
+"""What a comparison of methods is shown as: tables for the terminal, Markdown, a bar chart (PNG); and the file of its records.
+
+Pure functions over records, one a measured generation. A speed-up is always a median of PAIRED ratios: of the same prompt in
+the same repeat, so that what slows the machine for a while slows both sides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, median
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from flowspec.bench.timeline import MISSING, can_draw
+from flowspec.core.policy import METHODS
+from flowspec.core.request import need
+from flowspec.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH = 140
+"""columns that the table of summaries needs, and where there is no terminal has"""
+Key = TypeVar("Key")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One generation, measured; a JSON line each."""
+
+    method: str
+    temperature: float
+    prompt: int
+    """from 1"""
+    repeat: int
+    """from 1"""
+    new_tokens: int
+    tokens_per_second: float | None
+    """None: the text has one token, and no rate"""
+    prefill_seconds: float
+    accepted_per_segment: float
+    """tokens"""
+    utilisation: list[float]
+    """of each stage 1..S: share of the decode phase"""
+    bubbles: float
+    """1 - mean utilisation"""
+    wasted: float
+    """share of the stages' forwards spent on rows that never became text"""
+    dead_rows: float
+    """share of the computed rows that had been refused before their forward began"""
+    bytes_per_token: list[float]
+    """of each sender 0..S: bytes to the next rank of the ring"""
+    bookkeeping_ms: float
+    stage_overhead_ms: list[float]
+    drafted_tokens: int
+    forwarded_tokens: int
+    simulated: float | None
+    """tokens/s that the simulation predicts for this prompt; None: not simulated"""
+    tokens_sha: str
+    """of the token ids: equal for all methods at one prompt and temperature"""
+
+
+class Spread(NamedTuple):
+    median: float
+    least: float
+    most: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What the records of one method at one temperature come to. None: nothing to make it of."""
+
+    temperature: float
+    method: str
+    rates: dict[int, float]
+    """prompt -> tokens/s, median over repeats"""
+    ratios: dict[int, float]
+    """prompt -> speed-up over ar, median over repeats"""
+    rate: Spread | None
+    """tokens/s, over `rates`"""
+    noise: float | None
+    """the largest (most - least) / median of tokens/s over the repeats of one prompt; None: no prompt has two"""
+    over_naive: Spread | None
+    """speed-up, over prompts and repeats"""
+    over_ar: Spread | None
+    accepted_per_segment: float
+    """tokens; this and all below but the last two are medians over the records"""
+    utilisation: float
+    """of the stages' mean"""
+    bubbles: float
+    wasted: float
+    dead_rows: float
+    bytes_per_token: list[float]
+    """of each sender 0..S"""
+    simulated: float | None
+    """tokens/s, median over prompts"""
+    off: float | None
+    """measured / simulated - 1, median over prompts"""
+
+
+# ---- summaries -------------------------------------------------------------------------------------
+def summarise(records: Sequence[Record]) -> list[Row]:
+    """A row a temperature and method: temperatures as they first appear, methods in the order of METHODS, then as they appear."""
+    need(len({len(r.bytes_per_token) for r in records}) < 2, "the records are of rings of different sizes: summarise each size by itself")
+    rows = []
+    for same in _grouped(records, lambda r: r.temperature).values():
+        methods = _grouped(same, lambda r: r.method)
+        rows += [_row(methods[method], methods) for method in _ordered(methods)]
+    return rows
+
+
+def _grouped(records: Iterable[Record], key: Callable[[Record], Key]) -> dict[Key, list[Record]]:
+    groups: dict[Key, list[Record]] = {}
+    for record in records:
+        groups.setdefault(key(record), []).append(record)
+    return groups
+
+
+def _ordered(methods: Iterable[str]) -> list[str]:
+    """Each once, in the order of METHODS, others after."""
+    return sorted(dict.fromkeys(methods), key=lambda method: METHODS.index(method) if method in METHODS else len(METHODS))
+
+
+def _row(own: list[Record], methods: dict[str, list[Record]]) -> Row:
+    """Of a method's own records, and those of each method at the same temperature."""
+    measured = _by_prompt(own, lambda r: r.tokens_per_second)
+    rates = {prompt: median(values) for prompt, values in measured.items()}
+    expected = {prompt: median(values) for prompt, values in _by_prompt(own, lambda r: r.simulated).items()}
+    over_ar, over_naive = (_paired(own, methods.get(base, [])) for base in ("ar", "naive"))
+    return Row(
+        temperature=own[0].temperature,
+        method=own[0].method,
+        rates=rates,
+        ratios={prompt: median(values) for prompt, values in over_ar.items()},
+        rate=_spread(rates.values()),
+        noise=max(((max(v) - min(v)) / median(v) for v in measured.values() if len(v) > 1), default=None),
+        over_naive=_spread(ratio for values in over_naive.values() for ratio in values),
+        over_ar=_spread(ratio for values in over_ar.values() for ratio in values),
+        accepted_per_segment=median(r.accepted_per_segment for r in own),
+        utilisation=median(mean(r.utilisation) for r in own),
+        bubbles=median(r.bubbles for r in own),
+        wasted=median(r.wasted for r in own),
+        dead_rows=median(r.dead_rows for r in own),
+        bytes_per_token=[median(link) for link in zip(*(r.bytes_per_token for r in own), strict=True)],
+        simulated=_median(expected.values()),
+        off=_median(rates[prompt] / expected[prompt] - 1 for prompt in rates if prompt in expected),
+    )
+
+
+def _by_prompt(records: list[Record], value: Callable[[Record], float | None]) -> dict[int, list[float]]:
+    """prompt -> the values of its repeats; None is left out."""
+    values: dict[int, list[float]] = {}
+    for record in records:
+        if (one := value(record)) is not None:
+            values.setdefault(record.prompt, []).append(one)
+    return values
+
+
+def _paired(own: list[Record], base: list[Record]) -> dict[int, list[float]]:
+    """prompt -> speed-up over `base` in each repeat that both have a rate in."""
+    slow = {(r.prompt, r.repeat): r.tokens_per_second for r in base}
+
+    def ratio(record: Record) -> float | None:
+        rate, other = record.tokens_per_second, slow.get((record.prompt, record.repeat))
+        return None if rate is None or other is None else rate / other
+
+    return _by_prompt(own, ratio)
+
+
+def _median(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return median(found) if found else None
+
+
+def _spread(values: Iterable[float]) -> Spread | None:
+    found = list(values)
+    return Spread(median(found), min(found), max(found)) if found else None
+
+
+def identical(records: Sequence[Record]) -> list[str]:
+    """Empty if every method wrote the same tokens at each prompt and temperature; else a line for each where some did not."""
+    lines = []
+    for (temperature, prompt), same in _grouped(records, lambda r: (r.temperature, r.prompt)).items():
+        methods = _grouped(same, lambda r: r.method)
+        base = min(methods[_ordered(methods)[0]], key=lambda r: r.repeat)
+        wrong = [name for method in _ordered(methods) if (name := _unlike(methods[method], base))]
+        if wrong:
+            who = f"{', '.join(wrong)} wrote other tokens than {base.method} in repeat {base.repeat}"
+            lines.append(f"prompt {prompt} at temperature {temperature:g}: {who}")
+    return lines
+
+
+def _unlike(own: list[Record], base: Record) -> str | None:
+    """The method's name if it wrote other tokens than `base`."""
+    same = [r.tokens_sha == base.tokens_sha for r in own]
+    if all(same):
+        return None
+    return f"{own[0].method} (in some repeats)" if any(same) else own[0].method
+
+
+# ---- cells -----------------------------------------------------------------------------------------
+class _Column(NamedTuple):
+    head: str
+    text: Callable[[Row], str]
+
+
+_NONE = "-"
+PROMPTS = "tokens/s of each prompt (and over ar)"
+LEGEND = (
+    "tokens/s: median of the prompts' medians (least..most). noise: the largest spread over the repeats of a prompt. "
+    "vs: paired speed-ups, median (least..most) over prompts and repeats. sim.: simulated tokens/s; off: measured against that. "
+    "accepted: tokens per segment. busy: the stages' mean. wasted: share of the forwards whose rows never became text. "
+    "dead: rows refused before their forward began. kB/token: sent by rank 0, 1, ..."
+)
+
+
+def _ranged(spread: Spread | None, digits: str, unit: str = "") -> str:
+    """`1.50x (1.20..1.90)`; without the range where it says nothing."""
+    if spread is None:
+        return _NONE
+    middle, least, most = (format(value, digits) for value in spread)
+    return f"{middle}{unit}" if least == most else f"{middle}{unit} ({least}..{most})"
+
+
+def _maybe(value: float | None, digits: str) -> str:
+    return _NONE if value is None else format(value, digits)
+
+
+_KEYS = (
+    _Column("temp", lambda row: f"{row.temperature:g}"),
+    _Column("method", lambda row: row.method),
+)
+_SPEED = (
+    _Column("tokens/s", lambda row: _ranged(row.rate, ".1f")),
+    _Column("noise", lambda row: _maybe(row.noise, ".0%")),
+    _Column("vs naive", lambda row: _ranged(row.over_naive, ".2f", "x")),
+    _Column("vs ar", lambda row: _ranged(row.over_ar, ".2f", "x")),
+    _Column("sim.", lambda row: _maybe(row.simulated, ".1f")),
+    _Column("off", lambda row: _maybe(row.off, "+.0%")),
+)
+_WORK = (
+    _Column("accepted", lambda row: f"{row.accepted_per_segment:.2f}"),
+    _Column("busy", lambda row: f"{row.utilisation:.0%}"),
+    _Column("bubbles", lambda row: f"{row.bubbles:.0%}"),
+    _Column("wasted", lambda row: f"{row.wasted:.0%}"),
+    _Column("dead", lambda row: f"{row.dead_rows:.1%}"),
+    _Column("kB/token", lambda row: " ".join(f"{link / 1e3:.1f}" for link in row.bytes_per_token)),
+)
+_ALL = _KEYS + _SPEED + _WORK
+_Grid = tuple[list[str], list[list[str]]]
+"""heads, and the cells of each line"""
+
+
+def _summaries(rows: Sequence[Row], columns: Sequence[_Column] = _ALL) -> _Grid:
+    """A line a row; a column in which no row has anything is left out."""
+    columns = [c for c in columns if any(c.text(row) != _NONE for row in rows)]
+    return [c.head for c in columns], [[c.text(row) for c in columns] for row in rows]
+
+
+def _prompts(rows: Sequence[Row]) -> _Grid:
+    """A line a temperature and prompt, a column a method: tokens/s and the speed-up over ar."""
+    methods = _ordered(row.method for row in rows)
+    known = {(row.temperature, row.method): row for row in rows}
+    lines = []
+    for temperature in dict.fromkeys(row.temperature for row in rows):
+        of_methods = [known.get((temperature, method)) for method in methods]
+        for prompt in sorted({prompt for row in of_methods if row for prompt in row.rates}):
+            lines.append([f"{temperature:g}", f"{prompt}", *(_measured(row, prompt) for row in of_methods)])
+    return ["temp", "prompt", *methods], lines
+
+
+def _measured(row: Row | None, prompt: int) -> str:
+    if row is None or prompt not in row.rates:
+        return _NONE
+    ratio = f" ({row.ratios[prompt]:.2f}x)" if prompt in row.ratios and row.method != "ar" else ""
+    return f"{row.rates[prompt]:.1f}{ratio}"
+
+
+# ---- terminal --------------------------------------------------------------------------------------
+def table(rows: Sequence[Row], title: str) -> Table:
+    return _rich(_summaries(rows), title, LEGEND)
+
+
+def console() -> Console:
+    """Standard output: as wide as the terminal, 140 columns where it is none."""
+    return Console(width=None if sys.stdout.isatty() else WIDTH)
+
+
+def show(records: Sequence[Record], title: str, on: Console | None = None) -> None:
+    """Print the summaries (as two tables where 140 columns are too many), and every prompt's tokens/s."""
+    on = on or console()
+    rows = summarise(records)
+    if on.width < WIDTH:
+        on.print(_rich(_summaries(rows, _KEYS + _SPEED), title))
+        on.print(_rich(_summaries(rows, _KEYS + _WORK), "where the work went", LEGEND))
+    else:
+        on.print(table(rows, title))
+    on.print()
+    on.print(_rich(_prompts(rows), PROMPTS))
+
+
+def _rich(grid: _Grid, title: str, caption: str | None = None) -> Table:
+    """Numbers at the right; a gap where the temperature changes."""
+    heads, lines = grid
+    shown = Table(title=Text(title), caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True, show_edge=False)
+    for head in heads:
+        shown.add_column(head, justify="left" if head in ("temp", "method", "setting") else "right")
+    for line, after in zip(lines, [*lines[1:], None], strict=True):
+        shown.add_row(*map(Text, line), end_section=after is not None and heads[0] == "temp" and after[0] != line[0])
+    return shown
+
+
+# ---- Markdown --------------------------------------------------------------------------------------
+_NAMED = {"machine", "command", "emulated", "simulated", "date", "repeats"}
+"""facts that need no name beside them, or are known of the records"""
+
+
+def markdown(records: Sequence[Record], title: str, facts: dict[str, Any]) -> str:
+    """Heading, facts, summaries, prompts. `facts`: machine, command, emulated, simulated, date as far as known; others by name."""
+    rows = summarise(records)
+    parts = [f"## {title}", _facts(facts, records), _pipes(_summaries(rows)), LEGEND]
+    return "\n\n".join([*parts, f"{PROMPTS}:", _pipes(_prompts(rows))]) + "\n"
+
+
+def _facts(facts: dict[str, Any], records: Sequence[Record]) -> str:
+    repeats = len({r.repeat for r in records})
+    command = f"`{facts['command']}`" if "command" in facts else None
+    said = [facts.get("machine"), command, _clock(facts), facts.get("date"), f"{repeats} repeat{'s' * (repeats != 1)}"]
+    others = [f"{name}: {fact}" for name, fact in facts.items() if name not in _NAMED]
+    return "; ".join([str(fact) for fact in said if fact is not None] + others)
+
+
+def _clock(facts: dict[str, Any]) -> str | None:
+    known = [name for name in ("simulated", "emulated") if facts.get(name)] or ["real"] * ("emulated" in facts)
+    return f"{known[0]} times" if known else None
+
+
+def _pipes(grid: _Grid) -> str:
+    heads, lines = grid
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *lines))
+
+
+# ---- file ------------------------------------------------------------------------------------------
+def save(records: Sequence[Record], path: str | os.PathLike[str]) -> None:
+    """JSON lines, written beside and renamed. UserError if that cannot be."""
+    lines = "".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in records)
+    _write(path, lambda beside: beside.write_text(lines))
+
+
+def load(path: str | os.PathLike[str]) -> list[Record]:
+    """What `save` wrote. UserError names the line of a file that it cannot have written."""
+    try:
+        lines = Path(path).read_text().split("\n")
+    except OSError as error:
+        raise UserError(f"cannot read the records {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text: give a file of records, a JSON object a line") from None
+    if not lines[-1]:
+        lines.pop()
+    need(bool(lines), f"{path} holds no records")
+    return [_read(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _read(line: str, where: str) -> Record:
+    try:
+        fields = json.loads(line)
+    except ValueError:
+        raise UserError(f"{where}: not JSON; each line must be a record") from None
+    need(isinstance(fields, dict), f"{where}: not a record, but {type(fields).__name__}")
+    kinds = get_type_hints(Record)
+    missing, strange = [name for name in kinds if name not in fields], [name for name in fields if name not in kinds]
+    need(not missing, f"{where}: no {', '.join(missing)}")
+    need(not strange, f"{where}: unknown {', '.join(strange)}")
+    for name, kind in kinds.items():
+        need(_fits(fields[name], kind), f"{where}: {name} is {json.dumps(fields[name])}")
+    return Record(**fields)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether what JSON holds is of a field's type: str, int, float, float | None or list[float]."""
+    if get_origin(kind) is list:
+        return isinstance(value, list) and bool(value) and all(_fits(one, float) for one in value)
+    if get_args(kind):
+        return value is None or _fits(value, float)
+    return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+
+
+def _write(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
+    beside = Path(f"{path}.partial")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+# ---- picture ---------------------------------------------------------------------------------------
+_COLOURS = {  # Okabe and Ito's palette, which every kind of colour vision tells apart
+    "ar": "#999999",
+    "serial": "#f0b64a",
+    "naive": "#56b4e9",
+    "pruned": "#cc79a7",
+    "pipedec": "#0072b2",
+    "flowspec": "#009e73",
+}
+_OTHER = "#d55e00"
+_OVER_BARS = "over each bar: the median speed-up over ar, of the same prompt and repeat"
+_BAR = 0.72
+"""width, where bars stand 1 apart"""
+_ASIDE = 0.25
+"""from the middle of a bar: its whisker left, its diamond right, the dots between"""
+_GAP = 0.6
+"""between temperatures, beside that"""
+
+
+def chart(records: Sequence[Record], path: str | os.PathLike[str], title: str, facts: dict[str, Any] | None = None) -> None:
+    """A PNG 600 pixels high, written beside and renamed: a bar a method, grouped by temperature. UserError if matplotlib is missing.
+
+    A bar is the median tokens/s over prompts, with the least to most of them, a dot a prompt (the first at the left), a hollow
+    diamond for what the simulation predicted, and the speed-up over ar above it. The title says what `facts` say of the clock."""
+    need(can_draw(), MISSING)
+    rows = [row for row in summarise(records) if row.rate]
+    need(bool(rows), "nothing to draw: no record has a rate")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    places = _places(rows)
+    figure = Figure(figsize=(max(8.0, 1.2 + 0.8 * places[-1]), 6), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_title(f"{title}{_mark(facts or {})}", loc="left", fontweight="bold", pad=26)
+    if any(row.over_ar for row in rows):
+        axes.text(0, 1.025, _OVER_BARS, transform=axes.transAxes, fontsize=9.5)
+    axes.set_ylabel("tokens/s")
+    for x, row in zip(places, rows, strict=True):
+        _bar(axes, x, row)
+    _frame(axes, places, rows)
+    _key(axes, rows)
+    _write(path, lambda beside: figure.savefig(beside, format="png"))
+
+
+def _mark(facts: dict[str, Any]) -> str:
+    return (" (emulated times)" if facts.get("emulated") else "") + (" (simulated)" if facts.get("simulated") else "")
+
+
+def _places(rows: list[Row]) -> list[float]:
+    """Where each bar stands: 1 apart, more where the temperature changes."""
+    places = [0.0]
+    for before, row in pairwise(rows):
+        places.append(places[-1] + 1 + (_GAP if row.temperature != before.temperature else 0))
+    return places
+
+
+def _bar(axes: Axes, x: float, row: Row) -> None:
+    assert row.rate is not None
+    axes.bar(x, row.rate.median, _BAR, color=_COLOURS.get(row.method, _OTHER), zorder=2)
+    below, above = row.rate.median - row.rate.least, row.rate.most - row.rate.median
+    axes.errorbar(x - _ASIDE, row.rate.median, [[below], [above]], color="black", linewidth=1.2, capsize=4, zorder=3)
+    step = _ASIDE * 1.1 / max(len(row.rates), 2)
+    dots = [x + step * (k - (len(row.rates) - 1) / 2) for k in range(len(row.rates))]
+    axes.plot(dots, [row.rates[prompt] for prompt in sorted(row.rates)], "o", **_DOT)
+    if row.simulated is not None:
+        axes.plot(x + _ASIDE, row.simulated, "D", **_DIAMOND)
+    if row.over_ar is not None:
+        top = max(row.rate.most, row.simulated or 0)
+        axes.annotate(f"{row.over_ar.median:.2f}x", (x, top), xytext=(0, 9), fontsize=10, **_NOTE)
+
+
+_DOT: dict[str, Any] = dict(markersize=4, color="white", markeredgecolor="black", markeredgewidth=0.7, zorder=4)
+_DIAMOND: dict[str, Any] = dict(markersize=8.5, color="white", markeredgecolor="black", markeredgewidth=1.5, zorder=3)
+_NOTE: dict[str, Any] = dict(textcoords="offset points", ha="center", fontweight="bold")
+
+
+def _frame(axes: Axes, places: list[float], rows: list[Row]) -> None:
+    """Names below the bars, temperatures below the names, the grid."""
+    axes.set_xticks(places, [row.method for row in rows])
+    axes.tick_params(axis="x", length=0)
+    for temperature in dict.fromkeys(row.temperature for row in rows):
+        inside = [x for x, row in zip(places, rows, strict=True) if row.temperature == temperature]
+        below: dict[str, Any] = dict(xycoords=axes.get_xaxis_transform(), xytext=(0, -24), va="top")
+        axes.annotate(f"temperature {temperature:g}", (mean(inside), 0), **below, **_NOTE)
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.06)
+    margin = max(0.7, 2.2 - places[-1] / 2)
+    axes.set_xlim(-margin, places[-1] + margin)
+    axes.spines[["left", "top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _key(axes: Axes, rows: list[Row]) -> None:
+    """What the marks are, of those that are there."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    keys: list[Any] = [
+        Patch(color="#bbbbbb", label="median over prompts"),
+        Line2D([], [], marker="|", ls="", markersize=14, markeredgewidth=1.2, color="black", label="least to most"),
+        Line2D([], [], marker="o", ls="", label="a prompt", **_DOT),
+    ]
+    if any(row.simulated is not None for row in rows):
+        keys.append(Line2D([], [], marker="D", ls="", label="simulated", **_DIAMOND))
+    axes.figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=9)
+
+
+# ---- sweeps ----------------------------------------------------------------------------------------
+Trial = tuple[str, str, float]
+"""what was set, the method, tokens/s"""
+
+
+def best(trials: Iterable[Trial]) -> dict[str, tuple[str, float]]:
+    """method -> the setting with the most tokens/s (the first of equals), and these; in the order of METHODS."""
+    found: dict[str, tuple[str, float]] = {}
+    for setting, method, rate in trials:
+        if method not in found or rate > found[method][1]:
+            found[method] = (setting, rate)
+    return {method: found[method] for method in _ordered(found)}
+
+
+def sweep_table(trials: Sequence[Trial], title: str) -> Table:
+    """tokens/s: a line a setting, a column a method; a star at the best of each."""
+    top = best(trials)
+    rates = {(setting, method): rate for setting, method, rate in trials}
+    lines = []
+    for setting in dict.fromkeys(setting for setting, _, _ in trials):
+        cells = [_tried(rates.get((setting, method)), top[method][0] == setting) for method in top]
+        lines.append([setting, *cells])
+    return _rich((["setting", *top], lines), title, "*: best tokens/s")
+
+
+def _tried(rate: float | None, is_best: bool) -> str:
+    return f"{'* ' if is_best else ''}{_maybe(rate, '.1f')}"

@@ -1,0 +1,124 @@
+"""What the commands that take a configuration have in common on the command line. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from flowspec.config import METHODS, Config, load_config
+from flowspec.core.request import need
+from flowspec.errors import UserError
+from flowspec.launcher import ROOT
+from flowspec.preflight import read_prompts
+from flowspec.version import __version__
+
+DEMO = ROOT / "configs" / "demo.yaml"
+DEMO_PROMPT = "import os\n\n\ndef read_lines(path):"
+DEMO_PROMPTS = ROOT / "demo" / "prompts.jsonl"
+SAMPLING = {
+    "temperature": (float, "0 is greedy"),
+    "top_p": (float, "keep the likeliest tokens until their probability reaches X"),
+    "top_k": (int, "keep the N likeliest tokens; 0 keeps all"),
+    "min_p": (float, "keep tokens of at least X times the likeliest one's probability"),
+    "seed": (int, "of the keyed noise; the same seed writes the same text with every method"),
+    "max_new_tokens": (int, "the limit of new tokens"),
+}
+"""flag -> (type, help)"""
+
+
+def add_shared(parser: argparse.ArgumentParser) -> None:
+    """CONFIG, overrides, prompts, the method and how it samples."""
+    parser.add_argument("words", nargs="*", metavar="CONFIG | key=value", help="a YAML file (default: the demo) and overrides of its keys")
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="the text to continue; may be given several times")
+    parser.add_argument("--prompt-file", metavar="FILE", help=".txt: a prompt a line; .jsonl: an object with `prompt` a line")
+    parser.add_argument("--method", help=" ".join(METHODS))
+    parser.add_argument("--version", action="version", version=f"flowspec {__version__}")
+    for name, (kind, what) in SAMPLING.items():
+        parser.add_argument("--" + name.replace("_", "-"), metavar="N" if kind is int else "X", help=what)
+    parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
+
+
+def configuration(options: argparse.Namespace) -> tuple[Path, Config]:
+    """The configuration file and what it says, flags and overrides applied."""
+    files = [word for word in options.words if "=" not in word]
+    need(len(files) <= 1, f"one configuration at a time: {' and '.join(files)} were given")
+    path = Path(files[0]).resolve() if files else DEMO
+    overrides = [word for word in options.words if "=" in word]
+    overrides += [f"method={options.method}"] if options.method is not None else []
+    for name, (kind, _) in SAMPLING.items():
+        text = getattr(options, name)
+        if text is not None:
+            overrides.append(f"sampling.{name}={number(text, kind, '--' + name.replace('_', '-'))}")
+    return path, load_config(path, overrides)
+
+
+def number(text: str, kind: type, flag: str) -> int | float:
+    try:
+        return kind(text)
+    except ValueError:
+        raise UserError(f"{flag} is {text!r}: it must be {'a whole number' if kind is int else 'a number'}") from None
+
+
+def numbers(text: str, kind: type, flag: str) -> list:
+    """A list with commas."""
+    return [number(part, kind, flag) for part in text.split(",")]
+
+
+def methods(text: str, known: Iterable[str], flag: str = "--methods") -> list[str]:
+    """A list with commas of known methods."""
+    known, chosen = list(known), text.split(",")
+    for name in chosen:
+        need(name in known, f"{flag}: {name!r} is not known here: choose among {', '.join(known)}")
+    return chosen
+
+
+def add_bench(parser: argparse.ArgumentParser) -> None:
+    """Of `bench compare`."""
+    parser.add_argument("--methods", default=",".join(METHODS), metavar="M,M", help=f"of {' '.join(METHODS)} (default: all)")
+    parser.add_argument("--prompts", default="5", metavar="N", help="use the first N prompts (default 5)")
+    parser.add_argument("--repeats", default="3", metavar="N", help="runs of each prompt with each method (default 3)")
+    parser.add_argument("--temperatures", metavar="X,X", help="temperatures to compare at (default: the configured one)")
+    parser.add_argument("--output", metavar="FOLDER", help="where the tables, records and chart go (default: build/bench/NAME)")
+    parser.add_argument("--sweep", action="store_true", help="also each baseline's best tree settings, by simulation")
+
+
+def check_bench(options: argparse.Namespace) -> None:
+    """UserError for what is wrong with these, before anything starts."""
+    methods(options.methods, METHODS)
+    need(number(options.repeats, int, "--repeats") >= 1, f"--repeats is {options.repeats}: it must be at least 1")
+    if options.temperatures:
+        numbers(options.temperatures, float, "--temperatures")
+
+
+def given_prompts(options: argparse.Namespace) -> list[str]:
+    return options.prompt + (read_prompts(options.prompt_file) if options.prompt_file else [])
+
+
+def benchmark_prompts(options: argparse.Namespace, config: Config) -> list[str]:
+    """As given; for the demo model its own. The first --prompts of them."""
+    prompts = given_prompts(options)
+    if not prompts:
+        need(demo_stages(config) is not None, "no prompt: give --prompt TEXT or --prompt-file FILE")
+        prompts = read_prompts(str(DEMO_PROMPTS))
+    most = number(options.prompts, int, "--prompts")
+    need(most >= 1, f"--prompts is {most}: use at least one")
+    return prompts[: int(most)]
+
+
+# ---- the demo model --------------------------------------------------------------------------------
+def demo_stages(config: Config) -> int | None:
+    """In how many stages the configuration wants the shipped target (build/demo, build/demo_sN); None: another model."""
+    folder = config.stages_path.resolve()
+    found = re.fullmatch(r"demo(?:_s(\d+))?", folder.name) if folder.parent == ROOT / "build" else None
+    return int(found[1] or 2) if found else None
+
+
+def split_demo(config: Config) -> None:
+    """Split the shipped target if that was not done since it last changed."""
+    from flowspec.models.split import split
+
+    stages, source, made = demo_stages(config), ROOT / "demo" / "target", config.stages_path / "stages.yaml"
+    if stages and (not made.exists() or made.stat().st_mtime < (source / "model.safetensors").stat().st_mtime):
+        split(str(source), stages, config.stages_path)

@@ -1,0 +1,149 @@
+"""The simulator: the text comes out, the times are what can be worked out by hand, recorded drafts survive a file."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from flowspec.comm.shaped import wire_bytes
+from flowspec.core.cost import Emulate
+from flowspec.core.messages import Commit, DraftNode, Proposal
+from flowspec.core.policy import METHODS, PolicyConfig, TreeConfig, make_policy
+from flowspec.core.request import Request, Sampling
+from flowspec.draft.recorded import RecordedDrafter, SyntheticDrafter, Tape, load, made_up_text, save
+from flowspec.errors import UserError
+from flowspec.runtime import wire
+from flowspec.sim.lockstep import LockStep
+from flowspec.sim.world import Link, Ring, World
+
+BOARD = Emulate(stage_ms=50, token_ms=0.5, draft_ms=8, link_ms=1, link_mbps=150, hidden_scale=16)
+
+
+def request(tokens: int = 40, prompt: int = 10, seed: int = 0, **sampling) -> Request:
+    return Request(id=seed, prompt=tuple(range(100, 100 + prompt)), sampling=Sampling(max_new_tokens=tokens, seed=seed, **sampling))
+
+
+def simulate(method: str, wanted: Request, text: list[int], guesser, ring: Ring, tree: TreeConfig | None = None):
+    tree = tree or TreeConfig()
+    if method == "flowspec-paper":
+        return LockStep(wanted, text, tree, guesser, ring).run()
+    return World(wanted, text, make_policy(method, tree, PolicyConfig(), ring.stages), guesser, ring).run()
+
+
+@pytest.mark.parametrize("profile", [[1.0], [0.6, 0.2, 0.1], [0.0, 0.3], [1e-9]])
+@pytest.mark.parametrize("stages", [1, 2, 5])
+@pytest.mark.parametrize("method", [*METHODS, "flowspec-paper"])
+def test_every_method_writes_the_text_whatever_is_drafted(method, stages, profile):
+    wanted, text = request(), made_up_text(40)
+    guesser = None if method == "ar" else SyntheticDrafter(wanted, text, profile)
+    out = simulate(method, wanted, text, guesser, Ring(stages=stages, emulate=BOARD, hidden=256))
+    assert out.tokens == text
+    assert all(s.begin <= s.end for s in out.spans)
+    computed = [s for s in out.spans if s.rank and s.row == "compute" and s.name != "prefill"]
+    for stage in range(1, stages + 1):  # a stage does one thing at a time
+        own = sorted((s.begin, s.end) for s in computed if s.rank == stage)
+        assert all(b[0] >= a[1] - 1e-9 for a, b in itertools.pairwise(own))
+    assert sum(s.facts["accepted"] for s in computed if s.rank == stages) == len(text)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "flowspec-paper"])
+def test_an_end_token_ends_it(method):
+    wanted, text = dataclasses.replace(request(), eos=frozenset({7})), made_up_text(7)
+    guesser = SyntheticDrafter(wanted, text, [0.8])
+    assert simulate(method, wanted, text, guesser, Ring(stages=3, emulate=BOARD, hidden=256)).tokens == text
+
+
+def test_plain_decoding_takes_the_time_worked_out_by_hand():
+    wanted, text = request(tokens=11), made_up_text(11)
+    out = simulate("ar", wanted, text, None, Ring(stages=4, emulate=BOARD, hidden=256))
+    row = 0.0505 + 0.001  # a stage over one row, and the latency of a hop
+    wire_seconds = (12 + 3 * (256 * 2 * 16 + 8) + 16) * 8 / 150e6  # ids out, rows between stages, a choice back
+    token = 4 * row + 0.001 + wire_seconds
+    assert out.last_token - out.first_token == pytest.approx(10 * token)
+    assert out.tokens_per_second == pytest.approx(1 / token)
+
+
+def test_a_link_carries_one_message_at_a_time():
+    link = Link(Emulate(link_ms=2, link_mbps=8))  # a byte a microsecond
+    assert [link.arrival(1000, t) for t in (0.0, 0.0, 5.0)] == pytest.approx([0.003, 0.004, 5.003])
+
+
+@pytest.mark.parametrize("verify_last", [True, False])
+def test_the_simulated_bytes_are_those_of_the_real_messages(verify_last):
+    ids, hidden, scale = (4, 5, 7), 6, 3.0
+    ring = Ring(stages=2, emulate=Emulate(hidden_scale=scale), hidden=hidden, verify_last=verify_last)
+    rows, positions = torch.zeros(3, hidden), torch.zeros(3, dtype=torch.int64)
+    tokens = torch.zeros(3, dtype=torch.int32)
+    if verify_last:
+        answer = wire.choices(1, 1, list(ids), [0, 0, 0], [0.0, 0.0, 0.0])
+    else:
+        answer = wire.features(1, 1, list(ids), positions, rows)
+    real = [wire.rows_of(1, 1, ids, ids, tokens), wire.rows_of(1, 1, ids, ids, rows), answer]
+    assert [wire_bytes(m, scale) for m in real] == [ring.hop_bytes(sender, 3) for sender in (0, 1, 2)]
+    prompt = [wire.prefill(1, tokens), wire.prefill(1, rows)]
+    assert [wire_bytes(m, scale) for m in prompt] == [ring.hop_bytes(sender, 3, nodes=False) for sender in (0, 1)]
+
+
+def test_a_list_of_stages_that_is_too_short_begins_again():
+    mixed = Emulate(stage_ms=(50, 150), token_ms=(1.0, 3.0))
+    assert [mixed.stage_seconds(stage, 10) for stage in (1, 2, 3)] == pytest.approx([0.06, 0.18, 0.06])
+
+
+# ---- recorded drafts -------------------------------------------------------------------------------
+class Counting:
+    """A drafter that can be asked for any path, and remembers what it was asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def begin(self, request, noise):
+        self.parents = {}
+
+    def propose(self, nodes):
+        self.asked += [n.id for n in nodes]
+        for n in nodes:
+            assert n.parent in self.parents or n.parent == -1
+            self.parents[n.id] = n.parent
+        return [None if n.token == 13 else Proposal(np.array([n.token + 1, 3]), np.log([0.7, 0.1]), np.array([0.1, 1.0])) for n in nodes]
+
+    def commit(self, commit):
+        raise AssertionError("a recording commits nothing")
+
+
+def test_a_tape_asks_once_for_each_path_and_plays_alone_after_a_file(tmp_path):
+    wanted = request(temperature=1.0)
+    tape, drafter = Tape(wanted, [1, 2]), Counting()
+    root = DraftNode(0, -1, wanted.prompt[-1])
+    first = RecordedDrafter(tape, drafter)
+    assert first.propose([root])[0].tokens.tolist() == [110, 3]
+    first.propose([DraftNode(1, 0, 110), DraftNode(2, 0, 13)])
+    again = RecordedDrafter(tape, drafter)  # another run: other ids for the same paths
+    assert [p if p is None else p.tokens.tolist() for p in again.propose([root, DraftNode(5, 0, 13), DraftNode(9, 0, 110)])] == [
+        [110, 3],
+        None,
+        [111, 3],
+    ]
+    assert len(drafter.asked) == 3
+    again.commit(Commit((0,), (55,), (False,), 20))  # a miss: the new root was never proposed
+    assert again.propose([DraftNode(20, 0, 55)])[0].tokens.tolist() == [56, 3]
+    save(tmp_path / "d.npz", [tape], "these models")
+    (read,), source = load(tmp_path / "d.npz")
+    assert source == "these models" and read.request == wanted and read.text == [1, 2]
+    alone = RecordedDrafter(read)
+    there, absent = alone.propose([root, DraftNode(2, 0, 13)])
+    assert absent is None and alone.lacked == 0
+    assert there.tokens.tolist() == [110, 3] and there.noise == pytest.approx([0.1, 1.0]) and there.coverage == pytest.approx(0.97)
+    assert alone.propose([DraftNode(3, 0, 77)]) == [None] and alone.lacked == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive", None])
+def test_a_file_that_holds_no_drafts_is_named(tmp_path, content):
+    path = tmp_path / "d.npz"
+    if content is None:
+        np.savez(path, other=np.zeros(3))
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"d\.npz"):
+        load(path)
