@@ -199,14 +199,16 @@ class Server:
         return facts
 
     def ask(self, asked: dict) -> dict:
+        """The answer; its facts also tell how many cores strangers used meanwhile."""
         assert self._process.stdin
-        begun, before = time.monotonic(), cpu_seconds(self._process.pid)
+        begun, before, busy = time.monotonic(), cpu_seconds(self._process.pid), machine_seconds()
         with contextlib.suppress(BrokenPipeError):  # then there is no answer either
             self._process.stdin.write(json.dumps(asked) + "\n")
             self._process.stdin.flush()
         answer = self._hear()
-        self._turns += time.monotonic() - begun
-        self._used += cpu_seconds(self._process.pid) - before
+        spent, used = time.monotonic() - begun, cpu_seconds(self._process.pid) - before
+        self._turns, self._used = self._turns + spent, self._used + used
+        answer["facts"]["strangers_cores"] = max(0.0, machine_seconds() - busy - used) / spent
         return answer
 
     def idle_cpu(self) -> float:
@@ -231,6 +233,15 @@ def cpu_seconds(pid: int) -> float:
     except OSError:
         return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") + sum(map(cpu_seconds, children))
+
+
+def machine_seconds() -> float:
+    """CPU time that this machine's cores spent on anything so far; Linux only, 0 elsewhere."""
+    place = Path("/proc/stat")
+    if not place.exists():
+        return 0.0
+    user, nice, system, _, _, *interrupts = map(int, place.read_text().split("\n", 1)[0].split()[1:9])
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
 
 
 # ---- runs ------------------------------------------------------------------------------------------
@@ -375,6 +386,7 @@ def show(found: dict) -> None:
     ties, bugs = verdict(found)
     print(f"tokens: {len(compared) - ties - bugs} of {len(compared)} runs identical to ar, {ties} parted at a numeric tie, {bugs} at a bug")
     print("computed while others had their turn: " + ", ".join(f"{k} {v:.1%} of a core" for k, v in found["idle_cpu"].items()))
+    print("cores that strangers used during a run: {median:.2f} ({min:.2f} to {max:.2f})".format(**found["strangers_cores"]))
 
 
 def verdict(found: dict) -> tuple[int, int]:
@@ -443,7 +455,15 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
         idle = {"ring": many.idle_cpu(), "transformers": one.idle_cpu()}
         for number in range(len(prompts)) if args.trace else ():
             many.ask(plan.asked("flowspec", number, 0, traced=True))
-    about = {"model": str(args.model), "draft": str(args.draft), "stages": args.stages, "processes": facts, "idle_cpu": idle}
+    strangers = spread(run.facts["strangers_cores"] for run in runs)
+    about = {
+        "model": str(args.model),
+        "draft": str(args.draft),
+        "stages": args.stages,
+        "processes": facts,
+        "idle_cpu": idle,
+        "strangers_cores": strangers,
+    }
     return about | report(plan, texts, runs)
 
 

@@ -50,6 +50,12 @@ def main(argv: Sequence[str]) -> int:
         config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, seed=1))
     forecaster = _forecaster(options, config, temperatures)
     cells = list(_cells(options, path, config, temperatures))
+    for cell in cells:
+        emulate = cell.config.emulate
+        need(
+            emulate.stage_ms != 0 or emulate.token_ms != 0,
+            "simulate needs the devices' times: give emulate.stage_ms, as configs/devices/ do",
+        )
     chosen = methods(options.methods, SIMULATED) if options.methods else [config.method] if len(cells) == 1 else list(SIMULATED)
     results = _run(forecaster, cells, chosen)
     if options.drafts:

@@ -50,7 +50,7 @@ SLOW = pytest.mark.slow
         pytest.param(while_decoding, 1, marks=SLOW),
         (while_decoding, 2),
         pytest.param(while_prefilling, 1, marks=SLOW),
-        (while_idle, 1),
+        pytest.param(while_idle, 1, marks=SLOW),
     ],
 )
 def test_a_killed_rank_ends_the_run_and_is_named(pair, command, when, rank):
@@ -68,7 +68,7 @@ def test_an_interrupted_run_says_so(pair, command):
     run.wait_until(lambda: not run.alive())
 
 
-@pytest.mark.parametrize("when,rank", [pytest.param(while_decoding, 0, marks=SLOW), (while_idle, 2)])
+@pytest.mark.parametrize("when,rank", [pytest.param(while_decoding, 0, marks=SLOW), pytest.param(while_idle, 2, marks=SLOW)])
 def test_a_stopped_rank_ends_the_run_and_is_named(pair, command, when, rank):
     run = when(command, pair.config(2), env={"FLOWSPEC_HEARTBEAT": "0.5,5"})  # 3 s by default: a busy box needs more to load
     run.signal(rank, signal.SIGSTOP)

@@ -10,7 +10,10 @@ import pytest
 from tokenizers import Tokenizer
 
 from flowspec import __version__
+from flowspec.bench.report import load
+from flowspec.core.policy import METHODS
 from flowspec.engine import Engine
+from flowspec.trace import read
 from tests.dist.conftest import PATIENCE, ROOT, Command
 
 FIELDS = {
@@ -57,7 +60,7 @@ def two_runs(pair, stop, tmp_path_factory):
         greedy, drawn = (
             stack.enter_context(Command(folder, *words))
             for words in (
-                [pair.config(3), "--prompt-file", prompts, "--json", folder / "greedy.jsonl"],
+                [pair.config(3), "--prompt-file", prompts, "--json", folder / "greedy.jsonl", f"trace={folder}/t.json"],
                 [pair.config(2), *["--prompt", PROMPTS[0]] * 2, *flags, "--stop", stop, "--json", folder / "sampled.jsonl"],
             )
         )
@@ -65,6 +68,7 @@ def two_runs(pair, stop, tmp_path_factory):
             assert run.end() == 0, run.err
             run.results = [json.loads(line) for line in (folder / f"{'greedy' if run is greedy else 'sampled'}.jsonl").open()]
         assert list(folder.glob("*.partial")) == []
+        greedy.timeline = folder / "t.json"
         yield greedy, drawn
 
 
@@ -112,7 +116,26 @@ def test_standard_error_shows_each_stage_loading_and_a_table_for_each_text(two_r
         assert all("MB in" in line for line in loading)
         for row in ("method", "tokens", "speed", "accepted per segment", "stage utilisation", "seed"):
             assert run.err.count(f"\n  {row} ") == len(run.results), run.err
-        assert run.err.count("\n") == len(loading) + 7 * len(run.results), run.err  # no warning of any library between them
+        assert run.err.count("\n") == len(loading) + 7 * len(run.results) + run.err.count("\ntimeline: "), run.err  # no warning of any library between them
+
+
+def test_the_timeline_of_a_run_has_all_ranks_and_requests(two_runs):
+    greedy, _ = two_runs
+    spans, facts = read(greedy.timeline)
+    assert facts["stages"] == 3 and {s.rank for s in spans} == {0, 1, 2, 3}
+    new_tokens = sum(result["new_tokens"] for result in greedy.results)
+    assert sum(s.facts["accepted"] for s in spans if (s.rank, s.row) == (3, "compute") and s.name != "prefill") == new_tokens
+
+
+@pytest.mark.slow
+def test_methods_are_compared_over_processes(pair, command, tmp_path):
+    words = ["--prompt", PROMPTS[0], "--max-new-tokens", 8, "--repeats", 1, "--output", tmp_path / "out", "emulate.stage_ms=5"]
+    run = command("bench", "compare", pair.config(2), *words, start=("-m", "flowspec"))
+    assert run.end() == 0, run.err
+    assert "every method wrote the same tokens" in run.out
+    assert {r.method for r in load(tmp_path / "out" / "records.jsonl")} == set(METHODS)
+    wrong = command("bench", "campare", pair.config(2), start=("-m", "flowspec"))
+    assert wrong.end() == 2 and "bench compare CONFIG" in wrong.err
 
 
 def test_verify_over_processes_finds_every_text_identical(pair, command):
@@ -127,6 +150,7 @@ def test_verify_over_processes_finds_every_text_identical(pair, command):
     assert lines[-1] == "flowspec: 4 of 4 identical, 0 parted at a numeric tie, 0 at a bug"
 
 
+@pytest.mark.slow
 def test_a_conversation_survives_a_pause_longer_than_every_timeout(pair, tokenizer, command):
     def answer(text: str) -> str:
         return tokenizer.decode(pair.greedy(tokenizer.encode(text).ids, 12))

@@ -105,6 +105,7 @@ def test_the_whole_comparison_over_processes(pair, tmp_path, capsys):
     assert found["processes"]["transformers"]["threads"] == 2
     assert found["processes"]["transformers"]["assistant"]["num_assistant_tokens"] == 20
     assert set(found["idle_cpu"]) == {"ring", "transformers"}
+    assert found["strangers_cores"]["count"] == 16 and found["strangers_cores"]["min"] >= 0
     assert json.loads(trace.read_text())
     shown = capsys.readouterr().out
     assert "16 of 16 runs identical to ar" in shown and all(repr(text) in shown for text in TEXTS)

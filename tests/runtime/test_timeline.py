@@ -42,7 +42,7 @@ def other(rank: int, row: str, name: str, begin: float, end: float) -> Span:
 
 
 def example() -> list[Span]:
-    """Two stages; a tick is 0.1 s; decoding is ticks 2 to 14."""
+    """Two stages; a tick is 0.1 s; decoding is ticks 4 to 14."""
     return [
         other(1, "compute", "prefill", 0, 1),
         span(0, "send", 1, 2, 1, bytes=100),
@@ -51,7 +51,7 @@ def example() -> list[Span]:
         span(2, "compute", 4, 5, 1),
         span(2, "send", 5, 6, 1, bytes=10),
         other(0, "draft", "draft", 6, 7),
-        span(0, "send", 7, 8, 2, bytes=400),
+        span(0, "send", 6.5, 8, 2, bytes=400),
         span(1, "compute", 8, 10, 2),
         span(0, "send", 8, 9, 3, bytes=200),
         span(1, "receive", 9, 10, 3),
@@ -131,12 +131,12 @@ def test_a_file_of_another_kind_is_refused_by_name(tmp_path, text, complaint):
 # ---- figures ---------------------------------------------------------------------------------------
 def test_the_figures_of_an_example_worked_by_hand():
     figures = summary(example())
-    assert figures.seconds == pytest.approx(1.2)
-    assert figures.utilisation == pytest.approx((4 / 12, 3 / 12))
-    assert figures.bubbles == pytest.approx(17 / 24)
-    assert figures.wire == pytest.approx(4 / 12)
-    assert figures.draft == pytest.approx(1 / 12)
-    assert figures.fruitless == pytest.approx(2 / 24)
+    assert figures.seconds == pytest.approx(1.0)
+    assert figures.utilisation == pytest.approx((3 / 10, 3 / 10))
+    assert figures.bubbles == pytest.approx(7 / 10)
+    assert figures.wire == pytest.approx(3.5 / 10)
+    assert figures.draft == pytest.approx(0.5 / 10)
+    assert figures.fruitless == pytest.approx(2 / 20)
     assert figures.wasted == pytest.approx((3 * 0.75 + 2) / 7)
     assert figures.accepted_rows == pytest.approx(4 / 14)
     assert figures.dead_rows == pytest.approx((2 + 2 + 1 + 2) / 14)
@@ -152,16 +152,16 @@ def test_what_happens_before_between_and_after_requests_does_not_count():
 
 
 def test_a_timeline_without_decoding_has_no_figures():
-    with pytest.raises(UserError, match="no stage computed a segment"):
+    with pytest.raises(UserError, match="the last stage computed no segment"):
         summary([other(1, "compute", "prefill", 0, 1)])
 
 
 # ---- verdict ---------------------------------------------------------------------------------------
 def test_the_verdict_says_where_the_time_went_what_became_of_the_rows_and_what_to_try():
     assert verdict(example(), FACTS).splitlines() == [
-        "stages computed 29% of the time, 71% were bubbles (33% waiting for the wire, 8% for the draft)",
+        "stages computed 30% of the time, 70% were bubbles (35% waiting for the wire, 5% for the draft)",
         "of what they computed, 29% of the rows became text, 21% were refused later, 50% were dead before they began",
-        "the largest loss: waiting for the wire, 33% of the stages' time; "
+        "the largest loss: waiting for the wire, 35% of the stages' time; "
         "try a faster link, verify_on: last, or smaller segments (tree.segment)",
     ]
 
@@ -203,7 +203,7 @@ def test_the_sketch_of_the_whole_example():
 def test_a_sketch_begins_with_decoding_and_shows_a_second_and_a_half():
     late = [*example(), span(1, "compute", 20, 30, 2)]
     stage_1 = sketch(late, width=9 + 30)[1]
-    assert stage_1 == "stage 1  " + "##..........#2##xx.................."[:30]
+    assert stage_1 == "stage 1  " + "........#2##xx".ljust(30, ".")
     assert sketch(late, width=9 + 30, window=(2, 3))[1] == "stage 1  #2" + 28 * "#"
 
 
