@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
 import logging
 import os
@@ -186,6 +187,7 @@ def _lead(engine: Engine, options: argparse.Namespace, path: Path, config: Confi
     from flowspec.runtime.process import report
 
     session.show_loading(engine)
+    gc.freeze()  # what is loaded stays: the collector need not look at it again between two segments
     prompts = _prompts(options, path, config)
     if options.command == "bench":
         from flowspec.bench.compare import compare

@@ -6,7 +6,7 @@ id is used twice in a request. The root is the newest known token that has not b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -90,11 +90,51 @@ class Proposal:
     """how often the target's choice is in the list"""
 
 
-class Drafted(NamedTuple):
-    """The drafter's answer, one proposal a node (None: it cannot go on from there)."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Drafted:
+    """The drafter's answer: the proposals of n nodes as arrays, k candidates each. Nodes that it cannot go on from are left out."""
 
     nodes: tuple[int, ...]
-    proposals: tuple[Proposal | None, ...]
+    tokens: np.ndarray
+    """int64 [n, k]"""
+    logq: np.ndarray
+    """float64 [n, k]; -inf behind a list that is shorter"""
+    noise: np.ndarray | None
+    """float64 [n, k]"""
+    coverage: np.ndarray
+    """float64 [n]"""
+
+    @classmethod
+    def pack(cls, ids: Iterable[int], proposals: Iterable[Proposal | None]) -> Drafted:
+        """One proposal a node; None: it cannot go on from there."""
+        pairs = [(id, p) for id, p in zip(ids, proposals, strict=True) if p is not None]
+        k = max((len(p.tokens) for _, p in pairs), default=0)
+        noise = [_longer(p.noise, k, 0.0) for _, p in pairs if p.noise is not None]
+        return cls(
+            tuple(id for id, _ in pairs),
+            np.array([_longer(p.tokens, k, 0) for _, p in pairs], np.int64).reshape(len(pairs), k),
+            np.array([_longer(p.logq, k, -np.inf) for _, p in pairs]).reshape(len(pairs), k),
+            np.array(noise) if noise else None,
+            np.array([p.coverage for _, p in pairs]),
+        )
+
+    def proposal(self, node: int) -> Proposal | None:
+        """The candidates of one node; None if there are none."""
+        if node not in self.nodes:
+            return None
+        row = self.nodes.index(node)
+        there = self.logq[row] > -np.inf
+        noise = None if self.noise is None else self.noise[row][there]
+        return Proposal(self.tokens[row][there], self.logq[row][there], noise, float(self.coverage[row]))
+
+    def only(self, rows: list[int]) -> Drafted:
+        """The answer for some of its nodes."""
+        noise = None if self.noise is None else self.noise[rows]
+        return Drafted(tuple(self.nodes[r] for r in rows), self.tokens[rows], self.logq[rows], noise, self.coverage[rows])
+
+
+def _longer(row: np.ndarray, k: int, filler: float) -> np.ndarray:
+    return row if len(row) == k else np.pad(row, (0, k - len(row)), constant_values=filler)
 
 
 class Returned(NamedTuple):

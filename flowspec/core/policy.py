@@ -13,12 +13,12 @@ import dataclasses
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from flowspec.core.messages import Proposal, Started
+from flowspec.core.messages import Drafted, Started
 from flowspec.core.request import need
 from flowspec.core.tree import Node, TokenTree
 
@@ -54,18 +54,15 @@ class PolicyConfig:
     """Let a segment leave when the first stage is about to be free, instead of queueing it there."""
 
 
-def log_probabilities(proposals: Sequence[Proposal]) -> np.ndarray:
-    """log p of each candidate to be the target's choice: p = C * softmax(logq + noise) over the kept ones of its proposal.
+def log_probabilities(drafted: Drafted) -> np.ndarray:
+    """log p of each candidate to be the target's choice: p = C * softmax(logq + noise) over the kept ones of its node.
 
     If the target's logits are the drafter's plus independent Gumbel error of scale 1, this is exact (POLICY
     section 4, with weight 1); C < 1, the share of choices that the list holds, keeps every child strictly
-    below its parent. float64 [sum of k]: the lists lie end to end, since numpy costs by the call."""
-    sizes = [len(p.tokens) for p in proposals]
-    starts = [0, *itertools.accumulate(sizes[:-1])]
-    z = np.concatenate([p.logq if p.noise is None else p.logq + p.noise for p in proposals])
-    z -= np.maximum.reduceat(z, starts).repeat(sizes)
-    shares = np.array([p.coverage for p in proposals]) / np.add.reduceat(np.exp(z), starts)
-    return z + np.log(shares).repeat(sizes)
+    below its parent. float64 [n, k], -inf where there is no candidate."""
+    z = drafted.logq if drafted.noise is None else drafted.logq + drafted.noise
+    z = z - z[:, :1]  # the best comes first
+    return z + np.log(drafted.coverage / np.exp(z).sum(1))[:, None]
 
 
 Candidates = tuple[list[int], list[float]]
@@ -101,8 +98,8 @@ class Rounds:
     def observe(self, started: Started) -> None:
         """Rounds do not look at costs."""
 
-    def proposed(self, drafted: list[tuple[Node, Proposal]]) -> None:
-        for node, tokens, scores in _children(drafted, self.top_k):
+    def proposed(self, nodes: list[Node], drafted: Drafted) -> None:
+        for node, tokens, scores in children(nodes, drafted, self.top_k):
             for token, score in zip(tokens, scores, strict=True):
                 self.tree.add(node, token, score)
 
@@ -112,7 +109,7 @@ class Rounds:
             return []
         frontier = [n for n in self.tree.nodes.values() if self.tree.depth(n) == self.level]
         self.level += 1
-        return sorted(frontier, key=_best_first)[: self.top_k]
+        return sorted(frontier, key=best_first)[: self.top_k]
 
     def segment(self, drafting: bool) -> list[Node]:
         if self.planned is None:
@@ -129,7 +126,7 @@ class Rounds:
 
     def _plan(self) -> list[list[Node]]:
         """Near-equal pieces in score order, small ones first; more of them if `segment` caps their rows."""
-        nodes = sorted(self.tree.nodes.values(), key=_best_first)[: self.budget]
+        nodes = sorted(self.tree.nodes.values(), key=best_first)[: self.budget]
         pieces = min(self.pieces, len(nodes))
         if self.segment_rows:
             pieces = max(pieces, -(-len(nodes) // self.segment_rows))
@@ -183,8 +180,8 @@ class Continuous:
         if self.fixed_rows is None:
             self.rows = int(min(96, max(16, 0.35 / max(ratio, 1e-6))))
 
-    def proposed(self, drafted: list[tuple[Node, Proposal]]) -> None:
-        for node, tokens, scores in _children(drafted, self.top_k):
+    def proposed(self, nodes: list[Node], drafted: Drafted) -> None:
+        for node, tokens, scores in children(nodes, drafted, self.top_k):
             heapq.heappush(self.tail, (-scores[0], node.id, 0, (tokens, scores)))
         self._grow()
 
@@ -278,8 +275,8 @@ class PipeDec:
     def observe(self, started: Started) -> None:
         """A layer is as wide as it is, whatever it costs."""
 
-    def proposed(self, drafted: list[tuple[Node, Proposal]]) -> None:
-        for node, tokens, scores in _children(drafted, self.top_k):
+    def proposed(self, nodes: list[Node], drafted: Drafted) -> None:
+        for node, tokens, scores in children(nodes, drafted, self.top_k):
             self.candidates += [(-score, node.id, token) for token, score in zip(tokens, scores, strict=True)]
 
     def draft(self) -> list[Node]:
@@ -319,18 +316,15 @@ def make_policy(method: str, tree: TreeConfig, switches: PolicyConfig, stages: i
     return Rounds(tree, pieces={"serial": 1, "naive": stages + 1, "pruned": stages + 1}[method], pruning=method == "pruned")
 
 
-def _children(drafted: list[tuple[Node, Proposal]], top_k: int) -> Iterator[tuple[Node, list[int], list[float]]]:
+def children(nodes: list[Node], drafted: Drafted, top_k: int) -> Iterator[tuple[Node, list[int], list[float]]]:
     """Each node with its best top_k candidates: their tokens and their scores."""
-    above = np.array([node.score for node, _ in drafted])
-    sizes = [len(proposal.tokens) for _, proposal in drafted]
-    scores = (log_probabilities([proposal for _, proposal in drafted]) + above.repeat(sizes)).tolist()
-    tokens = np.concatenate([proposal.tokens for _, proposal in drafted]).tolist()
-    start = 0
-    for (node, _), size in zip(drafted, sizes, strict=True):
-        best = slice(start, start + min(size, top_k))
-        yield node, tokens[best], scores[best]
-        start += size
+    scores = log_probabilities(drafted)[:, :top_k] + np.array([n.score for n in nodes])[:, None]
+    rows = zip(nodes, drafted.tokens[:, :top_k].tolist(), scores.tolist(), strict=True)
+    if scores[:, -1].min() > -np.inf:
+        return rows
+    counts = (scores > -np.inf).sum(1).tolist()
+    return ((node, tokens[:n], row[:n]) for (node, tokens, row), n in zip(rows, counts, strict=True))
 
 
-def _best_first(node: Node) -> tuple[float, int]:
+def best_first(node: Node) -> tuple[float, int]:
     return (-node.score, node.id)

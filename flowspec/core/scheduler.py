@@ -160,10 +160,11 @@ class Scheduler:
     # ---- what to do next ---------------------------------------------------------------------------
     def _drafted(self, event: Drafted) -> None:
         self._drafting = False
-        answers = zip(event.nodes, event.proposals, strict=True)
-        alive = [(self.tree.nodes[id], p) for id, p in answers if p is not None and id in self.tree]
+        nodes = self.tree.nodes
+        alive = [row for row, id in enumerate(event.nodes) if id in nodes]
         if alive:
-            self.policy.proposed(alive)
+            event = event if len(alive) == len(event.nodes) else event.only(alive)
+            self.policy.proposed([nodes[id] for id in event.nodes], event)
 
     def _fill(self, now: float) -> list[Action]:
         drafts = self._draft()

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from flowspec.core.messages import Commit, DraftNode, Proposal
+from flowspec.core.messages import Commit, Drafted, DraftNode
 from flowspec.core.request import Request
 
 Noise = Callable[[int], Tensor]
@@ -21,8 +21,8 @@ class Drafter(Protocol):
     def begin(self, request: Request, noise: Noise | None) -> None:
         """Forget the last request and read the prompt. `noise` couples the ranking to the target's; None: do not."""
 
-    def propose(self, nodes: Sequence[DraftNode]) -> list[Proposal | None]:
-        """Children for each node; None where it cannot go on. A node's parent was proposed to before, or is committed."""
+    def propose(self, nodes: Sequence[DraftNode]) -> Drafted:
+        """Children for each node that it can go on from. A node's parent was proposed to before, or is committed."""
 
     def commit(self, commit: Commit) -> None:
         """These tokens are text now, and only what is below `commit.root` lives on."""

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from flowspec.core.messages import Commit, DraftNode, Proposal, Prune
+from flowspec.core.messages import Commit, Drafted, DraftNode, Prune
 from flowspec.core.request import Request
 from flowspec.draft.base import Lineage, Noise
 from flowspec.models import stage
 
 PREFILL_ROWS = 256
+COVERAGE = 0.97
+"""how often the target's choice is among the candidates kept"""
 
 
 class LmDrafter:
@@ -41,19 +44,17 @@ class LmDrafter:
         self._missing: list[DraftNode] = []  # committed tokens that hold no row here yet
         self._version = 0
 
-    def propose(self, nodes: Sequence[DraftNode]) -> list[Proposal | None]:
+    def propose(self, nodes: Sequence[DraftNode]) -> Drafted:
         batch = [*self._missing, *nodes]
         tokens = self._tokens([n.token for n in batch])
         kept, positions, features = self._sequence.verify([n.id for n in batch], [n.parent for n in batch], tokens)
         skip, self._missing = len(self._missing), []
         wanted = [row for row, k in enumerate(kept) if k >= skip]
         if not wanted:
-            return [None] * len(nodes)
-        logp = torch.log_softmax(self._head(features[wanted])[:, : self._vocabulary].float() / self._temperature, -1).cpu()
-        proposals: list[Proposal | None] = [None] * len(nodes)
-        for row, logq in zip(wanted, logp, strict=True):
-            proposals[kept[row] - skip] = self._best(logq, int(positions[row]) + 1)
-        return proposals
+            return Drafted.pack((), ())
+        logits = self._head(features[wanted])[:, : self._vocabulary].float()
+        best = self._best(torch.log_softmax(logits / self._temperature, -1).cpu(), (positions[wanted] + 1).tolist())
+        return Drafted(tuple(nodes[kept[row] - skip].id for row in wanted), *best, np.full(len(wanted), COVERAGE))
 
     def commit(self, commit: Commit) -> None:
         path = self._lineage.path(commit)
@@ -68,11 +69,14 @@ class LmDrafter:
     def _tokens(self, tokens: Sequence[int]) -> Tensor:
         return torch.tensor(tokens, dtype=torch.long).clamp(max=self._last_token)
 
-    def _best(self, logq: Tensor, position: int) -> Proposal:
-        """The kept candidates for the token at `position`, best first by logq plus noise."""
+    def _best(self, logq: Tensor, positions: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Tokens, logq and noise [n, KEPT] of the kept candidates at these positions, best first by logq plus noise.
+
+        logq: [n, vocabulary]."""
+        kept = min(self.KEPT, logq.shape[1])
         if self._noise is None:
-            values, tokens = logq.topk(min(self.KEPT, len(logq)))
-            return Proposal(tokens.numpy(), values.double().numpy())
-        noise = self._noise(position)[: len(logq)]
-        tokens = (logq.double() + noise).topk(min(self.KEPT, len(logq))).indices
-        return Proposal(tokens.numpy(), logq[tokens].double().numpy(), noise[tokens].numpy())
+            values, tokens = logq.topk(kept)
+            return tokens.numpy(), values.double().numpy(), None
+        noise = torch.stack([self._noise(p)[: logq.shape[1]] for p in positions])
+        tokens = (logq + noise).topk(kept).indices
+        return tokens.numpy(), logq.gather(1, tokens).double().numpy(), noise.gather(1, tokens).numpy()

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from flowspec.core.messages import Commit, DraftNode, Proposal
+from flowspec.core.messages import Commit, Drafted, DraftNode, Proposal
 from flowspec.core.request import Request
 from flowspec.draft.base import Lineage, Noise
 
@@ -29,8 +29,8 @@ class NgramDrafter:
         self._lineage = Lineage.of(request)
         self._ending = {0: self._last_tokens()}  # node -> the last tokens up to it
 
-    def propose(self, nodes: Sequence[DraftNode]) -> list[Proposal | None]:
-        return [self._continue(node) for node in nodes]
+    def propose(self, nodes: Sequence[DraftNode]) -> Drafted:
+        return Drafted.pack([node.id for node in nodes], [self._continue(node) for node in nodes])
 
     def commit(self, commit: Commit) -> None:
         for token in commit.tokens:

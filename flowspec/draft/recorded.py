@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flowspec.core.messages import Commit, DraftNode, Proposal
+from flowspec.core.messages import Commit, Drafted, DraftNode, Proposal
 from flowspec.core.request import Request, Sampling
 from flowspec.draft.base import Drafter, Lineage, Noise
 from flowspec.errors import UserError
@@ -81,13 +81,13 @@ class RecordedDrafter:
         self._held: set[int] = set()  # paths that the real drafter has been asked for in this run
         self.lacked = 0
 
-    def propose(self, nodes: Sequence[DraftNode]) -> list[Proposal | None]:
+    def propose(self, nodes: Sequence[DraftNode]) -> Drafted:
         paths = [self._paths.enter(n) for n in nodes]
         missing = [p for p in paths if p not in self._tape.proposals]
         if missing and self._drafter:
             self._ask(self._drafter, missing)
         self.lacked += len(missing) if not self._drafter else 0
-        return [self._tape.proposals.get(p) for p in paths]
+        return Drafted.pack([n.id for n in nodes], [self._tape.proposals.get(p) for p in paths])
 
     def commit(self, commit: Commit) -> None:
         self._paths.commit(commit)
@@ -107,7 +107,8 @@ class RecordedDrafter:
         last = tape.request.prompt[-1]
         nodes = [DraftNode(p, tape.parents[p], tape.tokens[p] if p else last) for p in batch]
         self._held |= wanted
-        tape.proposals.update(zip(batch, map(_single, drafter.propose(nodes)), strict=True))
+        answer = drafter.propose(nodes)
+        tape.proposals.update((p, _single(answer.proposal(p))) for p in batch)
 
 
 def _single(proposal: Proposal | None) -> Proposal | None:
@@ -129,8 +130,8 @@ class SyntheticDrafter:
         self._paths = _ByPath(self._longer, request)
         self._logq = np.log(np.maximum(self._profile, 1e-9) / self._profile.sum())
 
-    def propose(self, nodes: Sequence[DraftNode]) -> list[Proposal | None]:
-        return [self._proposal(self._paths.enter(n)) for n in nodes]
+    def propose(self, nodes: Sequence[DraftNode]) -> Drafted:
+        return Drafted.pack([n.id for n in nodes], [self._proposal(self._paths.enter(n)) for n in nodes])
 
     def commit(self, commit: Commit) -> None:
         self._paths.commit(commit)

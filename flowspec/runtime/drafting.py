@@ -57,9 +57,7 @@ class DraftThread:
                 return
 
     def _propose(self, request: Request, draft: Draft) -> None:
-        proposals = self._at_least(lambda: self._drafter.propose(draft.nodes))
-        drafted = Drafted(tuple(n.id for n in draft.nodes), tuple(proposals))
-        self._inbox.put(Local(request.id, drafted))
+        self._inbox.put(Local(request.id, self._at_least(lambda: self._drafter.propose(draft.nodes))))
 
     def _at_least(self, work: Callable):
         begun = time.monotonic()

@@ -13,7 +13,7 @@ import itertools
 from dataclasses import dataclass, replace
 
 from flowspec.core.messages import Commit, DraftNode
-from flowspec.core.policy import TreeConfig, log_probabilities
+from flowspec.core.policy import TreeConfig, best_first, children
 from flowspec.core.request import Request
 from flowspec.core.tree import Node, TokenTree
 from flowspec.sim.world import PREFILL_ROWS, Guesser, Link, Outcome, Ring
@@ -89,7 +89,7 @@ class LockStep:
     def _fill(self, now: float) -> list[_Item]:
         """Draft a tree and send it in near-equal pieces, small ones first; each stage computes all but the last that reaches it."""
         now, pool = self._draft(now)
-        nodes = [self.tree.root, *sorted(pool, key=_best_first)[: self.budget - 1]]
+        nodes = [self.tree.root, *sorted(pool, key=best_first)[: self.budget - 1]]
         pieces = self.ring.stages + 1
         cuts = [len(nodes) * k // pieces for k in range(pieces + 1)]
         items = [self._send(0, nodes[a:b], now) for a, b in itertools.pairwise(cuts)]
@@ -134,15 +134,13 @@ class LockStep:
         pool: list[Node] = []
         frontier = [self.tree.root]
         for _ in range(self.levels):
-            proposals = self.guesser.propose([DraftNode(n.id, n.parent, n.token) for n in frontier])
+            drafted = self.guesser.propose([DraftNode(n.id, n.parent, n.token) for n in frontier])
+            nodes = [self.tree.nodes[id] for id in drafted.nodes]
             level = []
-            for node, proposal in zip(frontier, proposals, strict=True):
-                if proposal is not None:
-                    scores = (node.score + log_probabilities([proposal])).tolist()
-                    pairs = list(zip(proposal.tokens.tolist(), scores, strict=True))[: self.top_k]
-                    level += [self.tree.add(node, token, score) for token, score in pairs]
+            for node, tokens, scores in children(nodes, drafted, self.top_k):
+                level += [self.tree.add(node, *child) for child in zip(tokens, scores, strict=True)]
             pool += level
-            frontier = sorted(level, key=_best_first)[: self.top_k]
+            frontier = sorted(level, key=best_first)[: self.top_k]
             begun, now = now, now + self.ring.emulate.draft_ms / 1000
             self._spans.append(Span(0, "draft", "draft", begun, now, {"request": self.request.id}))
             if not frontier:
@@ -152,7 +150,7 @@ class LockStep:
 
     def _expand(self, now: float) -> _Item:
         now, pool = self._draft(now)
-        return self._send(0, [n for n in sorted(pool, key=_best_first)[:EXPANSION] if not n.sent], now)
+        return self._send(0, [n for n in sorted(pool, key=best_first)[:EXPANSION] if not n.sent], now)
 
     def _stage(self, rank: int, item: _Item, told: float) -> _Item:
         """Stage `rank` computes what is alive of its item once it knows the last prune; what the next rank gets."""
@@ -181,7 +179,3 @@ class LockStep:
     def _note(self, rank: int, row: str, begin: float, end: float, nodes: list[Node], number: int, **facts) -> None:
         about = {"request": self.request.id, "segment": number, "ids": [n.id for n in nodes]}
         self._spans.append(Span(rank, row, "prefill", begin, end, about | facts))
-
-
-def _best_first(node: Node) -> tuple[float, int]:
-    return (-node.score, node.id)

@@ -24,7 +24,6 @@ from flowspec.core.messages import (
     DraftNode,
     Event,
     Finish,
-    Proposal,
     Prune,
     Returned,
     Segment,
@@ -45,7 +44,7 @@ PREFILL_ROWS = 128
 class Guesser(Protocol):
     """What the simulator needs of a drafter (draft/base.py): begun already."""
 
-    def propose(self, nodes: Sequence[DraftNode]) -> list[Proposal | None]: ...
+    def propose(self, nodes: Sequence[DraftNode]) -> Drafted: ...
 
     def commit(self, commit: Commit) -> None: ...
 
@@ -211,10 +210,7 @@ class World:
         begin = max(now, self._drafter_free)
         self._drafter_free = begin + self._draft_seconds
         self._spans.append(Span(0, "draft", "draft", begin, self._drafter_free, {"request": self.request.id, "nodes": len(draft.nodes)}))
-        self._at(self._drafter_free, self._on_drafted, draft.nodes, self.guesser.propose(draft.nodes))
-
-    def _on_drafted(self, now: float, nodes: tuple[DraftNode, ...], proposals: list[Proposal | None]) -> None:
-        self._handle(now, Drafted(tuple(n.id for n in nodes), tuple(proposals)))
+        self._at(self._drafter_free, self._handle, self.guesser.propose(draft.nodes))
 
     def _on_returned(self, now: float, segment: Segment) -> None:
         choices = _Choices(segment.ids, self.scheduler.tree, self.text, self.request.prompt_length)

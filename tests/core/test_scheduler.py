@@ -41,29 +41,29 @@ def test_the_root_leaves_at_once_and_is_drafted_from_meanwhile():
 def test_a_draft_is_sent_behind_the_root_likeliest_first():
     s = scheduler(top_k=2)
     s.start(0.0)
-    actions = s.handle(Drafted((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)
+    actions = s.handle(Drafted.pack((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)
     assert actions == [Draft((DraftNode(1, 0, 5), DraftNode(2, 0, 6))), Segment(2, (1, 2), (0, 0), (5, 6))]
 
 
 def test_a_hit_keeps_the_subtree_and_a_miss_keeps_nothing():
     s = scheduler(top_k=2)
     s.start(0.0)
-    s.handle(Drafted((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)
-    s.handle(Drafted((1, 2), (proposal(t1=0.9), proposal(t2=0.9))), 2.0)
+    s.handle(Drafted.pack((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)
+    s.handle(Drafted.pack((1, 2), (proposal(t1=0.9), proposal(t2=0.9))), 2.0)
     hit = s.handle(Returned(1, (0,), {0: 6}), 3.0)
     assert hit[:2] == [Prune(1, 0, 2), Commit((0,), (6,), (True,), 2)]
     assert set(s.tree.nodes) == {2, 4}
     miss = s.handle(Returned(2, (1, 2), {1: 0, 2: 30}), 4.0)
     assert miss == [Prune(2, 2, 5), Commit((2,), (30,), (False,), 5), Segment(4, (5,), (2,), (30,))]
     assert len(s.tree) == 1
-    assert s.handle(Drafted((3, 4), (None, None)), 5.0) == [Draft((DraftNode(5, 2, 30),))], "one drafter forward at a time"
+    assert s.handle(Drafted.pack((3, 4), (None, None)), 5.0) == [Draft((DraftNode(5, 2, 30),))], "one drafter forward at a time"
 
 
 def test_several_tokens_of_one_segment_are_committed_at_once():
     s = scheduler("serial", budget=4, top_k=1, depth=2)
     s.start(0.0)
     for node, token in [(0, 5), (1, 6), (2, 4)]:
-        actions = s.handle(Drafted((node,), (proposal(**{f"t{token}": 0.9}),)), 1.0)
+        actions = s.handle(Drafted.pack((node,), (proposal(**{f"t{token}": 0.9}),)), 1.0)
     assert actions == [Segment(1, (0, 1, 2, 3), (-1, 0, 1, 2), (9, 5, 6, 4))]
     assert s.handle(Returned(1, (0, 1, 2, 3), {0: 5, 1: 6, 2: 30}), 2.0)[:2] == [
         Prune(1, 2, 4),
@@ -74,8 +74,8 @@ def test_several_tokens_of_one_segment_are_committed_at_once():
 def test_naive_waits_for_all_its_pieces():
     s = scheduler("naive", stages=2, budget=6, top_k=2, depth=1)
     s.start(0.0)
-    s.handle(Drafted((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)
-    pieces = s.handle(Drafted((1, 2), (proposal(t1=0.9), proposal(t2=0.9))), 1.0)
+    s.handle(Drafted.pack((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)
+    pieces = s.handle(Drafted.pack((1, 2), (proposal(t1=0.9), proposal(t2=0.9))), 1.0)
     assert [p.ids for p in pieces] == [(0,), (1, 3), (2, 4)]
     assert s.handle(Returned(1, (0,), {0: 5}), 2.0) == []
     assert s.handle(Returned(2, (1, 3), {1: 1, 3: 8}), 2.0) == []
@@ -86,8 +86,8 @@ def test_naive_waits_for_all_its_pieces():
 def test_pruned_verifies_every_piece_and_drafts_only_between_rounds():
     s = scheduler("pruned", stages=2, budget=6, top_k=2, depth=1)
     s.start(0.0)
-    s.handle(Drafted((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)
-    pieces = s.handle(Drafted((1, 2), (proposal(t1=0.9), proposal(t2=0.9))), 1.0)
+    s.handle(Drafted.pack((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)
+    pieces = s.handle(Drafted.pack((1, 2), (proposal(t1=0.9), proposal(t2=0.9))), 1.0)
     assert [p.ids for p in pieces] == [(0,), (1, 3), (2, 4)]
     assert s.handle(Returned(1, (0,), {0: 5}), 2.0) == [Prune(1, 0, 1), Commit((0,), (5,), (True,), 1)]
     assert s.handle(Returned(2, (1, 3), {1: 1, 3: 8}), 3.0) == [
@@ -100,7 +100,7 @@ def test_pruned_verifies_every_piece_and_drafts_only_between_rounds():
 def test_pruned_ends_a_round_at_a_token_that_was_drafted_but_not_sent():
     s = scheduler("pruned", stages=1, budget=2, top_k=2, depth=1, new=2)
     s.start(0.0)
-    assert [p.ids for p in s.handle(Drafted((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)] == [(0,), (1,)]
+    assert [p.ids for p in s.handle(Drafted.pack((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)] == [(0,), (1,)]
     assert s.handle(Returned(1, (0,), {0: 6}), 2.0) == [
         Prune(1, 0, 3),
         Commit((0,), (6,), (False,), 3),
@@ -112,20 +112,20 @@ def layered(**tree):
     """A ring of two stages with the root, a layer of two and a layer of two in flight, and one more drafted."""
     s = scheduler("pipedec", top_k=2, segment=2, **tree)
     s.start(0.0)
-    s.handle(Drafted((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)
-    s.handle(Drafted((1, 2), (proposal(t1=0.6, t2=0.3), proposal(t3=0.8, t4=0.1))), 2.0)
-    assert s.handle(Drafted((3, 4), (proposal(t7=0.9), proposal(t8=0.9))), 3.0) == [], "three credits: the layer waits"
+    s.handle(Drafted.pack((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)
+    s.handle(Drafted.pack((1, 2), (proposal(t1=0.6, t2=0.3), proposal(t3=0.8, t4=0.1))), 2.0)
+    assert s.handle(Drafted.pack((3, 4), (proposal(t7=0.9), proposal(t8=0.9))), 3.0) == [], "three credits: the layer waits"
     return s
 
 
 def test_pipedec_sends_the_best_of_each_layer_and_drafts_from_it():
     s = scheduler("pipedec", top_k=2, segment=2)
     assert s.start(0.0) == [Draft((ROOT,)), Segment(1, (0,), (-1,), (9,))]
-    assert s.handle(Drafted((0,), (proposal(t5=0.6, t6=0.3),)), 1.0) == [
+    assert s.handle(Drafted.pack((0,), (proposal(t5=0.6, t6=0.3),)), 1.0) == [
         Segment(2, (1, 2), (0, 0), (5, 6)),
         Draft((DraftNode(1, 0, 5), DraftNode(2, 0, 6))),
     ]
-    assert s.handle(Drafted((1, 2), (proposal(t1=0.6, t2=0.3), proposal(t3=0.8, t4=0.1))), 2.0) == [
+    assert s.handle(Drafted.pack((1, 2), (proposal(t1=0.6, t2=0.3), proposal(t3=0.8, t4=0.1))), 2.0) == [
         Segment(3, (3, 4), (1, 2), (1, 3)),
         Draft((DraftNode(3, 1, 1), DraftNode(4, 2, 3))),
     ], "0.6 * 0.6 and 0.3 * 0.8 before 0.6 * 0.3"
@@ -144,13 +144,13 @@ def test_a_layer_of_pipedec_is_chosen_among_the_children_of_the_living():
         Commit((2,), (30,), (False,), 6),
         Segment(5, (6,), (2,), (30,)),
     ], "a miss: the new root alone"
-    assert s.handle(Drafted((5,), (proposal(t1=0.9),)), 6.0) == [Draft((DraftNode(6, 2, 30),))]
+    assert s.handle(Drafted.pack((5,), (proposal(t1=0.9),)), 6.0) == [Draft((DraftNode(6, 2, 30),))]
 
 
 def test_just_in_time_a_layer_is_chosen_when_it_leaves():
     s = scheduler("pipedec", jit=True, top_k=1)
     s.start(0.0)
-    assert s.handle(Drafted((0,), (proposal(t5=0.9),)), 1.0) == [], "the root has not started yet"
+    assert s.handle(Drafted.pack((0,), (proposal(t5=0.9),)), 1.0) == [], "the root has not started yet"
     assert s.handle(Started(1, 1, expected=4.0, base=3.9, slope=0.05), 2.0) == [Wake(4.0)]
     assert len(s.tree) == 1
     assert s.handle(Woke(), 4.0) == [Segment(2, (1,), (0,), (5,)), Draft((DraftNode(1, 0, 5),))]
@@ -165,16 +165,16 @@ def test_a_full_tree_holds_the_next_layer_back_until_the_root_moves_on():
 def test_depth_bounds_the_layers_of_pipedec():
     s = scheduler("pipedec", top_k=1, depth=1, stages=5)
     s.start(0.0)
-    s.handle(Drafted((0,), (proposal(t5=0.9),)), 1.0)
-    assert s.handle(Drafted((1,), (proposal(t6=0.9),)), 2.0) == [Segment(3, (2,), (1,), (6,))], "two levels below the root"
+    s.handle(Drafted.pack((0,), (proposal(t5=0.9),)), 1.0)
+    assert s.handle(Drafted.pack((1,), (proposal(t6=0.9),)), 2.0) == [Segment(3, (2,), (1,), (6,))], "two levels below the root"
     assert s.handle(Returned(1, (0,), {0: 5}), 3.0)[2:] == [Draft((DraftNode(2, 1, 6),))]
 
 
 def test_an_end_token_inside_the_accepted_path_ends_the_text_there():
     s = scheduler("serial", eos=[5], budget=3, top_k=1, depth=1)
     s.start(0.0)
-    s.handle(Drafted((0,), (proposal(t5=0.9),)), 1.0)
-    s.handle(Drafted((1,), (proposal(t6=0.9),)), 1.0)
+    s.handle(Drafted.pack((0,), (proposal(t5=0.9),)), 1.0)
+    s.handle(Drafted.pack((1,), (proposal(t6=0.9),)), 1.0)
     actions = s.handle(Returned(1, (0, 1, 2), {0: 5, 1: 6, 2: 7}), 2.0)
     assert actions == [Commit((0,), (5,), (True,), 3), Finish("stop")]
     assert s.handle(Woke(), 3.0) == []
@@ -183,7 +183,7 @@ def test_an_end_token_inside_the_accepted_path_ends_the_text_there():
 def test_the_limit_cuts_an_accepted_path():
     s = scheduler("serial", new=2, budget=3, top_k=1, depth=3)
     s.start(0.0)
-    actions = s.handle(Drafted((0,), (proposal(t5=0.9),)), 1.0)
+    actions = s.handle(Drafted.pack((0,), (proposal(t5=0.9),)), 1.0)
     assert actions == [Segment(1, (0, 1), (-1, 0), (9, 5))], "a node deeper than the limit is never drafted"
     assert s.handle(Returned(1, (0, 1), {0: 5, 1: 6}), 2.0) == [Commit((0, 1), (5, 6), (True, False), 2), Finish("length")]
 
@@ -196,14 +196,14 @@ def test_a_dead_proposal_is_dropped():
     s = scheduler()
     s.start(0.0)
     s.handle(Returned(1, (0,), {0: 30}), 1.0)
-    assert s.handle(Drafted((0,), (proposal(t5=0.9),)), 2.0) == [Draft((DraftNode(1, 0, 30),))]
+    assert s.handle(Drafted.pack((0,), (proposal(t5=0.9),)), 2.0) == [Draft((DraftNode(1, 0, 30),))]
     assert len(s.tree) == 1
 
 
 def test_just_in_time_the_next_segment_waits_for_the_first_stage():
     s = scheduler(jit=True, top_k=1)
     s.start(0.0)
-    assert s.handle(Drafted((0,), (proposal(t5=0.9),)), 1.0) == [Draft((DraftNode(1, 0, 5),))], "the root has not started yet"
+    assert s.handle(Drafted.pack((0,), (proposal(t5=0.9),)), 1.0) == [Draft((DraftNode(1, 0, 5),))], "the root has not started yet"
     [wake] = s.handle(Started(1, 1, expected=4.0, base=3.9, slope=0.05), 2.0)
     assert wake == Wake(4.0), "two seconds there and back: free at 5 by our clock, one hop earlier it may leave"
     assert s.handle(Woke(), 4.0) == [Segment(2, (1,), (0,), (5,))]
@@ -212,7 +212,7 @@ def test_just_in_time_the_next_segment_waits_for_the_first_stage():
 def test_a_segment_that_returned_has_started():
     s = scheduler(jit=True, top_k=1)
     s.start(0.0)
-    s.handle(Drafted((0,), (proposal(t5=0.9),)), 1.0)
+    s.handle(Drafted.pack((0,), (proposal(t5=0.9),)), 1.0)
     assert s.handle(Returned(1, (0,), {0: 5}), 2.0)[-1] == Segment(2, (1,), (0,), (5,))
     assert s.handle(Started(1, 1, 9.0, 1.0, 0.1), 2.1) == [], "old news changes nothing"
 
@@ -220,17 +220,19 @@ def test_a_segment_that_returned_has_started():
 def test_credits_bound_the_segments_in_flight():
     s = scheduler(stages=1, segment=1, top_k=4)
     s.start(0.0)
-    actions = s.handle(Drafted((0,), (proposal(t1=0.3, t2=0.3, t3=0.2, t4=0.2),)), 1.0)
+    actions = s.handle(Drafted.pack((0,), (proposal(t1=0.3, t2=0.3, t3=0.2, t4=0.2),)), 1.0)
     assert sum(isinstance(a, Segment) for a in actions) == 1, "two credits with one stage, one is the root's"
 
 
 def test_probabilities_are_normalised_over_the_kept_candidates():
     noise = np.array([0.0, 1.0])
     noisy = Proposal(np.array([3, 4]), np.log([0.2, 0.1]), noise, coverage=0.9)
-    p = np.exp(log_probabilities([noisy, proposal(t5=0.3)]))
-    assert p[:2].sum() == pytest.approx(0.9)
+    [p] = np.exp(log_probabilities(Drafted.pack([1], [noisy])))
+    assert p.sum() == pytest.approx(0.9)
     assert p[1] / p[0] == pytest.approx(0.5 * np.e)
-    assert p[2:] == pytest.approx([0.97]), "each proposal by itself"
+    both = Drafted.pack([1, 2], [proposal(t1=0.6, t2=0.2), proposal(t5=0.3)])
+    assert np.exp(log_probabilities(both)) == pytest.approx(0.97 * np.array([[0.75, 0.25], [1, 0]])), "each list by itself"
+    assert both.proposal(2).tokens.tolist() == [5] and both.proposal(3) is None
 
 
 @pytest.mark.parametrize("name", ["budget", "top_k", "depth", "segment"])

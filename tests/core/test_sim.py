@@ -9,7 +9,7 @@ import torch
 
 from flowspec.comm.shaped import wire_bytes
 from flowspec.core.cost import Emulate
-from flowspec.core.messages import Commit, DraftNode, Proposal
+from flowspec.core.messages import Commit, Drafted, DraftNode, Proposal
 from flowspec.core.policy import METHODS, PolicyConfig, TreeConfig, make_policy
 from flowspec.core.request import Request, Sampling
 from flowspec.draft.recorded import RecordedDrafter, SyntheticDrafter, Tape, load, made_up_text, save
@@ -106,7 +106,8 @@ class Counting:
         for n in nodes:
             assert n.parent in self.parents or n.parent == -1
             self.parents[n.id] = n.parent
-        return [None if n.token == 13 else Proposal(np.array([n.token + 1, 3]), np.log([0.7, 0.1]), np.array([0.1, 1.0])) for n in nodes]
+        made = [Proposal(np.array([n.token + 1, 3]), np.log([0.7, 0.1]), np.array([0.1, 1.0])) for n in nodes]
+        return Drafted.pack([n.id for n in nodes], [None if n.token == 13 else p for n, p in zip(nodes, made, strict=True)])
 
     def commit(self, commit):
         raise AssertionError("a recording commits nothing")
@@ -117,25 +118,23 @@ def test_a_tape_asks_once_for_each_path_and_plays_alone_after_a_file(tmp_path):
     tape, drafter = Tape(wanted, [1, 2]), Counting()
     root = DraftNode(0, -1, wanted.prompt[-1])
     first = RecordedDrafter(tape, drafter)
-    assert first.propose([root])[0].tokens.tolist() == [110, 3]
+    assert first.propose([root]).tokens.tolist() == [[110, 3]]
     first.propose([DraftNode(1, 0, 110), DraftNode(2, 0, 13)])
     again = RecordedDrafter(tape, drafter)  # another run: other ids for the same paths
-    assert [p if p is None else p.tokens.tolist() for p in again.propose([root, DraftNode(5, 0, 13), DraftNode(9, 0, 110)])] == [
-        [110, 3],
-        None,
-        [111, 3],
-    ]
+    answer = again.propose([root, DraftNode(5, 0, 13), DraftNode(9, 0, 110)])
+    assert answer.nodes == (0, 9) and answer.tokens.tolist() == [[110, 3], [111, 3]]
     assert len(drafter.asked) == 3
     again.commit(Commit((0,), (55,), (False,), 20))  # a miss: the new root was never proposed
-    assert again.propose([DraftNode(20, 0, 55)])[0].tokens.tolist() == [56, 3]
+    assert again.propose([DraftNode(20, 0, 55)]).tokens.tolist() == [[56, 3]]
     save(tmp_path / "d.npz", [tape], "these models")
     (read,), source = load(tmp_path / "d.npz")
     assert source == "these models" and read.request == wanted and read.text == [1, 2]
     alone = RecordedDrafter(read)
-    there, absent = alone.propose([root, DraftNode(2, 0, 13)])
-    assert absent is None and alone.lacked == 0
+    answer = alone.propose([root, DraftNode(2, 0, 13)])
+    there = answer.proposal(0)
+    assert answer.proposal(2) is None and alone.lacked == 0
     assert there.tokens.tolist() == [110, 3] and there.noise == pytest.approx([0.1, 1.0]) and there.coverage == pytest.approx(0.97)
-    assert alone.propose([DraftNode(3, 0, 77)]) == [None] and alone.lacked == 1
+    assert alone.propose([DraftNode(3, 0, 77)]).nodes == () and alone.lacked == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive", None])

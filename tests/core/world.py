@@ -183,7 +183,7 @@ class World:
                 tokens[0] = target(context)
             logq = np.sort(np.log(np.array([self.random.random() + 1e-3 for _ in tokens])))[::-1]
             proposals.append(None if self.random.random() < 0.02 else Proposal(np.array(tokens), logq))
-        self._perform(self.scheduler.handle(Drafted(tuple(n.id for n in draft.nodes), tuple(proposals)), now), now)
+        self._perform(self.scheduler.handle(Drafted.pack([n.id for n in draft.nodes], proposals), now), now)
 
     def _on_started(self, now, event):
         self._perform(self.scheduler.handle(event, now), now)

@@ -51,7 +51,9 @@ def test_an_incremental_tree_proposes_what_a_fresh_forward_would(whole, seed):
             open_nodes = [i for i in path_of if i not in children]
             batch = r.sample(open_nodes, min(len(open_nodes), r.randint(1, 4)))
             nodes = [node_of(i, path_of[i]) for i in batch]
-            for node, proposal in zip(nodes, drafter.propose(nodes), strict=True):
+            answer = drafter.propose(nodes)
+            for node in nodes:
+                proposal = answer.proposal(node.id)
                 want = from_scratch(whole, text + [t for _, t in path_of[node.id]])
                 np.testing.assert_allclose(proposal.logq, want[proposal.tokens].double().numpy(), atol=2e-4)
                 assert proposal.tokens[0] == int(want.argmax()) and len(proposal.tokens) == LmDrafter.KEPT
@@ -82,7 +84,7 @@ def test_noise_reranks_the_candidates(whole):
     plain, coupled = LmDrafter(*whole, 320), LmDrafter(*whole, 320)
     plain.begin(request(temperature=1.0, seed=3), None)
     coupled.begin(request(temperature=1.0, seed=3), noise)
-    [a], [b] = (d.propose([DraftNode(0, -1, PROMPT[-1])]) for d in (plain, coupled))
+    a, b = (d.propose([DraftNode(0, -1, PROMPT[-1])]).proposal(0) for d in (plain, coupled))
     logq = from_scratch(whole, list(PROMPT)).double()
     assert b.tokens.tolist() == (logq + noise(len(PROMPT))).topk(20).indices.tolist()
     assert a.tokens.tolist() != b.tokens.tolist() and a.noise is None
@@ -94,29 +96,27 @@ def test_a_node_whose_branch_died_gets_no_proposal(whole):
     drafter.begin(request(), None)
     drafter.propose([DraftNode(0, -1, PROMPT[-1])])
     drafter.commit(Commit((0,), (9,), (False,), 5))
-    assert drafter.propose([DraftNode(1, 0, 30)]) == [None]
+    assert drafter.propose([DraftNode(1, 0, 30)]).nodes == ()
 
 
 def test_a_token_beyond_the_drafts_padding_does_no_harm(whole):
     drafter = LmDrafter(*whole, 400)
     drafter.begin(Request(id=1, prompt=(5, 399, 6), sampling=Sampling()), None)
-    [proposal] = drafter.propose([DraftNode(0, -1, 350)])
+    proposal = drafter.propose([DraftNode(0, -1, 350)])
     assert proposal.tokens.max() < 320
 
 
 def test_look_up_proposes_what_followed_before_longest_match_first():
     drafter = NgramDrafter()
     drafter.begin(Request(id=1, prompt=(1, 2, 3, 9, 4, 2, 3, 8, 1, 2, 3), sampling=Sampling()), None)
-    [proposal] = drafter.propose([DraftNode(0, -1, 3)])
+    proposal = drafter.propose([DraftNode(0, -1, 3)]).proposal(0)
     assert proposal.tokens.tolist() == [9] and proposal.coverage == NgramDrafter.LENGTHS[3]
-    [second] = drafter.propose([DraftNode(1, 0, 9)])
-    assert second.tokens.tolist() == [4]
+    assert drafter.propose([DraftNode(1, 0, 9)]).tokens.tolist() == [[4]]
 
 
 def test_look_up_learns_from_the_output():
     drafter = NgramDrafter()
     drafter.begin(request(), None)
-    assert drafter.propose([DraftNode(0, -1, 8)]) == [None]
+    assert drafter.propose([DraftNode(0, -1, 8)]).nodes == ()
     drafter.commit(Commit((0, 1, 2), (20, 21, 8), (False,) * 3, 3))
-    [proposal] = drafter.propose([DraftNode(3, 2, 8)])
-    assert proposal.tokens.tolist() == [20]
+    assert drafter.propose([DraftNode(3, 2, 8)]).tokens.tolist() == [[20]]
