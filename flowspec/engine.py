@@ -26,7 +26,6 @@ from flowspec.config import Config, load_config
 from flowspec.core.policy import make_policy
 from flowspec.core.request import Request, Sampling, need
 from flowspec.draft.registry import make_drafter
-from flowspec.errors import UserError
 from flowspec.models.families import family_of, read_config
 from flowspec.models.manifest import Manifest
 from flowspec.models.stage import load_head, load_stage
@@ -234,10 +233,7 @@ class Engine:
         """The timeline of all requests so far, into the file that `trace` names."""
         path, spans, self._spans = self.config.trace_path, self._spans, []
         facts = {"method": self.config.method, "stages": self.world_size - 1, "emulated": self.config.emulate.active}
-        try:
-            trace.write(path, spans, facts)
-        except OSError as error:
-            raise UserError(f"trace: cannot write {path}: {error.strerror}") from None
+        trace.write(path, spans, facts)
         log.info("timeline written to %s", path)
 
     # ---- the other ranks ---------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from flowspec.core.request import need
 from flowspec.errors import UserError
+from flowspec.files import replacing
 
 ROWS = ("compute", "send", "receive", "draft")
 """compute: forwards (rank 0: what the scheduler does); send: bytes on their way to the next rank of the ring; receive:
@@ -109,10 +110,8 @@ def write(path: str | os.PathLike[str], spans: Iterable[Span], facts: dict[str, 
         event = {"ph": "X", "pid": s.rank, "tid": ROWS.index(s.row), "name": s.name, "args": s.facts}
         event |= {"ts": round((s.begin - zero) * 1e6, 1), "dur": round((s.end - s.begin) * 1e6, 1)}
         events.append(event | ({"cname": _COLOURS[s.name]} if s.name in _COLOURS else {}))
-    beside = Path(f"{path}.partial")
-    with open(beside, "w") as file:
+    with replacing(path) as beside, open(beside, "w") as file:
         json.dump({"displayTimeUnit": "ms", "otherData": facts, "traceEvents": events}, file)
-    os.replace(beside, path)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[list[Span], dict[str, Any]]:

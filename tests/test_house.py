@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = sorted((ROOT / "flowspec").rglob("*.py"))
 SHIPPED = [*PACKAGE, *sorted((ROOT / "scripts").rglob("*.py")), *sorted((ROOT / "launch").rglob("*.py")), ROOT / "split_models.py"]
 LAYERS = [
-    {"core", "errors", "version", "trace"},
+    {"core", "errors", "version", "files", "trace"},
     {"models", "sampling", "text", "comm", "sim"},
     {"draft"},
     {"runtime"},
@@ -23,6 +23,8 @@ SIDEWAYS = {  # (room, room of the same layer that it may import); everything el
     ("core", "errors"),
     ("trace", "core"),
     ("trace", "errors"),
+    ("trace", "files"),
+    ("files", "errors"),
     ("preflight", "config"),
     ("engine", "config"),
     ("engine", "preflight"),

@@ -29,6 +29,7 @@ from flowspec.core.policy import TreeConfig
 from flowspec.draft.recorded import Tape
 from flowspec.engine import Engine, Generation, Result
 from flowspec.errors import UserError
+from flowspec.files import replacing
 from flowspec.launcher import ROOT
 from flowspec.options import methods, numbers
 from flowspec.trace import Span
@@ -94,10 +95,16 @@ def _runs(
                 for _ in generation:
                     pass
                 done += 1
-                spent = time.monotonic() - began
-                print(f"\r{done} of {total} runs, {spent:.0f} s", end="", file=sys.stderr, flush=True)
+                _progress(done, total, time.monotonic() - began)
                 yield Run(k + 1, repeat, generation)
-    print(file=sys.stderr)
+
+
+def _progress(done: int, total: int, seconds: float) -> None:
+    """On a terminal a line that counts, elsewhere ten lines in all."""
+    live = sys.stderr.isatty()
+    if live or done == total or done % max(1, total // 10) == 0:
+        end = "\r" if live and done < total else "\n"
+        print(f"{done} of {total} runs, {seconds:.0f} s", end=end, file=sys.stderr, flush=True)
 
 
 def _records(runs: Sequence[Run], forecaster: Forecaster, stages: int) -> list[report.Record]:
@@ -203,12 +210,11 @@ def _facts(engine: Engine, options: argparse.Namespace, seed: int) -> dict[str, 
 def _write(folder: Path, records: list[report.Record], title: str, facts: dict[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        report.save(records, folder / "records.jsonl")
-        beside = folder / "table.md.partial"
-        beside.write_text(report.markdown(records, title, facts))
-        os.replace(beside, folder / "table.md")
     except OSError as error:
         raise UserError(f"--output: cannot write into {folder}: {error.strerror}") from None
+    report.save(records, folder / "records.jsonl")
+    with replacing(folder / "table.md") as beside:
+        beside.write_text(report.markdown(records, title, facts))
     if timeline.can_draw():
         report.chart(records, folder / "chart.png", title)
     else:

@@ -13,7 +13,6 @@ from flowspec.core.policy import METHODS, make_policy
 from flowspec.core.request import Request, Sampling, need
 from flowspec.draft.base import Drafter
 from flowspec.draft.recorded import RecordedDrafter, SyntheticDrafter, Tape, load, made_up_text, save
-from flowspec.errors import UserError
 from flowspec.models.manifest import Manifest
 from flowspec.sim.lockstep import LockStep
 from flowspec.sim.world import Guesser, Outcome, Ring, World
@@ -107,10 +106,7 @@ class Forecaster:
     # ---- files -------------------------------------------------------------------------------------
     def save(self, path: Path) -> None:
         """All tapes; `load` refuses them for other models or another coupling."""
-        try:
-            save(path, self.tapes.values(), self._source)
-        except OSError as error:
-            raise UserError(f"cannot write the recorded drafts {path}: {error.strerror}") from None
+        save(path, self.tapes.values(), self._source)
 
     def load(self, path: Path) -> None:
         tapes, source = load(path)

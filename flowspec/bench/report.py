@@ -13,9 +13,8 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from statistics import mean, median
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from rich import box
 from rich.console import Console
@@ -25,7 +24,7 @@ from rich.text import Text
 from flowspec.bench.timeline import MISSING, can_draw
 from flowspec.core.policy import METHODS
 from flowspec.core.request import need
-from flowspec.errors import UserError
+from flowspec.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -353,56 +352,9 @@ def _pipes(grid: _Grid) -> str:
 
 # ---- file ------------------------------------------------------------------------------------------
 def save(records: Sequence[Record], path: str | os.PathLike[str]) -> None:
-    """JSON lines, written beside and renamed. UserError if that cannot be."""
-    lines = "".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in records)
-    _write(path, lambda beside: beside.write_text(lines))
-
-
-def load(path: str | os.PathLike[str]) -> list[Record]:
-    """What `save` wrote. UserError names the line of a file that it cannot have written."""
-    try:
-        lines = Path(path).read_text().split("\n")
-    except OSError as error:
-        raise UserError(f"cannot read the records {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not text: give a file of records, a JSON object a line") from None
-    if not lines[-1]:
-        lines.pop()
-    need(bool(lines), f"{path} holds no records")
-    return [_read(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
-
-
-def _read(line: str, where: str) -> Record:
-    try:
-        fields = json.loads(line)
-    except ValueError:
-        raise UserError(f"{where}: not JSON; each line must be a record") from None
-    need(isinstance(fields, dict), f"{where}: not a record, but {type(fields).__name__}")
-    kinds = get_type_hints(Record)
-    missing, strange = [name for name in kinds if name not in fields], [name for name in fields if name not in kinds]
-    need(not missing, f"{where}: no {', '.join(missing)}")
-    need(not strange, f"{where}: unknown {', '.join(strange)}")
-    for name, kind in kinds.items():
-        need(_fits(fields[name], kind), f"{where}: {name} is {json.dumps(fields[name])}")
-    return Record(**fields)
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether what JSON holds is of a field's type: str, int, float, float | None or list[float]."""
-    if get_origin(kind) is list:
-        return isinstance(value, list) and bool(value) and all(_fits(one, float) for one in value)
-    if get_args(kind):
-        return value is None or _fits(value, float)
-    return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
-
-
-def _write(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
-    beside = Path(f"{path}.partial")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    """JSON lines. UserError if they cannot be written."""
+    with replacing(path) as beside:
+        beside.write_text("".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in records))
 
 
 # ---- picture ---------------------------------------------------------------------------------------
@@ -447,7 +399,8 @@ def chart(records: Sequence[Record], path: str | os.PathLike[str], title: str, f
         _bar(axes, x, row)
     _frame(axes, places, rows)
     _key(axes, rows)
-    _write(path, lambda beside: figure.savefig(beside, format="png"))
+    with replacing(path) as beside:
+        figure.savefig(beside, format="png")
 
 
 def _mark(facts: dict[str, Any]) -> str:

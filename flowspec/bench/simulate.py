@@ -22,7 +22,7 @@ from flowspec.bench import timeline
 from flowspec.bench.forecast import PAPER, SIMULATED, Forecaster, Models, made_up
 from flowspec.config import Config, load_config
 from flowspec.core.request import Request, Sampling, need
-from flowspec.errors import UserError
+from flowspec.files import replacing
 from flowspec.models.split import Parser
 from flowspec.options import add_shared, benchmark_prompts, configuration, methods, numbers, split_demo
 from flowspec.preflight import check_prompt, check_run, check_writable
@@ -195,14 +195,9 @@ def _rates(outcomes: list[Outcome]) -> str:
 
 
 def _write(path: str, cells: list[Cell], results: dict[tuple[int, str], list[Outcome]]) -> None:
-    beside = Path(f"{path}.partial")
-    try:
-        with open(beside, "w") as file:
-            for (k, method), outcomes in results.items():
-                about = {"stages": cells[k].stages, "temperature": cells[k].temperature, "varied": list(cells[k].varied), "method": method}
-                for prompt, o in enumerate(outcomes, 1):
-                    figures = {"prompt": prompt, "tokens_per_second": o.tokens_per_second, "new_tokens": len(o.tokens), "simulated": True}
-                    file.write(json.dumps(about | figures) + "\n")
-        os.replace(beside, path)
-    except OSError as error:
-        raise UserError(f"--json: cannot write {path}: {error.strerror}") from None
+    with replacing(path) as beside, open(beside, "w") as file:
+        for (k, method), outcomes in results.items():
+            about = {"stages": cells[k].stages, "temperature": cells[k].temperature, "varied": list(cells[k].varied), "method": method}
+            for prompt, o in enumerate(outcomes, 1):
+                figures = {"prompt": prompt, "tokens_per_second": o.tokens_per_second, "new_tokens": len(o.tokens), "simulated": True}
+                file.write(json.dumps(about | figures) + "\n")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowspec.core.request import need
-from flowspec.errors import UserError
+from flowspec.files import replacing
 from flowspec.models.split import Parser
 from flowspec.trace import VERDICTS, Span, read
 
@@ -323,7 +323,8 @@ def draw(spans: Sequence[Span], path: str | os.PathLike[str], facts: dict[str, A
         shown = [s._replace(begin=max(s.begin, first), end=min(s.end, last)) for s in inside]
         _fill(axes, lane, shown, zero, _ACROSS / (last - first))
     _legend(axes, spans)
-    _save(figure, Path(path))
+    with replacing(path) as beside:
+        figure.savefig(beside, format="png")
 
 
 def _lanes(spans: Sequence[Span]) -> Iterator[_Lane]:
@@ -389,15 +390,6 @@ def _legend(axes: Axes, spans: Sequence[Span]) -> None:
     present = {s.name for s in spans}
     patches = [Patch(color=colour, label=label) for name, (colour, label) in _COLOURS.items() if name in present]
     axes.figure.legend(handles=patches, loc="outside lower right", ncols=len(patches), frameon=False, fontsize=9)
-
-
-def _save(figure: Any, path: Path) -> None:
-    beside = Path(f"{path}.partial")
-    try:
-        figure.savefig(beside, format="png")
-        os.replace(beside, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 # ---- the command -----------------------------------------------------------------------------------

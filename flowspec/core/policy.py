@@ -318,6 +318,8 @@ def make_policy(method: str, tree: TreeConfig, switches: PolicyConfig, stages: i
 
 def children(nodes: list[Node], drafted: Drafted, top_k: int) -> Iterator[tuple[Node, list[int], list[float]]]:
     """Each node with its best top_k candidates: their tokens and their scores."""
+    if not nodes:
+        return iter(())
     scores = log_probabilities(drafted)[:, :top_k] + np.array([n.score for n in nodes])[:, None]
     rows = zip(nodes, drafted.tokens[:, :top_k].tolist(), scores.tolist(), strict=True)
     if scores[:, -1].min() > -np.inf:

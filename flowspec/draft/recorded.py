@@ -12,7 +12,6 @@ import os
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from flowspec.core.messages import Commit, Drafted, DraftNode, Proposal
 from flowspec.core.request import Request, Sampling
 from flowspec.draft.base import Drafter, Lineage, Noise
 from flowspec.errors import UserError
+from flowspec.files import replacing
 
 ABSENT, UNASKED = -1, -2
 """in a tape's file, instead of a number of candidates: the drafter could not go on; nobody asked"""
@@ -173,10 +173,8 @@ def save(path: str | os.PathLike[str], tapes: Iterable[Tape], source: str) -> No
         heads.append({"prompt": request.prompt, "sampling": sampling, "eos": sorted(request.eos), "text": tape.text})
         arrays |= {f"{k}.{name}": array for name, array in _columns(tape).items()}
     head = json.dumps({"format": FORMAT, "source": source, "tapes": heads})
-    beside = Path(f"{path}.partial")
-    with open(beside, "wb") as file:
+    with replacing(path) as beside, open(beside, "wb") as file:
         np.savez_compressed(file, head=np.frombuffer(head.encode(), np.uint8), **arrays)  # type: ignore[arg-type]
-    os.replace(beside, path)
 
 
 def _columns(tape: Tape) -> dict[str, np.ndarray]:

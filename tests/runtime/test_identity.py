@@ -4,9 +4,10 @@ import random
 
 import pytest
 
+from flowspec.core.policy import METHODS as ALL_METHODS
 from flowspec.engine import Engine
 
-METHODS = ["flowspec", "naive", "serial", "pruned", "pipedec", "ar"]
+METHODS = [*(m for m in ALL_METHODS if m != "ar"), "ar"]
 PROMPTS = [[5], [7, 8, 9, 10, 11], list(range(40, 75))]
 SAMPLED = [dict(temperature=0.8, top_p=0.9, seed=s) for s in (1, 2, 3)] + [dict(temperature=1.2, top_k=20, min_p=0.02, seed=4)]
 

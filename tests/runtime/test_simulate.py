@@ -97,7 +97,7 @@ def test_a_comparison_writes_its_records_table_and_chart(pair, tmp_path, capsys)
         assert compare(engine, ["def add(a, b):", "for i"], options)
     said = capsys.readouterr().out
     assert "every method wrote the same tokens" in said and "tree.segment=16" in said
-    records = report.load(tmp_path / "out" / "records.jsonl")
+    records = [report.Record(**line) for line in lines(tmp_path / "out" / "records.jsonl")]
     assert len(records) == 2 * 2 * 2 * len(METHODS)
     assert {r.method for r in records} == set(METHODS)
     assert all(r.simulated and r.tokens_per_second and len(r.bytes_per_token) == 3 for r in records)
