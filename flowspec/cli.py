@@ -107,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"flowspec: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("flowspec: interrupted", file=sys.stderr)
         return 130
 
 

@@ -17,7 +17,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,13 +26,13 @@ from flowspec.bench.forecast import Forecaster, Models, rate
 from flowspec.config import METHODS
 from flowspec.core.cost import Emulate
 from flowspec.core.policy import TreeConfig
+from flowspec.core.request import Request
 from flowspec.draft.recorded import Tape
-from flowspec.engine import Engine, Generation, Result
+from flowspec.engine import Engine, Result
 from flowspec.errors import UserError
 from flowspec.files import replacing
 from flowspec.launcher import ROOT
 from flowspec.options import methods, numbers
-from flowspec.trace import Span
 
 WARM_UP_TOKENS = 8
 SWEEP = {
@@ -49,31 +49,31 @@ class Run(NamedTuple):
 
     prompt: int
     repeat: int
-    generation: Generation
-
-    @property
-    def result(self) -> Result:
-        assert self.generation.result is not None
-        return self.generation.result
+    request: Request
+    result: Result
+    figures: timeline.Summary
+    draft_ms: float | None
+    """median length of the drafter's forwards"""
 
 
 def compare(engine: Engine, prompts: Sequence[str], options: argparse.Namespace) -> bool:
     """Run, predict, print, write; False if two methods wrote different tokens."""
-    config = engine.config
+    config, stages = engine.config, engine.world_size - 1
     temperatures = numbers(options.temperatures, float, "--temperatures") if options.temperatures else [config.sampling.temperature]
-    folder = Path(options.output or ROOT / "build" / "bench" / f"{config.name}_s{engine.world_size - 1}")
-    order = random.Random(seed := 0)
-    runs = list(_runs(engine, prompts, methods(options.methods, METHODS), temperatures, int(options.repeats), order))
+    folder = _folder(options.output or ROOT / "build" / "bench" / f"{config.name}_s{stages}")
+    seed = 0
+    measured = _runs(engine, prompts, methods(options.methods, METHODS), temperatures, int(options.repeats), random.Random(seed))
+    runs = list(_kept(measured, folder / "records.jsonl.partial"))
     forecaster = Forecaster(config, Models.of(config))
-    records = _records(runs, forecaster, engine.world_size - 1)
-    facts = _facts(engine, options, seed)
-    title = f"{config.name}, {engine.world_size - 1} stages{', emulated times' if config.emulate.active else ''}"
+    predicted = _predictions(runs, forecaster, stages)
+    records = [_record(run, predicted[run.result.method, run.result.temperature, run.prompt]) for run in runs]
+    title = f"{config.name}, {stages} stages{', emulated times' if config.emulate.active else ''}"
     report.show(records, title)
     if options.sweep:
-        _sweep(forecaster, [r.method for r in records], engine.world_size - 1, temperatures)
+        _sweep(forecaster, [r.method for r in records], stages, temperatures)
     different = report.identical(records)
     print("\n".join(different) or "every method wrote the same tokens")
-    _write(folder, records, title, facts)
+    _write(folder, records, title, _facts(engine, options, seed))
     return not different
 
 
@@ -90,13 +90,28 @@ def _runs(
         order.shuffle(turns)
         for k, temperature in turns:
             for method in order.sample(chosen, len(chosen)):
-                sampling: dict[str, Any] = {"temperature": temperature, "seed": engine.config.sampling.seed or 0}
-                generation = engine.generate(prompts[k], method=method, **sampling)
-                for _ in generation:
-                    pass
+                yield _run(engine, k + 1, repeat, prompts[k], method, temperature)
                 done += 1
                 _progress(done, total, time.monotonic() - began)
-                yield Run(k + 1, repeat, generation)
+
+
+def _run(engine: Engine, number: int, repeat: int, prompt: str, method: str, temperature: float) -> Run:
+    generation = engine.generate(prompt, method=method, temperature=temperature, seed=engine.config.sampling.seed or 0)
+    for _ in generation:
+        pass
+    assert generation.result is not None
+    drafts = [1000 * (s.end - s.begin) for s in generation.spans if s.row == "draft"]
+    draft_ms = statistics.median(drafts) if drafts else None
+    return Run(number, repeat, generation.request, generation.result, timeline.summary(generation.spans), draft_ms)
+
+
+def _kept(runs: Iterable[Run], path: Path) -> Iterator[Run]:
+    """The runs, each written to a file as it comes, so that an interrupted comparison keeps what it has."""
+    with open(path, "w") as file:
+        for run in runs:
+            file.write(report.line(_record(run, None)))
+            file.flush()
+            yield run
 
 
 def _progress(done: int, total: int, seconds: float) -> None:
@@ -107,13 +122,8 @@ def _progress(done: int, total: int, seconds: float) -> None:
         print(f"{done} of {total} runs, {seconds:.0f} s", end=end, file=sys.stderr, flush=True)
 
 
-def _records(runs: Sequence[Run], forecaster: Forecaster, stages: int) -> list[report.Record]:
-    predicted = _predictions(runs, forecaster, stages)
-    return [_record(run, predicted[run.result.method, run.result.temperature, run.prompt]) for run in runs]
-
-
 def _record(run: Run, simulated: float | None) -> report.Record:
-    result, figures = run.result, timeline.summary(run.generation.spans)
+    result, figures = run.result, run.figures
     return report.Record(
         method=result.method,
         temperature=result.temperature,
@@ -145,7 +155,7 @@ def _predictions(runs: Sequence[Run], forecaster: Forecaster, stages: int) -> di
     for run in runs:
         key = run.result.method, run.result.temperature, run.prompt
         if key not in predicted:
-            tape = forecaster.add(run.generation.request, run.result.token_ids)
+            tape = forecaster.add(run.request, run.result.token_ids)
             same = [r for r in runs if (r.result.method, r.result.temperature) == key[:2]]
             emulate = completed(forecaster.config.emulate, same)
             predicted[key] = forecaster.run(tape, key[0], stages, emulate).tokens_per_second
@@ -159,14 +169,10 @@ def completed(emulate: Emulate, runs: Sequence[Run]) -> Emulate:
         costs = list(zip(*(run.result.stage_cost_ms for run in runs), strict=True))
         real["stage_ms"] = tuple(statistics.median(base for base, _ in stage) for stage in costs)
         real["token_ms"] = tuple(statistics.median(slope for _, slope in stage) for stage in costs)
-    drafts = [1000 * (s.end - s.begin) for run in runs for s in run.generation.spans if _is_draft(s)]
+    drafts = [run.draft_ms for run in runs if run.draft_ms is not None]
     if emulate.draft_ms == 0 and drafts:
         real["draft_ms"] = statistics.median(drafts)
     return dataclasses.replace(emulate, **real)
-
-
-def _is_draft(span: Span) -> bool:
-    return span.row == "draft"
 
 
 def _sweep(forecaster: Forecaster, chosen: Sequence[str], stages: int, temperatures: Sequence[float]) -> None:
@@ -207,11 +213,15 @@ def _facts(engine: Engine, options: argparse.Namespace, seed: int) -> dict[str, 
     }
 
 
-def _write(folder: Path, records: list[report.Record], title: str, facts: dict[str, Any]) -> None:
+def _folder(path: str | Path) -> Path:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output: cannot write into {folder}: {error.strerror}") from None
+        raise UserError(f"--output: cannot write into {path}: {error.strerror}") from None
+    return Path(path)
+
+
+def _write(folder: Path, records: list[report.Record], title: str, facts: dict[str, Any]) -> None:
     report.save(records, folder / "records.jsonl")
     with replacing(folder / "table.md") as beside:
         beside.write_text(report.markdown(records, title, facts))

@@ -354,7 +354,11 @@ def _pipes(grid: _Grid) -> str:
 def save(records: Sequence[Record], path: str | os.PathLike[str]) -> None:
     """JSON lines. UserError if they cannot be written."""
     with replacing(path) as beside:
-        beside.write_text("".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in records))
+        beside.write_text("".join(map(line, records)))
+
+
+def line(record: Record) -> str:
+    return json.dumps(dataclasses.asdict(record)) + "\n"
 
 
 # ---- picture ---------------------------------------------------------------------------------------

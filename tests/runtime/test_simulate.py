@@ -115,9 +115,9 @@ def test_different_tokens_are_reported(pair, tmp_path, capsys, monkeypatch):
 
 def test_what_is_not_emulated_is_predicted_from_what_was_measured():
     result = SimpleNamespace(stage_cost_ms=[(10.0, 1.0), (20.0, 2.0)])
-    run = SimpleNamespace(result=result, generation=SimpleNamespace(spans=[]))
-    assert completed(Emulate(link_ms=3), [run]) == Emulate(link_ms=3, stage_ms=(10.0, 20.0), token_ms=(1.0, 2.0))
-    assert completed(Emulate(stage_ms=50), [run]) == Emulate(stage_ms=50)
+    run = SimpleNamespace(result=result, draft_ms=7.0)
+    assert completed(Emulate(link_ms=3), [run]) == Emulate(link_ms=3, stage_ms=(10.0, 20.0), token_ms=(1.0, 2.0), draft_ms=7.0)
+    assert completed(Emulate(stage_ms=50, draft_ms=8), [run]) == Emulate(stage_ms=50, draft_ms=8)
 
 
 def test_a_forecast_is_of_the_configured_pair(pair):
