@@ -148,13 +148,15 @@ class Returned(NamedTuple):
 class Started(NamedTuple):
     """The first stage took a segment off its queue: `rows` were alive, and it expects to be free in `expected` seconds.
 
-    `base` and `slope` are its measured cost, seconds for no row and for each row."""
+    `base` and `slope` are its measured cost, seconds for no row and for each row; `waited` is how long the segment
+    had lain in its queue."""
 
     number: int
     rows: int
     expected: float
     base: float
     slope: float
+    waited: float
 
 
 class Woke(NamedTuple):

@@ -13,13 +13,13 @@ import dataclasses
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from flowspec.core.messages import Drafted, Started
+from flowspec.core.messages import Drafted
+from flowspec.core.pipe import Pipe
 from flowspec.core.request import need
+from flowspec.core.score import Scorer
 from flowspec.core.tree import Node, TokenTree
 
 METHODS = ("ar", "serial", "naive", "pruned", "pipedec", "flowspec")
@@ -50,19 +50,12 @@ class PolicyConfig:
 
     coupled: bool = True
     """Above temperature 0, rank candidates with the target's own keyed noise (communication-free coupling)."""
+    calibrate: bool = True
+    """Learn from each decided position how far the drafter is to be believed (flowspec)."""
+    ngram_feature: bool = True
+    """Take what followed the last tokens before, in prompt and output, as a hint beside the drafter (flowspec)."""
     just_in_time: bool = True
     """Let a segment leave when the first stage is about to be free, instead of queueing it there."""
-
-
-def log_probabilities(drafted: Drafted) -> np.ndarray:
-    """log p of each candidate to be the target's choice: p = C * softmax(logq + noise) over the kept ones of its node.
-
-    If the target's logits are the drafter's plus independent Gumbel error of scale 1, this is exact (POLICY
-    section 4, with weight 1); C < 1, the share of choices that the list holds, keeps every child strictly
-    below its parent. float64 [n, k], -inf where there is no candidate."""
-    z = drafted.logq if drafted.noise is None else drafted.logq + drafted.noise
-    z = z - z[:, :1]  # the best comes first
-    return z + np.log(drafted.coverage / np.exp(z).sum(1))[:, None]
 
 
 Candidates = tuple[list[int], list[float]]
@@ -84,9 +77,11 @@ class Rounds:
         self.segment_rows = config.segment
         self.credits = self.pieces = pieces
         self.pruning = pruning
+        self.scorer = Scorer(calibrate=False, ngrams=False)
 
-    def attach(self, tree: TokenTree, levels_left: Callable[[], int]) -> None:
-        self.tree, self.levels_left = tree, levels_left
+    def attach(self, tree: TokenTree, pipe: Pipe, prompt: Sequence[int], levels_left: Callable[[], int]) -> None:
+        self.tree, self.pipe, self.levels_left = tree, pipe, levels_left
+        self.scorer.attach(tree, prompt)
         self.rerooted()
 
     def rerooted(self) -> None:
@@ -95,11 +90,8 @@ class Rounds:
         self.level = 0
         self.planned: list[list[Node]] | None = None
 
-    def observe(self, started: Started) -> None:
-        """Rounds do not look at costs."""
-
     def proposed(self, nodes: list[Node], drafted: Drafted) -> None:
-        for node, tokens, scores in children(nodes, drafted, self.top_k):
+        for node, tokens, scores in self.scorer.scored(nodes, drafted, self.top_k):
             for token, score in zip(tokens, scores, strict=True):
                 self.tree.add(node, token, score)
 
@@ -136,28 +128,31 @@ class Rounds:
 
 
 class Continuous:
-    """The event-driven policy: a persistent tree, the likeliest unsent nodes leave just in time, on S + 1 credits."""
+    """The event-driven policy: a persistent tree, the likeliest unsent nodes leave just in time, as many segments as the ring holds."""
 
     ROWS = 16
     """nodes in a drafter forward"""
+    PATIENCE = 2.0
+    """how many times its delay a draft must be worth for a new root to wait for it"""
     CROWD = 600
     """nodes of the tree when the budget is auto"""
 
-    def __init__(self, config: TreeConfig, stages: int, just_in_time: bool):
+    def __init__(self, config: TreeConfig, stages: int, switches: PolicyConfig):
         self.budget = config.budget or self.CROWD
         self.top_k = config.top_k or 16
         self.levels = (config.depth + 1) if config.depth else 64
         self.fixed_rows = config.segment
-        self.credits = stages + 1
-        self.just_in_time = just_in_time
-        self.theta = 0.02
-        self.rows = config.segment or 32
+        self.stages = stages
+        self.just_in_time = switches.just_in_time
+        self.scorer = Scorer(switches.calibrate, switches.ngram_feature)
 
-    def attach(self, tree: TokenTree, levels_left: Callable[[], int]) -> None:
-        self.tree, self.levels_left = tree, levels_left
+    def attach(self, tree: TokenTree, pipe: Pipe, prompt: Sequence[int], levels_left: Callable[[], int]) -> None:
+        self.tree, self.pipe, self.levels_left = tree, pipe, levels_left
+        self.scorer.attach(tree, prompt)
         self._reset()
 
     def _reset(self) -> None:
+        self.drafting = self.tree.root.score  # the best node under way in the drafter
         # heaps of (-score, id, ...): absolute scores, so moving the root reorders nothing; entries of dead nodes are skipped
         self.unsent = [(-self.tree.root.score, self.tree.root.id)]
         self.unexpanded = list(self.unsent)
@@ -173,15 +168,24 @@ class Continuous:
         self.too_deep = []
         self._grow()
 
-    def observe(self, started: Started) -> None:
+    @property
+    def credits(self) -> int:
+        """Segments that keep the first stage busy: as many as fit into the ring, links included. One more would be decided too early:
+        it leaves before the news that the one ahead of it brings."""
+        return self.stages + round((self.stages + 1) * self.pipe.known_hop / self.pipe.base)
+
+    @property
+    def theta(self) -> float:
         """The marginal rule: a row is worth its cost while P >= slope / base (POLICY section 5)."""
-        ratio = started.slope / started.base
-        self.theta = min(0.25, max(0.002, ratio))
-        if self.fixed_rows is None:
-            self.rows = int(min(96, max(16, 0.35 / max(ratio, 1e-6))))
+        return min(0.25, max(0.002, self.pipe.slope / self.pipe.base))
+
+    @property
+    def rows(self) -> int:
+        """Rows of a segment: it should not take much longer than an empty one."""
+        return self.fixed_rows or int(min(96, max(16, 0.35 * self.pipe.base / max(self.pipe.slope, 1e-9))))
 
     def proposed(self, nodes: list[Node], drafted: Drafted) -> None:
-        for node, tokens, scores in children(nodes, drafted, self.top_k):
+        for node, tokens, scores in self.scorer.scored(nodes, drafted, self.top_k):
             heapq.heappush(self.tail, (-scores[0], node.id, 0, (tokens, scores)))
         self._grow()
 
@@ -201,13 +205,18 @@ class Continuous:
                 batch.append(node)
             else:
                 self.too_deep.append(entry)
+        if batch:
+            self.drafting = batch[0].score
         return batch
 
     def segment(self, drafting: bool) -> list[Node]:
         """The root if it is unsent, then the likeliest unsent nodes while P >= theta, up to the rows of a segment."""
         batch: list[Node] = []
         nodes, root, least = self.tree.nodes, self.tree.root, self._score_of(self.theta)
-        while self.unsent and len(batch) < self.rows:
+        if drafting and not root.sent and self._worth_waiting():
+            return []
+        most = self.rows
+        while self.unsent and len(batch) < most:
             node = nodes.get(self.unsent[0][1])
             if node is not None and not node.sent:
                 if node is not root and node.score < least:
@@ -215,6 +224,12 @@ class Continuous:
                 batch.append(node)
             heapq.heappop(self.unsent)
         return batch
+
+    def _worth_waiting(self) -> bool:
+        """Hold a new root back for the draft under way? Its children would be verified with it rather than a forward later, which
+        saves a forward (`base`) with the probability that they are reached; everything waits `draft` for it."""
+        reach = math.exp(min(0.0, self.drafting - self.tree.root.score))
+        return 0 < self.PATIENCE * self.pipe.draft < reach * self.pipe.base
 
     def verify_now(self, segments_out: int) -> bool:
         return True
@@ -236,7 +251,8 @@ class Continuous:
             key, id, rank, candidates = tail[0]
             node, (tokens, scores) = tree.nodes.get(id), candidates
             if node is not None:
-                entry = (key, tree.add(node, tokens[rank], scores[rank]).id)
+                child = tree.add(node, tokens[rank], scores[rank])
+                entry = (key, child.id)
                 heapq.heappush(self.unsent, entry)
                 heapq.heappush(self.unexpanded, entry)
             rank += 1
@@ -262,9 +278,11 @@ class PipeDec:
         self.top_k = config.top_k or 16
         self.budget = config.budget or 1 + stages * self.width
         self.levels = (config.depth + 1) if config.depth else self.credits  # no more can be out
+        self.scorer = Scorer(calibrate=False, ngrams=False)
 
-    def attach(self, tree: TokenTree, levels_left: Callable[[], int]) -> None:
-        self.tree, self.levels_left = tree, levels_left
+    def attach(self, tree: TokenTree, pipe: Pipe, prompt: Sequence[int], levels_left: Callable[[], int]) -> None:
+        self.tree, self.pipe, self.levels_left = tree, pipe, levels_left
+        self.scorer.attach(tree, prompt)
         self.rerooted()
 
     def rerooted(self) -> None:
@@ -272,11 +290,8 @@ class PipeDec:
             self.layer = [self.tree.root]
             self.candidates: list[tuple[float, int, int]] = []  # (-score, parent, token), the children of the layer
 
-    def observe(self, started: Started) -> None:
-        """A layer is as wide as it is, whatever it costs."""
-
     def proposed(self, nodes: list[Node], drafted: Drafted) -> None:
-        for node, tokens, scores in children(nodes, drafted, self.top_k):
+        for node, tokens, scores in self.scorer.scored(nodes, drafted, self.top_k):
             self.candidates += [(-score, node.id, token) for token, score in zip(tokens, scores, strict=True)]
 
     def draft(self) -> list[Node]:
@@ -308,24 +323,12 @@ Policy = Rounds | PipeDec | Continuous
 def make_policy(method: str, tree: TreeConfig, switches: PolicyConfig, stages: int) -> Policy:
     """The strategy of a method over `stages` stages."""
     if method == "flowspec":
-        return Continuous(tree, stages, switches.just_in_time)
+        return Continuous(tree, stages, switches)
     if method == "pipedec":
         return PipeDec(tree, stages, switches.just_in_time)
     if method == "ar":
         return Rounds(dataclasses.replace(tree, budget=1), pieces=1)
     return Rounds(tree, pieces={"serial": 1, "naive": stages + 1, "pruned": stages + 1}[method], pruning=method == "pruned")
-
-
-def children(nodes: list[Node], drafted: Drafted, top_k: int) -> Iterator[tuple[Node, list[int], list[float]]]:
-    """Each node with its best top_k candidates: their tokens and their scores."""
-    if not nodes:
-        return iter(())
-    scores = log_probabilities(drafted)[:, :top_k] + np.array([n.score for n in nodes])[:, None]
-    rows = zip(nodes, drafted.tokens[:, :top_k].tolist(), scores.tolist(), strict=True)
-    if scores[:, -1].min() > -np.inf:
-        return rows
-    counts = (scores > -np.inf).sum(1).tolist()
-    return ((node, tokens[:n], row[:n]) for (node, tokens, row), n in zip(rows, counts, strict=True))
 
 
 def best_first(node: Node) -> tuple[float, int]:

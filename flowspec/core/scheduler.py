@@ -25,51 +25,10 @@ from flowspec.core.messages import (
     Wake,
     Woke,
 )
+from flowspec.core.pipe import Pipe
 from flowspec.core.policy import Policy
 from flowspec.core.request import Request
 from flowspec.core.tree import Node, TokenTree
-
-
-class Pipe:
-    """What rank 0 knows of the ring: segments out, and when the first stage can take the next one."""
-
-    def __init__(self) -> None:
-        self.out: dict[int, tuple[int, ...]] = {}  # number -> ids, while a node of it is alive
-        self.waiting: dict[int, float] = {}  # number -> when it was sent, until the first stage starts on it
-        self.free_at = -math.inf
-        self.hop = math.inf  # seconds of one hop: half of the quickest answer of an idle first stage
-        self._idle_when_sent: dict[int, bool] = {}
-
-    def sent(self, number: int, ids: tuple[int, ...], now: float) -> None:
-        self._idle_when_sent[number] = not self.waiting and now >= self.free_at
-        self.out[number], self.waiting[number] = ids, now
-
-    def started(self, event: Started, now: float) -> None:
-        sent_at = self.waiting.pop(event.number, None)
-        if sent_at is None:  # it came back before this news did
-            return
-        if self._idle_when_sent.pop(event.number):
-            self.hop = min(self.hop, (now - sent_at) / 2)
-        self.free_at = now + event.expected - self._known_hop
-
-    def returned(self, number: int, now: float) -> None:
-        self.out.pop(number, None)
-        if self.waiting.pop(number, None) is not None:
-            self._idle_when_sent.pop(number)
-            self.free_at = now
-
-    def drop_dead(self, tree: TokenTree) -> None:
-        """A segment none of whose nodes is alive need not come back."""
-        self.out = {number: ids for number, ids in self.out.items() if not tree.nodes.keys().isdisjoint(ids)}
-
-    @property
-    def room_at(self) -> float:
-        """When a segment may leave so that it arrives as the first stage becomes free; never while one waits there."""
-        return math.inf if self.waiting else self.free_at - self._known_hop
-
-    @property
-    def _known_hop(self) -> float:
-        return 0.0 if math.isinf(self.hop) else self.hop
 
 
 class Scheduler:
@@ -78,13 +37,13 @@ class Scheduler:
     def __init__(self, request: Request, policy: Policy, drafts: bool = True):
         self.request, self.policy, self.drafts = request, policy, drafts
         self.tree = TokenTree(request.prompt[-1], request.prompt_length - 1)
-        self.policy.attach(self.tree, lambda: self.remaining - 1)
         self.pipe = Pipe()
+        self.policy.attach(self.tree, self.pipe, request.prompt, lambda: self.remaining - 1)
         self.anchor = -1
         self.version = self.segments = self.returned_segments = 0
         self.tokens: list[int] = []
         self.finished = False
-        self._drafting = False
+        self._drafting, self._draft_begun = False, 0.0
         self._known: dict[int, Mapping[int, int]] = {}
 
     @property
@@ -102,11 +61,9 @@ class Scheduler:
         if isinstance(event, Returned):
             actions = self._returned(event, now)
         elif isinstance(event, Drafted):
-            self._drafted(event)
+            self._drafted(event, now)
         elif isinstance(event, Started):
             self.pipe.started(event, now)
-            if event.rows:
-                self.policy.observe(event)
         else:
             assert isinstance(event, Woke)
         return actions if self.finished else actions + self._fill(now)
@@ -121,6 +78,7 @@ class Scheduler:
         path, tokens, accepted, child = self._walk()
         self.tokens += tokens
         self.anchor = path[-1].id
+        self.policy.scorer.decided([n.id for n in path], tokens)
         if child is not None and self.policy.keeps(child):
             self.tree.reroot(child)
         else:
@@ -158,8 +116,9 @@ class Scheduler:
         return "length" if self.remaining == 0 else None
 
     # ---- what to do next ---------------------------------------------------------------------------
-    def _drafted(self, event: Drafted) -> None:
+    def _drafted(self, event: Drafted, now: float) -> None:
         self._drafting = False
+        self.pipe.drafted(now - self._draft_begun)
         nodes = self.tree.nodes
         alive = [row for row, id in enumerate(event.nodes) if id in nodes]
         if alive:
@@ -167,14 +126,14 @@ class Scheduler:
             self.policy.proposed([nodes[id] for id in event.nodes], event)
 
     def _fill(self, now: float) -> list[Action]:
-        drafts = self._draft()
+        drafts = self._draft(now)
         sends = self._sends(now)
-        return drafts + sends + self._draft()  # again: a layer that has just left can be drafted from
+        return drafts + sends + self._draft(now)  # again: a layer that has just left can be drafted from
 
-    def _draft(self) -> list[Action]:
+    def _draft(self, now: float) -> list[Action]:
         if not self.drafts or self._drafting or not (batch := self.policy.draft()):
             return []
-        self._drafting = True
+        self._drafting, self._draft_begun = True, now
         for node in batch:
             node.expanded = True
         return [Draft(tuple(DraftNode(n.id, n.parent, n.token) for n in batch))]
@@ -205,5 +164,4 @@ class Scheduler:
         self.tree.validate()
         assert self.tree.root.position == self.request.prompt_length + len(self.tokens) - 1
         assert self.finished or self.remaining > 0
-        assert len(self.pipe.out) <= self.policy.credits
         assert not any(self.tree.nodes.keys().isdisjoint(ids) for ids in self.pipe.out.values())

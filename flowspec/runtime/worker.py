@@ -114,14 +114,14 @@ class Worker:
         ids, parents = wire.read_nodes(message)
         apart = live.apart
         self._arrived(live, message, taken, ids)
-        self._verify(live, message, ids, parents)
+        self._verify(live, message, ids, parents, taken)
         live.overhead += time.thread_time() - begun - (live.apart - apart)
 
-    def _verify(self, live: _Live, message: Message, ids: list[int], parents: list[int]) -> None:
+    def _verify(self, live: _Live, message: Message, ids: list[int], parents: list[int], taken: float) -> None:
         request, number = message.meta["request"], message.meta["number"]
         worth = live.sequence.state.worth(ids, parents)
         if self._is_first:
-            self._announce(live, request, number, len(worth))
+            self._announce(live, message, len(worth), taken - self.transport.inbox.since)
         if not worth:
             return
         about = {"segment": number, "ids": [ids[k] for k in worth]}
@@ -178,11 +178,11 @@ class Worker:
         self.transport.send_control(0, wire.pong(message))
 
     # ---- time --------------------------------------------------------------------------------------
-    def _announce(self, live: _Live, request: int, number: int, rows: int) -> None:
+    def _announce(self, live: _Live, message: Message, rows: int, waited: float) -> None:
         """Tell rank 0 when this stage will be free, so that the next segment can arrive just then."""
         expected = live.cost.predict(rows) if rows else 0.0
-        started = Started(number, rows, expected, live.cost.base, live.cost.slope)
-        self.transport.send_control(0, wire.started(request, started))
+        started = Started(message.meta["number"], rows, expected, live.cost.base, live.cost.slope, waited)
+        self.transport.send_control(0, wire.started(message.meta["request"], started))
 
     def _arrived(self, live: _Live, message: Message, taken: float, ids: list[int] | None) -> None:
         live.log.arrived(message, self._sender, self.transport.rank, self.transport.inbox.since, taken, ids)

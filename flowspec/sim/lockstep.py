@@ -13,8 +13,9 @@ import itertools
 from dataclasses import dataclass, replace
 
 from flowspec.core.messages import Commit, DraftNode
-from flowspec.core.policy import TreeConfig, best_first, children
+from flowspec.core.policy import TreeConfig, best_first
 from flowspec.core.request import Request
+from flowspec.core.score import Scorer
 from flowspec.core.tree import Node, TokenTree
 from flowspec.sim.world import PREFILL_ROWS, Guesser, Link, Outcome, Ring
 from flowspec.trace import Fates, Span, untangled
@@ -46,6 +47,8 @@ class LockStep:
         self._free = [0.0] * (ring.stages + 1)
         self._fates, self._spans = Fates(), list[Span]()
         self._segments = 0
+        self._scorer = Scorer(calibrate=False, ngrams=False)
+        self._scorer.attach(self.tree, request.prompt)
 
     def run(self) -> Outcome:
         now = self._prefill()
@@ -137,7 +140,7 @@ class LockStep:
             drafted = self.guesser.propose([DraftNode(n.id, n.parent, n.token) for n in frontier])
             nodes = [self.tree.nodes[id] for id in drafted.nodes]
             level = []
-            for node, tokens, scores in children(nodes, drafted, self.top_k):
+            for node, tokens, scores in self._scorer.scored(nodes, drafted, self.top_k):
                 level += [self.tree.add(node, *child) for child in zip(tokens, scores, strict=True)]
             pool += level
             frontier = sorted(level, key=best_first)[: self.top_k]

@@ -247,7 +247,7 @@ class World:
                 segment = _only(segment, worth)
                 rows = len(worth)
                 if stage.rank == 1:
-                    self._announce(now, stage, segment.number, rows)
+                    self._announce(now, stage, segment.number, rows, now - arrived)
                 if not rows:
                     continue
                 stage.state.admit(segment.ids, segment.parents)
@@ -257,9 +257,9 @@ class World:
             self._note(stage.rank, "compute", now, now + seconds, segment)
             self._at(now + seconds, self._on_computed, stage, segment, rows, seconds)
 
-    def _announce(self, now: float, stage: _Stage, number: int, rows: int) -> None:
+    def _announce(self, now: float, stage: _Stage, number: int, rows: int, waited: float) -> None:
         expected = stage.cost.predict(rows) if rows else 0.0
-        event = Started(number, rows, expected, stage.cost.base, stage.cost.slope)
+        event = Started(number, rows, expected, stage.cost.base, stage.cost.slope, waited)
         self._at(now + self.ring.emulate.link_ms / 1000, self._handle, event)
 
     def _on_computed(self, now: float, stage: _Stage, segment: Segment | None, rows: int, seconds: float) -> None:

@@ -92,7 +92,7 @@ class Case:
             depth=r.choice([None, 1, 3, 8]),
             segment=r.choice([None, 1, 2, 7, 64]),
         )
-        self.switches = PolicyConfig(just_in_time=r.random() < 0.7)
+        self.switches = PolicyConfig(just_in_time=r.random() < 0.7, calibrate=r.random() < 0.7, ngram_feature=r.random() < 0.7)
         self.drafts = r.random() < 0.95
 
 
@@ -160,7 +160,7 @@ class World:
         for i, tokens in seen.items():
             assert tokens == self.context[i], "a stage attended to the wrong rows"
         if k == 0:
-            started = Started(segment.number, len(kept.ids), 0.5 if kept.ids else 0.0, 0.4, 0.01)
+            started = Started(segment.number, len(kept.ids), 0.5 if kept.ids else 0.0, 0.4, 0.01, 0.0)
             self._post("control", now, self.random.random(), ("started", started))
         if not kept.ids:
             return

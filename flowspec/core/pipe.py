@@ -1,0 +1,55 @@
+"""Rank 0's picture of the ring. Pure."""
+
+from __future__ import annotations
+
+import math
+
+from flowspec.core.messages import Started
+from flowspec.core.tree import TokenTree
+
+
+class Pipe:
+    """What rank 0 knows of the ring: segments out, when the first stage can take the next one, what things cost (seconds)."""
+
+    def __init__(self) -> None:
+        self.base, self.slope = 0.02, 0.0004  # the first stage's forward over no row, and each row; a guess until it is measured
+        self.draft = 0.0  # a drafter's forward, once there was one
+        self.out: dict[int, tuple[int, ...]] = {}  # number -> ids, while a node of it is alive
+        self.waiting: dict[int, float] = {}  # number -> when it was sent, until the first stage starts on it
+        self.free_at = -math.inf
+        self.hop = math.inf  # seconds of one hop: half of the first stage's quickest answer, less the wait in its queue
+
+    def sent(self, number: int, ids: tuple[int, ...], now: float) -> None:
+        self.out[number], self.waiting[number] = ids, now
+
+    def started(self, event: Started, now: float) -> None:
+        sent_at = self.waiting.pop(event.number, None)
+        if sent_at is None:  # it came back before this news did
+            return
+        self.hop = min(self.hop, (now - sent_at - event.waited) / 2)
+        self.free_at = now + event.expected - self.known_hop
+        if event.rows:
+            self.base, self.slope = event.base, event.slope
+
+    def returned(self, number: int, now: float) -> None:
+        self.out.pop(number, None)
+        if self.waiting.pop(number, None) is not None:
+            self.free_at = now
+
+    def drop_dead(self, tree: TokenTree) -> None:
+        """A segment none of whose nodes is alive need not come back."""
+        self.out = {number: ids for number, ids in self.out.items() if not tree.nodes.keys().isdisjoint(ids)}
+
+    @property
+    def room_at(self) -> float:
+        """When a segment may leave so that it arrives as the first stage becomes free; never while one waits there."""
+        return math.inf if self.waiting else self.free_at - self.known_hop
+
+    @property
+    def known_hop(self) -> float:
+        """Seconds of one hop; 0 until there was one to measure."""
+        return 0.0 if math.isinf(self.hop) else self.hop
+
+    def drafted(self, seconds: float) -> None:
+        """A drafter's forward took this long."""
+        self.draft += (seconds - self.draft) * (0.2 if self.draft else 1.0)
