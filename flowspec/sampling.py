@@ -123,7 +123,9 @@ class Pick(NamedTuple):
 def pick(logits: Tensor, sampling: Sampling, noise: NoiseRows | None, position: int) -> Pick:
     """The token at `position` for these logits [vocabulary]: argmax without noise (greedy), else Gumbel-max after the filters."""
     if noise is None:
-        scores = logits.double()
+        scores = logits
+    elif not sampling.filters:  # what normalises the distribution is the same for all tokens
+        scores = logits.double() / sampling.temperature + noise(position)
     else:
         logp = _tempered(logits, sampling)
         scores = (logp + noise(position)).masked_fill(logp < _least(logp, sampling), -torch.inf)

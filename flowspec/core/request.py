@@ -32,6 +32,11 @@ class Sampling:
     """Of the keyed noise; null draws one and reports it."""
     max_new_tokens: int = 128
 
+    @property
+    def filters(self) -> bool:
+        """Does any filter take tokens out?"""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
     def __post_init__(self) -> None:
         need(0 <= self.temperature < math.inf, f"sampling.temperature is {self.temperature}: it must be 0 (greedy) or more")
         need(self.top_k >= 0, f"sampling.top_k is {self.top_k}: it must be 0 (off) or more")
