@@ -93,7 +93,7 @@ def test_a_comparison_writes_its_records_table_and_chart(pair, tmp_path, capsys)
         ["c", *SMALL, "--repeats", "2", "--temperatures", "0,0.9", "--sweep", "--output", str(tmp_path / "out")]
     )
     options.given = ["compare", "c"]
-    with Engine.from_config(pair.config(2), [BOARD, "sampling.max_new_tokens=12"]) as engine:
+    with Engine.from_config(pair.config(2), [BOARD, "emulate.stage_ms=5", "sampling.max_new_tokens=8"]) as engine:
         assert compare(engine, ["def add(a, b):", "for i"], options)
     said = capsys.readouterr().out
     assert "every method wrote the same tokens" in said and "tree.segment=16" in said
