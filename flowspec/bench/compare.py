@@ -200,7 +200,7 @@ def _simulated(forecaster: Forecaster, tapes: Sequence[Tape], method: str, stage
 def _facts(engine: Engine, options: argparse.Namespace, seed: int) -> dict[str, Any]:
     import torch
 
-    command = " ".join(["python -m flowspec bench compare", *options.given])
+    command = " ".join(["python -m flowspec bench", *options.given])
     machine = f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}"
     return {
         "command": command,
