@@ -12,12 +12,15 @@ from flowspec.core.request import need
 
 
 class LinearCost:
-    """Weighted least squares over the recent past, started from a guess that a few observations outweigh."""
+    """Weighted least squares over the recent past, started from a guess that a few observations outweigh.
+
+    The guess is one of shape, a row for a fiftieth of a forward: the first observation says how fast it all is."""
 
     FORGET = 0.95
 
     def __init__(self, base: float = 0.02, slope: float = 0.0004):
         self._n = self._t = self._nn = self._nt = self._w = 0.0
+        self._observed = False
         for rows in (1.0, 32.0):
             self._add(rows, base + slope * rows, 0.5)
 
@@ -29,6 +32,9 @@ class LinearCost:
         self._nt += weight * rows * seconds
 
     def observe(self, rows: int, seconds: float) -> None:
+        if not self._observed:
+            scale = seconds / self.predict(rows)
+            self._t, self._nt, self._observed = self._t * scale, self._nt * scale, True
         for name in ("_n", "_t", "_nn", "_nt", "_w"):
             setattr(self, name, getattr(self, name) * self.FORGET)
         self._add(rows, seconds, 1.0)
