@@ -26,6 +26,7 @@ from flowspec.bench.forecast import Forecaster, Models, rate
 from flowspec.config import METHODS
 from flowspec.core.cost import Emulate
 from flowspec.core.policy import TreeConfig
+from flowspec.core.request import need
 from flowspec.draft.recorded import Tape
 from flowspec.engine import Engine, Generation, Result
 from flowspec.errors import UserError
@@ -61,6 +62,7 @@ def compare(engine: Engine, prompts: Sequence[str], options: argparse.Namespace)
     """Run, predict, print, write; False if two methods wrote different tokens."""
     config = engine.config
     temperatures = numbers(options.temperatures, float, "--temperatures") if options.temperatures else [config.sampling.temperature]
+    need(not (options.sweep and config.drafter.reads_features), f"--sweep: drafter.kind {config.drafter.kind} cannot be simulated yet")
     folder = Path(options.output or ROOT / "build" / "bench" / f"{config.name}_s{engine.world_size - 1}")
     order = random.Random(seed := 0)
     runs = list(_runs(engine, prompts, methods(options.methods, METHODS), temperatures, int(options.repeats), order))
@@ -140,7 +142,9 @@ def _record(run: Run, simulated: float | None) -> report.Record:
 # ---- simulated -------------------------------------------------------------------------------------
 def _predictions(runs: Sequence[Run], forecaster: Forecaster, stages: int) -> dict[tuple[str, float, int], float | None]:
     """(method, temperature, prompt) -> tokens/s in virtual time, with the costs that the configuration emulates, and those
-    measured in these very runs where it emulates none."""
+    measured in these very runs where it emulates none. None where the drafter cannot be simulated."""
+    if forecaster.config.drafter.reads_features:
+        return {(run.result.method, run.result.temperature, run.prompt): None for run in runs}
     predicted: dict[tuple[str, float, int], float | None] = {}
     for run in runs:
         key = run.result.method, run.result.temperature, run.prompt

@@ -82,6 +82,10 @@ class Forecaster:
             return SyntheticDrafter(tape.request, tape.text, self.profile, seed=tape.request.id)
         if config.drafter.kind == "none":
             return None
+        need(
+            not config.drafter.reads_features,
+            f"drafter.kind {config.drafter.kind} cannot be simulated yet: it reads the target's features, and a text has none",
+        )
         if self.offline:
             return RecordedDrafter(tape)
         from flowspec.sampling import noise_for
@@ -99,7 +103,7 @@ class Forecaster:
         from flowspec.draft.registry import make_drafter
 
         if self._drafter is None:
-            self._drafter = make_drafter(config.drafter, config.folder, self.models.vocabulary, torch.float32, "cpu")
+            self._drafter = make_drafter(config.drafter, config.folder, Manifest.load(config.stages_path), None, torch.float32, "cpu")
         assert self._drafter is not None
         return self._drafter
 
