@@ -23,7 +23,9 @@ def save_tokenizer(folder, vocabulary: int) -> None:
 
 
 def save_head(folder, model: LlamaForCausalLM) -> None:
-    """An EAGLE head in the published layout: small random weights, and an fc fitted to the target on random tokens."""
+    """An EAGLE head in the published layout: small random weights, and an fc fitted to the target on random tokens.
+
+    Least squares shrinks what it cannot predict; doubled, the head is as sure of itself as policies want it to be."""
     torch.manual_seed(2)
     hidden, config = model.config.hidden_size, model.config.to_dict() | {"num_hidden_layers": 1}
     like = {f"layers.0.{k}": v for k, v in model.model.layers[0].state_dict().items() if "input_layernorm" not in k}
@@ -33,7 +35,7 @@ def save_head(folder, model: LlamaForCausalLM) -> None:
         tokens = torch.randint(0, 300, (40, 40))
         features = model.model(tokens).last_hidden_state
         rows = torch.cat([model.model.embed_tokens(tokens[:, 1:]), features[:, :-1]], -1).flatten(0, 1)
-        fc = torch.linalg.solve(rows.T @ rows + 0.1 * torch.eye(2 * hidden), rows.T @ features[:, 1:].flatten(0, 1)).T
+        fc = 2 * torch.linalg.solve(rows.T @ rows + 0.1 * torch.eye(2 * hidden), rows.T @ features[:, 1:].flatten(0, 1)).T
     folder.mkdir()
     save_file({"fc.weight": fc.contiguous(), **layer}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))

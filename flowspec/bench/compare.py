@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flowspec.bench import report, timeline
-from flowspec.bench.forecast import Forecaster, Models, rate
+from flowspec.bench.forecast import Forecaster, Models, check_simulable, rate
 from flowspec.config import METHODS
 from flowspec.core.cost import Emulate
 from flowspec.core.policy import TreeConfig
-from flowspec.core.request import need
 from flowspec.draft.recorded import Tape
 from flowspec.engine import Engine, Generation, Result
 from flowspec.errors import UserError
@@ -62,7 +61,8 @@ def compare(engine: Engine, prompts: Sequence[str], options: argparse.Namespace)
     """Run, predict, print, write; False if two methods wrote different tokens."""
     config = engine.config
     temperatures = numbers(options.temperatures, float, "--temperatures") if options.temperatures else [config.sampling.temperature]
-    need(not (options.sweep and config.drafter.reads_features), f"--sweep: drafter.kind {config.drafter.kind} cannot be simulated yet")
+    if options.sweep:
+        check_simulable(config)
     folder = Path(options.output or ROOT / "build" / "bench" / f"{config.name}_s{engine.world_size - 1}")
     order = random.Random(seed := 0)
     runs = list(_runs(engine, prompts, methods(options.methods, METHODS), temperatures, int(options.repeats), order))

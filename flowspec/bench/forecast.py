@@ -41,6 +41,12 @@ class Models:
         return cls(name=name, vocabulary=manifest.vocab_size, hidden=manifest.hidden_size)
 
 
+def check_simulable(config: Config) -> None:
+    """UserError for a drafter that cannot be asked without the target."""
+    kind = config.drafter.kind
+    need(not config.drafter.reads_features, f"drafter.kind {kind} cannot be simulated yet: it reads the target's features, a text has none")
+
+
 class Forecaster:
     """Predicts runs. Drafts of a language model are remembered by path, so that a sweep asks it once; others are asked live."""
 
@@ -82,10 +88,7 @@ class Forecaster:
             return SyntheticDrafter(tape.request, tape.text, self.profile, seed=tape.request.id)
         if config.drafter.kind == "none":
             return None
-        need(
-            not config.drafter.reads_features,
-            f"drafter.kind {config.drafter.kind} cannot be simulated yet: it reads the target's features, and a text has none",
-        )
+        check_simulable(config)
         if self.offline:
             return RecordedDrafter(tape)
         from flowspec.sampling import noise_for
