@@ -17,6 +17,7 @@ from flowspec.comm.base import Inbox
 from flowspec.core.messages import Commit, Draft, DraftNode
 from flowspec.core.policy import METHODS
 from flowspec.core.request import Request, Sampling
+from flowspec.core.stage import StageState
 from flowspec.draft.eagle import EagleDrafter
 from flowspec.models.eagle import load_eagle
 from flowspec.models.manifest import Manifest
@@ -173,9 +174,10 @@ class Oracle:
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("prompt", [PROMPT, (9, 4)])
-def test_an_incremental_tree_proposes_what_a_fresh_forward_with_the_same_features_would(eagle, seed, prompt):
-    """Random growth and commits: deep hits, misses, several commits without a draft in between."""
+@pytest.mark.parametrize("prompt,compact", [(PROMPT, 64), ((9, 4), -1)])
+def test_an_incremental_tree_proposes_what_a_fresh_forward_with_the_same_features_would(eagle, monkeypatch, seed, prompt, compact):
+    """Random growth and commits: deep hits, misses, several commits without a draft in between; dead rows left or gathered at once."""
+    monkeypatch.setattr(StageState, "COMPACT", compact)
     r, drafter = random.Random(seed), EagleDrafter(*eagle)
     torch.manual_seed(seed)
     features = torch.randn(len(prompt) - 1, HIDDEN)
@@ -212,8 +214,9 @@ def test_an_incremental_tree_proposes_what_a_fresh_forward_with_the_same_feature
     assert drafter._sequence.cache.length == drafter._sequence.state.length
 
 
-def test_rows_of_text_are_made_of_the_targets_features_once_they_are_known(eagle):
-    """After a commit, drafting from a new root is the same as reading the whole text as a prompt."""
+def test_rows_of_text_are_made_of_the_targets_features_once_they_are_known(eagle, monkeypatch):
+    """After a commit, drafting from a new root is the same as reading the whole text as a prompt, in chunks."""
+    monkeypatch.setattr("flowspec.draft.eagle.PREFILL_ROWS", 2)
     features = torch.randn(6, HIDDEN)
     grown, fresh = EagleDrafter(*eagle), EagleDrafter(*eagle)
     grown.begin(request(), None, features[:3])
