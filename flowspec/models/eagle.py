@@ -48,7 +48,7 @@ def load_eagle(folder: Path, manifest: Manifest, head: Head, dtype: torch.dtype,
     """The head in `folder` for the target of `manifest`, whose lm_head is `head`. UserError names what does not fit."""
     tensors, config = _read(folder, dtype), read_config(folder)
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
-    layer = _layer(config, tensors, device, str(folder))
+    layer = decoder_layer(config, tensors, device, str(folder))
     fc = _taken(tensors, EAGLE_FC, (hidden, 2 * hidden), folder).to(device)
     bias = _taken(tensors, EAGLE_BIAS, (hidden,), folder).to(device) if EAGLE_BIAS in tensors else None
     if EAGLE_EMBEDDING in tensors:
@@ -81,7 +81,7 @@ def _read(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read as weights ({type(error).__name__}): download it again") from None
 
 
-def _layer(config: dict, tensors: dict[str, Tensor], device: str, source: str) -> StageModel:
+def decoder_layer(config: dict, tensors: dict[str, Tensor], device: str, source: str) -> StageModel:
     """The decoder layer; published heads leave out the norm before attention, and their files tell which biases they have."""
     config = {**config, "num_hidden_layers": 1}
     if LAYER + "self_attn.q_proj.bias" in tensors:

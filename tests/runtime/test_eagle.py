@@ -19,7 +19,8 @@ from flowspec.core.policy import METHODS
 from flowspec.core.request import Request, Sampling
 from flowspec.core.stage import StageState
 from flowspec.draft.eagle import EagleDrafter
-from flowspec.models.eagle import load_eagle
+from flowspec.models.eagle import decoder_layer, load_eagle
+from flowspec.models.families import check_config
 from flowspec.models.manifest import Manifest
 from flowspec.models.stage import Head, Sequence, load_head
 from flowspec.runtime import driver
@@ -91,6 +92,36 @@ def test_a_published_head_computes_what_it_did_where_it_was_trained(pair, head, 
     kind = "qwen2" if variant == "qwen" else "llama"
     want = by_transformers(pair, tensors, kind, tokens, features, norm=variant == "whole")
     torch.testing.assert_close(predicted(loaded, tokens, features), want, rtol=1e-4, atol=1e-4)
+
+
+# hidden, intermediate, heads, key/value heads (None: not in the file), vocabulary, extra: Vicuna 7B and Llama 3 8B as in the configurations
+# that the EAGLE repository trains with, the others by the sizes of their targets
+PUBLISHED = {
+    "Vicuna 7B": (4096, 11008, 32, None, 32000, {}),
+    "Vicuna 13B": (5120, 13824, 40, None, 32000, {}),
+    "Llama 3 8B": (4096, 14336, 32, 8, 128256, {"rope_theta": 500000.0, "bias": False}),
+    "Llama 3 70B": (8192, 28672, 64, 8, 128256, {"rope_theta": 500000.0, "bias": False}),
+    "Qwen 2 7B": (3584, 18944, 28, 4, 152064, {"rope_theta": 1000000.0, "qkv_bias": True}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_names_and_shapes_of_published_heads_fit(name):
+    """Without weights: tensors on torch's meta device have shapes only."""
+    hidden, wide, heads, groups, vocabulary, more = PUBLISHED[name]
+    config = dict(model_type="llama", hidden_size=hidden, intermediate_size=wide, num_attention_heads=heads, num_hidden_layers=1)
+    config |= dict(vocab_size=vocabulary, max_position_embeddings=2048, rms_norm_eps=1e-5, **more)
+    config |= {"num_key_value_heads": groups} if groups else {}
+    check_config(config)
+    narrow = hidden * (groups or heads) // heads
+    shapes = {f"self_attn.{k}_proj": (n, hidden) for k, n in (("q", hidden), ("k", narrow), ("v", narrow), ("o", hidden))}
+    shapes |= {"mlp.gate_proj": (wide, hidden), "mlp.up_proj": (wide, hidden), "mlp.down_proj": (hidden, wide)}
+    shapes |= {"post_attention_layernorm": (hidden,)}
+    tensors = {f"layers.0.{k}.weight": torch.empty(shape, device="meta") for k, shape in shapes.items()}
+    biased = {"q": hidden, "k": narrow, "v": narrow} if "qkv_bias" in more else {}
+    tensors |= {f"layers.0.self_attn.{k}_proj.bias": torch.empty(n, device="meta") for k, n in biased.items()}
+    layer = decoder_layer(config, tensors, "meta", name)
+    assert {n: p.shape for n, p in layer.named_parameters()} == {n: t.shape for n, t in tensors.items()}
 
 
 def test_half_precision_is_read_as_what_is_computed_with(pair, head):
