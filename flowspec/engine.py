@@ -250,11 +250,12 @@ class Engine:
     def _make_driver(self) -> Driver:
         config, manifest = self.config, self.manifest
         dtype, device = compute_dtype(config, manifest, 0), checked_device(config, 0)
-        drafter = make_drafter(config.drafter, config.folder, manifest.vocab_size, dtype, device)
-        least = config.emulate.draft_ms / 1000 if config.drafter.kind == "lm" else 0.0
+        head = load_head(manifest, 0, dtype, device) if 0 in config.head_ranks(manifest.num_stages) else None
+        drafter = make_drafter(config.drafter, config.folder, manifest, head, dtype, device)
+        least = config.emulate.draft_ms / 1000 if config.drafter.computes else 0.0
         self._draft = DraftThread(drafter, self._transport.inbox, least) if drafter else None
-        head = None if config.verifies_last else load_head(manifest, 0, dtype, device)
-        return Driver(self._transport, self._draft, manifest.vocab_size, head, config.emulate.hidden_scale)
+        verifying = None if config.verifies_last else head
+        return Driver(self._transport, self._draft, manifest.vocab_size, verifying, config.emulate.hidden_scale)
 
     def _request(self, tokens: tuple[int, ...], sampling: Sampling) -> Request:
         """With a seed, and no more new tokens than the model has positions for."""
@@ -317,7 +318,7 @@ def warm_up(config: Config, manifest: Manifest, rank: int) -> None:
     """Import the model's code before there are heartbeats to miss: it takes seconds, and holds the interpreter's lock."""
     if rank > 0:
         family_of(read_config(manifest.folder(rank))).classes()
-    elif config.drafter.kind == "lm":
+    elif config.drafter.computes:
         family_of(read_config(config.drafter.checkpoint(config.folder))).classes()
 
 

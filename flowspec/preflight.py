@@ -10,9 +10,9 @@ from flowspec.config import Config
 from flowspec.core.request import need
 from flowspec.draft.config import DrafterConfig
 from flowspec.errors import UserError
-from flowspec.models.families import read_config
+from flowspec.models.families import CONFIG, EAGLE_FC, read_config
 from flowspec.models.manifest import Manifest, verify_files
-from flowspec.models.weights import Checkpoint
+from flowspec.models.weights import Checkpoint, pickled
 from flowspec.text import Text, check_same_tokens, load_tokenizer
 
 PARTIAL = ".partial"
@@ -31,20 +31,39 @@ def check_run(config: Config, ranks: Sequence[int] | None = None) -> Manifest:
     )
     config.emulate.check_stages(manifest.num_stages)
     ranks = range(world_size) if ranks is None else ranks
-    verify_files(manifest, ranks, lm_head=[manifest.num_stages if config.verifies_last else 0])
+    verify_files(manifest, ranks, lm_head=config.head_ranks(manifest.num_stages))
     if 0 in ranks:
         check_drafter(config.drafter, config.folder, manifest)
     return manifest
 
 
 def check_drafter(drafter: DrafterConfig, folder: Path, manifest: Manifest) -> None:
-    if drafter.kind != "lm":
+    if not drafter.computes:
         return
     path = drafter.checkpoint(folder)
     need(path.is_dir(), f"drafter.path: no folder {path}")
+    if drafter.kind == "eagle":
+        check_eagle(path, manifest)
+        return
     Checkpoint(path)
     read_config(path)
     check_same_tokens(Text(manifest.folder(0)).tokenizer, load_tokenizer(path), str(path))
+
+
+def check_eagle(folder: Path, manifest: Manifest) -> None:
+    """What can be known of an EAGLE head without reading its weights: that it is one, of this target's sizes."""
+    config, where = read_config(folder), folder / CONFIG
+    for key, ours in (("hidden_size", manifest.hidden_size), ("vocab_size", manifest.vocab_size)):
+        advice = "give the head that was trained for this target"
+        need(config[key] == ours, f"drafter.path: {where}: {key} is {config[key]}, the target's is {ours}: {advice}")
+    layers = config["num_hidden_layers"]
+    need(layers == 1, f"drafter.path: {where}: num_hidden_layers is {layers}, an EAGLE head has 1 (a draft model is drafter.kind: lm)")
+    need("draft_vocab_size" not in config, f"drafter.path: {where}: this is an EAGLE-3 head; EAGLE-1 and EAGLE-2 heads are supported")
+    if pickled(folder):
+        return  # its names are known once torch has read it
+    checkpoint, hidden = Checkpoint(folder), config["hidden_size"]
+    shape = checkpoint.info(EAGLE_FC).shape
+    need(shape == (hidden, 2 * hidden), f"drafter.path: {folder}: {EAGLE_FC} has shape {list(shape)}, it must be {[hidden, 2 * hidden]}")
 
 
 def check_prompt(tokens: Sequence[int], manifest: Manifest, name: str = "the prompt") -> None:

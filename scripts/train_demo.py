@@ -49,12 +49,13 @@ def sources() -> tuple[list[str], list[str]]:
     return train, held
 
 
-def tokens_of(tokenizer: Tokenizer, files: list[str], seed: int) -> torch.Tensor:
+def tokens_of(tokenizer: Tokenizer, files: list[str], seed: int, mark: int | None = None) -> torch.Tensor:
+    """All files in random order as one row of tokens. `mark` stands before each; None: END, or nothing where that is unknown."""
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
-    end = tokenizer.token_to_id(END)
+    mark = tokenizer.token_to_id(END) if mark is None else mark
     out: list[int] = []
     for encoding in tokenizer.encode_batch([files[k] for k in order], add_special_tokens=False):
-        out += [end, *encoding.ids]
+        out += [*([] if mark is None else [mark]), *encoding.ids]
     return torch.tensor(out, dtype=torch.long)
 
 

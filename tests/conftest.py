@@ -1,7 +1,10 @@
 """A tiny random target, a draft that mostly agrees with it, and their splits: made once, in a temporary folder."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -19,12 +22,31 @@ def save_tokenizer(folder, vocabulary: int) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
+def save_head(folder, model: LlamaForCausalLM) -> None:
+    """An EAGLE head in the published layout: small random weights, and an fc fitted to the target on random tokens.
+
+    Least squares shrinks what it cannot predict; doubled, the head is as sure of itself as policies want it to be."""
+    torch.manual_seed(2)
+    hidden, config = model.config.hidden_size, model.config.to_dict() | {"num_hidden_layers": 1}
+    like = {f"layers.0.{k}": v for k, v in model.model.layers[0].state_dict().items() if "input_layernorm" not in k}
+    layer = {k: 0.02 * torch.randn_like(v) for k, v in like.items()}
+    layer["layers.0.post_attention_layernorm.weight"] += 1
+    with torch.no_grad():
+        tokens = torch.randint(0, 300, (40, 40))
+        features = model.model(tokens).last_hidden_state
+        rows = torch.cat([model.model.embed_tokens(tokens[:, 1:]), features[:, :-1]], -1).flatten(0, 1)
+        fc = 2 * torch.linalg.solve(rows.T @ rows + 0.1 * torch.eye(2 * hidden), rows.T @ features[:, 1:].flatten(0, 1)).T
+    folder.mkdir()
+    save_file({"fc.weight": fc.contiguous(), **layer}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 class TinyPair:
-    """Folders `target`, `draft` (the target with noise on its weights) and `split(stages)`."""
+    """Folders `target`, `draft` (the target with noise on its weights), `head` (an EAGLE head) and `split(stages)`."""
 
     def __init__(self, folder):
         self.folder = folder
-        self.target, self.draft = folder / "target", folder / "draft"
+        self.target, self.draft, self.head = folder / "target", folder / "draft", folder / "head"
         torch.manual_seed(1)
         config = LlamaConfig(
             vocab_size=320,
@@ -45,6 +67,7 @@ class TinyPair:
         near = LlamaForCausalLM(config)
         near.load_state_dict({k: v + 0.005 * torch.randn_like(v) for k, v in self.model.state_dict().items()})
         near.save_pretrained(self.draft)
+        save_head(self.head, self.model)
         for place in (self.target, self.draft):
             save_tokenizer(place, 300)  # 20 tokens of padding, as real checkpoints have
         self._made = {}
@@ -62,7 +85,8 @@ class TinyPair:
     def config(self, stages: int, layers: str | None = None, drafter: str = "lm"):
         """A configuration file for that split."""
         path = self.folder / f"config_{stages}_{layers}_{drafter}.yaml"
-        kind = f"{{kind: lm, path: {self.draft}}}" if drafter == "lm" else f"{{kind: {drafter}}}"
+        paths = {"lm": self.draft, "eagle": self.head}
+        kind = f"{{kind: {drafter}, path: {paths[drafter]}}}" if drafter in paths else f"{{kind: {drafter}}}"
         path.write_text(f"stages: {self.split(stages, layers)}\ndrafter: {kind}\nsampling: {{max_new_tokens: 40}}\n")
         return path
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flowspec.bench import report, timeline
-from flowspec.bench.forecast import Forecaster, Models, rate
+from flowspec.bench.forecast import Forecaster, Models, check_simulable, rate
 from flowspec.config import METHODS
 from flowspec.core.cost import Emulate
 from flowspec.core.policy import TreeConfig
@@ -60,6 +60,8 @@ def compare(engine: Engine, prompts: Sequence[str], options: argparse.Namespace)
     """Run, predict, print, write; False if two methods wrote different tokens."""
     config, stages = engine.config, engine.world_size - 1
     temperatures = numbers(options.temperatures, float, "--temperatures") if options.temperatures else [config.sampling.temperature]
+    if options.sweep:
+        check_simulable(config)
     folder = _folder(options.output or ROOT / "build" / "bench" / f"{config.name}_s{stages}")
     seed = 0
     measured = _runs(engine, prompts, methods(options.methods, METHODS), temperatures, int(options.repeats), random.Random(seed))
@@ -150,7 +152,9 @@ def _record(run: Run, simulated: float | None) -> report.Record:
 # ---- simulated -------------------------------------------------------------------------------------
 def _predictions(runs: Sequence[Run], forecaster: Forecaster, stages: int) -> dict[tuple[str, float, int], float | None]:
     """(method, temperature, prompt) -> tokens/s in virtual time, with the costs that the configuration emulates, and those
-    measured in these very runs where it emulates none."""
+    measured in these very runs where it emulates none. None where the drafter cannot be simulated."""
+    if forecaster.config.drafter.reads_features:
+        return {(run.result.method, run.result.temperature, run.prompt): None for run in runs}
     predicted: dict[tuple[str, float, int], float | None] = {}
     for run in runs:
         key = run.result.method, run.result.temperature, run.prompt

@@ -41,6 +41,12 @@ class Models:
         return cls(name=name, vocabulary=manifest.vocab_size, hidden=manifest.hidden_size)
 
 
+def check_simulable(config: Config) -> None:
+    """UserError for a drafter that cannot be asked without the target."""
+    kind = config.drafter.kind
+    need(not config.drafter.reads_features, f"drafter.kind {kind} cannot be simulated yet: it reads the target's features, a text has none")
+
+
 class Forecaster:
     """Predicts runs. Drafts of a language model are remembered by path, so that a sweep asks it once; others are asked live."""
 
@@ -82,6 +88,7 @@ class Forecaster:
             return SyntheticDrafter(tape.request, tape.text, self.profile, seed=tape.request.id)
         if config.drafter.kind == "none":
             return None
+        check_simulable(config)
         if self.offline:
             return RecordedDrafter(tape)
         from flowspec.sampling import noise_for
@@ -99,7 +106,7 @@ class Forecaster:
         from flowspec.draft.registry import make_drafter
 
         if self._drafter is None:
-            self._drafter = make_drafter(config.drafter, config.folder, self.models.vocabulary, torch.float32, "cpu")
+            self._drafter = make_drafter(config.drafter, config.folder, Manifest.load(config.stages_path), None, torch.float32, "cpu")
         assert self._drafter is not None
         return self._drafter
 

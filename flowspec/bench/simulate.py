@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from flowspec import trace
 from flowspec.bench import timeline
-from flowspec.bench.forecast import PAPER, SIMULATED, Forecaster, Models, made_up
+from flowspec.bench.forecast import PAPER, SIMULATED, Forecaster, Models, check_simulable, made_up
 from flowspec.config import Config, load_config
 from flowspec.core.request import Request, Sampling, need
 from flowspec.files import replacing
@@ -116,6 +116,7 @@ def _choices(text: str) -> list[str]:
 def _forecaster(options: argparse.Namespace, config: Config, temperatures: list[float]) -> Forecaster:
     if options.synthetic:
         return made_up(config, numbers(options.synthetic, float, "--synthetic"), int(numbers(options.prompts, int, "--prompts")[0]))
+    check_simulable(config)
     forecaster = Forecaster(config, Models.of(config))
     forecaster.offline = options.offline
     if options.drafts and os.path.exists(options.drafts):

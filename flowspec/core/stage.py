@@ -28,6 +28,14 @@ class Admitted(NamedTuple):
     hidden: np.ndarray
     """bool [n, length]: cache rows (the new ones included) that each must not see"""
 
+    def then(self, next: Admitted) -> Admitted:
+        """Both in one forward; `next` was admitted right after this."""
+        hidden = np.ones((len(self.hidden) + len(next.hidden), next.hidden.shape[1]), dtype=bool)
+        hidden[: len(self.hidden), : self.hidden.shape[1]] = self.hidden
+        hidden[len(self.hidden) :] = next.hidden
+        kept = self.kept + [len(self.kept) + k for k in next.kept]
+        return Admitted(kept, np.concatenate([self.positions, next.positions]), hidden)
+
 
 class Gather(NamedTuple):
     """Move cache rows: cache[base : base + len(rows)] = cache[rows], and the cache ends there."""
@@ -63,11 +71,15 @@ class StageState:
         return [k for k, i in enumerate(ids) if i in self.row]
 
     def extend(self, n: int) -> Admitted:
-        """Admit n prompt tokens: committed from the start, each sees what is before it."""
-        assert not self.row and not self.tail, "the prompt comes before the tree"
-        start, self.base, self.length = self.length, self.base + n, self.length + n
-        positions = np.arange(start, self.length)
-        return Admitted(list(range(n)), positions, np.arange(self.length)[None, :] > positions[:, None])
+        """Admit n tokens that are committed from the start (the prompt's, say): each sees what was committed before it."""
+        positions = np.arange(self.context, self.context + n)
+        rows = np.arange(self.length, self.length + n)
+        self.length += n
+        hidden = self._hidden(n)
+        hidden[:, rows] = rows[None, :] > rows[:, None]
+        self.tail += rows.tolist()
+        self._settle()
+        return Admitted(list(range(n)), positions, hidden)
 
     def worth(self, ids: Sequence[int], parents: Sequence[int]) -> list[int]:
         """Indices of the nodes that may still be needed: the root, and children of nodes that hold a row or will."""
@@ -84,9 +96,7 @@ class StageState:
         for k in kept:
             self.row[ids[k]], self.parent[ids[k]] = self.length, parents[k]
             self.length += 1
-        hidden = np.ones((len(kept), self.length), dtype=bool)
-        hidden[:, : self.base] = False
-        hidden[:, self.tail] = False
+        hidden = self._hidden(len(kept))
         positions = np.empty(len(kept), dtype=np.int64)
         for k, i in enumerate(ids[k] for k in kept):
             chain = self._chain(i)
@@ -108,10 +118,23 @@ class StageState:
         self.tail += [self.row[i] for i in path]
         self.row = {i: r for i, r in self.row.items() if i in live}
         self.parent = {i: self.parent[i] for i in self.row}
-        while self.tail and self.tail[0] == self.base:  # already in place
-            self.tail.pop(0)
-            self.base += 1
+        self._settle()
         return self._compact() if self.dead > self.COMPACT else None
+
+    def _hidden(self, n: int) -> np.ndarray:
+        """For n new rows: all but the committed rows, as bool [n, length]."""
+        hidden = np.ones((n, self.length), dtype=bool)
+        hidden[:, : self.base] = False
+        hidden[:, self.tail] = False
+        return hidden
+
+    def _settle(self) -> None:
+        """Rows of the tail that are already in place belong to the base."""
+        settled = 0
+        while settled < len(self.tail) and self.tail[settled] == self.base:
+            self.base += 1
+            settled += 1
+        del self.tail[:settled]
 
     def _chain(self, node: int) -> list[int]:
         """The node and its ancestors that hold a tree row here, oldest first; empty if the node holds none."""
@@ -128,3 +151,21 @@ class StageState:
         self.row = {i: self.base + k for k, i in enumerate(self.row)}
         self.length = self.base + len(self.row)
         return gather
+
+
+class Accepted:
+    """Which rows become text, as a last stage that picks the tokens can tell: the first root, and whoever carries its parent's choice.
+
+    Nobody needs to ask for the feature rows of accepted nodes, then: they travel with the picks."""
+
+    def __init__(self) -> None:
+        self._choice: dict[int, int] = {}  # accepted node -> the target's token after it
+
+    def among(self, ids: Sequence[int], parents: Sequence[int], tokens: Sequence[int], choices: Sequence[int]) -> list[int]:
+        """Indices of the accepted nodes of a segment; `choices` are the target's tokens after each."""
+        found = []
+        for k, (i, parent) in enumerate(zip(ids, parents, strict=True)):
+            if parent == -1 or self._choice.get(parent) == tokens[k]:
+                self._choice[i] = choices[k]
+                found.append(k)
+        return found

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from flowspec.core.messages import Commit, Drafted, DraftNode
@@ -13,19 +15,31 @@ from flowspec.core.request import Request
 
 Noise = Callable[[int], Tensor]
 """position -> the target's keyed Gumbel noise, float64 [vocabulary]"""
+KEPT = 20
+"""candidates kept for a node, by drafters that know a distribution"""
+COVERAGE = 0.97
+"""how often the target's choice is among them"""
 
 
 class Drafter(Protocol):
     """One request at a time; called from one thread, in the order of the scheduler's actions."""
 
-    def begin(self, request: Request, noise: Noise | None) -> None:
-        """Forget the last request and read the prompt. `noise` couples the ranking to the target's; None: do not."""
+    features: bool
+    """it reads the target's features: the last hidden rows behind the final norm, from which lm_head makes logits"""
+
+    def begin(self, request: Request, noise: Noise | None, features: Tensor | None = None) -> None:
+        """Forget the last request and read the prompt. `noise` couples the ranking to the target's; None: do not.
+
+        features: [prompt_length - 1, hidden], the target's at all tokens of the prompt but the last, which is the first
+        root; None if not wanted."""
 
     def propose(self, nodes: Sequence[DraftNode]) -> Drafted:
         """Children for each node that it can go on from. A node's parent was proposed to before, or is committed."""
 
-    def commit(self, commit: Commit) -> None:
-        """These tokens are text now, and only what is below `commit.root` lives on."""
+    def commit(self, commit: Commit, features: Tensor | None = None) -> None:
+        """These tokens are text now, and only what is below `commit.root` lives on.
+
+        features: [len(commit.path), hidden], the target's at these nodes; None if not wanted."""
 
 
 @dataclass(frozen=True)
@@ -48,3 +62,16 @@ class Lineage:
     @classmethod
     def of(cls, request: Request) -> Lineage:
         return cls(-1, 0, request.prompt[-1])
+
+
+def best(logq: Tensor, positions: Sequence[int], noise: Noise | None) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Tokens, logq and noise [n, KEPT] of the candidates for these positions, best first by logq plus noise.
+
+    logq: [n, vocabulary], a drafter's log-probabilities, on the CPU."""
+    kept = min(KEPT, logq.shape[1])
+    if noise is None:
+        values, tokens = logq.topk(kept)
+        return tokens.numpy(), values.double().numpy(), None
+    rows = torch.stack([noise(p)[: logq.shape[1]] for p in positions])
+    tokens = (logq + rows).topk(kept).indices
+    return tokens.numpy(), logq.gather(1, tokens).double().numpy(), rows.gather(1, tokens).numpy()

@@ -8,18 +8,30 @@ from pathlib import Path
 
 from flowspec.core.request import need
 
-KINDS = ("lm", "ngram", "none")
+KINDS = ("lm", "eagle", "ngram", "none")
+NEED_FILES = {"lm": "a checkpoint", "eagle": "the folder of a head"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrafterConfig:
     kind: str = "none"
-    """lm (a small language model with the target's vocabulary), ngram (look-up in prompt and output), none"""
+    """lm (a small language model with the target's vocabulary), eagle (an EAGLE-1/2 head made for the target), ngram (look-up in
+    prompt and output), none"""
     path: str | None = None
-    """The draft model's checkpoint, for lm."""
+    """The draft model's checkpoint, for lm; the head's folder, for eagle."""
+
+    @property
+    def computes(self) -> bool:
+        """It is a model, with weights of its own in `path`."""
+        return self.kind in NEED_FILES
+
+    @property
+    def reads_features(self) -> bool:
+        """It reads the target's features, and needs its lm_head on rank 0."""
+        return self.kind == "eagle"
 
     def checkpoint(self, folder: Path) -> Path:
-        """The draft model's folder; `folder` is where the configuration lies."""
+        """The draft model's or the head's folder; `folder` is where the configuration lies."""
         assert self.path is not None
         return folder / self.path
 
@@ -27,4 +39,4 @@ class DrafterConfig:
         near = difflib.get_close_matches(self.kind, KINDS, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         need(self.kind in KINDS, f"drafter.kind is {self.kind}: {hint}choose one of {', '.join(KINDS)}")
-        need(self.kind != "lm" or self.path is not None, "drafter.path is missing: an lm drafter needs a checkpoint")
+        need(not self.computes or self.path is not None, f"drafter.path is missing: kind {self.kind} needs {NEED_FILES.get(self.kind)}")

@@ -15,17 +15,14 @@ from torch import Tensor
 
 from flowspec.core.messages import Commit, Drafted, DraftNode, Prune
 from flowspec.core.request import Request
-from flowspec.draft.base import Lineage, Noise
+from flowspec.draft.base import COVERAGE, Lineage, Noise, best
 from flowspec.models import stage
 
 PREFILL_ROWS = 256
-COVERAGE = 0.97
-"""how often the target's choice is among the candidates kept"""
 
 
 class LmDrafter:
-    KEPT = 20
-    """candidates kept for a node"""
+    features = False
 
     def __init__(self, model: stage.StageModel, head: stage.Head, vocabulary: int):
         self._model, self._head = model, head
@@ -33,7 +30,7 @@ class LmDrafter:
         self._vocabulary = min(vocabulary, head.vocabulary)
         self._last_token = model.config.vocab_size - 1
 
-    def begin(self, request: Request, noise: Noise | None) -> None:
+    def begin(self, request: Request, noise: Noise | None, features: Tensor | None = None) -> None:
         self._temperature = request.sampling.temperature or 1.0
         self._noise = noise
         self._sequence = stage.Sequence(self._model)
@@ -47,16 +44,17 @@ class LmDrafter:
     def propose(self, nodes: Sequence[DraftNode]) -> Drafted:
         batch = [*self._missing, *nodes]
         tokens = self._tokens([n.token for n in batch])
-        kept, positions, features = self._sequence.verify([n.id for n in batch], [n.parent for n in batch], tokens)
+        kept, positions, rows = self._sequence.verify([n.id for n in batch], [n.parent for n in batch], tokens)
         skip, self._missing = len(self._missing), []
         wanted = [row for row, k in enumerate(kept) if k >= skip]
         if not wanted:
             return Drafted.pack((), ())
-        logits = self._head(features[wanted])[:, : self._vocabulary].float()
-        best = self._best(torch.log_softmax(logits / self._temperature, -1).cpu(), (positions[wanted] + 1).tolist())
-        return Drafted(tuple(nodes[kept[row] - skip].id for row in wanted), *best, np.full(len(wanted), COVERAGE))
+        logits = self._head(rows[wanted])[:, : self._vocabulary].float()
+        logq = torch.log_softmax(logits / self._temperature, -1).cpu()
+        candidates = best(logq, (positions[wanted] + 1).tolist(), self._noise)
+        return Drafted(tuple(nodes[kept[row] - skip].id for row in wanted), *candidates, np.full(len(wanted), COVERAGE))
 
-    def commit(self, commit: Commit) -> None:
+    def commit(self, commit: Commit, features: Tensor | None = None) -> None:
         path = self._lineage.path(commit)
         held = [n for n in path if n.id in self._sequence.state.row]
         self._missing += path[len(held) :]
@@ -68,15 +66,3 @@ class LmDrafter:
 
     def _tokens(self, tokens: Sequence[int]) -> Tensor:
         return torch.tensor(tokens, dtype=torch.long).clamp(max=self._last_token)
-
-    def _best(self, logq: Tensor, positions: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Tokens, logq and noise [n, KEPT] of the kept candidates at these positions, best first by logq plus noise.
-
-        logq: [n, vocabulary]."""
-        kept = min(self.KEPT, logq.shape[1])
-        if self._noise is None:
-            values, tokens = logq.topk(kept)
-            return tokens.numpy(), values.double().numpy(), None
-        noise = torch.stack([self._noise(p)[: logq.shape[1]] for p in positions])
-        tokens = (logq + noise).topk(kept).indices
-        return tokens.numpy(), logq.gather(1, tokens).double().numpy(), noise.gather(1, tokens).numpy()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
+from torch import Tensor
 
 from flowspec.core.messages import Commit, Drafted, DraftNode, Proposal
 from flowspec.core.request import Request
@@ -16,12 +17,13 @@ from flowspec.draft.base import Lineage, Noise
 
 
 class NgramDrafter:
+    features = False
     LENGTHS: ClassVar = {4: 0.7, 3: 0.6, 2: 0.45, 1: 0.25}
     """match length -> how often its prediction is taken to be right"""
     KEPT = 3
     """different continuations remembered for a match, the newest first"""
 
-    def begin(self, request: Request, noise: Noise | None) -> None:
+    def begin(self, request: Request, noise: Noise | None, features: Tensor | None = None) -> None:
         self._text: list[int] = []
         self._followers: dict[tuple[int, ...], list[int]] = {}
         for token in request.prompt:
@@ -32,7 +34,7 @@ class NgramDrafter:
     def propose(self, nodes: Sequence[DraftNode]) -> Drafted:
         return Drafted.pack([node.id for node in nodes], [self._continue(node) for node in nodes])
 
-    def commit(self, commit: Commit) -> None:
+    def commit(self, commit: Commit, features: Tensor | None = None) -> None:
         for token in commit.tokens:
             self._append(token)
         self._lineage = self._lineage.after(commit)

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from flowspec.draft.base import Drafter
 from flowspec.draft.config import DrafterConfig
+from flowspec.models.manifest import Manifest
+
+if TYPE_CHECKING:
+    from flowspec.models.stage import Head
 
 
-def make_drafter(config: DrafterConfig, folder: Path, vocabulary: int, dtype: torch.dtype, device: str) -> Drafter | None:
-    """The drafter, with paths relative to `folder`; None for kind none. `vocabulary`: the target's size."""
+def make_drafter(
+    config: DrafterConfig, folder: Path, manifest: Manifest, head: Head | None, dtype: torch.dtype, device: str
+) -> Drafter | None:
+    """The drafter of this target, with paths relative to `folder`; None for kind none.
+
+    `head` is the target's lm_head, for kinds that read its features (config.reads_features)."""
     if config.kind == "lm":
         from flowspec.draft.lm import LmDrafter
         from flowspec.models.stage import load_whole
 
-        return LmDrafter(*load_whole(config.checkpoint(folder), dtype, device), vocabulary)
+        return LmDrafter(*load_whole(config.checkpoint(folder), dtype, device), manifest.vocab_size)
+    if config.kind == "eagle":
+        from flowspec.draft.eagle import EagleDrafter
+        from flowspec.models.eagle import load_eagle
+
+        assert head is not None
+        return EagleDrafter(load_eagle(config.checkpoint(folder), manifest, head, dtype, device), head)
     if config.kind == "ngram":
         from flowspec.draft.ngram import NgramDrafter
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+EAGLE_FC, EAGLE_BIAS, EAGLE_EMBEDDING = "fc.weight", "fc.bias", "embed_tokens.weight"
 REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 

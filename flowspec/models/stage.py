@@ -99,6 +99,15 @@ class Sequence:
         rows = rows if len(admitted.kept) == len(ids) else rows[admitted.kept]
         return admitted.kept, admitted.positions, self._forward(rows, admitted)
 
+    def extend_and_verify(self, committed: Tensor, ids: list[int], parents: list[int], rows: Tensor) -> tuple[np.ndarray, Tensor]:
+        """In one forward rows of tokens that are committed already and, behind them, n tree rows that are all worth it.
+
+        Positions [n] and features [n, hidden] of the latter."""
+        admitted = self.state.extend(len(committed)).then(self.state.admit(ids, parents))
+        assert len(admitted.kept) == len(committed) + len(ids), "a row that is not worth it"
+        features = self._forward(torch.cat([committed, rows]), admitted)
+        return admitted.positions[len(committed) :], features[len(committed) :]
+
     def _forward(self, rows: Tensor, admitted: Admitted) -> Tensor:
         begun = time.thread_time()
         out = self.model(rows, admitted.positions, admitted.hidden, self.cache)

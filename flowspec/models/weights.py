@@ -193,6 +193,13 @@ def _info(entry: dict, data: int) -> TensorInfo:
 
 # ---- a Hugging Face folder -------------------------------------------------------------------------
 INDEX = "model.safetensors.index.json"
+PICKLED = "pytorch_model.bin"
+
+
+def pickled(folder: Path) -> Path | None:
+    """The file of a folder whose weights are published in torch's own format only."""
+    path = folder / PICKLED
+    return path if path.is_file() and not (folder / "model.safetensors").is_file() else None
 
 
 class Checkpoint:

@@ -8,11 +8,16 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from flowspec.comm.base import Inbox
 from flowspec.core.messages import Commit, Draft, Drafted
 from flowspec.core.request import Request
 from flowspec.draft.base import Drafter, Noise
 from flowspec.runtime.tracing import Log
+
+Job = Callable[[], None]
 
 
 class Local(NamedTuple):
@@ -27,26 +32,49 @@ class DraftThread:
 
     def __init__(self, drafter: Drafter, inbox: Inbox, least: float = 0.0):
         self._drafter, self._inbox, self._least = drafter, inbox, least
-        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.features = drafter.features
+        """it reads the target's features: those of the prompt come as `prompt_features`, the others with each commit"""
+        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._held: list[Job] = []  # until the prompt's features are here
+        self._awaited = 0  # rows of them
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="draft", daemon=True)
         self._thread.start()
 
     def begin(self, request: Request, noise: Noise | None, log: Log) -> None:
+        """Read the prompt: now, or once its features are here. What is asked for meanwhile is done after that."""
         self._log = log
-        self._queue.put(lambda: self._at_least(lambda: self._drafter.begin(request, noise)))
+        self._held = []
+        self._prompt = prompt = list[Tensor]()
+        self._awaited = request.prompt_length - 1 if self.features else 0
+        self._do(lambda: self._at_least(lambda: self._drafter.begin(request, noise, torch.cat(prompt) if prompt else None)))
+
+    def prompt_features(self, rows: Tensor) -> None:
+        """The next features of the prompt, [n, hidden]."""
+        self._prompt.append(rows)
+        self._awaited -= len(rows)
+        if not self._awaited:
+            for job in self._held:
+                self._queue.put(job)
+            self._held = []
 
     def draft(self, request: Request, draft: Draft) -> None:
-        self._queue.put(lambda: self._propose(request, draft))
+        self._do(lambda: self._propose(request, draft))
 
-    def commit(self, commit: Commit) -> None:
-        self._queue.put(lambda: self._drafter.commit(commit))
+    def commit(self, commit: Commit, features: Tensor | None) -> None:
+        self._do(lambda: self._drafter.commit(commit, features))
 
     def close(self) -> None:
         """Finish the job at hand, drop the others."""
         self._closing = True
         self._queue.put(None)
         self._thread.join()
+
+    def _do(self, job: Job) -> None:
+        if self._awaited:
+            self._held.append(job)
+        else:
+            self._queue.put(job)
 
     def _run(self) -> None:
         while (job := self._queue.get()) is not None and not self._closing:

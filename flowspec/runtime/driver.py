@@ -114,13 +114,16 @@ class Driver:
     def __init__(
         self, transport: Transport, draft: DraftThread | None, vocabulary: int, head: Head | None = None, hidden_scale: float = 1.0
     ):
-        self._transport, self._draft, self._head, self._vocabulary = transport, draft, head, vocabulary
+        self._transport, self._thread, self._head, self._vocabulary = transport, draft, head, vocabulary
         self._hidden_scale = hidden_scale  # of emulated links, for the bytes in a trace
 
     def generate(
         self, request: Request, policy: Policy, coupled: bool, stats: Stats, trace: bool = False
     ) -> Generator[Committed, None, None]:
         """The text as it is committed. Closing the iterator cancels the request. `stats` is filled as it goes."""
+        self._draft = self._thread if policy.budget > 1 else None  # a tree of one node needs no drafter
+        self._reads_features = self._draft is not None and self._draft.features
+        self._features: dict[int, tuple[torch.Tensor, int]] = {}  # node that came back -> rows and its row there, if they are read
         self._scheduler = scheduler = Scheduler(request, policy, drafts=self._draft is not None)
         self._wake_at: float | None = None
         self._picks: dict[int, Pick] = {}
@@ -158,7 +161,7 @@ class Driver:
 
     def _begin(self, request: Request, coupled: bool) -> None:
         self._noise = noise_for(request.sampling, self._vocabulary)
-        self._transport.send_next(wire.start(request, self._log.on))
+        self._transport.send_next(wire.start(request, self._log.on, self._reads_features))
         prompt = torch.tensor(request.prompt[:-1], dtype=torch.int32)
         for chunk in prompt.split(PREFILL_ROWS) if len(prompt) else ():
             self._transport.send_next(wire.prefill(request.id, chunk))
@@ -190,7 +193,7 @@ class Driver:
 
     def _commit(self, commit: Commit, stats: Stats) -> list[Committed]:
         if self._draft:
-            self._draft.commit(commit)
+            self._draft.commit(commit, self._features_of(commit.path) if self._reads_features else None)
         stats.last_token = time.monotonic()
         if self._log.on:
             self._fates.decided(commit.path, commit.root, stats.last_token)
@@ -198,6 +201,12 @@ class Driver:
         gaps = [self._picks[node].gap for node in commit.path]
         self._picks = {}
         return [Committed(*token) for token in zip(commit.tokens, commit.accepted, gaps, strict=True)]
+
+    def _features_of(self, path: tuple[int, ...]) -> torch.Tensor:
+        """The target's features [len(path), hidden]. What else came back is refused: no descendant of a new root is back by now."""
+        found = torch.stack([rows[k] for rows, k in map(self._features.__getitem__, path)])
+        self._features = {}
+        return found
 
     # ---- what arrives ------------------------------------------------------------------------------
     def _next_event(self, request: Request) -> Event:
@@ -223,14 +232,25 @@ class Driver:
             return None
         if message.kind == "prefilled":  # a sign of life
             return None
+        if message.kind == "prompt_features":
+            self._prompt_features(message)
+            return None
         return wire.read_started(message) if message.kind == "started" else self._returned(request, message)
 
     def _took(self, seconds: float) -> None:
         self._verifying += seconds
 
+    def _prompt_features(self, message: Message) -> None:
+        assert self._draft is not None, "features that nobody asked for"
+        self._log.arrived(message, self._transport.world_size - 1, 0, self._transport.inbox.since, time.monotonic(), None)
+        self._draft.prompt_features(message.tensors[0])
+
     def _returned(self, request: Request, message: Message) -> Returned:
+        if self._reads_features:
+            nodes, rows = wire.read_features(message)
+            self._features.update((id, (rows, k)) for k, id in enumerate(nodes))
         if message.kind == "choices":
-            table, gaps = message.tensors
+            table, gaps, *_ = message.tensors
             ids, tokens = table.tolist()
             picks: Mapping = dict(zip(ids, map(Pick, tokens, gaps.tolist()), strict=True))
         else:

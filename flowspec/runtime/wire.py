@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +17,11 @@ from flowspec.trace import Span
 
 
 # ---- round the ring --------------------------------------------------------------------------------
-def start(request: Request, trace: bool) -> Message:
-    """A request begins: stages make room for it, and note what they do when it is traced."""
-    return Message("start", {"request": request.id, "sampling": dataclasses.asdict(request.sampling), "trace": trace})
+def start(request: Request, trace: bool, features: bool) -> Message:
+    """A request begins: stages make room for it, and note what they do when it is traced. `features`: rank 0's drafter reads
+    the last stage's rows of the prompt and of all nodes that become text."""
+    about = {"request": request.id, "trace": trace, "features": features}
+    return Message("start", about | {"sampling": dataclasses.asdict(request.sampling)})
 
 
 def read_sampling(message: Message) -> Sampling:
@@ -30,6 +33,11 @@ def prefill(request: int, rows: Tensor) -> Message:
     return Message("prefill", {"request": request, "sent": time.monotonic()}, (rows,))
 
 
+def prompt_features(request: int, rows: Tensor) -> Message:
+    """A chunk of the prompt back at rank 0, whose drafter reads features: the last stage's normed rows."""
+    return Message("prompt_features", {"request": request, "sent": time.monotonic()}, (rows,))
+
+
 def _numbered(request: int, number: int) -> dict[str, Any]:
     """Of a segment: its number, and when it left (by the sender's clock)."""
     return {"request": request, "number": number, "sent": time.monotonic()}
@@ -39,15 +47,23 @@ def segment(request: int, segment: Segment) -> Message:
     return rows_of(request, segment.number, segment.ids, segment.parents, torch.tensor(segment.tokens, dtype=torch.int32))
 
 
-def rows_of(request: int, number: int, ids: tuple[int, ...], parents: tuple[int, ...], rows: Tensor) -> Message:
-    """A segment on its way: per node its id, its parent, and a token (first hop) or a feature row."""
-    nodes = torch.tensor([ids, parents], dtype=torch.int32)
+def rows_of(request: int, number: int, ids: Sequence[int], parents: Sequence[int], rows: Tensor, tokens: Sequence[int] = ()) -> Message:
+    """A segment on its way: per node its id, its parent, and a token (first hop) or a feature row.
+
+    `tokens` go along with feature rows if the last stage is to tell which nodes became text."""
+    nodes = torch.tensor([ids, parents, *([tokens] if tokens else [])], dtype=torch.int32)
     return Message("segment", _numbered(request, number), (nodes, rows))
 
 
 def read_nodes(message: Message) -> tuple[list[int], list[int]]:
-    ids, parents = message.tensors[0].tolist()
+    ids, parents = message.tensors[0][:2].tolist()
     return ids, parents
+
+
+def read_tokens(message: Message) -> list[int]:
+    """The tokens of a segment's nodes: its rows on the first hop, else those that went along (none if they did not)."""
+    nodes, rows = message.tensors
+    return rows.tolist() if rows.ndim == 1 else nodes[2].tolist() if len(nodes) > 2 else []
 
 
 def features(request: int, number: int, ids: list[int], positions: Tensor, rows: Tensor) -> Message:
@@ -55,10 +71,22 @@ def features(request: int, number: int, ids: list[int], positions: Tensor, rows:
     return Message("features", _numbered(request, number), (torch.tensor(ids, dtype=torch.int32), positions, rows))
 
 
-def choices(request: int, number: int, ids: list[int], tokens: list[int], gaps: list[float]) -> Message:
-    """A segment back from a last stage that verifies: the target's token after each node, and how clear it was."""
+def choices(
+    request: int, number: int, ids: list[int], tokens: list[int], gaps: list[float], accepted: tuple[list[int], Tensor] | None = None
+) -> Message:
+    """A segment back from a last stage that verifies: the target's token after each node, and how clear it was.
+
+    `accepted`: ids and feature rows of those nodes that became text, for a drafter that reads features."""
     table = torch.tensor([ids, tokens], dtype=torch.int32)
-    return Message("choices", _numbered(request, number), (table, torch.tensor(gaps, dtype=torch.float64)))
+    more = () if accepted is None else (torch.tensor(accepted[0], dtype=torch.int32), accepted[1])
+    return Message("choices", _numbered(request, number), (table, torch.tensor(gaps, dtype=torch.float64), *more))
+
+
+def read_features(message: Message) -> tuple[list[int], Tensor]:
+    """Of a segment that came back: the nodes whose feature rows came along, and these rows [n, hidden]."""
+    *_, rows = message.tensors
+    ids = message.tensors[0] if message.kind == "features" else message.tensors[2]
+    return ids.tolist(), rows
 
 
 # ---- beside the ring -------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from flowspec.comm.base import Message, Transport
 from flowspec.core.cost import Emulate, LinearCost
 from flowspec.core.messages import Started
 from flowspec.core.request import Sampling
+from flowspec.core.stage import Accepted
 from flowspec.models.stage import Head, Sequence, StageModel
 from flowspec.runtime import wire
 from flowspec.runtime.tracing import Log
@@ -42,6 +43,9 @@ class _Live:
     sampling: Sampling
     noise: NoiseRows | None
     log: Log
+    features: bool
+    """rank 0's drafter reads the features of the prompt and of what becomes text"""
+    accepted: Accepted = field(default_factory=Accepted)
     cost: LinearCost = field(default_factory=LinearCost)
     busy: float = 0.0
     rows: int = 0
@@ -90,7 +94,7 @@ class Worker:
             sampling = wire.read_sampling(message)
             noise = noise_for(sampling, self.head.vocabulary) if self.head else None
             log = Log(message.meta["trace"], request, self.emulate.hidden_scale)
-            self._live[request] = _Live(Sequence(self.model), sampling, noise, log)
+            self._live[request] = _Live(Sequence(self.model), sampling, noise, log, message.meta["features"])
         if not self._is_last:
             self.transport.send_next(message)
 
@@ -104,6 +108,8 @@ class Worker:
         self.transport.send_control(0, wire.prefilled(message.meta["request"]))
         if not self._is_last:
             self.transport.send_next(wire.prefill(message.meta["request"], out))
+        elif live.features:
+            self.transport.send_next(wire.prompt_features(message.meta["request"], out))
 
     def _on_segment(self, message: Message) -> None:
         taken, begun = time.monotonic(), time.thread_time()
@@ -127,24 +133,35 @@ class Worker:
         about = {"segment": number, "ids": [ids[k] for k in worth]}
         kept, positions, out = self._timed(live, len(worth), lambda: live.sequence.verify(ids, parents, message.tensors[1]), **about)
         live.rows, live.segments = live.rows + len(kept), live.segments + 1
-        ids, parents = [ids[k] for k in kept], [parents[k] for k in kept]
+        tokens = wire.read_tokens(message) if live.features else []
+        columns = [[column[k] for k in kept] for column in (ids, parents, tokens) if column]
         self._hear_control()
-        if request in self._live and (alive := live.sequence.state.alive(ids)):
-            some = slice(None) if len(alive) == len(ids) else alive
-            nodes = [ids[k] for k in alive], [parents[k] for k in alive]
-            self._pass_on(live, request, number, *nodes, torch.from_numpy(positions)[some], out[some])
+        if request in self._live and (alive := live.sequence.state.alive(columns[0])):
+            some = slice(None) if len(alive) == len(kept) else alive
+            nodes = [[column[k] for k in alive] for column in columns]
+            self._pass_on(live, request, number, nodes, torch.from_numpy(positions)[some], out[some])
 
-    def _pass_on(self, live: _Live, request: int, number: int, ids, parents, positions: Tensor, out: Tensor) -> None:
+    def _pass_on(self, live: _Live, request: int, number: int, nodes: list[list[int]], positions: Tensor, out: Tensor) -> None:
+        """`nodes`: ids and parents, and the tokens if rank 0 wants features."""
         if not self._is_last:
-            self.transport.send_next(wire.rows_of(request, number, ids, parents, out))
+            ids, parents, *tokens = nodes
+            self.transport.send_next(wire.rows_of(request, number, ids, parents, out, *tokens))
         elif self.head is None:
-            self.transport.send_next(wire.features(request, number, ids, positions, out))
+            self.transport.send_next(wire.features(request, number, nodes[0], positions, out))
         else:
             begun = time.thread_time()
             logits = self.head(out).cpu()
             picks = [pick(row, live.sampling, live.noise, p + 1) for row, p in zip(logits, positions.tolist(), strict=True)]
             live.picking += time.thread_time() - begun
-            self.transport.send_next(wire.choices(request, number, ids, [p.token for p in picks], [p.gap for p in picks]))
+            choices, gaps = [p.token for p in picks], [p.gap for p in picks]
+            accepted = self._accepted(live, nodes, choices, out) if live.features else None
+            self.transport.send_next(wire.choices(request, number, nodes[0], choices, gaps, accepted))
+
+    def _accepted(self, live: _Live, nodes: list[list[int]], choices: list[int], out: Tensor) -> tuple[list[int], Tensor]:
+        """Ids and rows of the nodes that became text with these choices."""
+        ids, parents, tokens = nodes
+        found = live.accepted.among(ids, parents, tokens, choices)
+        return [ids[k] for k in found], out[found]
 
     # ---- beside the ring ---------------------------------------------------------------------------
     def _hear_control(self) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 
 from flowspec.core.cost import Emulate, LinearCost
 from flowspec.core.messages import Prune
-from flowspec.core.stage import Gather, StageState
+from flowspec.core.stage import Accepted, Gather, StageState
 
 PARENTS = {0: -1, 1: 0, 2: 1, 3: 0, 4: 1, 5: 2, 6: 3, 7: 4, 8: 2}
 
@@ -87,6 +87,32 @@ def test_dead_rows_are_gathered_only_when_many():
     state.admit([101], [1])
     gather = state.prune(Prune(2, 1, 100))
     assert gather is not None and gather.base + len(gather.rows) == state.length and state.dead == 0
+
+
+def test_tokens_can_be_committed_behind_a_tree():
+    """Nodes 0 and 1 became text but their rows are to be made again; node 4 below them lives on."""
+    state = prompted()
+    admit(state, 0, 1, 2, 4)  # rows 10 .. 13
+    assert state.prune(Prune(1, -1, 4)) is None and state.context == 10 and state.dead == 3
+    again = state.extend(2).then(state.admit([9], [4]))
+    assert again.kept == [0, 1, 2] and again.positions.tolist() == [10, 11, 13]
+    assert visible(again) == [[*range(10), 14], [*range(10), 14, 15], [*range(10), 13, 14, 15, 16]]
+    state.COMPACT = -1
+    assert state.prune(Prune(2, 4, 9)) == Gather(10, [14, 15, 13, 16])
+    assert state.context == 13 and state.row == {9: 13}
+
+
+def test_nothing_admitted_beside_something():
+    state = prompted(3)
+    assert visible(state.extend(0).then(state.admit([0], [-1]))) == [[0, 1, 2, 3]]
+    assert visible(state.extend(2).then(state.admit([], []))) == [[0, 1, 2, 4], [0, 1, 2, 4, 5]]
+
+
+def test_a_last_stage_knows_what_becomes_text():
+    accepted = Accepted()
+    assert accepted.among([0, 1, 2], [-1, 0, 0], [5, 6, 7], [7, 1, 8]) == [0, 2], "the root, and the child with its choice"
+    assert accepted.among([3, 4, 5], [1, 2, 2], [1, 9, 3], [0, 0, 0]) == [], "3 carries the choice of a node that was refused"
+    assert accepted.among([6, 7], [2, 6], [8, 4], [4, 2]) == [0, 1], "a new root after a miss"
 
 
 def test_costs_are_learnt():

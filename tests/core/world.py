@@ -15,7 +15,7 @@ from flowspec.core.messages import Commit, Draft, Drafted, Finish, Proposal, Pru
 from flowspec.core.policy import PolicyConfig, TreeConfig, make_policy
 from flowspec.core.request import Request, Sampling
 from flowspec.core.scheduler import Scheduler
-from flowspec.core.stage import StageState
+from flowspec.core.stage import Accepted, StageState
 
 VOCABULARY = 40
 
@@ -108,6 +108,7 @@ class World:
         self.out, self.reason = [], None
         self.heap, self.tick, self.last = [], itertools.count(), {}
         self.busy = 0.0
+        self.accepted, self.text_nodes = Accepted(), set()  # what the last stage takes to be text
 
     def run(self) -> list[int]:
         now = 0.0
@@ -145,6 +146,7 @@ class World:
                 self._post("draft", now, self.random.random(), ("draft", action))
             elif isinstance(action, Commit):
                 self.out += action.tokens
+                assert self.text_nodes.issuperset(action.path), "a node became text that the last stage did not take for it"
             elif isinstance(action, Wake):
                 self._post("wake", now, max(0.0, action.at - now), ("wake",))
             elif isinstance(action, Finish):
@@ -168,6 +170,9 @@ class World:
             self._post(f"hop{k + 1}", now, 0.5 + self.random.random(), ("segment", k + 1, kept))
         else:
             choices = {i: target(seen[i]) for i in kept.ids}
+            found = self.accepted.among(kept.ids, kept.parents, kept.tokens, list(choices.values()))
+            self.text_nodes.update(kept.ids[j] for j in found)
+            assert all(target(self.context[kept.parents[j]]) == kept.tokens[j] for j in found if kept.parents[j] != -1)
             self._post("return", now, 0.5 + self.random.random(), ("returned", Returned(segment.number, kept.ids, choices)))
 
     def _on_prune(self, now, k, prune):

@@ -1,6 +1,7 @@
 """Bad input is one line that names the field or the file, and exit code 2, before any rank is started."""
 
 import json
+import shutil
 import socket
 
 import pytest
@@ -227,3 +228,61 @@ def test_a_world_of_the_wrong_size_is_named_by_both_numbers(pair, command):
     assert run.end() != 0
     [line] = [line for line in run.err.splitlines() if line.startswith("flowspec: ")]
     assert "wrong world size" in line and "3 ranks" in line and "started 2" in line
+
+
+@pytest.fixture
+def eagle(pair, tmp_path):
+    """A configuration with a copy of the pair's EAGLE head: (config, head), free to be damaged."""
+    shutil.copytree(pair.head, tmp_path / "head")
+    config = tmp_path / "eagle.yaml"
+    config.write_text(f"stages: {pair.split(2)}\ndrafter: {{kind: eagle, path: head}}\n")
+    return config, tmp_path / "head"
+
+
+def test_a_head_that_fits_is_not_refused(eagle, monkeypatch):
+    monkeypatch.setattr(cli, "launch", lambda *_: 0)
+    assert cli.main(["run", str(eagle[0]), "--prompt", "for"]) == 0
+
+
+@pytest.mark.parametrize(
+    "key,value,named",
+    [
+        ("hidden_size", 64, ["config.json", "hidden_size is 64", "the target's is 48", "trained for this target"]),
+        ("vocab_size", 4096, ["config.json", "vocab_size is 4096", "320"]),
+        ("num_hidden_layers", 6, ["num_hidden_layers is 6", "drafter.kind: lm"]),
+        ("draft_vocab_size", 100, ["EAGLE-3"]),
+        ("model_type", "gpt2", ["model_type 'gpt2' is not supported"]),
+    ],
+)
+def test_a_head_of_another_target_is_refused(eagle, refused, key, value, named):
+    config, head = eagle
+    content = json.loads((head / "config.json").read_text())
+    (head / "config.json").write_text(json.dumps(content | {key: value}))
+    line = refused(config, "--prompt", "for")
+    assert [name for name in named if name not in line] == [], line
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("damage", [cut_in_half, remove])
+def test_a_damaged_head_is_refused_by_name(eagle, refused, file, damage):
+    config, head = eagle
+    damage(head / file)
+    assert file in refused(config, "--prompt", "for")
+
+
+def test_what_is_no_head_is_refused_by_name(eagle, refused, pair):
+    config, head = eagle
+    assert "kind eagle needs the folder of a head" in refused(config, "--prompt", "for", "drafter={kind: eagle}")
+    assert "no folder" in refused(config, "--prompt", "for", "drafter.path=nowhere")
+    shutil.copy(pair.draft / "model.safetensors", head)
+    assert f"{head} has no tensor fc.weight" in refused(config, "--prompt", "for")
+
+
+@pytest.mark.parametrize("verify_on,heads", [("last", ["rank_00", "rank_02"]), ("coordinator", ["rank_00"])])
+def test_an_eagle_head_needs_the_lm_head_beside_rank_0(damaged, pair, refused, verify_on, heads):
+    config, split, _ = damaged
+    words = [config, "--prompt", "for", f"drafter={{kind: eagle, path: {pair.head}}}", f"verify_on={verify_on}"]
+    for folder in heads:
+        flip_a_byte(split / folder / "lm_head.safetensors")
+        assert f"{folder}/lm_head.safetensors" in refused(*words)
+        flip_a_byte(split / folder / "lm_head.safetensors")

@@ -8,6 +8,7 @@ import torch
 
 from flowspec.core.messages import Commit, DraftNode
 from flowspec.core.request import Request, Sampling
+from flowspec.draft.base import KEPT
 from flowspec.draft.lm import LmDrafter
 from flowspec.draft.ngram import NgramDrafter
 from flowspec.models.stage import Sequence, load_whole
@@ -56,7 +57,7 @@ def test_an_incremental_tree_proposes_what_a_fresh_forward_would(whole, seed):
                 proposal = answer.proposal(node.id)
                 want = from_scratch(whole, text + [t for _, t in path_of[node.id]])
                 np.testing.assert_allclose(proposal.logq, want[proposal.tokens].double().numpy(), atol=2e-4)
-                assert proposal.tokens[0] == int(want.argmax()) and len(proposal.tokens) == LmDrafter.KEPT
+                assert proposal.tokens[0] == int(want.argmax()) and len(proposal.tokens) == KEPT
                 children[node.id] = []
                 for token in proposal.tokens[: r.randint(1, 3)].tolist():
                     path_of[next_id] = [*path_of[node.id], (next_id, token)]

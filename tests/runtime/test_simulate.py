@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from flowspec import Engine
+from flowspec import Engine, UserError
 from flowspec.bench import report
 from flowspec.bench.compare import compare, completed
 from flowspec.bench.forecast import PAPER, SIMULATED, Forecaster, Models
@@ -102,6 +102,20 @@ def test_a_comparison_writes_its_records_table_and_chart(pair, tmp_path, capsys)
     assert {r.method for r in records} == set(METHODS)
     assert all(r.simulated and r.tokens_per_second and len(r.bytes_per_token) == 3 for r in records)
     assert (tmp_path / "out" / "table.md").read_text().startswith("#")
+
+
+def test_a_drafter_that_reads_features_is_measured_and_not_predicted(pair, tmp_path, capsys):
+    config = pair.config(2, None, "eagle")
+    assert main(["simulate", str(config), BOARD, *SMALL]) == 2
+    assert "drafter.kind eagle cannot be simulated yet" in capsys.readouterr().err
+    options = _parser("bench").parse_intermixed_args(["c", "--repeats", "1", "--output", str(tmp_path)])
+    options.given = []
+    with Engine.from_config(config, ["sampling.max_new_tokens=8"]) as engine:
+        assert compare(engine, ["def add(a, b):"], options)
+        options.sweep = True
+        with pytest.raises(UserError, match="cannot be simulated"):
+            compare(engine, ["x"], options)
+    assert {line["simulated"] for line in lines(tmp_path / "records.jsonl")} == {None}
 
 
 def test_different_tokens_are_reported(pair, tmp_path, capsys, monkeypatch):

@@ -15,10 +15,10 @@ from flowspec.trace import Fates, Span, read
 PROMPT = "def add(a, b):\n"
 
 
-@pytest.mark.parametrize("stages,verify_on", [(1, "last"), (3, "coordinator")])
-def test_every_rank_is_on_the_timeline_and_every_accepted_row_on_every_stage(pair, tmp_path, stages, verify_on):
+@pytest.mark.parametrize("stages,verify_on,drafter", [(1, "last", "lm"), (3, "coordinator", "lm"), (3, "last", "eagle")])
+def test_every_rank_is_on_the_timeline_and_every_accepted_row_on_every_stage(pair, tmp_path, stages, verify_on, drafter):
     path = tmp_path / "t.json"
-    with Engine.from_config(pair.config(stages), [f"trace={path}", f"verify_on={verify_on}"]) as engine:
+    with Engine.from_config(pair.config(stages, None, drafter), [f"trace={path}", f"verify_on={verify_on}"]) as engine:
         for number, method in enumerate(METHODS, 1):
             generation = engine.generate(PROMPT, method=method, max_new_tokens=20)
             tokens = list(generation)

@@ -1,0 +1,254 @@
+"""Train an EAGLE-1 head for a target: one decoder layer that guesses the target's next feature (arXiv 2401.15077).
+
+    python scripts/train_eagle.py --target demo/target --out demo/eagle --minutes 60
+    python scripts/train_eagle.py --target DIR --out HEAD --text book.txt notes/ --steps 5000
+
+The target is any local checkpoint of a supported family; the text is any files or folders of .txt, .md and .py, by default the
+Python standard library's own sources. A twentieth is held out. The loss is the papers': smooth L1 between predicted and true
+features, plus a share of the cross entropy between the distributions that the target's lm_head makes of them. In use, the features
+that go in below the root are the head's own guesses: so they carry noise here, and with --levels above 1 guesses go in
+again, as many levels deep (110 steps for the demo target: first choice one level deeper .15, .23, .25 with 1, 2, 3 levels;
+at the root .26, .26, .27). --levels 1 is the paper's recipe. Interrupt it at any time: what was learnt is kept in
+OUT (config.json and model.safetensors, float16) and in OUT.state.pt, from which --resume goes on.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from scripts.train_demo import Muon, sources, tokens_of
+
+SUFFIXES = {".txt", ".md", ".py"}
+SAVE_EVERY = 120.0  # seconds
+
+
+class Target:
+    """The frozen model whose features the head learns."""
+
+    def __init__(self, folder: Path, device: str):
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if device != "cpu" else torch.float32).to(device).eval()
+        self.config, self.device = self.model.config, device
+        self.tied = bool(self.config.tie_word_embeddings)
+
+    @torch.no_grad()
+    def features(self, ids: Tensor) -> Tensor:
+        """The hidden rows behind the final norm, [batch, n, hidden], of tokens [batch, n]."""
+        return self.model.base_model(ids, use_cache=False).last_hidden_state.float()
+
+    def embedding(self, ids: Tensor) -> Tensor:
+        return self.model.get_input_embeddings()(ids).float()
+
+    def logits(self, features: Tensor) -> Tensor:
+        return F.linear(features, self.model.get_output_embeddings().weight.float())
+
+
+class Eagle(nn.Module):
+    """fc and a decoder layer like the target's, without the norm before attention; named as published heads are."""
+
+    def __init__(self, config):
+        super().__init__()
+        hidden = config.hidden_size
+        whole = AutoModel.from_config(type(config).from_dict({**config.to_dict(), "num_hidden_layers": 1, "layer_types": None}))
+        whole.layers[0].input_layernorm = whole.norm = nn.Identity()
+        whole.embed_tokens = None
+        self.config, self.whole = whole.config, whole.float()
+        self.fc = nn.Linear(2 * hidden, hidden, bias=False)
+
+    def forward(self, embedded: Tensor, features: Tensor) -> Tensor:
+        """The features predicted at n tokens [batch, n, hidden], from their embeddings and the features before them."""
+        return self.whole(inputs_embeds=self.fc(torch.cat([embedded, features], -1)), use_cache=False).last_hidden_state
+
+    def published(self) -> dict[str, Tensor]:
+        """Its weights by their published names."""
+        return {name.removeprefix("whole."): tensor for name, tensor in self.state_dict().items()}
+
+
+# ---- text ------------------------------------------------------------------------------------------
+def texts(paths: list[Path]) -> tuple[list[str], list[str]]:
+    """(to learn from, held out): a file in twenty by the hash of its name; of a few files, the last twentieth of each."""
+    if not paths:
+        return sources()
+    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    kept = {str(f): f.read_text(errors="ignore") for f in files if f.is_file() and (f in paths or f.suffix in SUFFIXES)}
+    if len(kept) < 60:
+        cuts = {name: len(text) - len(text) // 20 for name, text in kept.items()}
+        return [text[: cuts[name]] for name, text in kept.items()], [text[cuts[name] :] for name, text in kept.items()]
+    held = {name for name in kept if hashlib.sha256(name.encode()).digest()[0] % 20 == 0}
+    return [text for name, text in kept.items() if name not in held], [kept[name] for name in sorted(held)]
+
+
+def first_token(config) -> int | None:
+    """What stands before each text: the first of the target's begin and end tokens that it has."""
+    marks = [config.bos_token_id, config.eos_token_id]
+    return next((mark[0] if isinstance(mark, list) else mark for mark in marks if mark is not None), None)
+
+
+# ---- learning --------------------------------------------------------------------------------------
+def loss_of(eagle: Eagle, target: Target, ids: Tensor, args: argparse.Namespace) -> Tensor:
+    """Of tokens [batch, n], the mean over --levels: first the target's features with noise go in, then what was predicted from them."""
+    features, embedded = target.features(ids), target.embedding(ids[:, 1:])
+    before, after = features[:, :-1], features[:, 1:]
+    soft = target.logits(after).softmax(-1)
+    before = before + args.noise * before.square().mean().sqrt() * (2 * torch.rand_like(before) - 1)
+    losses = []
+    for level in range(args.levels):
+        guess = eagle(embedded[:, level:], before)
+        logits = target.logits(guess).flatten(0, 1)
+        cross_entropy = F.cross_entropy(logits, soft[:, level:].flatten(0, 1))
+        losses.append(F.smooth_l1_loss(guess, after[:, level:]) + args.ce_weight * cross_entropy)
+        before = guess[:, :-1]
+    return torch.stack(losses).mean()
+
+
+@torch.no_grad()
+def measure(eagle: Eagle, target: Target, held: Tensor, context: int, rows: int = 60) -> dict[str, float]:
+    """On held-out text: how often the head's first choice is the target's, how often the target's is among its best 4 and 16, and
+    the first again one level deeper, where the feature that goes in is the head's own guess."""
+    found = dict.fromkeys(("first_choice_agreement", "in_top_4", "in_top_16", "first_choice_one_deeper"), 0.0)
+    starts = torch.linspace(0, max(0, len(held) - context), rows).long().unique().tolist()
+    eagle.eval()
+    for start in starts:
+        ids = held[start : start + context][None].to(target.device)
+        features, embedded = target.features(ids), target.embedding(ids[:, 1:])
+        guess = eagle(embedded, features[:, :-1])
+        deeper = eagle(embedded[:, 1:], guess[:, :-1])
+        choice = target.logits(features[0, 1:]).argmax(-1)
+        best = target.logits(guess[0]).topk(16).indices == choice[:, None]
+        for name, k in (("first_choice_agreement", 1), ("in_top_4", 4), ("in_top_16", 16)):
+            found[name] += best[:, :k].any(-1).float().mean().item()
+        found["first_choice_one_deeper"] += (target.logits(deeper[0]).argmax(-1) == choice[1:]).float().mean().item()
+    eagle.train()
+    return {name: round(total / len(starts), 4) for name, total in found.items()}
+
+
+class Training:
+    """The head, its optimisers, and how far they are; on disk in OUT.state.pt."""
+
+    def __init__(self, eagle: Eagle, out: Path, lr: float):
+        matrices = [p for p in eagle.parameters() if p.ndim == 2]
+        others = [p for p in eagle.parameters() if p.ndim != 2]
+        self.eagle, self.out, self.lr = eagle, out, lr
+        self.optims = [Muon(matrices, lr=lr), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+        self.steps, self.seconds = 0, 0.0
+        self.state_path = out.with_name(out.name + ".state.pt")
+
+    def step(self, loss: Tensor, progress: float) -> None:
+        """One update; `progress` in [0, 1] is the share of the limit that is behind us."""
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.eagle.parameters(), 1.0)
+        scale = min(1.0, (self.steps + 1) / 100) * min(1.0, 1.5 * (1 - progress) + 0.02)
+        for optim in self.optims:
+            for group in optim.param_groups:
+                group["lr"] = self.lr * scale
+            optim.step()
+            optim.zero_grad(set_to_none=True)
+        self.steps += 1
+
+    def resume(self) -> None:
+        state = torch.load(self.state_path, map_location="cpu", weights_only=True)
+        self.eagle.load_state_dict(state["eagle"])
+        for optim, kept in zip(self.optims, state["optims"], strict=True):
+            optim.load_state_dict(kept)
+        self.steps, self.seconds = state["steps"], state["seconds"]
+
+    def save(self, embedding: Tensor | None, **facts) -> None:
+        """The head as published, `facts` in training.json, and the state; each written beside and renamed."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        tensors = self.eagle.published() | ({} if embedding is None else {"embed_tokens.weight": embedding})
+        half = {name: tensor.detach().half().cpu().contiguous() for name, tensor in tensors.items()}
+        config = self.eagle.config.to_dict() | {"architectures": ["EagleModel"], "dtype": "float16"}
+        config.pop("_name_or_path", None)
+        replace(self.out / "model.safetensors", lambda path: save_file(half, path, metadata={"format": "pt"}))
+        replace(self.out / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
+        replace(self.out / "training.json", lambda path: path.write_text(json.dumps(facts, indent=1) + "\n"))
+        state = {"eagle": self.eagle.state_dict(), "optims": [o.state_dict() for o in self.optims]}
+        replace(self.state_path, lambda path: torch.save(state | {"steps": self.steps, "seconds": self.seconds}, path))
+
+
+def replace(path: Path, write) -> None:
+    beside = path.with_name(path.name + ".partial")
+    write(beside)
+    os.replace(beside, path)
+
+
+def train(training: Training, target: Target, data: Tensor, held: Tensor, args: argparse.Namespace) -> None:
+    """Until a limit is reached or somebody interrupts; saves on the way and at the end."""
+    begun, before, mean, saved = time.monotonic(), training.seconds, None, time.monotonic()
+    embedding = None if target.tied else target.model.get_input_embeddings().weight
+    while (progress := max(training.steps / args.steps, training.seconds / (60 * args.minutes))) < 1:
+        draw = torch.Generator().manual_seed(training.steps)
+        starts = torch.randint(0, len(data) - args.context + 1, (args.batch,), generator=draw).tolist()
+        ids = torch.stack([data[s : s + args.context] for s in starts]).to(target.device)
+        loss = loss_of(training.eagle, target, ids, args)
+        training.step(loss, progress)
+        training.seconds = before + time.monotonic() - begun
+        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
+        if training.steps % 50 == 0:
+            print(f"step {training.steps} loss {mean:.4f} {training.seconds / 60:.1f} min, {progress:.0%}", flush=True)
+        if time.monotonic() - saved > SAVE_EVERY:
+            saved = time.monotonic()
+            training.save(embedding, steps=training.steps, interrupted=True)
+    found = measure(training.eagle, target, held, args.context)
+    tokens = training.steps * args.batch * args.context
+    settings = {name: getattr(args, name) for name in ("noise", "ce_weight", "levels", "lr", "batch", "context")}
+    about = dict(steps=training.steps, tokens=tokens, minutes=round(training.seconds / 60, 1), settings=settings)
+    training.save(embedding, **about, held_out=found)
+    print(f"held out: {found}", flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", type=Path, required=True, metavar="DIR", help="the target's checkpoint, with tokenizer.json")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the head goes")
+    parser.add_argument("--text", type=Path, nargs="*", default=[], help="files and folders (default: the standard library's sources)")
+    parser.add_argument("--steps", type=float, default=float("inf"), help="stop after so many")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many; give one of the two, or both")
+    parser.add_argument("--batch", type=int, default=4, help="texts a step")
+    parser.add_argument("--context", type=int, default=512, help="tokens a text")
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--noise", type=float, default=0.1, help="on the features that go in, as a share of their RMS")
+    parser.add_argument("--ce-weight", type=float, default=0.1, help="of the cross entropy beside smooth L1")
+    parser.add_argument("--levels", type=int, default=2, help="learn from its own guesses too, so many levels deep (1: not)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--resume", action="store_true", help="go on from OUT.state.pt")
+    args = parser.parse_args()
+    if min(args.steps, args.minutes) == float("inf"):
+        parser.error("say when to stop: --steps N or --minutes N")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    target = Target(args.target, args.device)
+    tokenizer = Tokenizer.from_file(str(args.target / "tokenizer.json"))
+    learn, held_out = texts(args.text)
+    data, held = (tokens_of(tokenizer, some, 0, first_token(target.config)) for some in (learn, held_out))
+    if min(len(data), len(held)) <= args.context:
+        sys.exit(f"{len(data)} tokens to learn from and {len(held)} held out: too few for --context {args.context}")
+    print(f"{len(data):,} tokens to learn from, {len(held):,} held out", flush=True)
+    torch.manual_seed(0)
+    training = Training(Eagle(target.config).to(args.device), args.out, args.lr)
+    if args.resume:
+        training.resume()
+    try:
+        train(training, target, data, held, args)
+    except KeyboardInterrupt:
+        embedding = None if target.tied else target.model.get_input_embeddings().weight
+        training.save(embedding, steps=training.steps, interrupted=True)
+        print(f"interrupted after {training.steps} steps; --resume goes on", flush=True)
+
+
+if __name__ == "__main__":
+    main()
