@@ -12,7 +12,9 @@ follow a damped Newton step at each decided position:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,11 +39,10 @@ class Weights:
         self._curvature = np.eye(FEATURES)
         self._held = self._claimed = 20.0  # positions: a prior
 
-    def score(self, x: np.ndarray, coverage: np.ndarray) -> np.ndarray:
-        """log p [n, k] of candidates with features x [n, k, FEATURES], lists that claim `coverage` [n]; -inf where x[..., 0] is."""
-        u = x[..., 0] * self.values[0] + x[..., 1:] @ self.values[1:]
-        u -= u.max(1, keepdims=True)
-        return u + np.log(np.minimum(0.999, coverage * self._held / self._claimed) / np.exp(u).sum(1))[:, None]
+    @property
+    def trust(self) -> float:
+        """How far claims of coverage have held."""
+        return self._held / self._claimed
 
     def learn(self, x: np.ndarray, coverage: float, chosen: int | None) -> None:
         """One decided position: features [k, FEATURES] and claim of its list, and which of it the target chose, if any."""
@@ -59,6 +60,7 @@ class Weights:
         self._curvature = self.FORGET * self._curvature + spread
         step = np.linalg.solve(self._curvature + 0.5 * np.eye(FEATURES), x[chosen] - mean)
         self.values += step.clip(-self.STEP, self.STEP)
+        self.values[0] = max(self.values[0], 0.05)  # a drafter is never believed to be wrong on purpose
 
 
 class Ngrams:
@@ -86,57 +88,90 @@ class Ngrams:
         return None
 
 
+class List(NamedTuple):
+    """What was proposed after one node, kept until the target has chosen."""
+
+    tokens: np.ndarray
+    """[k]"""
+    z: np.ndarray
+    """[k]; -inf behind a list that is shorter"""
+    coverage: float
+    hint: tuple[int, int] | None
+    """the n-gram prediction: a token, and an index into LENGTHS"""
+    open: bool
+    """a hint that is not in the list joins it: without noise the drafter gives it less than what it did list; with noise
+    nobody knows"""
+
+    def features(self) -> tuple[list[int], np.ndarray]:
+        """Tokens and features [k, FEATURES] of the candidates, the hint among them."""
+        there = self.z > -np.inf
+        tokens, z = self.tokens[there].tolist(), self.z[there].tolist()
+        if self.hint and self.open and self.hint[0] not in tokens:
+            tokens, z = [*tokens, self.hint[0]], [*z, z[-1]]
+        x = np.zeros((len(tokens), FEATURES))
+        x[:, 0] = z
+        if self.hint and self.hint[0] in tokens:
+            x[tokens.index(self.hint[0]), 1 + self.hint[1]] = 1
+        return tokens, x
+
+
 class Scorer:
     """Scores a drafter's proposals, and learns from what the target chose. One a request."""
 
     def __init__(self, calibrate: bool, ngrams: bool):
         self.weights = Weights(learns=calibrate)
         self._uses_ngrams = ngrams
-        self._candidates: dict[int, tuple[np.ndarray, np.ndarray, float]] = {}  # node -> tokens [k], features [k, FEATURES], coverage
+        self._lists: dict[int, List] = {}  # by node
 
     def attach(self, tree: TokenTree, prompt: Sequence[int]) -> None:
         self._tree = tree
         self._ngrams = Ngrams(prompt) if self._uses_ngrams else None
 
     def scored(self, nodes: list[Node], drafted: Drafted, top_k: int) -> list[tuple[Node, list[int], list[float]]]:
-        """Each node with its best top_k candidates, best first: their tokens and their (absolute) scores."""
+        """Each node with its best top_k candidates, best first: their tokens and their (absolute) scores.
+
+        One pass over the batch without hints; a row that has one is mended by itself, since few do and numpy costs by the call."""
         if not nodes:
             return []
-        tokens, x = self._features(nodes, drafted)
-        scores = self.weights.score(x, drafted.coverage)
-        if self._ngrams is not None:  # the best may not come first any more
-            order = np.argsort(-scores, 1)[:, :top_k]
-            best, scores = np.take_along_axis(tokens, order, 1), np.take_along_axis(scores, order, 1)
-        else:
-            best, scores = tokens[:, :top_k], scores[:, :top_k]
-        scores = scores + np.array([n.score for n in nodes])[:, None]
-        counts = (scores > -np.inf).sum(1).tolist()
-        if self.weights.learns:
-            lists = zip(tokens, x, drafted.coverage.tolist(), strict=True)
-            self._candidates.update(zip((n.id for n in nodes), lists, strict=True))
-        rows = zip(nodes, best.tolist(), scores.tolist(), counts, strict=True)
-        return [(node, t[:n], s[:n]) for node, t, s, n in rows]
-
-    def _features(self, nodes: list[Node], drafted: Drafted) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [n, k] and features [n, k, FEATURES]; with n-grams the list is one longer, for a prediction that it lacks."""
         z = drafted.logq if drafted.noise is None else drafted.logq + drafted.noise
-        tokens = drafted.tokens
-        if self._ngrams is None:
-            x = np.zeros((*z.shape, FEATURES))
-            x[..., 0] = z
-            return tokens, x
-        predicted = [self._ngrams.after(self._below_root(n)) or (-1, 0) for n in nodes]
-        said = np.array(predicted)
-        hit = tokens == said[:, :1]
-        # the drafter gives a token that it did not list less than those it did; with noise its place is unknown
-        lacking = (said[:, 0] >= 0) & ~hit.any(1) & (drafted.noise is None)
-        cut = np.where(lacking, np.where(z > -np.inf, z, np.inf).min(1), -np.inf)
-        x = np.zeros((len(nodes), z.shape[1] + 1, FEATURES))
-        x[:, :-1, 0], x[:, -1, 0] = z, cut
-        hit = np.hstack([hit, lacking[:, None]])
-        rows, columns = hit.nonzero()
-        x[rows, columns, 1 + said[rows, 1]] = 1
-        return np.hstack([tokens, said[:, :1]]), x
+        u = self.weights.values[0] * (z - z[:, :1])  # the best comes first
+        claims = np.minimum(0.999, drafted.coverage * self.weights.trust)
+        above = np.array([n.score for n in nodes]) + np.log(claims)
+        u += (above - np.log(np.exp(u).sum(1)))[:, None]
+        short = z[:, -1].min() == -np.inf
+        hints = [self._ngrams.after(self._below_root(n)) for n in nodes] if self._ngrams is not None else [None] * len(nodes)
+        scored = []
+        for node, tokens, scores, level, hint in zip(nodes, drafted.tokens.tolist(), u.tolist(), above.tolist(), hints, strict=True):
+            if short:
+                k = sum(score > -math.inf for score in scores)
+                del tokens[k:], scores[k:]
+            if hint is not None:
+                self._mend(tokens, scores, level, hint, drafted.noise is None)
+            scored.append((node, tokens[:top_k], scores[:top_k]))
+        if self.weights.learns:
+            lists = zip(drafted.tokens, z, drafted.coverage.tolist(), hints, [drafted.noise is None] * len(nodes), strict=True)
+            self._lists.update((node.id, List(*facts)) for node, facts in zip(nodes, lists, strict=True))
+        return scored
+
+    def _mend(self, tokens: list[int], scores: list[float], level: float, hint: tuple[int, int], joins: bool) -> None:
+        """Raise the hinted candidate's u by its weight, in place: log p of all others sinks by the log of what the sum grows by.
+
+        `level`: the score that the list's candidates have together."""
+        token, length = hint
+        known = token in tokens
+        if not known and not joins:
+            return
+        at = tokens.index(token) if known else len(tokens) - 1  # one that joins begins as the last of the list
+        score, weight = scores[at], float(self.weights.values[1 + length])
+        p = math.exp(score - level)
+        grown = math.log(1 + p * (math.exp(weight) - known))
+        if known:
+            del tokens[at], scores[at]
+        scores[:] = [other - grown for other in scores]
+        score += weight - grown
+        place = sum(other >= score for other in scores)
+        tokens.insert(place, token)
+        scores.insert(place, score)
 
     def _below_root(self, node: Node) -> list[int]:
         """The last tokens of the path from the root to the node, as many as an n-gram looks at."""
@@ -149,12 +184,11 @@ class Scorer:
     def decided(self, path: Sequence[int], tokens: Sequence[int]) -> None:
         """The target chose tokens[i] after the node path[i]."""
         for node, token in zip(path, tokens, strict=True):
-            if node in self._candidates:
-                listed, x, coverage = self._candidates.pop(node)
-                there = x[:, 0] > -np.inf
-                at = np.flatnonzero(listed[there] == token)
-                self.weights.learn(x[there], coverage, int(at[0]) if len(at) else None)
+            if node in self._lists:
+                found = self._lists.pop(node)
+                listed, x = found.features()
+                self.weights.learn(x, found.coverage, listed.index(token) if token in listed else None)
         if self._ngrams is not None:
             self._ngrams.extend(tokens)
-        if len(self._candidates) > 4 * len(self._tree) + 64:  # of nodes that died
-            self._candidates = {i: c for i, c in self._candidates.items() if i in self._tree}
+        if len(self._lists) > 4 * len(self._tree) + 64:  # of nodes that died
+            self._lists = {i: found for i, found in self._lists.items() if i in self._tree}

@@ -68,12 +68,33 @@ def test_the_weight_of_a_drafter_is_found(sharpness):
 
 
 def test_claims_of_coverage_are_checked_and_a_fixed_scorer_learns_nothing():
-    weights, fixed, x = Weights(), Weights(learns=False), np.ones((1, 3, 4))
+    weights, fixed = Weights(), Weights(learns=False)
     for chosen in [None] * 20:
-        weights.learn(x[0], 0.5, chosen)
-        fixed.learn(x[0], 0.5, chosen)
-    assert np.exp(weights.score(x, np.array([0.6]))).sum() == pytest.approx(0.6 * 20 / 30)
-    assert np.exp(fixed.score(x, np.array([0.6]))).sum() == pytest.approx(0.6)
+        weights.learn(np.ones((3, 4)), 0.5, chosen)
+        fixed.learn(np.ones((3, 4)), 0.5, chosen)
+    assert (weights.trust, fixed.trust) == (pytest.approx(20 / 30), 1)
+    made, tree = scorer()
+    made.weights = weights
+    [p] = probabilities(made.scored([tree.root], Drafted.pack([0], [proposal(t1=0.6, t2=0.2)]), 16))
+    assert sum(p.values()) == pytest.approx(0.97 * 20 / 30, abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_mended_list_is_the_formula(seed):
+    """Against softmax(w * z + v * hint) worked out at once, hints listed, joining and unknown."""
+    random = np.random.default_rng(seed)
+    made, tree = scorer((1, 2, 3, 4, 9, 2, 3), ngrams=True, calibrate=True)  # 4 is what followed (2, 3)
+    made.weights.values[:] = [1.7, 0.9, -0.4, 2.5]
+    for tokens in ([4, 5, 6], [7, 5, 4], [5, 6, 7]):
+        for noisy in (False, True):
+            z = np.sort(random.normal(size=3))[::-1]
+            noise = np.zeros(3) if noisy else None
+            [(_, got, scores)] = made.scored([tree.root], Drafted.pack([0], [Proposal(np.array(tokens), z, noise)]), 16)
+            listed, x = made._lists[0].features()
+            u = np.exp(x @ made.weights.values)
+            want = dict(zip(listed, 0.97 * u / u.sum(), strict=True))
+            assert dict(zip(got, np.exp(scores), strict=True)) == pytest.approx(want)
+            assert scores == sorted(scores, reverse=True) and (4 in got) == (4 in tokens or not noisy)
 
 
 def test_only_what_was_drafted_is_learnt_from_and_the_text_grows():
