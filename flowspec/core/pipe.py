@@ -11,6 +11,9 @@ from flowspec.core.tree import TokenTree
 class Pipe:
     """What rank 0 knows of the ring: segments out, when the first stage can take the next one, what things cost (seconds)."""
 
+    EARLY = 1 / 16
+    """of a forward: a segment that is late by the wake-up of a thread costs more than one that knows a little less"""
+
     def __init__(self) -> None:
         self.base, self.slope = 0.02, 0.0004  # the first stage's forward over no row, and each row; a guess until it is measured
         self.draft = 0.0  # a drafter's forward, once there was one
@@ -42,8 +45,8 @@ class Pipe:
 
     @property
     def room_at(self) -> float:
-        """When a segment may leave so that it arrives as the first stage becomes free; never while one waits there."""
-        return math.inf if self.waiting else self.free_at - self.known_hop
+        """When a segment may leave so that it arrives a little before the first stage is free; never while one waits there."""
+        return math.inf if self.waiting else self.free_at - self.known_hop - self.EARLY * self.base
 
     @property
     def known_hop(self) -> float:

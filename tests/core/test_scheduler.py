@@ -151,9 +151,9 @@ def test_just_in_time_a_layer_is_chosen_when_it_leaves():
     s = scheduler("pipedec", jit=True, top_k=1)
     s.start(0.0)
     assert s.handle(Drafted.pack((0,), (proposal(t5=0.9),)), 1.0) == [], "the root has not started yet"
-    assert s.handle(Started(1, 1, expected=4.0, base=3.9, slope=0.05, waited=0.0), 2.0) == [Wake(4.0)]
+    assert s.handle(Started(1, 1, expected=4.0, base=3.2, slope=0.05, waited=0.0), 2.0) == [Wake(3.8)]
     assert len(s.tree) == 1
-    assert s.handle(Woke(), 4.0) == [Segment(2, (1,), (0,), (5,)), Draft((DraftNode(1, 0, 5),))]
+    assert s.handle(Woke(), 3.8) == [Segment(2, (1,), (0,), (5,)), Draft((DraftNode(1, 0, 5),))]
 
 
 def test_a_full_tree_holds_the_next_layer_back_until_the_root_moves_on():
@@ -204,9 +204,9 @@ def test_just_in_time_the_next_segment_waits_for_the_first_stage():
     s = scheduler(jit=True, top_k=1)
     s.start(0.0)
     assert s.handle(Drafted.pack((0,), (proposal(t5=0.9),)), 1.0) == [Draft((DraftNode(1, 0, 5),))], "the root has not started yet"
-    [wake] = s.handle(Started(1, 1, expected=4.0, base=3.9, slope=0.05, waited=0.0), 2.0)
-    assert wake == Wake(4.0), "two seconds there and back: free at 5 by our clock, one hop earlier it may leave"
-    assert s.handle(Woke(), 4.0) == [Segment(2, (1,), (0,), (5,))]
+    [wake] = s.handle(Started(1, 1, expected=4.0, base=3.2, slope=0.05, waited=0.0), 2.0)
+    assert wake == Wake(3.8), "two seconds there and back: free at 5 by our clock, a hop and a sixteenth of a forward earlier it may leave"
+    assert s.handle(Woke(), 3.8) == [Segment(2, (1,), (0,), (5,))]
 
 
 def test_a_segment_that_returned_has_started():
