@@ -48,7 +48,6 @@ def main(argv: Sequence[str]) -> int:
     temperatures = numbers(options.temperatures, float, "--temperatures") if options.temperatures else [config.sampling.temperature]
     if config.sampling.seed is None:
         config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, seed=1))
-    forecaster = _forecaster(options, config, temperatures)
     cells = list(_cells(options, path, config, temperatures))
     for cell in cells:
         emulate = cell.config.emulate
@@ -56,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
             emulate.stage_ms != 0 or emulate.token_ms != 0,
             "simulate needs the devices' times: give emulate.stage_ms, as configs/devices/ do",
         )
+    forecaster = _forecaster(options, config, temperatures)
     chosen = methods(options.methods, SIMULATED) if options.methods else [config.method] if len(cells) == 1 else list(SIMULATED)
     results = _run(forecaster, cells, chosen)
     if options.drafts:
