@@ -137,6 +137,7 @@ def test_methods_are_compared_over_processes(pair, command, tmp_path):
     assert wrong.end() == 2 and "bench compare CONFIG" in wrong.err
 
 
+@pytest.mark.slow
 def test_verify_over_processes_finds_every_text_identical(pair, command):
     run = command("verify", pair.config(2), "--prompt", PROMPTS[0], "--max-new-tokens", 16, start=("-m", "flowspec"))
     assert run.end() == 0, run.err

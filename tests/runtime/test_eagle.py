@@ -343,7 +343,7 @@ def text(engine, prompt, **settings):
 
 
 @pytest.mark.parametrize("verify_on", ["coordinator", "last"])
-@pytest.mark.parametrize("stages", [1, 3])
+@pytest.mark.parametrize("stages", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_method_writes_the_targets_text(pair, stages, verify_on):
     words = [f"verify_on={verify_on}", "emulate={stage_ms: 5, draft_ms: 1}"]
     with Engine.from_config(pair.config(stages, None, "eagle"), words) as engine:
