@@ -118,7 +118,7 @@ def _launch(options: argparse.Namespace, argv: list[str]) -> int:
 
     path, config = configuration(options)
     if options.command == "bench":
-        check_bench(options)
+        check_bench(options, config)
     split_demo(config)
     manifest = check_run(config)
     text = Text(manifest.folder(0))

@@ -9,13 +9,29 @@ from pathlib import Path
 
 from flowspec.errors import UserError
 
+PARTIAL = ".partial"
+"""ending of a result file that is not complete yet"""
+
+
+def beside_of(path: str | os.PathLike[str]) -> Path:
+    """Where results are written before they get their name; a pipe or a device is written to as it is."""
+    target = Path(path).resolve()
+    special = target.exists() and not target.is_file()
+    return target if special else target.with_name(target.name + PARTIAL)
+
+
+def settle(beside: Path) -> None:
+    """What was written beside is whole: it gets its name."""
+    if beside.name.endswith(PARTIAL):
+        os.replace(beside, beside.with_name(beside.name.removesuffix(PARTIAL)))
+
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """The path to write to; it becomes `path` afterwards. UserError when the disk or the folder does not allow it."""
-    beside = Path(f"{path}.partial")
+    beside = beside_of(path)
     try:
         yield beside
-        os.replace(beside, path)
+        settle(beside)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None

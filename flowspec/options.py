@@ -84,12 +84,16 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sweep", action="store_true", help="also each baseline's best tree settings, by simulation")
 
 
-def check_bench(options: argparse.Namespace) -> None:
+def temperatures_of(options: argparse.Namespace, config: Config) -> list[float]:
+    """As --temperatures lists them, else the configured one."""
+    return numbers(options.temperatures, float, "--temperatures") if options.temperatures else [config.sampling.temperature]
+
+
+def check_bench(options: argparse.Namespace, config: Config) -> None:
     """UserError for what is wrong with these, before anything starts."""
     methods(options.methods, METHODS)
     need(number(options.repeats, int, "--repeats") >= 1, f"--repeats is {options.repeats}: it must be at least 1")
-    if options.temperatures:
-        numbers(options.temperatures, float, "--temperatures")
+    temperatures_of(options, config)
 
 
 def given_prompts(options: argparse.Namespace) -> list[str]:

@@ -10,13 +10,11 @@ from flowspec.config import Config
 from flowspec.core.request import need
 from flowspec.draft.config import DrafterConfig
 from flowspec.errors import UserError
+from flowspec.files import beside_of
 from flowspec.models.families import CONFIG, EAGLE_FC, read_config
 from flowspec.models.manifest import Manifest, verify_files
 from flowspec.models.weights import Checkpoint, pickled
 from flowspec.text import Text, check_same_tokens, load_tokenizer
-
-PARTIAL = ".partial"
-"""ending of a result file that is not complete yet"""
 
 
 def check_run(config: Config, ranks: Sequence[int] | None = None) -> Manifest:
@@ -88,13 +86,6 @@ def check_writable(path: str | None, name: str = "--json") -> None:
         raise UserError(f"{name}: cannot write {beside}: {error.strerror}") from None
     if not known:
         beside.unlink()
-
-
-def beside_of(path: str) -> Path:
-    """Where results are written before they get their name; a pipe or a device is written to as it is."""
-    target = Path(path).resolve()
-    special = target.exists() and not target.is_file()
-    return target if special else target.with_name(target.name + PARTIAL)
 
 
 def read_prompts(path: str) -> list[str]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from flowspec.core.request import need
 from flowspec.engine import Engine, Generation, Result
 from flowspec.errors import UserError
-from flowspec.preflight import PARTIAL, beside_of
+from flowspec.files import beside_of, settle
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
 TIES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
@@ -92,8 +92,7 @@ def _json_lines(path: str | None) -> Iterator[Callable[[Result], None]]:
                 raise UserError(f"--json: cannot write {beside}: {error.strerror}; what it holds so far is kept") from None
 
         yield write
-    if beside.name.endswith(PARTIAL):
-        os.replace(beside, beside.with_name(beside.name.removesuffix(PARTIAL)))
+    settle(beside)
 
 
 # ---- conversation ----------------------------------------------------------------------------------

@@ -30,9 +30,9 @@ from flowspec.core.request import Request
 from flowspec.draft.recorded import Tape
 from flowspec.engine import Engine, Result
 from flowspec.errors import UserError
-from flowspec.files import replacing
+from flowspec.files import beside_of, replacing
 from flowspec.launcher import ROOT
-from flowspec.options import methods, numbers
+from flowspec.options import methods, temperatures_of
 
 WARM_UP_TOKENS = 8
 SWEEP = {
@@ -59,13 +59,13 @@ class Run(NamedTuple):
 def compare(engine: Engine, prompts: Sequence[str], options: argparse.Namespace) -> bool:
     """Run, predict, print, write; False if two methods wrote different tokens."""
     config, stages = engine.config, engine.world_size - 1
-    temperatures = numbers(options.temperatures, float, "--temperatures") if options.temperatures else [config.sampling.temperature]
+    temperatures = temperatures_of(options, config)
     if options.sweep:
         check_simulable(config)
     folder = _folder(options.output or ROOT / "build" / "bench" / f"{config.name}_s{stages}")
     seed = 0
     measured = _runs(engine, prompts, methods(options.methods, METHODS), temperatures, int(options.repeats), random.Random(seed))
-    runs = list(_kept(measured, folder / "records.jsonl.partial"))
+    runs = list(_kept(measured, beside_of(folder / "records.jsonl")))
     forecaster = Forecaster(config, Models.of(config))
     predicted = _predictions(runs, forecaster, stages)
     records = [_record(run, predicted[run.result.method, run.result.temperature, run.prompt]) for run in runs]

@@ -24,7 +24,7 @@ from flowspec.config import Config, load_config
 from flowspec.core.request import Request, Sampling, need
 from flowspec.files import replacing
 from flowspec.models.split import Parser
-from flowspec.options import add_shared, benchmark_prompts, configuration, methods, numbers, split_demo
+from flowspec.options import add_shared, benchmark_prompts, configuration, methods, numbers, split_demo, temperatures_of
 from flowspec.preflight import check_prompt, check_run, check_writable
 from flowspec.sim.world import Outcome
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     split_demo(config)
     for name in ("json", "png", "trace_file"):
         check_writable(getattr(options, name), "--" + name.replace("_file", ""))
-    temperatures = numbers(options.temperatures, float, "--temperatures") if options.temperatures else [config.sampling.temperature]
+    temperatures = temperatures_of(options, config)
     if config.sampling.seed is None:
         config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, seed=1))
     cells = list(_cells(options, path, config, temperatures))

@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+PREFILL_ROWS = 128
+"""of the prompt in a message"""
+
 
 # ---- rank 0 to the stages --------------------------------------------------------------------------
 class Segment(NamedTuple):

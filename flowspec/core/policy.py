@@ -62,7 +62,22 @@ Candidates = tuple[list[int], list[float]]
 """a node's children as the drafter proposed them: tokens and scores, best first"""
 
 
-class Rounds:
+class _Attached:
+    """What every policy holds of its request."""
+
+    scorer: Scorer
+
+    def attach(self, tree: TokenTree, pipe: Pipe, prompt: Sequence[int], levels_left: Callable[[], int]) -> None:
+        self.tree, self.pipe, self.levels_left = tree, pipe, levels_left
+        self.scorer.attach(tree, prompt)
+        self.rerooted()
+
+    def rerooted(self) -> None:
+        """The tree has a new root, or is new itself."""
+        raise NotImplementedError
+
+
+class Rounds(_Attached):
     """Draft a tree level by level (EAGLE-2), send its best `budget` nodes in `pieces`, verify once all are back, start afresh.
 
     With `pruning`, every piece is verified as it comes back, and what it rules out is dropped on its way; nothing is
@@ -78,11 +93,6 @@ class Rounds:
         self.credits = self.pieces = pieces
         self.pruning = pruning
         self.scorer = Scorer(calibrate=False, ngrams=False)
-
-    def attach(self, tree: TokenTree, pipe: Pipe, prompt: Sequence[int], levels_left: Callable[[], int]) -> None:
-        self.tree, self.pipe, self.levels_left = tree, pipe, levels_left
-        self.scorer.attach(tree, prompt)
-        self.rerooted()
 
     def rerooted(self) -> None:
         if self.tree.root.sent:  # the round goes on
@@ -127,7 +137,7 @@ class Rounds:
         return [nodes[a:b] for a, b in itertools.pairwise(cuts)]
 
 
-class Continuous:
+class Continuous(_Attached):
     """The event-driven policy: a persistent tree, the likeliest unsent nodes leave just in time, as many segments as the ring holds."""
 
     ROWS = 16
@@ -145,11 +155,6 @@ class Continuous:
         self.stages = stages
         self.just_in_time = switches.just_in_time
         self.scorer = Scorer(switches.calibrate, switches.ngram_feature)
-
-    def attach(self, tree: TokenTree, pipe: Pipe, prompt: Sequence[int], levels_left: Callable[[], int]) -> None:
-        self.tree, self.pipe, self.levels_left = tree, pipe, levels_left
-        self.scorer.attach(tree, prompt)
-        self._reset()
 
     def _reset(self) -> None:
         self.drafting = self.tree.root.score  # the best node under way in the drafter
@@ -262,7 +267,7 @@ class Continuous:
                 heapq.heappop(tail)
 
 
-class PipeDec:
+class PipeDec(_Attached):
     """A segment is a layer of the tree: the root alone, then the best `width` children of the layer before, and so on.
 
     arXiv 2504.04104, event-driven: no turns and no barriers, a drafter forward a layer, S + 1 layers in flight. The
@@ -279,11 +284,6 @@ class PipeDec:
         self.budget = config.budget or 1 + stages * self.width
         self.levels = (config.depth + 1) if config.depth else self.credits  # no more can be out
         self.scorer = Scorer(calibrate=False, ngrams=False)
-
-    def attach(self, tree: TokenTree, pipe: Pipe, prompt: Sequence[int], levels_left: Callable[[], int]) -> None:
-        self.tree, self.pipe, self.levels_left = tree, pipe, levels_left
-        self.scorer.attach(tree, prompt)
-        self.rerooted()
 
     def rerooted(self) -> None:
         if not self.tree.root.sent:  # a miss: everything else is dead

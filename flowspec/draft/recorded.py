@@ -126,7 +126,6 @@ class SyntheticDrafter:
         self._text, self._profile = text, np.array(profile)
         self._seed = seed
         self._next = 0
-        self._offset = request.prompt_length
         self._paths = _ByPath(self._longer, request)
         self._logq = np.log(np.maximum(self._profile, 1e-9) / self._profile.sum())
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from flowspec.comm.base import Message, Transport
-from flowspec.core.messages import Action, Commit, Draft, Event, Finish, Prune, Returned, Segment, Wake, Woke
+from flowspec.core.messages import PREFILL_ROWS, Action, Commit, Draft, Event, Finish, Prune, Returned, Segment, Wake, Woke
 from flowspec.core.policy import Policy
 from flowspec.core.request import Request
 from flowspec.core.scheduler import Scheduler
@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 
 STALL = 600.0
 """seconds without any message after which a request is given up: a bug, since dead and hung ranks show earlier"""
-PREFILL_ROWS = 128
 QUESTIONS = 5
 """of each stage's clock, after a traced request"""
 

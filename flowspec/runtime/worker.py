@@ -75,7 +75,6 @@ class Worker:
         self._is_last = self.transport.rank == self.transport.world_size - 1
         self._live: dict[int, _Live] = {}
         self._over: set[int] = set()  # ended before they began here
-        self._sender = self.transport.rank - 1
 
     def run(self) -> None:
         """Serve until rank 0 says stop."""
@@ -202,7 +201,8 @@ class Worker:
         self.transport.send_control(0, wire.started(message.meta["request"], started))
 
     def _arrived(self, live: _Live, message: Message, taken: float, ids: list[int] | None) -> None:
-        live.log.arrived(message, self._sender, self.transport.rank, self.transport.inbox.since, taken, ids)
+        rank = self.transport.rank
+        live.log.arrived(message, rank - 1, rank, self.transport.inbox.since, taken, ids)
 
     def _timed(self, live: _Live, rows: int, forward: Callable, **about):
         """Run a forward, take at least the emulated time, keep account."""

@@ -12,12 +12,12 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 
-from flowspec.core.messages import Commit, DraftNode
+from flowspec.core.messages import PREFILL_ROWS, Commit, DraftNode
 from flowspec.core.policy import TreeConfig, best_first
 from flowspec.core.request import Request
 from flowspec.core.score import Scorer
 from flowspec.core.tree import Node, TokenTree
-from flowspec.sim.world import PREFILL_ROWS, Guesser, Link, Outcome, Ring
+from flowspec.sim.world import Guesser, Link, Outcome, Ring
 from flowspec.trace import Fates, Span, untangled
 
 EXPANSION = 64

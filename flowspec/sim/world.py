@@ -17,6 +17,7 @@ from typing import Protocol
 
 from flowspec.core.cost import Emulate, LinearCost
 from flowspec.core.messages import (
+    PREFILL_ROWS,
     Action,
     Commit,
     Draft,
@@ -37,8 +38,6 @@ from flowspec.core.scheduler import Scheduler
 from flowspec.core.stage import StageState
 from flowspec.core.tree import TokenTree
 from flowspec.trace import Fates, Span, untangled
-
-PREFILL_ROWS = 128
 
 
 class Guesser(Protocol):
@@ -86,7 +85,6 @@ class Link:
 @dataclass
 class _Stage:
     rank: int
-    link: Link
     state: StageState = field(default_factory=StageState)
     cost: LinearCost = field(default_factory=LinearCost)
     queue: deque = field(default_factory=deque)
@@ -137,8 +135,8 @@ class World:
         self.request, self.text, self.guesser, self.ring = request, text, guesser, ring
         self.scheduler = Scheduler(request, policy, drafts=guesser is not None)
         self.outcome = Outcome()
-        self._stages = [_Stage(rank, Link(ring.emulate)) for rank in range(1, ring.stages + 1)]
-        self._first_link = Link(ring.emulate)
+        self._stages = [_Stage(rank) for rank in range(1, ring.stages + 1)]
+        self._links = [Link(ring.emulate) for _ in range(ring.stages + 1)]  # by sender
         self._fates, self._spans = Fates(), list[Span]()
         self._events: list[tuple[float, int, Callable, tuple]] = []
         self._order = itertools.count()
@@ -219,9 +217,8 @@ class World:
     # ---- links and stages --------------------------------------------------------------------------
     def _send(self, sender: int, segment: Segment | None, rows: int, now: float) -> None:
         """From rank `sender` to the next of the ring; no segment: a chunk of the prompt."""
-        link = self._stages[sender - 1].link if sender else self._first_link
         size = self.ring.hop_bytes(sender, rows, segment is not None)
-        arrival = link.arrival(size, now)
+        arrival = self._links[sender].arrival(size, now)
         self._note(sender, "send", now, arrival, segment, bytes=size)
         if sender < self.ring.stages:
             self._at(arrival, self._on_arrival, self._stages[sender], segment, rows)

@@ -2,12 +2,14 @@
 
 import errno
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
 
 from flowspec import Engine, UserError, session
-from flowspec.preflight import beside_of, check_writable
+from flowspec.files import beside_of, replacing
+from flowspec.preflight import check_writable
 
 
 class FakeEngine:
@@ -85,3 +87,11 @@ def test_a_place_that_cannot_be_written_is_named_before_anything_starts(tmp_path
     check_writable("/dev/null")
     check_writable(str(tmp_path / "out.jsonl"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_is_written_to_as_it_is_and_keeps_its_place(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with replacing(pipe) as beside:
+        assert beside == pipe
+    assert pipe.is_fifo() and [p.name for p in tmp_path.iterdir()] == ["pipe"]
