@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +41,8 @@ from flowspec.version import __version__
 if TYPE_CHECKING:
     from flowspec.engine import Engine
 
+LET_RANK_0_SPEAK = 10.0
+"""seconds, for a rank that torchrun started and that was told something wrong: rank 0 has read the same configuration"""
 COMMANDS = {
     "run": "generate text over the ring of stages",
     "verify": "prove that speculation changes no token",
@@ -143,7 +146,7 @@ def _prompts(options: argparse.Namespace, path: Path, config: Config) -> list[st
 
 # ---- as a rank -------------------------------------------------------------------------------------
 def _rank(options: argparse.Namespace) -> NoReturn:
-    from flowspec.runtime.process import leave, own_name, report
+    from flowspec.runtime.process import launched, leave, own_name, report
 
     rank = os.environ["RANK"]
     place = "rank0" if rank == "0" else f"rank{rank}/stage{rank}"
@@ -154,7 +157,9 @@ def _rank(options: argparse.Namespace) -> NoReturn:
     try:
         code = _serve(options)
     except UserError as error:
-        report(str(error), code := 2, speak=rank == "0")
+        if rank != "0" and not launched():
+            time.sleep(LET_RANK_0_SPEAK)  # it most likely fails for the same reason; torchrun ends us as soon as it has
+        report(str(error), code := 2)
     except RankLost as error:
         report(str(error), code := 1)
     except KeyboardInterrupt:

@@ -35,6 +35,11 @@ def own_name() -> str:
     return rank_name(int(os.environ.get("RANK", 0)), socket.gethostname())
 
 
+def launched() -> bool:
+    """Somebody waits for the ranks' last words, and will print the first."""
+    return REPORT in os.environ
+
+
 def report(line: str, code: int, speak: bool = True) -> None:
     """Leave one line for the launcher to print; say it here if there is no launcher and `speak`."""
     path = os.environ.get(REPORT)
