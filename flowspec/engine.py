@@ -267,8 +267,9 @@ class Engine:
     def _run(self, generation: Generation, request: Request, config: Config, stop: list[str]) -> Iterator[Token]:
         stats, ids, accepted = Stats(), [], 0
         stream = TextStream(self.text.tokenizer, stop, request.prompt)
-        policy = make_policy(config.method, config.tree, config.policy, self.manifest.num_stages)
-        tokens = self._driver.generate(request, policy, config.policy.coupled, stats, self.traced)
+        features = self._draft is not None and self._draft.features
+        policy = make_policy(config.method, config.tree, config.policy, self.manifest.num_stages, features)
+        tokens = self._driver.generate(request, policy, config.policy, stats, self.traced)
         try:
             for token in tokens:
                 ids.append(token.id)

@@ -59,9 +59,11 @@ class Inbox:
                     return item
             return None
 
-    def get_urgent(self) -> Any:
-        """An urgent item that is here already, or None."""
+    def get_urgent(self, timeout: float = 0.0) -> Any:
+        """An urgent item that is here already, or comes before the time (seconds) is up; else None."""
         with self._ready:
+            if timeout > 0:
+                self._ready.wait_for(lambda: self._urgent or self._failure, timeout)
             return self._urgent.popleft()[1] if self._urgent else None
 
 

@@ -7,6 +7,7 @@ take much longer than an empty one: n_max = 0.35 * base / slope.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from flowspec.core.request import need
 
@@ -62,6 +63,8 @@ class Emulate:
     A stage's forward over n rows takes at least stage_ms + token_ms * n, a drafter's forward at least draft_ms. A hop
     delivers a message link_ms + bytes / link_mbps after it was sent; links carry one message at a time."""
 
+    LAYERS: ClassVar = 8
+    """of an emulated stage: points at which a forward can be abandoned"""
     stage_ms: float | tuple[float, ...] = 0.0
     """One number, or one a stage."""
     token_ms: float | tuple[float, ...] = 0.0

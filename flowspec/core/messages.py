@@ -162,8 +162,14 @@ class Started(NamedTuple):
     waited: float
 
 
+class Idle(NamedTuple):
+    """The first stage abandoned a segment none of whose rows lived any more: it is free now."""
+
+    number: int
+
+
 class Woke(NamedTuple):
     """The time of a Wake has come."""
 
 
-Event = Drafted | Returned | Started | Woke
+Event = Drafted | Returned | Started | Idle | Woke

@@ -34,6 +34,10 @@ class Pipe:
         if event.rows:
             self.base, self.slope = event.base, event.slope
 
+    def idle(self, now: float) -> None:
+        """The first stage has nothing to do, unless what was sent meanwhile has reached it."""
+        self.free_at = min(self.free_at, now - self.known_hop)
+
     def returned(self, number: int, now: float) -> None:
         self.out.pop(number, None)
         if self.waiting.pop(number, None) is not None:

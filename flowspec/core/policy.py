@@ -54,12 +54,24 @@ class PolicyConfig:
     """Learn from each decided position how far the drafter is to be believed (flowspec)."""
     ngram_feature: bool = True
     """Take what followed the last tokens before, in prompt and output, as a hint beside the drafter (flowspec)."""
+    refresh: bool = True
+    """Draft again what was drafted from predicted features once the true ones are known, riding in the next forwards (flowspec)."""
     just_in_time: bool = True
     """Let a segment leave when the first stage is about to be free, instead of queueing it there."""
+    drop_dead: bool = True
+    """Stages drop rows that a prune has killed: before they compute a segment, and before they pass it on."""
+    abort: bool = True
+    """A stage abandons a forward between two layers once all of its rows are dead."""
 
 
-Candidates = tuple[list[int], list[float]]
-"""a node's children as the drafter proposed them: tokens and scores, best first"""
+class Candidates:
+    """A node's children as the drafter proposed them last, best first; those before `next` have been looked at."""
+
+    __slots__ = ("next", "offsets", "tokens")
+
+    def __init__(self, tokens: list[int], offsets: list[float]):
+        self.tokens, self.offsets = tokens, offsets  # log p of each: a child's score less its parent's
+        self.next = 0
 
 
 class _Attached:
@@ -142,35 +154,49 @@ class Continuous(_Attached):
 
     ROWS = 16
     """nodes in a drafter forward"""
+    REFRESHED = 8
+    """of them, at most, drafted before and drafted again"""
+    ALIVE = math.log(0.05)
+    """the least log-probability to be reached of a node that is drafted again"""
+    MOVE = 0.05
+    """a change of score that is worth moving a subtree for"""
     PATIENCE = 2.0
     """how many times its delay a draft must be worth for a new root to wait for it"""
     CROWD = 600
     """nodes of the tree when the budget is auto"""
 
-    def __init__(self, config: TreeConfig, stages: int, switches: PolicyConfig):
+    def __init__(self, config: TreeConfig, stages: int, switches: PolicyConfig, features: bool):
         self.budget = config.budget or self.CROWD
         self.top_k = config.top_k or 16
         self.levels = (config.depth + 1) if config.depth else 64
         self.fixed_rows = config.segment
         self.stages = stages
         self.just_in_time = switches.just_in_time
+        self.refreshes = switches.refresh and features
         self.scorer = Scorer(switches.calibrate, switches.ngram_feature)
 
     def _reset(self) -> None:
-        self.drafting = self.tree.root.score  # the best node under way in the drafter
-        # heaps of (-score, id, ...): absolute scores, so moving the root reorders nothing; entries of dead nodes are skipped
+        self.drafting = self.tree.root.score  # the best node that the drafter is asked for the first time
+        # Heaps of (-score, id), absolute: moving the root reorders nothing. An entry that is not its node's present score is
+        # dropped where it comes up; so is that of a dead node.
         self.unsent = [(-self.tree.root.score, self.tree.root.id)]
         self.unexpanded = list(self.unsent)
-        self.tail: list[tuple[float, int, int, Candidates]] = []  # (-score of the next candidate, parent, its rank, all of them)
+        self.tail: list[tuple[float, int]] = []  # (-score of the next candidate, parent)
+        self.wave: list[tuple[float, int]] = []  # drafted from features that are older than those at hand
         self.too_deep: list[tuple[float, int]] = []  # unexpanded, but not before the root has moved on
+        self.candidates: dict[int, Candidates] = {}
 
     def rerooted(self) -> None:
-        if len(self.tree) == 1 and not self.tree.root.expanded and not self.tree.root.sent:
+        root = self.tree.root
+        if len(self.tree) == 1 and not root.expanded and not root.sent:
             self._reset()  # a miss, or a leaf: nothing of the heaps is alive but this
             return
         for entry in self.too_deep:
             heapq.heappush(self.unexpanded, entry)
         self.too_deep = []
+        self.wave = [(-root.score, root.id)] if self.refreshes and root.expanded else []
+        if len(self.candidates) > 2 * len(self.tree) + 64:  # of nodes that died
+            self.candidates = {i: found for i, found in self.candidates.items() if i in self.tree}
         self._grow()
 
     @property
@@ -190,28 +216,77 @@ class Continuous(_Attached):
         return self.fixed_rows or int(min(96, max(16, 0.35 * self.pipe.base / max(self.pipe.slope, 1e-9))))
 
     def proposed(self, nodes: list[Node], drafted: Drafted) -> None:
-        for node, tokens, scores in self.scorer.scored(nodes, drafted, self.top_k):
-            heapq.heappush(self.tail, (-scores[0], node.id, 0, (tokens, scores)))
+        scored = self.scorer.scored(nodes, drafted, self.top_k)
+        offsets = [[score - node.score for score in scores] for node, _, scores in scored]  # before any of them is moved
+        for (node, tokens, _), below in zip(scored, offsets, strict=True):
+            again, found = node.id in self.candidates, Candidates(tokens, below)
+            self.candidates[node.id] = found
+            if again:
+                self._refreshed(node, found)
+            self._push_tail(node, found)
         self._grow()
 
+    def _refreshed(self, node: Node, found: Candidates) -> None:
+        """Its children get the scores they have by the new list, and are to be drafted again themselves.
+
+        A child that is in the list no more is not likelier than its last."""
+        offsets, last = dict(zip(found.tokens, found.offsets, strict=True)), found.offsets[-1]
+        for token, child in node.children.items():
+            change = node.score + offsets.get(token, min(last, child.score - node.score)) - child.score
+            if abs(change) > self.MOVE:
+                self._move(child, change)
+            if child.expanded:
+                heapq.heappush(self.wave, (-child.score, child.id))
+
+    def _move(self, top: Node, change: float) -> None:
+        """Add to the scores of a node and of all below it."""
+        stack = [top]
+        while stack:
+            node = stack.pop()
+            node.score += change
+            entry = (-node.score, node.id)
+            if not node.sent:
+                heapq.heappush(self.unsent, entry)
+            if not node.expanded:
+                heapq.heappush(self.unexpanded, entry)
+            elif node.id in self.candidates:
+                self._push_tail(node, self.candidates[node.id])
+            stack.extend(node.children.values())
+
+    def _push_tail(self, node: Node, found: Candidates) -> None:
+        if found.next < len(found.tokens):
+            heapq.heappush(self.tail, (-(node.score + found.offsets[found.next]), node.id))
+
     def draft(self) -> list[Node]:
-        """The likeliest unexpanded nodes, while P >= theta / 4 and the budget has room."""
-        batch: list[Node] = []
+        """What is to be drafted again, then the likeliest unexpanded nodes, while P >= theta / 4 and the budget has room."""
+        batch = self._stale() if self.wave else []
+        again = len(batch)
         nodes, least = self.tree.nodes, self._score_of(self.theta / 4)
         useless, deepest = (self.tree.root.position + n for n in (self.levels_left(), self.levels))
         while self.unexpanded and len(batch) < self.ROWS and len(nodes) < self.budget:
-            node = nodes.get(self.unexpanded[0][1])
-            if node is not None and node.score < least:
+            key, id = self.unexpanded[0]
+            node = nodes.get(id)
+            if node is not None and -key < least:
                 break
             entry = heapq.heappop(self.unexpanded)
-            if node is None or node.expanded or node.position >= useless:
+            if node is None or node.expanded or -key != node.score or node.position >= useless:
                 continue
             if node.position < deepest:
                 batch.append(node)
             else:
                 self.too_deep.append(entry)
-        if batch:
-            self.drafting = batch[0].score
+        if len(batch) > again:
+            self.drafting = batch[again].score
+        return batch
+
+    def _stale(self) -> list[Node]:
+        """The best of the wave: the root, whose features are known now, then the nodes below those that were drafted again."""
+        batch: list[Node] = []
+        useless = self.tree.root.position + self.levels_left()
+        while self.wave and len(batch) < self.REFRESHED and -self.wave[0][0] >= self.tree.root.score + self.ALIVE:
+            node = self.tree.nodes.get(heapq.heappop(self.wave)[1])
+            if node is not None and node.position < useless:
+                batch.append(node)
         return batch
 
     def segment(self, drafting: bool) -> list[Node]:
@@ -222,8 +297,9 @@ class Continuous(_Attached):
             return []
         most = self.rows
         while self.unsent and len(batch) < most:
-            node = nodes.get(self.unsent[0][1])
-            if node is not None and not node.sent:
+            key, id = self.unsent[0]
+            node = nodes.get(id)
+            if node is not None and not node.sent and -key == node.score:
                 if node is not root and node.score < least:
                     break
                 batch.append(node)
@@ -253,18 +329,18 @@ class Continuous(_Attached):
         this is asked again."""
         tree, tail, most = self.tree, self.tail, -self._score_of(self.theta / 4)
         while tail and len(tree.nodes) < self.budget and tail[0][0] <= most:
-            key, id, rank, candidates = tail[0]
-            node, (tokens, scores) = tree.nodes.get(id), candidates
-            if node is not None:
-                child = tree.add(node, tokens[rank], scores[rank])
+            key, id = heapq.heappop(tail)
+            node, found = tree.nodes.get(id), self.candidates.get(id)
+            if node is None or found is None or found.next == len(found.tokens) or -key != node.score + found.offsets[found.next]:
+                continue
+            token = found.tokens[found.next]
+            found.next += 1
+            if token not in node.children:
+                child = tree.add(node, token, -key)
                 entry = (key, child.id)
                 heapq.heappush(self.unsent, entry)
                 heapq.heappush(self.unexpanded, entry)
-            rank += 1
-            if node is not None and rank < len(tokens):
-                heapq.heapreplace(tail, (-scores[rank], id, rank, candidates))
-            else:
-                heapq.heappop(tail)
+            self._push_tail(node, found)
 
 
 class PipeDec(_Attached):
@@ -320,10 +396,10 @@ class PipeDec(_Attached):
 Policy = Rounds | PipeDec | Continuous
 
 
-def make_policy(method: str, tree: TreeConfig, switches: PolicyConfig, stages: int) -> Policy:
-    """The strategy of a method over `stages` stages."""
+def make_policy(method: str, tree: TreeConfig, switches: PolicyConfig, stages: int, features: bool = False) -> Policy:
+    """The strategy of a method over `stages` stages. `features`: its drafter reads the target's."""
     if method == "flowspec":
-        return Continuous(tree, stages, switches)
+        return Continuous(tree, stages, switches, features)
     if method == "pipedec":
         return PipeDec(tree, stages, switches.just_in_time)
     if method == "ar":

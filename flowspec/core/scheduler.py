@@ -18,6 +18,7 @@ from flowspec.core.messages import (
     DraftNode,
     Event,
     Finish,
+    Idle,
     Prune,
     Returned,
     Segment,
@@ -64,6 +65,8 @@ class Scheduler:
             self._drafted(event, now)
         elif isinstance(event, Started):
             self.pipe.started(event, now)
+        elif isinstance(event, Idle):
+            self.pipe.idle(now)
         else:
             assert isinstance(event, Woke)
         return actions if self.finished else actions + self._fill(now)

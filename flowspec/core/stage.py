@@ -70,6 +70,9 @@ class StageState:
         """Indices of the nodes that still hold a row."""
         return [k for k, i in enumerate(ids) if i in self.row]
 
+    def all_dead(self, ids: Sequence[int]) -> bool:
+        return not any(i in self.row for i in ids)
+
     def extend(self, n: int) -> Admitted:
         """Admit n tokens that are committed from the start (the prompt's, say): each sees what was committed before it."""
         positions = np.arange(self.context, self.context + n)
@@ -90,18 +93,20 @@ class StageState:
                 kept.append(k)
         return kept
 
-    def admit(self, ids: Sequence[int], parents: Sequence[int]) -> Admitted:
-        """Give rows to the nodes that are worth it."""
-        kept = self.worth(ids, parents)
+    def admit(self, ids: Sequence[int], parents: Sequence[int], drop: bool = True) -> Admitted:
+        """Give rows to the nodes that are worth it. `drop=False`: to the others too, which nobody will ever look at."""
+        worth = self.worth(ids, parents)
+        kept, live = (worth if drop else list(range(len(ids)))), set(worth)
         for k in kept:
-            self.row[ids[k]], self.parent[ids[k]] = self.length, parents[k]
+            if k in live:
+                self.row[ids[k]], self.parent[ids[k]] = self.length, parents[k]
             self.length += 1
         hidden = self._hidden(len(kept))
         positions = np.empty(len(kept), dtype=np.int64)
         for k, i in enumerate(ids[k] for k in kept):
             chain = self._chain(i)
             hidden[k, [self.row[a] for a in chain]] = False
-            positions[k] = self.context + len(chain) - 1
+            positions[k] = max(0, self.context + len(chain) - 1)
         return Admitted(kept, positions, hidden)
 
     def prune(self, prune: Prune) -> Gather | None:

@@ -45,6 +45,7 @@ class LmDrafter:
         batch = [*self._missing, *nodes]
         tokens = self._tokens([n.token for n in batch])
         kept, positions, rows = self._sequence.verify([n.id for n in batch], [n.parent for n in batch], tokens)
+        assert rows is not None, "nobody abandons a draft"
         skip, self._missing = len(self._missing), []
         wanted = [row for row, k in enumerate(kept) if k >= skip]
         if not wanted:

@@ -46,7 +46,7 @@ def _room(buffer: Tensor | None, like: Tensor, length: int, end: int) -> Tensor:
     if buffer is not None and buffer.shape[2] >= end:
         return buffer
     rows = max(end + RowCache.STEP, 0 if buffer is None else buffer.shape[2] * 3 // 2)
-    grown = like.new_empty(1, like.shape[1], rows, like.shape[3])
+    grown = like.new_zeros(1, like.shape[1], rows, like.shape[3])  # rows that an abandoned forward left unwritten: masked, but finite
     if buffer is not None:
         grown[:, :, :length] = buffer[:, :, :length]
     return grown

@@ -15,13 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flowspec.core.messages import Prune
 from flowspec.core.request import need
-from flowspec.core.stage import Admitted, StageState
+from flowspec.core.stage import Admitted, Gather, StageState
 from flowspec.errors import UserError
 from flowspec.models.cache import RowCache
 from flowspec.models.families import HEAD, family_of, module_tensors, read_config
 from flowspec.models.manifest import Manifest
 from flowspec.models.weights import Checkpoint, TensorFile
+
+Needed = Callable[[], bool]
+ALWAYS: Needed = lambda: True  # noqa: E731
 
 
 class StageModel(nn.Module):
@@ -63,8 +67,8 @@ class StageModel(nn.Module):
         return next(self.parameters()).device
 
     @torch.inference_mode()
-    def forward(self, rows: Tensor, positions: np.ndarray, hidden: np.ndarray, cache: RowCache) -> Tensor:
-        """Append n rows to the cache and return their outputs [n, hidden].
+    def forward(self, rows: Tensor, positions: np.ndarray, hidden: np.ndarray, cache: RowCache, needed: Needed = ALWAYS) -> Tensor | None:
+        """Append n rows to the cache and return their outputs [n, hidden]; None once they are not `needed` (asked between layers).
 
         rows: token ids int [n] for a first stage, else features [n, hidden]; positions: int64 [n];
         hidden: bool [n, cache.length + n], True where a row must not see another."""
@@ -73,7 +77,10 @@ class StageModel(nn.Module):
         mask = torch.zeros(hidden.shape, dtype=x.dtype).masked_fill_(torch.from_numpy(hidden), torch.finfo(x.dtype).min)
         mask = mask.to(self.device)[None, None]
         turns = self.rotary(x, torch.from_numpy(positions).to(self.device)[None])
-        for layer in self.layers:
+        for k, layer in enumerate(self.layers):
+            if k and not needed():
+                cache.advance(len(rows))
+                return None
             x = layer(x, attention_mask=mask, position_embeddings=turns, past_key_values=cache, use_cache=True)
         cache.advance(len(rows))
         return (x if self.norm is None else self.norm(x))[0]
@@ -84,20 +91,24 @@ class Sequence:
 
     def __init__(self, model: StageModel):
         self.model, self.state, self.cache = model, StageState(), RowCache()
+        self._due: list[Gather] | None = None  # moves of rows that must wait for the forward under way
         self.model_cpu = 0.0
         """CPU seconds that this thread spent in the model"""
 
     def prefill(self, rows: Tensor) -> Tensor:
         """Prompt rows (tokens or features [n, hidden]) through the model; features [n, hidden]."""
-        return self._forward(rows, self.state.extend(len(rows)))
+        return self._whole(rows, self.state.extend(len(rows)))
 
-    def verify(self, ids: list[int], parents: list[int], rows: Tensor) -> tuple[list[int], np.ndarray, Tensor]:
-        """Tree rows through the model: which were worth it (n indices), their positions [n], their features [n, hidden]."""
-        admitted = self.state.admit(ids, parents)
+    def verify(
+        self, ids: list[int], parents: list[int], rows: Tensor, drop: bool = True, needed: Needed = ALWAYS
+    ) -> tuple[list[int], np.ndarray, Tensor | None]:
+        """Tree rows through the model: which were worth it (n indices; all, unless `drop`), their positions [n], their
+        features [n, hidden], None if they were not `needed` any more before the last layer."""
+        admitted = self.state.admit(ids, parents, drop)
         if not admitted.kept:
             return [], admitted.positions, rows[:0]
         rows = rows if len(admitted.kept) == len(ids) else rows[admitted.kept]
-        return admitted.kept, admitted.positions, self._forward(rows, admitted)
+        return admitted.kept, admitted.positions, self._forward(rows, admitted, needed)
 
     def extend_and_verify(self, committed: Tensor, ids: list[int], parents: list[int], rows: Tensor) -> tuple[np.ndarray, Tensor]:
         """In one forward rows of tokens that are committed already and, behind them, n tree rows that are all worth it.
@@ -105,18 +116,30 @@ class Sequence:
         Positions [n] and features [n, hidden] of the latter."""
         admitted = self.state.extend(len(committed)).then(self.state.admit(ids, parents))
         assert len(admitted.kept) == len(committed) + len(ids), "a row that is not worth it"
-        features = self._forward(torch.cat([committed, rows]), admitted)
+        features = self._whole(torch.cat([committed, rows]), admitted)
         return admitted.positions[len(committed) :], features[len(committed) :]
 
-    def _forward(self, rows: Tensor, admitted: Admitted) -> Tensor:
+    def _whole(self, rows: Tensor, admitted: Admitted) -> Tensor:
+        out = self._forward(rows, admitted, ALWAYS)
+        assert out is not None
+        return out
+
+    def _forward(self, rows: Tensor, admitted: Admitted, needed: Needed) -> Tensor | None:
         begun = time.thread_time()
-        out = self.model(rows, admitted.positions, admitted.hidden, self.cache)
+        self._due = []
+        out = self.model(rows, admitted.positions, admitted.hidden, self.cache, needed)
+        due, self._due = self._due, None
+        for gather in due:
+            self.cache.gather(gather)
         self.model_cpu += time.thread_time() - begun
         return out
 
-    def prune(self, prune) -> None:
+    def prune(self, prune: Prune) -> None:
+        """What was decided; `needed` may call it in the midst of a forward."""
         gather = self.state.prune(prune)
-        if gather:
+        if gather and self._due is not None:
+            self._due.append(gather)
+        elif gather:
             self.cache.gather(gather)
 
 

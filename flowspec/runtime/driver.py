@@ -13,7 +13,7 @@ import torch
 
 from flowspec.comm.base import Message, Transport
 from flowspec.core.messages import PREFILL_ROWS, Action, Commit, Draft, Event, Finish, Prune, Returned, Segment, Wake, Woke
-from flowspec.core.policy import Policy
+from flowspec.core.policy import Policy, PolicyConfig
 from flowspec.core.request import Request
 from flowspec.core.scheduler import Scheduler
 from flowspec.errors import RankLost
@@ -117,7 +117,7 @@ class Driver:
         self._hidden_scale = hidden_scale  # of emulated links, for the bytes in a trace
 
     def generate(
-        self, request: Request, policy: Policy, coupled: bool, stats: Stats, trace: bool = False
+        self, request: Request, policy: Policy, switches: PolicyConfig, stats: Stats, trace: bool = False
     ) -> Generator[Committed, None, None]:
         """The text as it is committed. Closing the iterator cancels the request. `stats` is filled as it goes."""
         self._draft = self._thread if policy.budget > 1 else None  # a tree of one node needs no drafter
@@ -131,7 +131,7 @@ class Driver:
         stats.begun = time.monotonic()
         broken = True
         try:
-            self._begin(request, coupled)
+            self._begin(request, switches)
             yield from self._step(request, None, stats)
             while not scheduler.finished:
                 yield from self._step(request, self._next_event(request), stats)
@@ -158,14 +158,14 @@ class Driver:
         self._log.add(0, "compute", "schedule", begun, time.monotonic(), event=type(event).__name__)
         return committed
 
-    def _begin(self, request: Request, coupled: bool) -> None:
+    def _begin(self, request: Request, switches: PolicyConfig) -> None:
         self._noise = noise_for(request.sampling, self._vocabulary)
-        self._transport.send_next(wire.start(request, self._log.on, self._reads_features))
+        self._transport.send_next(wire.start(request, self._log.on, self._reads_features, switches))
         prompt = torch.tensor(request.prompt[:-1], dtype=torch.int32)
         for chunk in prompt.split(PREFILL_ROWS) if len(prompt) else ():
             self._transport.send_next(wire.prefill(request.id, chunk))
         if self._draft:
-            self._draft.begin(request, noise_for(request.sampling, self._vocabulary) if coupled else None, self._log)
+            self._draft.begin(request, noise_for(request.sampling, self._vocabulary) if switches.coupled else None, self._log)
 
     def _perform(self, request: Request, actions: list[Action], stats: Stats) -> list[Committed]:
         self._wake_at = None
@@ -234,6 +234,8 @@ class Driver:
         if message.kind == "prompt_features":
             self._prompt_features(message)
             return None
+        if message.kind == "idle":
+            return wire.read_idle(message)
         return wire.read_started(message) if message.kind == "started" else self._returned(request, message)
 
     def _took(self, seconds: float) -> None:

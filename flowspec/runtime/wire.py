@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from flowspec.comm.base import Message
-from flowspec.core.messages import Prune, Segment, Started
+from flowspec.core.messages import Idle, Prune, Segment, Started
+from flowspec.core.policy import PolicyConfig
 from flowspec.core.request import Request, Sampling
 from flowspec.trace import Span
 
 
 # ---- round the ring --------------------------------------------------------------------------------
-def start(request: Request, trace: bool, features: bool) -> Message:
+def start(request: Request, trace: bool, features: bool, switches: PolicyConfig) -> Message:
     """A request begins: stages make room for it, and note what they do when it is traced. `features`: rank 0's drafter reads
     the last stage's rows of the prompt and of all nodes that become text."""
-    about = {"request": request.id, "trace": trace, "features": features}
+    about = {"request": request.id, "trace": trace, "features": features, "drop_dead": switches.drop_dead, "abort": switches.abort}
     return Message("start", about | {"sampling": dataclasses.asdict(request.sampling)})
 
 
@@ -104,6 +105,15 @@ def started(request: int, started: Started) -> Message:
 
 def read_started(message: Message) -> Started:
     return Started(*(message.meta[name] for name in Started._fields))
+
+
+def idle(request: int, number: int) -> Message:
+    """The first stage abandoned this segment's forward, so it is free earlier than it said."""
+    return Message("idle", {"request": request, "number": number})
+
+
+def read_idle(message: Message) -> Idle:
+    return Idle(message.meta["number"])
 
 
 def prefilled(request: int) -> Message:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import resource
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,12 +18,15 @@ from flowspec.core.cost import Emulate, LinearCost
 from flowspec.core.messages import Started
 from flowspec.core.request import Sampling
 from flowspec.core.stage import Accepted
-from flowspec.models.stage import Head, Sequence, StageModel
+from flowspec.models.stage import ALWAYS, Head, Needed, Sequence, StageModel
 from flowspec.runtime import wire
 from flowspec.runtime.tracing import Log
 from flowspec.sampling import NoiseRows, noise_for, pick
 
 log = logging.getLogger(__name__)
+
+FLAGS = ("features", "drop_dead", "abort")
+"""what a request's start says of it, as `_Live` takes them"""
 
 
 def peak_memory() -> float:
@@ -45,6 +48,9 @@ class _Live:
     log: Log
     features: bool
     """rank 0's drafter reads the features of the prompt and of what becomes text"""
+    drop_dead: bool
+    abort: bool
+    """the switches of the policy"""
     accepted: Accepted = field(default_factory=Accepted)
     cost: LinearCost = field(default_factory=LinearCost)
     busy: float = 0.0
@@ -93,7 +99,7 @@ class Worker:
             sampling = wire.read_sampling(message)
             noise = noise_for(sampling, self.head.vocabulary) if self.head else None
             log = Log(message.meta["trace"], request, self.emulate.hidden_scale)
-            self._live[request] = _Live(Sequence(self.model), sampling, noise, log, message.meta["features"])
+            self._live[request] = _Live(Sequence(self.model), sampling, noise, log, *(message.meta[name] for name in FLAGS))
         if not self._is_last:
             self.transport.send_next(message)
 
@@ -103,7 +109,10 @@ class Worker:
             return
         rows = message.tensors[0]
         self._arrived(live, message, time.monotonic(), None)
-        out = self._timed(live, len(rows), lambda: live.sequence.prefill(rows))
+        begun = time.monotonic()
+        out = live.sequence.prefill(rows)
+        self._pretend(begun, len(rows), ALWAYS)
+        self._account(live, len(rows), begun)
         self.transport.send_control(0, wire.prefilled(message.meta["request"]))
         if not self._is_last:
             self.transport.send_next(wire.prefill(message.meta["request"], out))
@@ -124,18 +133,27 @@ class Worker:
 
     def _verify(self, live: _Live, message: Message, ids: list[int], parents: list[int], taken: float) -> None:
         request, number = message.meta["request"], message.meta["number"]
-        worth = live.sequence.state.worth(ids, parents)
+        worth = live.sequence.state.worth(ids, parents) if live.drop_dead else range(len(ids))
         if self._is_first:
             self._announce(live, message, len(worth), taken - self.transport.inbox.since)
         if not worth:
             return
-        about = {"segment": number, "ids": [ids[k] for k in worth]}
-        kept, positions, out = self._timed(live, len(worth), lambda: live.sequence.verify(ids, parents, message.tensors[1]), **about)
+        begun = time.monotonic()
+        needed = self._needed(request, live, ids)
+        kept, positions, out = live.sequence.verify(ids, parents, message.tensors[1], live.drop_dead, needed)
         live.rows, live.segments = live.rows + len(kept), live.segments + 1
+        whole = out is not None and self._pretend(begun, len(kept), needed)
+        self._account(live, len(kept), begun, whole, segment=number, ids=[ids[k] for k in kept])
+        if out is None or not whole:
+            if self._is_first:
+                self.transport.send_control(0, wire.idle(request, number))
+            return
         tokens = wire.read_tokens(message) if live.features else []
         columns = [[column[k] for k in kept] for column in (ids, parents, tokens) if column]
         self._hear_control()
-        if request in self._live and (alive := live.sequence.state.alive(columns[0])):
+        state = live.sequence.state
+        alive = state.alive(columns[0]) if live.drop_dead else list(range(len(kept)))
+        if request in self._live and alive:
             some = slice(None) if len(alive) == len(kept) else alive
             nodes = [[column[k] for k in alive] for column in columns]
             self._pass_on(live, request, number, nodes, torch.from_numpy(positions)[some], out[some])
@@ -163,14 +181,26 @@ class Worker:
         return [ids[k] for k in found], out[found]
 
     # ---- beside the ring ---------------------------------------------------------------------------
-    def _hear_control(self) -> None:
-        """Take in what is decided by now; the latest moment at which a dead row can still be dropped."""
-        while (item := self.transport.inbox.get_urgent()) is not None:
-            message = item[1]
+    def _hear_control(self, wait: float = 0.0) -> bool:
+        """Take in what is decided by now, or the first news within `wait` seconds; False: the run is over.
+
+        The latest moment at which a dead row can still be dropped."""
+        while (item := self.transport.inbox.get_urgent(wait)) is not None:
+            message, wait = item[1], 0.0
             if message.kind == "stop":  # for `run` to see
                 self.transport.inbox.put(item, urgent=True)
-                return
+                return False
             getattr(self, "_on_" + message.kind)(message)
+        return True
+
+    def _needed(self, request: int, live: _Live, ids: list[int]) -> Needed:
+        """Whether to go on with a forward over these nodes: not when the request is over, nor when all of them are dead."""
+
+        def needed() -> bool:
+            going = self._hear_control() and request in self._live
+            return going and not (live.abort and live.sequence.state.all_dead(ids))
+
+        return needed
 
     def _on_prune(self, message: Message) -> None:
         live = self._live.get(message.meta["request"])
@@ -204,14 +234,24 @@ class Worker:
         rank = self.transport.rank
         live.log.arrived(message, rank - 1, rank, self.transport.inbox.since, taken, ids)
 
-    def _timed(self, live: _Live, rows: int, forward: Callable, **about):
-        """Run a forward, take at least the emulated time, keep account."""
-        begun = time.monotonic()
-        result = forward()
-        time.sleep(max(0.0, begun + self.emulate.stage_seconds(self.transport.rank, rows) - time.monotonic()))
+    def _pretend(self, begun: float, rows: int, needed: Needed) -> bool:
+        """Take the emulated time of a forward over `rows` rows that began at `begun`; False if it was abandoned on the way, at the
+        end of the next of its layers."""
+        seconds = self.emulate.stage_seconds(self.transport.rank, rows)
+        while (left := begun + seconds - time.monotonic()) > 0:
+            if self._hear_control(left) and needed():
+                continue
+            layer = seconds / self.emulate.LAYERS
+            spent = time.monotonic() - begun
+            time.sleep(max(0.0, min(seconds, math.ceil(spent / layer) * layer) - spent))
+            return False
+        return True
+
+    def _account(self, live: _Live, rows: int, begun: float, whole: bool = True, **about) -> None:
+        """A forward over `rows` rows that began at `begun` is over."""
         spent = time.monotonic() - begun
-        live.cost.observe(rows, spent)
+        if whole:
+            live.cost.observe(rows, spent)
         live.log.add(self.transport.rank, "compute", "prefill", begun, begun + spent, **about)
         log.debug("%d rows in %.2f ms", rows, spent * 1000)
         live.busy += spent
-        return result

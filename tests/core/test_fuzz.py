@@ -68,16 +68,16 @@ class Mutants:
         return prune
 
     def siblings_visible():
-        def admit(good, self, ids, parents):
-            admitted = good(self, ids, parents)
+        def admit(good, self, *segment):
+            admitted = good(self, *segment)
             admitted.hidden[:] = False
             return admitted
 
         return admit
 
     def single_rows_unmasked():  # ALGORITHM 8.1 (1): a segment of one row must not lose its mask
-        def admit(good, self, ids, parents):
-            admitted = good(self, ids, parents)
+        def admit(good, self, *segment):
+            admitted = good(self, *segment)
             if len(admitted.kept) == 1:
                 admitted.hidden[:] = False
             return admitted
@@ -85,8 +85,8 @@ class Mutants:
         return admit
 
     def tail_forgotten():  # committed rows that were not moved down yet
-        def admit(good, self, ids, parents):
-            admitted = good(self, ids, parents)
+        def admit(good, self, *segment):
+            admitted = good(self, *segment)
             admitted.hidden[:, self.tail] = True
             return admitted
 

@@ -18,6 +18,8 @@ from flowspec.core.scheduler import Scheduler
 from flowspec.core.stage import Accepted, StageState
 
 VOCABULARY = 40
+LOST = (-1, -1)
+"""a cache row that nobody may read"""
 
 
 def target(context: tuple[int, ...]) -> int:
@@ -49,10 +51,12 @@ class ToyStage:
         gather = self.state.prune(prune)
         if gather:
             self.cache[gather.base :] = [self.cache[r] for r in gather.rows]
+        needed = {*range(self.state.base), *self.state.tail, *self.state.row.values()}
+        self.cache = [row if r in needed else LOST for r, row in enumerate(self.cache)]  # as an abandoned forward leaves them
 
-    def forward(self, segment):
+    def forward(self, segment, drop=True):
         """The segment's surviving part and, for each row, the tokens it attends to in order of position."""
-        admitted = self.state.admit(segment.ids, segment.parents)
+        admitted = self.state.admit(segment.ids, segment.parents, drop)
         kept = [segment.tokens[k] for k in admitted.kept]
         self.cache += [(int(p), t) for p, t in zip(admitted.positions, kept, strict=True)]
         self.computed += len(kept)
@@ -92,7 +96,9 @@ class Case:
             depth=r.choice([None, 1, 3, 8]),
             segment=r.choice([None, 1, 2, 7, 64]),
         )
-        self.switches = PolicyConfig(just_in_time=r.random() < 0.7, calibrate=r.random() < 0.7, ngram_feature=r.random() < 0.7)
+        switches = ("just_in_time", "calibrate", "ngram_feature", "refresh", "drop_dead", "abort")
+        self.switches = PolicyConfig(**{name: r.random() < 0.7 for name in switches})
+        self.features = r.random() < 0.5
         self.drafts = r.random() < 0.95
 
 
@@ -101,7 +107,7 @@ class World:
 
     def __init__(self, case: Case, stage=ToyStage):
         self.case, self.random = case, case.random
-        policy = make_policy(case.method, case.tree, case.switches, case.stages)
+        policy = make_policy(case.method, case.tree, case.switches, case.stages, case.features)
         self.scheduler = Scheduler(case.request, policy, drafts=case.drafts)
         self.stages = [stage() for _ in range(case.stages)]
         self.context = {-1: case.request.prompt[:-1]}  # node -> the text up to it, for the drafter and the checks
@@ -158,9 +164,12 @@ class World:
             self._post(f"hop{k + 1}", now, self.random.random(), ("prefill", k + 1, tokens))
 
     def _on_segment(self, now, k, segment):
-        kept, seen = self.stages[k].forward(segment)
+        drop = self.case.switches.drop_dead
+        kept, seen = self.stages[k].forward(segment, drop)
+        assert drop or kept == segment, "a row was dropped"
         for i, tokens in seen.items():
-            assert tokens == self.context[i], "a stage attended to the wrong rows"
+            live = i in self.stages[k].state.row
+            assert tokens == self.context[i] or not (live or drop), "a stage attended to the wrong rows"
         if k == 0:
             started = Started(segment.number, len(kept.ids), 0.5 if kept.ids else 0.0, 0.4, 0.01, 0.0)
             self._post("control", now, self.random.random(), ("started", started))
@@ -169,7 +178,7 @@ class World:
         if k + 1 < len(self.stages):
             self._post(f"hop{k + 1}", now, 0.5 + self.random.random(), ("segment", k + 1, kept))
         else:
-            choices = {i: target(seen[i]) for i in kept.ids}
+            choices = {i: target(self.context[i]) for i in kept.ids}
             found = self.accepted.among(kept.ids, kept.parents, kept.tokens, list(choices.values()))
             self.text_nodes.update(kept.ids[j] for j in found)
             assert all(target(self.context[kept.parents[j]]) == kept.tokens[j] for j in found if kept.parents[j] != -1)
