@@ -103,6 +103,8 @@ class Generation:
         self.result: Result | None = None
         self.spans: list[Span] = []
         """what all ranks did, once there is a result; empty unless `trace` is set"""
+        self.explanation: list[str] = []
+        """what the policy chose and why, once there is a result"""
 
     def __iter__(self) -> Iterator[Token]:
         return self
@@ -281,7 +283,7 @@ class Engine:
                     break
         finally:
             tokens.close()
-            generation.spans = stats.spans
+            generation.spans, generation.explanation = stats.spans, stats.explanation
             self._spans += stats.spans if config.trace else []
             generation.result = self._result(request, config, stats, ids, accepted, stream.text)
 

@@ -75,8 +75,8 @@ class Forecaster:
             assert guesser is not None
             outcome = LockStep(tape.request, tape.text, config.tree, guesser, ring).run()
         else:
-            policy = make_policy(method, config.tree, config.policy, stages)
-            outcome = World(tape.request, tape.text, policy, guesser, ring).run()
+            policy = make_policy(method, config.tree, config.policy, stages, config.drafter.reads_features)
+            outcome = World(tape.request, tape.text, policy, guesser, ring, config.policy).run()
         if isinstance(guesser, RecordedDrafter):
             self.lacked += guesser.lacked
         if outcome.tokens != tape.text:

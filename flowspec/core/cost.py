@@ -9,21 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from flowspec.core.messages import Cost
 from flowspec.core.request import need
 
 
-class LinearCost:
-    """Weighted least squares over the recent past, started from a guess that a few observations outweigh.
-
-    The guess is one of shape, a row for a fiftieth of a forward: the first observation says how fast it all is."""
+class Line:
+    """Weighted least squares over the recent past: seconds as a linear function of rows."""
 
     FORGET = 0.95
 
-    def __init__(self, base: float = 0.02, slope: float = 0.0004):
+    def __init__(self) -> None:
         self._n = self._t = self._nn = self._nt = self._w = 0.0
-        self._observed = False
-        for rows in (1.0, 32.0):
-            self._add(rows, base + slope * rows, 0.5)
 
     def _add(self, rows: float, seconds: float, weight: float) -> None:
         self._w += weight
@@ -33,18 +29,33 @@ class LinearCost:
         self._nt += weight * rows * seconds
 
     def observe(self, rows: int, seconds: float) -> None:
-        if not self._observed:
-            scale = seconds / self.predict(rows)
-            self._t, self._nt, self._observed = self._t * scale, self._nt * scale, True
         for name in ("_n", "_t", "_nn", "_nt", "_w"):
             setattr(self, name, getattr(self, name) * self.FORGET)
         self._add(rows, seconds, 1.0)
 
     @property
     def slope(self) -> float:
-        """Seconds a row, never below zero."""
-        spread = self._nn - self._n * self._n / self._w
+        """Seconds a row, never below zero; 0 until rows of different number were seen."""
+        spread = self._nn - self._n * self._n / self._w if self._w else 0.0
         return max(0.0, (self._nt - self._n * self._t / self._w) / spread) if spread > 1e-9 else 0.0
+
+
+class LinearCost(Line):
+    """A forward's, started from a guess that a few observations outweigh.
+
+    The guess is one of shape, a row for a fiftieth of a forward: the first observation says how fast it all is."""
+
+    def __init__(self, base: float = 0.02, slope: float = 0.0004):
+        super().__init__()
+        self._observed = False
+        for rows in (1.0, 32.0):
+            self._add(rows, base + slope * rows, 0.5)
+
+    def observe(self, rows: int, seconds: float) -> None:
+        if not self._observed:
+            scale = seconds / self.predict(rows)
+            self._t, self._nt, self._observed = self._t * scale, self._nt * scale, True
+        super().observe(rows, seconds)
 
     @property
     def base(self) -> float:
@@ -54,6 +65,31 @@ class LinearCost:
 
     def predict(self, rows: int) -> float:
         return self.base + self.slope * rows
+
+
+class Meter:
+    """What a stage measures of itself and of the hop to it, and when rank 0 should hear of it again."""
+
+    OFTEN = 4
+    EVERY = 8
+    """news after each of the first forwards, and then after every so many"""
+
+    def __init__(self) -> None:
+        self.forward, self._hop = LinearCost(), Line()
+        self._forwards = 0
+
+    def hop(self, rows: int, seconds: float) -> None:
+        """A message of so many rows took so long, by two clocks: only differences count."""
+        self._hop.observe(rows, seconds)
+
+    def forward_over(self, rows: int, seconds: float) -> bool:
+        """A forward took so long; True: tell rank 0."""
+        self.forward.observe(rows, seconds)
+        self._forwards += 1
+        return self._forwards <= self.OFTEN or self._forwards % self.EVERY == 0
+
+    def cost(self, stage: int) -> Cost:
+        return Cost(stage, self.forward.base, self.forward.slope, self._hop.slope)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -151,15 +151,21 @@ class Returned(NamedTuple):
 class Started(NamedTuple):
     """The first stage took a segment off its queue: `rows` were alive, and it expects to be free in `expected` seconds.
 
-    `base` and `slope` are its measured cost, seconds for no row and for each row; `waited` is how long the segment
-    had lain in its queue."""
+    `waited` is how long the segment had lain in its queue."""
 
     number: int
     rows: int
     expected: float
+    waited: float
+
+
+class Cost(NamedTuple):
+    """What a stage has measured: its forward over n rows takes base + slope * n seconds, and its hop `row` * n more than over none."""
+
+    stage: int
     base: float
     slope: float
-    waited: float
+    row: float
 
 
 class Idle(NamedTuple):
@@ -172,4 +178,4 @@ class Woke(NamedTuple):
     """The time of a Wake has come."""
 
 
-Event = Drafted | Returned | Started | Idle | Woke
+Event = Drafted | Returned | Started | Cost | Idle | Woke

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from flowspec.core.messages import Started
+from flowspec.core.messages import Cost, Started
 from flowspec.core.tree import TokenTree
 
 
@@ -15,7 +15,9 @@ class Pipe:
     """of a forward: a segment that is late by the wake-up of a thread costs more than one that knows a little less"""
 
     def __init__(self) -> None:
-        self.base, self.slope = 0.02, 0.0004  # the first stage's forward over no row, and each row; a guess until it is measured
+        self.costs: dict[int, tuple[float, float]] = {}  # stage -> its forward over no row, and each row, once it was measured
+        self._rows: dict[int, float] = {}  # stage -> what a row adds to the hop to it
+        self.base, self.slope, self.row = 0.02, 0.0004, 0.0  # of the slowest stage and link each; a guess until it is measured
         self.draft = 0.0  # a drafter's forward, once there was one
         self.out: dict[int, tuple[int, ...]] = {}  # number -> ids, while a node of it is alive
         self.waiting: dict[int, float] = {}  # number -> when it was sent, until the first stage starts on it
@@ -30,9 +32,23 @@ class Pipe:
         if sent_at is None:  # it came back before this news did
             return
         self.hop = min(self.hop, (now - sent_at - event.waited) / 2)
-        self.free_at = now + event.expected - self.known_hop
-        if event.rows:
-            self.base, self.slope = event.base, event.slope
+        # the slowest stage or link sets the pace: what leaves sooner would only wait there
+        self.free_at = now + (max(event.expected, self._pace(event.rows)) if event.rows else 0.0) - self.known_hop
+
+    def measured(self, event: Cost) -> None:
+        self.costs[event.stage] = event.base, event.slope
+        self._rows[event.stage] = event.row
+        self.base, self.slope = (max(column) for column in zip(*self.costs.values(), strict=True))
+        self.row = max(self._rows.values())
+
+    def forwards(self, stages: int, rows: int = 0) -> float:
+        """Seconds of a forward on each of the stages, one after the other; those not heard of are like the others."""
+        known = [base + slope * rows for base, slope in self.costs.values()] or [self.base + self.slope * rows]
+        return stages * sum(known) / len(known)
+
+    def _pace(self, rows: int) -> float:
+        """Seconds of a segment in the slowest of the stages and links."""
+        return max([base + slope * rows for base, slope in self.costs.values()] + [self.row * rows])
 
     def idle(self, now: float) -> None:
         """The first stage has nothing to do, unless what was sent meanwhile has reached it."""

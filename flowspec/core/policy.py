@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from flowspec.core.control import Controller
 from flowspec.core.messages import Drafted
 from flowspec.core.pipe import Pipe
 from flowspec.core.request import need
@@ -87,6 +88,14 @@ class _Attached:
     def rerooted(self) -> None:
         """The tree has a new root, or is new itself."""
         raise NotImplementedError
+
+    def decided(self, path: Sequence[int], tokens: Sequence[int], now: float) -> None:
+        """The target chose tokens[i] after the node path[i]; all of this still hangs in the tree."""
+        self.scorer.decided(path, tokens)
+
+    def explain(self) -> list[str]:
+        """What the policy chose, and why; for people."""
+        return [f"{name} {getattr(self, name)}" for name in ("budget", "top_k", "credits")]
 
 
 class Rounds(_Attached):
@@ -169,11 +178,22 @@ class Continuous(_Attached):
         self.budget = config.budget or self.CROWD
         self.top_k = config.top_k or 16
         self.levels = (config.depth + 1) if config.depth else 64
-        self.fixed_rows = config.segment
-        self.stages = stages
+        self._fixed_rows, self._stages = config.segment, stages
         self.just_in_time = switches.just_in_time
         self.refreshes = switches.refresh and features
         self.scorer = Scorer(switches.calibrate, switches.ngram_feature)
+
+    def attach(self, tree: TokenTree, pipe: Pipe, prompt: Sequence[int], levels_left: Callable[[], int]) -> None:
+        self.control = Controller(pipe, self._stages, self._fixed_rows)
+        self.promise = 1.0  # how likely the best child of a node is, of late
+        super().attach(tree, pipe, prompt, levels_left)
+
+    def decided(self, path: Sequence[int], tokens: Sequence[int], now: float) -> None:
+        super().decided(path, tokens, now)
+        self.control.decided(len(tokens), now)
+
+    def explain(self) -> list[str]:
+        return [*self.control.explain(), *self.scorer.explain()]
 
     def _reset(self) -> None:
         self.drafting = self.tree.root.score  # the best node that the drafter is asked for the first time
@@ -201,19 +221,7 @@ class Continuous(_Attached):
 
     @property
     def credits(self) -> int:
-        """Segments that keep the first stage busy: as many as fit into the ring, links included. One more would be decided too early:
-        it leaves before the news that the one ahead of it brings."""
-        return self.stages + round((self.stages + 1) * self.pipe.known_hop / self.pipe.base)
-
-    @property
-    def theta(self) -> float:
-        """The marginal rule: a row is worth its cost while P >= slope / base (POLICY section 5)."""
-        return min(0.25, max(0.002, self.pipe.slope / self.pipe.base))
-
-    @property
-    def rows(self) -> int:
-        """Rows of a segment: it should not take much longer than an empty one."""
-        return self.fixed_rows or int(min(96, max(16, 0.35 * self.pipe.base / max(self.pipe.slope, 1e-9))))
+        return self.control.credits
 
     def proposed(self, nodes: list[Node], drafted: Drafted) -> None:
         scored = self.scorer.scored(nodes, drafted, self.top_k)
@@ -224,6 +232,7 @@ class Continuous(_Attached):
             if again:
                 self._refreshed(node, found)
             self._push_tail(node, found)
+            self.promise += 0.05 * (math.exp(below[0]) - self.promise)
         self._grow()
 
     def _refreshed(self, node: Node, found: Candidates) -> None:
@@ -259,9 +268,11 @@ class Continuous(_Attached):
 
     def draft(self) -> list[Node]:
         """What is to be drafted again, then the likeliest unexpanded nodes, while P >= theta / 4 and the budget has room."""
+        if not self.control.speculates:
+            return []
         batch = self._stale() if self.wave else []
         again = len(batch)
-        nodes, least = self.tree.nodes, self._score_of(self.theta / 4)
+        nodes, least = self.tree.nodes, self._score_of(self.control.theta / 4)
         useless, deepest = (self.tree.root.position + n for n in (self.levels_left(), self.levels))
         while self.unexpanded and len(batch) < self.ROWS and len(nodes) < self.budget:
             key, id = self.unexpanded[0]
@@ -292,10 +303,10 @@ class Continuous(_Attached):
     def segment(self, drafting: bool) -> list[Node]:
         """The root if it is unsent, then the likeliest unsent nodes while P >= theta, up to the rows of a segment."""
         batch: list[Node] = []
-        nodes, root, least = self.tree.nodes, self.tree.root, self._score_of(self.theta)
+        nodes, root, least = self.tree.nodes, self.tree.root, self._score_of(self.control.theta)
         if drafting and not root.sent and self._worth_waiting():
             return []
-        most = self.rows
+        most = self.control.rows if self.control.speculates else int(not root.sent)
         while self.unsent and len(batch) < most:
             key, id = self.unsent[0]
             node = nodes.get(id)
@@ -308,8 +319,8 @@ class Continuous(_Attached):
 
     def _worth_waiting(self) -> bool:
         """Hold a new root back for the draft under way? Its children would be verified with it rather than a forward later, which
-        saves a forward (`base`) with the probability that they are reached; everything waits `draft` for it."""
-        reach = math.exp(min(0.0, self.drafting - self.tree.root.score))
+        saves a forward (`base`) with the probability that one of them is right; everything waits `draft` for it."""
+        reach = math.exp(min(0.0, self.drafting - self.tree.root.score)) * self.promise
         return 0 < self.PATIENCE * self.pipe.draft < reach * self.pipe.base
 
     def verify_now(self, segments_out: int) -> bool:
@@ -327,7 +338,7 @@ class Continuous(_Attached):
 
         The same bound as for expanding: what is below it would be neither drafted nor sent until the root moves, and then
         this is asked again."""
-        tree, tail, most = self.tree, self.tail, -self._score_of(self.theta / 4)
+        tree, tail, most = self.tree, self.tail, -self._score_of(self.control.theta / 4)
         while tail and len(tree.nodes) < self.budget and tail[0][0] <= most:
             key, id = heapq.heappop(tail)
             node, found = tree.nodes.get(id), self.candidates.get(id)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from flowspec.core.messages import (
     Action,
     Commit,
+    Cost,
     Draft,
     Drafted,
     DraftNode,
@@ -65,6 +66,8 @@ class Scheduler:
             self._drafted(event, now)
         elif isinstance(event, Started):
             self.pipe.started(event, now)
+        elif isinstance(event, Cost):
+            self.pipe.measured(event)
         elif isinstance(event, Idle):
             self.pipe.idle(now)
         else:
@@ -81,7 +84,7 @@ class Scheduler:
         path, tokens, accepted, child = self._walk()
         self.tokens += tokens
         self.anchor = path[-1].id
-        self.policy.scorer.decided([n.id for n in path], tokens)
+        self.policy.decided([n.id for n in path], tokens, now)
         if child is not None and self.policy.keeps(child):
             self.tree.reroot(child)
         else:

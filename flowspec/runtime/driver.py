@@ -32,6 +32,10 @@ QUESTIONS = 5
 """of each stage's clock, after a traced request"""
 
 
+NEWS: dict[str, Callable[[Message], Event]] = {"started": wire.read_started, "cost": wire.read_cost, "idle": wire.read_idle}
+"""what stages say beside the ring, and how it is read"""
+
+
 class Committed(NamedTuple):
     """A token of the text."""
 
@@ -59,6 +63,8 @@ class Stats:
     bookkeeping: float = 0.0
     """CPU seconds of rank 0's main thread beside verification (lm_head and sampling) and waiting"""
     reports: dict[int, wire.Report] = field(default_factory=dict)
+    explanation: list[str] = field(default_factory=list)
+    """what the policy chose, and why"""
     spans: list[Span] = field(default_factory=list)
     """what all ranks did, on rank 0's clock; empty unless the request was traced"""
 
@@ -142,7 +148,7 @@ class Driver:
         finally:
             stats.ended = time.monotonic()
             stats.drafted, stats.returned_segments = scheduler.tree.drafted, scheduler.returned_segments
-            stats.segments = scheduler.segments
+            stats.segments, stats.explanation = scheduler.segments, policy.explain()
             self._end(request)
             if not broken:
                 self._await_reports(request, stats)
@@ -234,9 +240,9 @@ class Driver:
         if message.kind == "prompt_features":
             self._prompt_features(message)
             return None
-        if message.kind == "idle":
-            return wire.read_idle(message)
-        return wire.read_started(message) if message.kind == "started" else self._returned(request, message)
+        if message.kind in NEWS:
+            return NEWS[message.kind](message)
+        return self._returned(request, message)
 
     def _took(self, seconds: float) -> None:
         self._verifying += seconds

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowspec.comm.base import Message
-from flowspec.core.messages import Idle, Prune, Segment, Started
+from flowspec.core.messages import Cost, Idle, Prune, Segment, Started
 from flowspec.core.policy import PolicyConfig
 from flowspec.core.request import Request, Sampling
 from flowspec.trace import Span
@@ -105,6 +105,14 @@ def started(request: int, started: Started) -> Message:
 
 def read_started(message: Message) -> Started:
     return Started(*(message.meta[name] for name in Started._fields))
+
+
+def cost(request: int, cost: Cost) -> Message:
+    return Message("cost", {"request": request, **cost._asdict()})
+
+
+def read_cost(message: Message) -> Cost:
+    return Cost(*(message.meta[name] for name in Cost._fields))
 
 
 def idle(request: int, number: int) -> Message:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flowspec.comm.base import Message, Transport
-from flowspec.core.cost import Emulate, LinearCost
+from flowspec.core.cost import Emulate, Meter
 from flowspec.core.messages import Started
 from flowspec.core.request import Sampling
 from flowspec.core.stage import Accepted
@@ -42,6 +42,7 @@ def peak_memory() -> float:
 class _Live:
     """A request in this stage."""
 
+    request: int
     sequence: Sequence
     sampling: Sampling
     noise: NoiseRows | None
@@ -52,7 +53,7 @@ class _Live:
     abort: bool
     """the switches of the policy"""
     accepted: Accepted = field(default_factory=Accepted)
-    cost: LinearCost = field(default_factory=LinearCost)
+    meter: Meter = field(default_factory=Meter)
     busy: float = 0.0
     rows: int = 0
     segments: int = 0
@@ -99,7 +100,7 @@ class Worker:
             sampling = wire.read_sampling(message)
             noise = noise_for(sampling, self.head.vocabulary) if self.head else None
             log = Log(message.meta["trace"], request, self.emulate.hidden_scale)
-            self._live[request] = _Live(Sequence(self.model), sampling, noise, log, *(message.meta[name] for name in FLAGS))
+            self._live[request] = _Live(request, Sequence(self.model), sampling, noise, log, *(message.meta[name] for name in FLAGS))
         if not self._is_last:
             self.transport.send_next(message)
 
@@ -217,7 +218,7 @@ class Worker:
     def _report(self, live: _Live | None) -> wire.Report:
         if live is None:
             return wire.Report(0.0, 0, 0, 0.0, 0.0, 0.0, peak_memory(), [])
-        cost = live.cost
+        cost = live.meter.forward
         return wire.Report(live.busy, live.rows, live.segments, live.overhead, cost.base, cost.slope, peak_memory(), live.log.spans)
 
     def _on_ping(self, message: Message) -> None:
@@ -226,13 +227,15 @@ class Worker:
     # ---- time --------------------------------------------------------------------------------------
     def _announce(self, live: _Live, message: Message, rows: int, waited: float) -> None:
         """Tell rank 0 when this stage will be free, so that the next segment can arrive just then."""
-        expected = live.cost.predict(rows) if rows else 0.0
-        started = Started(message.meta["number"], rows, expected, live.cost.base, live.cost.slope, waited)
+        expected = live.meter.forward.predict(rows) if rows else 0.0
+        started = Started(message.meta["number"], rows, expected, waited)
         self.transport.send_control(0, wire.started(message.meta["request"], started))
 
     def _arrived(self, live: _Live, message: Message, taken: float, ids: list[int] | None) -> None:
-        rank = self.transport.rank
-        live.log.arrived(message, rank - 1, rank, self.transport.inbox.since, taken, ids)
+        rank, at = self.transport.rank, self.transport.inbox.since
+        if ids:
+            live.meter.hop(len(ids), at - message.meta["sent"])
+        live.log.arrived(message, rank - 1, rank, at, taken, ids)
 
     def _pretend(self, begun: float, rows: int, needed: Needed) -> bool:
         """Take the emulated time of a forward over `rows` rows that began at `begun`; False if it was abandoned on the way, at the
@@ -250,8 +253,8 @@ class Worker:
     def _account(self, live: _Live, rows: int, begun: float, whole: bool = True, **about) -> None:
         """A forward over `rows` rows that began at `begun` is over."""
         spent = time.monotonic() - begun
-        if whole:
-            live.cost.observe(rows, spent)
+        if whole and live.meter.forward_over(rows, spent):
+            self.transport.send_control(0, wire.cost(live.request, live.meter.cost(self.transport.rank)))
         live.log.add(self.transport.rank, "compute", "prefill", begun, begun + spent, **about)
         log.debug("%d rows in %.2f ms", rows, spent * 1000)
         live.busy += spent

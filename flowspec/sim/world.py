@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from flowspec.core.cost import Emulate, LinearCost
+from flowspec.core.cost import Emulate, Meter
 from flowspec.core.messages import (
     PREFILL_ROWS,
     Action,
@@ -25,6 +26,7 @@ from flowspec.core.messages import (
     DraftNode,
     Event,
     Finish,
+    Idle,
     Prune,
     Returned,
     Segment,
@@ -32,7 +34,7 @@ from flowspec.core.messages import (
     Wake,
     Woke,
 )
-from flowspec.core.policy import Policy
+from flowspec.core.policy import Policy, PolicyConfig
 from flowspec.core.request import Request
 from flowspec.core.scheduler import Scheduler
 from flowspec.core.stage import StageState
@@ -82,13 +84,22 @@ class Link:
         return self._free_at + self._emulate.link_ms / 1000
 
 
+class _Forward(NamedTuple):
+    """On its way in a stage; no segment: over a chunk of the prompt."""
+
+    segment: Segment | None
+    rows: int
+    begin: float
+    end: float
+
+
 @dataclass
 class _Stage:
     rank: int
     state: StageState = field(default_factory=StageState)
-    cost: LinearCost = field(default_factory=LinearCost)
+    meter: Meter = field(default_factory=Meter)
     queue: deque = field(default_factory=deque)
-    busy: bool = False
+    running: _Forward | None = None
     rows: int = 0
 
 
@@ -131,8 +142,16 @@ class Outcome:
 class World:
     """Runs one request. `text`: the target's tokens for it; `guesser`: None does not draft."""
 
-    def __init__(self, request: Request, text: Sequence[int], policy: Policy, guesser: Guesser | None, ring: Ring):
-        self.request, self.text, self.guesser, self.ring = request, text, guesser, ring
+    def __init__(
+        self,
+        request: Request,
+        text: Sequence[int],
+        policy: Policy,
+        guesser: Guesser | None,
+        ring: Ring,
+        switches: PolicyConfig = PolicyConfig(),
+    ):
+        self.request, self.text, self.guesser, self.ring, self.switches = request, text, guesser, ring, switches
         self.scheduler = Scheduler(request, policy, drafts=guesser is not None)
         self.outcome = Outcome()
         self._stages = [_Stage(rank) for rank in range(1, ring.stages + 1)]
@@ -221,6 +240,7 @@ class World:
         arrival = self._links[sender].arrival(size, now)
         self._note(sender, "send", now, arrival, segment, bytes=size)
         if sender < self.ring.stages:
+            self._stages[sender].meter.hop(rows, arrival - now)
             self._at(arrival, self._on_arrival, self._stages[sender], segment, rows)
         elif segment is not None:
             self._at(arrival, self._on_returned, segment)
@@ -231,38 +251,59 @@ class World:
 
     def _on_prune(self, now: float, stage: _Stage, prune: Prune) -> None:
         stage.state.prune(prune)
+        running = stage.running
+        if running and running.segment and self.switches.abort and stage.state.all_dead(running.segment.ids):
+            layer = (running.end - running.begin) / self.ring.emulate.LAYERS
+            end = running.begin + math.ceil((now - running.begin) / layer) * layer if layer else now
+            if end < running.end:
+                stage.running = running._replace(end=end)
+                self._at(end, self._on_abandoned, stage, stage.running)
 
     def _next(self, now: float, stage: _Stage) -> None:
         """Take what waits, as runtime/worker.py does: drop what is dead, tell rank 0, compute the rest."""
-        while stage.queue and not stage.busy:
+        while stage.queue and not stage.running:
             arrived, segment, rows = stage.queue.popleft()
             self._note(stage.rank, "receive", arrived, now, segment)
             if segment is None:
                 stage.state.extend(rows)
             else:
-                worth = stage.state.worth(segment.ids, segment.parents)
-                segment = _only(segment, worth)
-                rows = len(worth)
+                if self.switches.drop_dead:
+                    segment = _only(segment, stage.state.worth(segment.ids, segment.parents))
+                rows = len(segment.ids)
                 if stage.rank == 1:
                     self._announce(now, stage, segment.number, rows, now - arrived)
                 if not rows:
                     continue
-                stage.state.admit(segment.ids, segment.parents)
+                stage.state.admit(segment.ids, segment.parents, self.switches.drop_dead)
                 stage.rows += rows
-            stage.busy = True
             seconds = self.ring.emulate.stage_seconds(stage.rank, rows)
-            self._note(stage.rank, "compute", now, now + seconds, segment)
-            self._at(now + seconds, self._on_computed, stage, segment, rows, seconds)
+            stage.running = _Forward(segment, rows, now, now + seconds)
+            self._at(now + seconds, self._on_computed, stage, stage.running)
 
     def _announce(self, now: float, stage: _Stage, number: int, rows: int, waited: float) -> None:
-        expected = stage.cost.predict(rows) if rows else 0.0
-        event = Started(number, rows, expected, stage.cost.base, stage.cost.slope, waited)
+        expected = stage.meter.forward.predict(rows) if rows else 0.0
+        self._tell(now, Started(number, rows, expected, waited))
+
+    def _tell(self, now: float, event: Event) -> None:
+        """A control message to rank 0."""
         self._at(now + self.ring.emulate.link_ms / 1000, self._handle, event)
 
-    def _on_computed(self, now: float, stage: _Stage, segment: Segment | None, rows: int, seconds: float) -> None:
-        stage.busy = False
-        stage.cost.observe(rows, seconds)
-        if segment is not None:
+    def _on_abandoned(self, now: float, stage: _Stage, forward: _Forward) -> None:
+        assert forward.segment is not None
+        stage.running = None
+        self._note(stage.rank, "compute", forward.begin, now, forward.segment)
+        if stage.rank == 1:
+            self._tell(now, Idle(forward.segment.number))
+        self._next(now, stage)
+
+    def _on_computed(self, now: float, stage: _Stage, forward: _Forward) -> None:
+        if stage.running is not forward:  # it was abandoned
+            return
+        stage.running, (segment, rows, begin, _) = None, forward
+        self._note(stage.rank, "compute", begin, now, segment)
+        if stage.meter.forward_over(rows, now - begin):
+            self._tell(now, stage.meter.cost(stage.rank))
+        if segment is not None and self.switches.drop_dead:
             segment = _only(segment, stage.state.alive(segment.ids))
             rows = len(segment.ids)
         if rows:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flowspec.core.messages import Commit, Draft, Drafted, DraftNode, Finish, Proposal, Prune, Returned, Segment, Started, Wake, Woke
+from flowspec.core.messages import Commit, Cost, Draft, Drafted, DraftNode, Finish, Proposal, Prune, Returned, Segment, Started, Wake, Woke
 from flowspec.core.policy import PolicyConfig, TreeConfig, make_policy
 from flowspec.core.request import Request, Sampling
 from flowspec.core.scheduler import Scheduler
@@ -151,7 +151,8 @@ def test_just_in_time_a_layer_is_chosen_when_it_leaves():
     s = scheduler("pipedec", jit=True, top_k=1)
     s.start(0.0)
     assert s.handle(Drafted.pack((0,), (proposal(t5=0.9),)), 1.0) == [], "the root has not started yet"
-    assert s.handle(Started(1, 1, expected=4.0, base=3.2, slope=0.05, waited=0.0), 2.0) == [Wake(3.8)]
+    s.handle(Cost(1, 3.2, 0.05, 0.0), 1.0)
+    assert s.handle(Started(1, 1, expected=4.0, waited=0.0), 2.0) == [Wake(3.8)]
     assert len(s.tree) == 1
     assert s.handle(Woke(), 3.8) == [Segment(2, (1,), (0,), (5,)), Draft((DraftNode(1, 0, 5),))]
 
@@ -204,7 +205,8 @@ def test_just_in_time_the_next_segment_waits_for_the_first_stage():
     s = scheduler(jit=True, top_k=1)
     s.start(0.0)
     assert s.handle(Drafted.pack((0,), (proposal(t5=0.9),)), 1.0) == [Draft((DraftNode(1, 0, 5),))], "the root has not started yet"
-    [wake] = s.handle(Started(1, 1, expected=4.0, base=3.2, slope=0.05, waited=0.0), 2.0)
+    s.handle(Cost(1, 3.2, 0.05, 0.0), 1.0)
+    [wake] = s.handle(Started(1, 1, expected=4.0, waited=0.0), 2.0)
     assert wake == Wake(3.8), "two seconds there and back: free at 5 by our clock, a hop and a sixteenth of a forward earlier it may leave"
     assert s.handle(Woke(), 3.8) == [Segment(2, (1,), (0,), (5,))]
 
@@ -214,7 +216,7 @@ def test_a_segment_that_returned_has_started():
     s.start(0.0)
     s.handle(Drafted.pack((0,), (proposal(t5=0.9),)), 1.0)
     assert s.handle(Returned(1, (0,), {0: 5}), 2.0)[-1] == Segment(2, (1,), (0,), (5,))
-    assert s.handle(Started(1, 1, 9.0, 1.0, 0.1, 0.0), 2.1) == [], "old news changes nothing"
+    assert s.handle(Started(1, 1, 9.0, 0.0), 2.1) == [], "old news changes nothing"
 
 
 def test_credits_bound_the_segments_in_flight():

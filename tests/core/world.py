@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flowspec.core.messages import Commit, Draft, Drafted, Finish, Proposal, Prune, Returned, Segment, Started, Wake, Woke
+from flowspec.core.messages import Commit, Cost, Draft, Drafted, Finish, Idle, Proposal, Prune, Returned, Segment, Started, Wake, Woke
 from flowspec.core.policy import PolicyConfig, TreeConfig, make_policy
 from flowspec.core.request import Request, Sampling
 from flowspec.core.scheduler import Scheduler
@@ -171,8 +171,13 @@ class World:
             live = i in self.stages[k].state.row
             assert tokens == self.context[i] or not (live or drop), "a stage attended to the wrong rows"
         if k == 0:
-            started = Started(segment.number, len(kept.ids), 0.5 if kept.ids else 0.0, 0.4, 0.01, 0.0)
-            self._post("control", now, self.random.random(), ("started", started))
+            started = Started(segment.number, len(kept.ids), 0.5 if kept.ids else 0.0, 0.0)
+            self._post("control", now, self.random.random(), ("news", started))
+            if self.random.random() < 0.1:
+                self._post("control", now, self.random.random(), ("news", Idle(segment.number)))
+        if self.random.random() < 0.3:
+            cost = Cost(k + 1, self.random.random(), 0.1 * self.random.random(), 0.1 * self.random.random())
+            self._post("control", now, self.random.random(), ("news", cost))
         if not kept.ids:
             return
         if k + 1 < len(self.stages):
@@ -199,10 +204,10 @@ class World:
             proposals.append(None if self.random.random() < 0.02 else Proposal(np.array(tokens), logq))
         self._perform(self.scheduler.handle(Drafted.pack([n.id for n in draft.nodes], proposals), now), now)
 
-    def _on_started(self, now, event):
+    def _on_news(self, now, event):
         self._perform(self.scheduler.handle(event, now), now)
 
-    _on_returned = _on_started
+    _on_returned = _on_news
 
     def _on_wake(self, now):
         self._perform(self.scheduler.handle(Woke(), now), now)

@@ -4,7 +4,6 @@ import json
 import socket
 import subprocess
 import sys
-from contextlib import ExitStack
 
 import pytest
 from tokenizers import Tokenizer
@@ -48,78 +47,87 @@ def stop(sampled):
     return next(piece for n in range(1, middle) if sampled.text.index(piece := sampled.text[middle : middle + n]) == middle)
 
 
-@pytest.fixture(scope="module")
-def two_runs(pair, stop, tmp_path_factory):
-    """Two runs at once: greedy over three stages from a prompt file, sampled over two stages with one prompt twice."""
-    folder = tmp_path_factory.mktemp("runs")
-    prompts = folder / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
-    flags = [word for name, value in SAMPLED.items() for word in ("--" + name.replace("_", "-"), value)]
-    with ExitStack() as stack:
-        greedy, drawn = (
-            stack.enter_context(Command(folder, *words))
-            for words in (
-                [pair.config(3), "--prompt-file", prompts, "--json", folder / "greedy.jsonl", f"trace={folder}/t.json"],
-                [pair.config(2), *["--prompt", PROMPTS[0]] * 2, *flags, "--stop", stop, "--json", folder / "sampled.jsonl"],
-            )
-        )
-        for run in (greedy, drawn):
-            assert run.end() == 0, run.err
-            run.results = [json.loads(line) for line in (folder / f"{'greedy' if run is greedy else 'sampled'}.jsonl").open()]
+def finished(folder, prompts, *words):
+    """A run that has ended well, with its `results` and the `prompts` that it was given."""
+    with Command(folder, *words, "--json", folder / "results.jsonl") as run:
+        assert run.end() == 0, run.err
+        run.prompts, run.results = prompts, [json.loads(line) for line in (folder / "results.jsonl").open()]
         assert list(folder.glob("*.partial")) == []
-        greedy.timeline = folder / "t.json"
-        yield greedy, drawn
+        return run
 
 
-def test_processes_write_transformers_greedy_text_in_the_order_of_the_prompts(pair, tokenizer, two_runs):
-    results = two_runs[0].results
-    assert len(results) == len(PROMPTS)
-    for prompt, result in zip(PROMPTS, results, strict=True):
+@pytest.fixture(scope="module")
+def greedy(pair, tmp_path_factory):
+    """Greedy over three stages from a prompt file, with a timeline."""
+    folder = tmp_path_factory.mktemp("greedy")
+    prompts, timeline = folder / "prompts.jsonl", folder / "t.json"
+    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    run = finished(folder, PROMPTS, pair.config(3), "--prompt-file", prompts, f"trace={timeline}")
+    run.timeline = timeline
+    return run
+
+
+@pytest.fixture(scope="module")
+def drawn(pair, stop, tmp_path_factory):
+    """Sampled over two stages with one prompt twice, up to a stop text."""
+    flags = [word for name, value in SAMPLED.items() for word in ("--" + name.replace("_", "-"), value)]
+    words = [pair.config(2), *["--prompt", PROMPTS[0]] * 2, *flags, "--stop", stop]
+    return finished(tmp_path_factory.mktemp("drawn"), [PROMPTS[0]] * 2, *words)
+
+
+@pytest.fixture(params=["greedy", pytest.param("drawn", marks=pytest.mark.slow)])
+def run(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_processes_write_transformers_greedy_text_in_the_order_of_the_prompts(pair, tokenizer, greedy):
+    assert len(greedy.results) == len(PROMPTS)
+    for prompt, result in zip(PROMPTS, greedy.results, strict=True):
         ids = tokenizer.encode(prompt).ids
         assert result["prompt_tokens"] == len(ids)
         assert result["token_ids"] == pair.greedy(ids, min(40, LIMIT - len(ids)))
         assert result["text"] == tokenizer.decode(result["token_ids"]).rstrip("\ufffd")  # bytes at the end that are no character yet
-    assert results[-1]["new_tokens"] < 40  # the last prompt runs into the model's limit
+        assert (result["world_size"], result["temperature"], result["finish_reason"]) == (4, 0.0, "length")
+    assert greedy.results[-1]["new_tokens"] < 40  # the last prompt runs into the model's limit
 
 
-def test_the_result_has_all_its_fields_and_they_agree(two_runs):
-    for run, stages in zip(two_runs, (3, 2), strict=True):
-        for result in run.results:
-            assert set(result) >= FIELDS
-            assert (result["method"], result["world_size"]) == ("flowspec", stages + 1)
-            assert result["new_tokens"] == len(result["token_ids"]) <= result["forwarded_tokens"]
-            assert result["tokens_per_second"] == pytest.approx((result["new_tokens"] - 1) / result["decode_seconds"])
-            assert result["prefill_seconds"] > 0 and result["accepted_per_segment"] > 0
-            assert 0 <= result["accepted_tokens"] <= min(result["drafted_tokens"], result["forwarded_tokens"])
-            assert len(result["stage_utilisation"]) == stages and all(0 < share <= 1 for share in result["stage_utilisation"])
-    assert {(r["temperature"], r["finish_reason"]) for r in two_runs[0].results} == {(0.0, "length")}
-    assert {(r["temperature"], r["seed"], r["finish_reason"]) for r in two_runs[1].results} == {(0.9, 11, "stop")}
-
-
-def test_a_seed_gives_the_same_text_each_time_over_processes_and_threads_up_to_the_stop_text(two_runs, sampled, stop):
-    for result in two_runs[1].results:
+@pytest.mark.slow
+def test_a_seed_gives_the_same_text_each_time_over_processes_and_threads_up_to_the_stop_text(drawn, sampled, stop):
+    assert len(drawn.results) == 2
+    for result in drawn.results:
         assert result["token_ids"] == sampled.token_ids[: result["new_tokens"]]
         assert result["text"] == sampled.text[: sampled.text.index(stop)]
+        assert (result["world_size"], result["temperature"], result["seed"], result["finish_reason"]) == (3, 0.9, 11, "stop")
 
 
-def test_standard_output_holds_prompts_and_texts_and_nothing_else(two_runs):
-    for run, prompts in zip(two_runs, (PROMPTS, [PROMPTS[0]] * 2), strict=True):
-        assert run.out == "".join(f"{prompt}{result['text']}\n" for prompt, result in zip(prompts, run.results, strict=True))
+def test_the_result_has_all_its_fields_and_they_agree(run):
+    for result in run.results:
+        assert set(result) >= FIELDS
+        assert result["method"] == "flowspec"
+        assert result["new_tokens"] == len(result["token_ids"]) <= result["forwarded_tokens"]
+        assert result["tokens_per_second"] == pytest.approx((result["new_tokens"] - 1) / result["decode_seconds"])
+        assert result["prefill_seconds"] > 0 and result["accepted_per_segment"] > 0
+        assert 0 <= result["accepted_tokens"] <= min(result["drafted_tokens"], result["forwarded_tokens"])
+        shares = result["stage_utilisation"]
+        assert len(shares) == result["world_size"] - 1 and all(0 < share <= 1 for share in shares)
 
 
-def test_standard_error_shows_each_stage_loading_and_a_table_for_each_text(two_runs):
-    for run, stages in zip(two_runs, (3, 2), strict=True):
-        loading = [line for line in run.err.splitlines() if line.startswith("rank ")]  # once a second, and when it is done
-        done = [line for line in loading if ": layers " in line]
-        assert sorted(line.split(":")[0] for line in done) == [f"rank {rank} of {stages}" for rank in range(1, stages + 1)]
-        assert all("MB in" in line for line in loading)
-        for row in ("method", "tokens", "speed", "accepted per segment", "stage utilisation", "seed"):
-            assert run.err.count(f"\n  {row} ") == len(run.results), run.err
-        assert run.err.count("\n") == len(loading) + 7 * len(run.results) + run.err.count("\ntimeline: "), run.err  # no warning of any library between them
+def test_standard_output_holds_prompts_and_texts_and_nothing_else(run):
+    assert run.out == "".join(f"{prompt}{result['text']}\n" for prompt, result in zip(run.prompts, run.results, strict=True))
 
 
-def test_the_timeline_of_a_run_has_all_ranks_and_requests(two_runs):
-    greedy, _ = two_runs
+def test_standard_error_shows_each_stage_loading_and_a_table_for_each_text(run):
+    stages = run.results[0]["world_size"] - 1
+    loading = [line for line in run.err.splitlines() if line.startswith("rank ")]  # once a second, and when it is done
+    done = [line for line in loading if ": layers " in line]
+    assert sorted(line.split(":")[0] for line in done) == [f"rank {rank} of {stages}" for rank in range(1, stages + 1)]
+    assert all("MB in" in line for line in loading)
+    for row in ("method", "tokens", "speed", "accepted per segment", "stage utilisation", "seed"):
+        assert run.err.count(f"\n  {row} ") == len(run.results), run.err
+    assert run.err.count("\n") == len(loading) + 7 * len(run.results) + run.err.count("\ntimeline: "), run.err  # no warning of any library between them
+
+
+def test_the_timeline_of_a_run_has_all_ranks_and_requests(greedy):
     spans, facts = read(greedy.timeline)
     assert facts["stages"] == 3 and {s.rank for s in spans} == {0, 1, 2, 3}
     new_tokens = sum(result["new_tokens"] for result in greedy.results)

@@ -1,0 +1,88 @@
+"""What to spend on speculation, by what things cost here and what speculation has brought so far (POLICY section 5). Pure."""
+
+from __future__ import annotations
+
+from flowspec.core.pipe import Pipe
+
+
+class Controller:
+    """Rows of a segment, the least probability of a row, segments in flight, and whether to speculate at all."""
+
+    WINDOW = 32
+    """tokens over which a rate is measured"""
+    PAUSE = 16
+    """tokens of the first attempt without speculation; each attempt that was right doubles the next"""
+
+    def __init__(self, pipe: Pipe, stages: int, fixed_rows: int | None):
+        self._pipe, self._stages, self._fixed_rows = pipe, stages, fixed_rows
+        self.speculates = True
+        self._mark: tuple[int, float] | None = None  # tokens and time at which the present window began
+        self._tokens = 0
+        self._pause = self.PAUSE
+        self.rate: float | None = None  # tokens/s with speculation, of the last window
+        self.plain_rate: float | None = None  # without, once it was tried
+        self.attempts = 0  # windows without speculation
+
+    @property
+    def theta(self) -> float:
+        """A row is worth its cost while P >= (max b + e) / max a: what it adds to the slowest stage and a link, by what a slot costs."""
+        return min(0.25, max(0.002, (self._pipe.slope + self._pipe.row) / self._pipe.base))
+
+    @property
+    def rows(self) -> int:
+        """A segment should not take much longer than an empty one: 0.35 a / b rows, between 16 and 96."""
+        return self._fixed_rows or int(min(96, max(16, 0.35 * self._pipe.base / max(self._pipe.slope, 1e-9))))
+
+    @property
+    def credits(self) -> int:
+        """Segments that keep the slowest stage busy: as many of its forwards as one needs for the round, links included. One more
+        would be decided too early: it leaves before the news that the one ahead of it brings."""
+        return max(1, round((self._pipe.forwards(self._stages) + (self._stages + 1) * self._pipe.known_hop) / self._pipe.base))
+
+    @property
+    def lap(self) -> float:
+        """Seconds that the root alone needs for the round: a token's, without speculation."""
+        return self._pipe.forwards(self._stages, rows=1) + (self._stages + 1) * self._pipe.known_hop
+
+    def decided(self, tokens: int, now: float) -> None:
+        """So many more tokens are text. At the end of a window: was it worth it?"""
+        self._tokens += tokens
+        if self._mark is None:
+            self._mark = (self._tokens, now)
+            return
+        done, span = self._tokens - self._mark[0], now - self._mark[1]
+        if done < (self.WINDOW if self.speculates else self._pause) or span <= 0:
+            return
+        self._judge(done / span)
+        self._mark = (self._tokens, now)
+
+    def _judge(self, rate: float) -> None:
+        """Go on with what is faster. Plain decoding is tried when it promises more, and speculation tried again after it."""
+        if self.speculates:
+            self.rate = rate
+            self.speculates = rate >= (self.plain_rate or 1 / self.lap)
+            if self.speculates:
+                self._pause = self.PAUSE
+            else:
+                self.attempts += 1
+        else:
+            self.plain_rate, self.speculates = rate, True
+            self._pause *= 2
+
+    def explain(self) -> list[str]:
+        """What was chosen, and why; for people."""
+        pipe = self._pipe
+        stages = ", ".join(f"{s}: {1000 * a:.2f} + {1000 * b:.3f} n" for s, (a, b) in sorted(pipe.costs.items()))
+        lines = [
+            f"stages (ms of a forward over n rows): {stages}",
+            f"links: {1000 * pipe.known_hop:.2f} ms a hop, {1000 * pipe.row:.3f} ms a row; a draft takes {1000 * pipe.draft:.1f} ms",
+            f"a row must be needed with P >= {self.theta:.3f} (what it adds to the slowest stage and link, by what a forward costs)",
+            f"at most {self.rows} rows a segment" + (" (tree.segment)" if self._fixed_rows else " (0.35 forwards' worth, 16 to 96)"),
+            f"{self.credits} segments in flight (the slowest stage's forwards in one round of the ring)",
+        ]
+        measured = "not measured (too short)" if self.rate is None else f"{self.rate:.2f} tok/s in the last {self.WINDOW} tokens"
+        plain = f"{1 / self.lap:.2f} tok/s by these costs" if self.plain_rate is None else f"{self.plain_rate:.2f} tok/s measured"
+        lines.append(
+            f"speculation {'on' if self.speculates else 'off'}: {measured}; without it {plain}; tried without {self.attempts} times"
+        )
+        return lines
