@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from flowspec.config import Config
 from flowspec.core.cost import Emulate
 from flowspec.core.policy import METHODS, make_policy
 from flowspec.core.request import Request, Sampling, need
 from flowspec.draft.base import Drafter
-from flowspec.draft.recorded import RecordedDrafter, SyntheticDrafter, Tape, load, made_up_text, save
+from flowspec.draft.config import DrafterConfig
+from flowspec.draft.recorded import LiveDrafter, RecordedDrafter, SyntheticDrafter, Tape, load, made_up_text, save
+from flowspec.draft.registry import make_drafter
+from flowspec.models import stage
 from flowspec.models.manifest import Manifest
+from flowspec.sampling import noise_for
 from flowspec.sim.lockstep import LockStep
 from flowspec.sim.world import Guesser, Outcome, Ring, World
 
@@ -41,41 +49,83 @@ class Models:
         return cls(name=name, vocabulary=manifest.vocab_size, hidden=manifest.hidden_size)
 
 
+def is_taped(drafter: DrafterConfig) -> bool:
+    """What it proposes depends on the path only, so a tape can remember it; others are asked live (draft/recorded.py)."""
+    return drafter.kind == "lm"
+
+
+def lacking(config: Config) -> Path | None:
+    """A file that a simulation needs and that is not on this machine: features of the text take the whole target."""
+    manifest = Manifest.load(config.stages_path)
+    needed = [manifest.path(entry) for entry in manifest.ranks[1:]] if config.drafter.reads_features else []
+    return next((path for path in needed if not path.exists()), None)
+
+
 def check_simulable(config: Config) -> None:
-    """UserError for a drafter that cannot be asked without the target."""
-    kind = config.drafter.kind
-    need(not config.drafter.reads_features, f"drafter.kind {kind} cannot be simulated yet: it reads the target's features, a text has none")
+    """UserError where the drafter reads features of a target that is not here."""
+    file = lacking(config)
+    need(file is None, f"drafter.kind eagle is simulated with the whole target, and {file} is not on this machine")
+
+
+class Target:
+    """The target as one, out of the files of its stages: what it makes of a text that is known."""
+
+    def __init__(self, manifest: Manifest):
+        self._parts = [stage.load_stage(manifest, rank, torch.float32, "cpu") for rank in range(1, manifest.num_stages + 1)]
+
+    def features(self, tokens: Sequence[int]) -> Tensor:
+        """[len(tokens), hidden], behind the final norm."""
+        rows = torch.tensor(tokens, dtype=torch.int32)
+        for part in self._parts:
+            rows = stage.Sequence(part).prefill(rows)
+        return rows
+
+
+Key = tuple[tuple[int, ...], Sampling]
+
+
+def _key(request: Request) -> Key:
+    """Of a request: what its text depends on."""
+    return request.prompt, request.sampling
 
 
 class Forecaster:
-    """Predicts runs. Drafts of a language model are remembered by path, so that a sweep asks it once; others are asked live."""
+    """Predicts runs. Drafts of a language model are remembered by path, so that a sweep asks it once; others are asked live,
+    with the target's features of the text, computed once, where they read them."""
 
     def __init__(self, config: Config, models: Models):
         self.config, self.models = config, models
-        self.tapes: dict[tuple[tuple[int, ...], Sampling], Tape] = {}
+        self.tapes: dict[Key, Tape] = {}
         self.profile: Sequence[float] | None = None
         """of a made-up drafter, instead of the configured one"""
         self.offline = False
         """do not load the draft model: what was not recorded is not drafted"""
         self.lacked = 0
         """proposals that were not recorded, offline"""
-        self._drafter: Drafter | None = None
+        self._features: dict[Key, Tensor] = {}
 
     def add(self, request: Request, text: Sequence[int]) -> Tape:
         """The tape of a request, new if it is not known yet."""
-        return self.tapes.setdefault((request.prompt, request.sampling), Tape(request, list(text)))
+        return self.tapes.setdefault(_key(request), Tape(request, list(text)))
 
     def run(self, tape: Tape, method: str, stages: int, emulate: Emulate | None = None, config: Config | None = None) -> Outcome:
         """One request in virtual time. `config`: another tree, policy or verify_on than the forecaster's own."""
         config = config or self.config
-        ring = Ring(stages=stages, emulate=emulate or config.emulate, hidden=self.models.hidden, verify_last=config.verifies_last)
-        guesser = self._guesser(tape, config)
-        if method == PAPER:
+        features = self.profile is None and config.drafter.reads_features
+        policy = None if method == PAPER else make_policy(method, config.tree, config.policy, stages, features)
+        guesser = self._guesser(tape, config) if policy is None or policy.budget > 1 else None  # a tree of one node needs none
+        ring = Ring(
+            stages=stages,
+            emulate=emulate or config.emulate,
+            hidden=self.models.hidden,
+            verify_last=config.verifies_last,
+            features=guesser is not None and guesser.features,
+        )
+        if policy is None:
             need(guesser is not None, f"{PAPER} needs a drafter")
             assert guesser is not None
             outcome = LockStep(tape.request, tape.text, config.tree, guesser, ring).run()
         else:
-            policy = make_policy(method, config.tree, config.policy, stages, config.drafter.reads_features)
             outcome = World(tape.request, tape.text, policy, guesser, ring, config.policy).run()
         if isinstance(guesser, RecordedDrafter):
             self.lacked += guesser.lacked
@@ -88,27 +138,32 @@ class Forecaster:
             return SyntheticDrafter(tape.request, tape.text, self.profile, seed=tape.request.id)
         if config.drafter.kind == "none":
             return None
-        check_simulable(config)
         if self.offline:
             return RecordedDrafter(tape)
-        from flowspec.sampling import noise_for
-
         noise = noise_for(tape.request.sampling, self.models.vocabulary) if config.policy.coupled else None
-        drafter = self._real(config)
-        if config.drafter.kind == "lm":
-            return RecordedDrafter(tape, drafter, noise)
-        drafter.begin(tape.request, noise)
+        if is_taped(config.drafter):
+            return RecordedDrafter(tape, self._drafter, noise)
+        return LiveDrafter(self._drafter, tape.request, noise, self._features_of(tape) if self._drafter.features else None)
+
+    @functools.cached_property
+    def _drafter(self) -> Drafter:
+        config, manifest = self.config, Manifest.load(self.config.stages_path)
+        head = stage.load_head(manifest, 0, torch.float32, "cpu") if config.drafter.reads_features else None
+        drafter = make_drafter(config.drafter, config.folder, manifest, head, torch.float32, "cpu")
+        assert drafter is not None
         return drafter
 
-    def _real(self, config: Config) -> Drafter:
-        import torch
+    @functools.cached_property
+    def _target(self) -> Target:
+        check_simulable(self.config)
+        return Target(Manifest.load(self.config.stages_path))
 
-        from flowspec.draft.registry import make_drafter
-
-        if self._drafter is None:
-            self._drafter = make_drafter(config.drafter, config.folder, Manifest.load(config.stages_path), None, torch.float32, "cpu")
-        assert self._drafter is not None
-        return self._drafter
+    def _features_of(self, tape: Tape) -> Tensor:
+        """The target's, at all tokens of the prompt and the text but the last: the same in every cell of a sweep."""
+        key = _key(tape.request)
+        if key not in self._features:
+            self._features[key] = self._target.features([*tape.request.prompt, *tape.text[:-1]])
+        return self._features[key]
 
     # ---- files -------------------------------------------------------------------------------------
     def save(self, path: Path) -> None:
@@ -118,7 +173,7 @@ class Forecaster:
     def load(self, path: Path) -> None:
         tapes, source = load(path)
         need(source == self._source, f"{path} was recorded with {source}; this configuration is {self._source}")
-        self.tapes |= {(t.request.prompt, t.request.sampling): t for t in tapes}
+        self.tapes |= {_key(t.request): t for t in tapes}
 
     @property
     def _source(self) -> str:

@@ -22,6 +22,7 @@ from flowspec.bench import timeline
 from flowspec.bench.forecast import PAPER, SIMULATED, Forecaster, Models, check_simulable, made_up
 from flowspec.config import Config, load_config
 from flowspec.core.request import Request, Sampling, need
+from flowspec.draft.config import DrafterConfig
 from flowspec.files import replacing
 from flowspec.models.split import Parser
 from flowspec.options import add_shared, benchmark_prompts, configuration, methods, numbers, split_demo, temperatures_of
@@ -51,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
     cells = list(_cells(options, path, config, temperatures))
     for cell in cells:
         emulate = cell.config.emulate
+        need(cell.config.drafter == config.drafter, "--vary: one drafter a simulation; run another one for another")
         need(
             emulate.stage_ms != 0 or emulate.token_ms != 0,
             "simulate needs the devices' times: give emulate.stage_ms, as configs/devices/ do",
@@ -60,6 +62,8 @@ def main(argv: Sequence[str]) -> int:
     results = _run(forecaster, cells, chosen)
     if options.drafts:
         forecaster.save(Path(options.drafts))
+        if config.drafter.reads_features:
+            print(f"note: an EAGLE head is asked live, in each run; {options.drafts} holds the target's texts alone", file=sys.stderr)
     _show(options, cells, chosen, results)
     if forecaster.lacked:
         print(
@@ -117,6 +121,7 @@ def _forecaster(options: argparse.Namespace, config: Config, temperatures: list[
     if options.synthetic:
         return made_up(config, numbers(options.synthetic, float, "--synthetic"), int(numbers(options.prompts, int, "--prompts")[0]))
     check_simulable(config)
+    need(not (options.offline and config.drafter.reads_features), "--offline: an EAGLE head is asked live, so its drafts are in no file")
     forecaster = Forecaster(config, Models.of(config))
     forecaster.offline = options.offline
     if options.drafts and os.path.exists(options.drafts):
@@ -143,7 +148,7 @@ def _record(forecaster: Forecaster, config: Config, prompts: list[str], sampling
     from flowspec.engine import Engine
 
     print(f"recording {len(missing)} texts of the target ...", file=sys.stderr, flush=True)
-    plain = dataclasses.replace(config, method="ar", emulate=Emulate(), trace=None)
+    plain = dataclasses.replace(config, method="ar", drafter=DrafterConfig(), emulate=Emulate(), trace=None)
     with Engine.over_threads(plain, manifest) as engine:
         for prompt, sampling in missing:
             about = dataclasses.asdict(sampling)

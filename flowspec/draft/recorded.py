@@ -1,7 +1,8 @@
-"""Drafters for the simulator: what a real drafter proposed, by token path, and a made-up profile of acceptance.
+"""Drafters for the simulator: what a real drafter proposed, by token path; a real one, live; a made-up profile of acceptance.
 
-Both depend on the path only (the tokens from the prompt to the node), as a language model does. A tape remembers each
-proposal the first time it is asked for, so that a sweep over stages, links and methods runs the draft model once.
+A tape is for drafters whose proposals depend on the path only (the tokens from the prompt to the node), as a language model's
+do. It remembers each proposal the first time it is asked for, so that a sweep over stages, links and methods runs the
+draft model once. What an EAGLE head or a look-up proposes depends on what was text by then, so those are asked live, in each run.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from torch import Tensor
 
 from flowspec.core.messages import Commit, Drafted, DraftNode, Proposal
 from flowspec.core.request import Request, Sampling
@@ -71,8 +73,30 @@ class _ByPath:
         self._lineage = self._lineage.after(commit)
 
 
+class LiveDrafter:
+    """A real drafter in a simulated run, asked anew each time. It is begun here.
+
+    features: [prompt + text - 1, hidden], the target's at each of their tokens but the last; None for a drafter that reads none. Only
+    tokens of the text are ever committed, so a commit's features are the next rows of these."""
+
+    def __init__(self, drafter: Drafter, request: Request, noise: Noise | None, features: Tensor | None):
+        self.features = drafter.features
+        self._drafter, self._rows = drafter, features
+        self._told = request.prompt_length - 1  # rows that the drafter has
+        drafter.begin(request, noise, features[: self._told] if features is not None and self._told else None)
+
+    def propose(self, nodes: Sequence[DraftNode]) -> Drafted:
+        return self._drafter.propose(nodes)
+
+    def commit(self, commit: Commit) -> None:
+        begin, self._told = self._told, self._told + len(commit.path)
+        self._drafter.commit(commit, None if self._rows is None else self._rows[begin : self._told])
+
+
 class RecordedDrafter:
     """Plays a tape; what it lacks is asked of the real drafter and remembered, or, without one, counted in `lacked`."""
+
+    features = False
 
     def __init__(self, tape: Tape, drafter: Drafter | None = None, noise: Noise | None = None):
         self._tape, self._drafter, self._noise = tape, drafter, noise
@@ -120,17 +144,24 @@ def _single(proposal: Proposal | None) -> Proposal | None:
 
 
 class SyntheticDrafter:
-    """Made up: the target's token is the k-th candidate with probability profile[k], independently at each position."""
+    """Made up: the target's token is the k-th candidate with probability profile[k], independently at each position.
+
+    A node that is asked for again gets the same answer."""
+
+    features = False
 
     def __init__(self, request: Request, text: Sequence[int], profile: Sequence[float], seed: int = 0):
         self._text, self._profile = text, np.array(profile)
         self._seed = seed
-        self._next = 0
+        self._made: dict[int, Proposal] = {}  # by node
         self._paths = _ByPath(self._longer, request)
         self._logq = np.log(np.maximum(self._profile, 1e-9) / self._profile.sum())
 
     def propose(self, nodes: Sequence[DraftNode]) -> Drafted:
-        return Drafted.pack([n.id for n in nodes], [self._proposal(self._paths.enter(n)) for n in nodes])
+        for node in nodes:
+            if node.id not in self._made:
+                self._made[node.id] = self._proposal(self._paths.enter(node))
+        return Drafted.pack([n.id for n in nodes], [self._made[n.id] for n in nodes])
 
     def commit(self, commit: Commit) -> None:
         self._paths.commit(commit)
@@ -143,8 +174,8 @@ class SyntheticDrafter:
 
     def _proposal(self, path: int) -> Proposal:
         # tokens of the text are below 2^30 (see `made_up_text`), wrong guesses above
-        wrong = np.arange(self._next, self._next + len(self._profile)) + (1 << 30)
-        self._next += len(self._profile)
+        k = len(self._profile)
+        wrong = np.arange(k) + (1 << 30) + k * len(self._made)
         if 0 <= path < len(self._text):
             draw = np.random.default_rng((self._seed, path)).random()
             rank = int(np.searchsorted(self._profile.cumsum(), draw, side="right"))

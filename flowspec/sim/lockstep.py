@@ -66,15 +66,17 @@ class LockStep:
 
     # ---- a round -----------------------------------------------------------------------------------
     def _prefill(self) -> float:
-        """The prompt on its way through the stages; rank 0's drafter has read it by then."""
+        """The prompt on its way through the stages; when rank 0's drafter has read it, which may wait for its features."""
+        known = 0.0
         for begin in range(0, self.request.prompt_length - 1, PREFILL_ROWS):
             rows, arrival = min(PREFILL_ROWS, self.request.prompt_length - 1 - begin), 0.0
             for rank in range(self.ring.stages + 1):
                 if rank:
                     arrival = self._free[rank] = max(arrival, self._free[rank]) + self.ring.emulate.stage_seconds(rank, rows)
-                if rank < self.ring.stages:
+                if rank < self.ring.stages or self.ring.features:
                     arrival = self._links[rank].arrival(self.ring.hop_bytes(rank, rows, nodes=False), arrival)
-        return self.ring.emulate.draft_ms / 1000
+            known = arrival if self.ring.features else 0.0
+        return known + self.ring.emulate.draft_ms / 1000
 
     def _round(self, now: float) -> float:
         """Fill the pipeline, then turns until the text is over or leaves the tree; when that was known."""

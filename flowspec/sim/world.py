@@ -2,6 +2,7 @@
 
 Rank 0 is the real `Scheduler` with a real policy, a stage the real `StageState`; drafts are real or made up. What a stage
 would compute is not needed: the text is known, and only the target's choices on the path of the text are ever looked up.
+Features for a drafter that reads them are bytes on the last hop, and the prompt's are what its first draft waits for.
 What takes no time here: rank 0's own work, the drafter's commits, everything between a message's arrival and its
 first look. So a prediction is a little above what a real ring does with the same costs.
 """
@@ -37,13 +38,16 @@ from flowspec.core.messages import (
 from flowspec.core.policy import Policy, PolicyConfig
 from flowspec.core.request import Request
 from flowspec.core.scheduler import Scheduler
-from flowspec.core.stage import StageState
+from flowspec.core.stage import Accepted, StageState
 from flowspec.core.tree import TokenTree
 from flowspec.trace import Fates, Span, untangled
 
 
 class Guesser(Protocol):
-    """What the simulator needs of a drafter (draft/base.py): begun already."""
+    """What the simulator needs of a drafter (draft/base.py): begun already, and with the features it reads at hand."""
+
+    features: bool
+    """the ring carries the target's features for it"""
 
     def propose(self, nodes: Sequence[DraftNode]) -> Drafted: ...
 
@@ -60,17 +64,24 @@ class Ring:
     """elements of a feature row, before emulate.hidden_scale"""
     verify_last: bool = True
     """the last stage picks the tokens; else feature rows return to rank 0"""
+    features: bool = False
+    """rank 0's drafter reads the target's features of the prompt and of what becomes text"""
 
-    def hop_bytes(self, sender: int, rows: int, nodes: bool = True) -> float:
+    def hop_bytes(self, sender: int, rows: int, nodes: bool = True, accepted: int = 0) -> float:
         """Bytes that count of a message of `rows` rows from rank `sender` to the next (runtime/wire.py, comm/shaped.py).
 
-        `nodes`: a segment's (with ids and parents, answered at the end), else a chunk of the prompt's."""
-        features = rows * self.hidden * 2 * self.emulate.hidden_scale
+        `nodes`: a segment's (with ids and parents, answered at the end), else a chunk of the prompt's. `accepted`: of how many
+        rows the last stage sends the features along with its picks."""
+        row = self.hidden * 2 * self.emulate.hidden_scale
         if sender == 0:
             return rows * (12 if nodes else 4)  # id, parent, token
-        if sender == self.stages:
-            return rows * 16 if self.verify_last else rows * 12 + features  # id, token, gap; or id, position, row
-        return features + (8 * rows if nodes else 0)
+        if not nodes:
+            return rows * row
+        if sender < self.stages:
+            return rows * ((12 if self.features else 8) + row)  # id, parent, token if the last stage needs it
+        if self.verify_last:
+            return rows * 16 + accepted * (4 + row)  # id, token, gap; id, row
+        return rows * (12 + row)  # id, position, row
 
 
 class Link:
@@ -110,7 +121,11 @@ class _Choices(Mapping):
         self._ids, self._tree, self._text, self._start = ids, tree, text, start
 
     def __getitem__(self, id: int) -> int:
-        return self._text[self._tree.nodes[id].position + 1 - self._start]
+        """KeyError for a node that was refused meanwhile, and behind the end of the text."""
+        at = self._tree.nodes[id].position + 1 - self._start
+        if at >= len(self._text):
+            raise KeyError(id)
+        return self._text[at]
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -149,7 +164,7 @@ class World:
         policy: Policy,
         guesser: Guesser | None,
         ring: Ring,
-        switches: PolicyConfig = PolicyConfig(),
+        switches: PolicyConfig,
     ):
         self.request, self.text, self.guesser, self.ring, self.switches = request, text, guesser, ring, switches
         self.scheduler = Scheduler(request, policy, drafts=guesser is not None)
@@ -160,6 +175,9 @@ class World:
         self._events: list[tuple[float, int, Callable, tuple]] = []
         self._order = itertools.count()
         self._drafter_free = self._draft_seconds  # the drafter reads the prompt first
+        self._awaited = request.prompt_length - 1 if ring.features else 0  # rows of the prompt's features
+        self._held: list[Draft] = []  # until they are here
+        self._accepted = Accepted()
         self._wake = 0
 
     def run(self) -> Outcome:
@@ -224,19 +242,32 @@ class World:
 
     def _draft(self, draft: Draft, now: float) -> None:
         assert self.guesser is not None
+        if self._awaited:
+            self._held.append(draft)
+            return
         begin = max(now, self._drafter_free)
         self._drafter_free = begin + self._draft_seconds
         self._spans.append(Span(0, "draft", "draft", begin, self._drafter_free, {"request": self.request.id, "nodes": len(draft.nodes)}))
         self._at(self._drafter_free, self._handle, self.guesser.propose(draft.nodes))
 
+    def _on_prompt_features(self, now: float, rows: int) -> None:
+        """As in runtime/drafting.py: once all are here the drafter reads them, and then does what it was asked for meanwhile."""
+        self._awaited -= rows
+        if not self._awaited:
+            self._drafter_free = now + self._draft_seconds
+            for draft in self._held:
+                self._draft(draft, now)
+
+    def _choices(self, segment: Segment) -> _Choices:
+        return _Choices(segment.ids, self.scheduler.tree, self.text, self.request.prompt_length)
+
     def _on_returned(self, now: float, segment: Segment) -> None:
-        choices = _Choices(segment.ids, self.scheduler.tree, self.text, self.request.prompt_length)
-        self._handle(now, Returned(segment.number, segment.ids, choices))
+        self._handle(now, Returned(segment.number, segment.ids, self._choices(segment)))
 
     # ---- links and stages --------------------------------------------------------------------------
     def _send(self, sender: int, segment: Segment | None, rows: int, now: float) -> None:
         """From rank `sender` to the next of the ring; no segment: a chunk of the prompt."""
-        size = self.ring.hop_bytes(sender, rows, segment is not None)
+        size = self.ring.hop_bytes(sender, rows, segment is not None, self._became_text(sender, segment))
         arrival = self._links[sender].arrival(size, now)
         self._note(sender, "send", now, arrival, segment, bytes=size)
         if sender < self.ring.stages:
@@ -244,6 +275,16 @@ class World:
             self._at(arrival, self._on_arrival, self._stages[sender], segment, rows)
         elif segment is not None:
             self._at(arrival, self._on_returned, segment)
+        else:
+            self._at(arrival, self._on_prompt_features, rows)
+
+    def _became_text(self, sender: int, segment: Segment | None) -> int:
+        """Nodes of a segment whose features the last stage (if that is the sender) ships along with its picks."""
+        if segment is None or sender < self.ring.stages or not self.ring.features:
+            return 0
+        choices = self._choices(segment)
+        tokens = [choices.get(id, -1) for id in segment.ids]
+        return len(self._accepted.among(segment.ids, segment.parents, segment.tokens, tokens))
 
     def _on_arrival(self, now: float, stage: _Stage, segment: Segment | None, rows: int) -> None:
         stage.queue.append((now, segment, rows))
@@ -306,7 +347,7 @@ class World:
         if segment is not None and self.switches.drop_dead:
             segment = _only(segment, stage.state.alive(segment.ids))
             rows = len(segment.ids)
-        if rows:
+        if rows and (segment is not None or stage.rank < self.ring.stages or self.ring.features):
             self._send(stage.rank, segment, rows, now)
         self._next(now, stage)
 

@@ -12,7 +12,7 @@ from flowspec.core.cost import Emulate
 from flowspec.core.messages import Commit, Drafted, DraftNode, Proposal
 from flowspec.core.policy import METHODS, PolicyConfig, TreeConfig, make_policy
 from flowspec.core.request import Request, Sampling
-from flowspec.draft.recorded import RecordedDrafter, SyntheticDrafter, Tape, load, made_up_text, save
+from flowspec.draft.recorded import LiveDrafter, RecordedDrafter, SyntheticDrafter, Tape, load, made_up_text, save
 from flowspec.errors import UserError
 from flowspec.runtime import wire
 from flowspec.sim.lockstep import LockStep
@@ -29,7 +29,8 @@ def simulate(method: str, wanted: Request, text: list[int], guesser, ring: Ring,
     tree = tree or TreeConfig()
     if method == "flowspec-paper":
         return LockStep(wanted, text, tree, guesser, ring).run()
-    return World(wanted, text, make_policy(method, tree, PolicyConfig(), ring.stages), guesser, ring).run()
+    switches = PolicyConfig()
+    return World(wanted, text, make_policy(method, tree, switches, ring.stages), guesser, ring, switches).run()
 
 
 @pytest.mark.parametrize("profile", [[1.0], [0.6, 0.2, 0.1], [0.0, 0.3], [1e-9]])
@@ -70,20 +71,81 @@ def test_a_link_carries_one_message_at_a_time():
     assert [link.arrival(1000, t) for t in (0.0, 0.0, 5.0)] == pytest.approx([0.003, 0.004, 5.003])
 
 
+@pytest.mark.parametrize("accepted", [None, [], [4, 7]])
 @pytest.mark.parametrize("verify_last", [True, False])
-def test_the_simulated_bytes_are_those_of_the_real_messages(verify_last):
-    ids, hidden, scale = (4, 5, 7), 6, 3.0
-    ring = Ring(stages=2, emulate=Emulate(hidden_scale=scale), hidden=hidden, verify_last=verify_last)
+def test_the_simulated_bytes_are_those_of_the_real_messages(verify_last, accepted):
+    ids, hidden, scale, features = (4, 5, 7), 6, 3.0, accepted is not None
+    ring = Ring(stages=2, emulate=Emulate(hidden_scale=scale), hidden=hidden, verify_last=verify_last, features=features)
     rows, positions = torch.zeros(3, hidden), torch.zeros(3, dtype=torch.int64)
     tokens = torch.zeros(3, dtype=torch.int32)
     if verify_last:
-        answer = wire.choices(1, 1, list(ids), [0, 0, 0], [0.0, 0.0, 0.0])
+        more = (accepted, rows[: len(accepted)]) if features else None
+        answer = wire.choices(1, 1, list(ids), [0, 0, 0], [0.0, 0.0, 0.0], more)
     else:
         answer = wire.features(1, 1, list(ids), positions, rows)
-    real = [wire.rows_of(1, 1, ids, ids, tokens), wire.rows_of(1, 1, ids, ids, rows), answer]
-    assert [wire_bytes(m, scale) for m in real] == [ring.hop_bytes(sender, 3) for sender in (0, 1, 2)]
-    prompt = [wire.prefill(1, tokens), wire.prefill(1, rows)]
-    assert [wire_bytes(m, scale) for m in prompt] == [ring.hop_bytes(sender, 3, nodes=False) for sender in (0, 1)]
+    real = [wire.rows_of(1, 1, ids, ids, tokens), wire.rows_of(1, 1, ids, ids, rows, [0, 0, 0] if features else []), answer]
+    became_text = len(accepted or ())
+    assert [wire_bytes(m, scale) for m in real] == [ring.hop_bytes(sender, 3, accepted=became_text) for sender in (0, 1, 2)]
+    prompt = [wire.prefill(1, tokens), wire.prefill(1, rows), wire.prompt_features(1, rows)]
+    assert [wire_bytes(m, scale) for m in prompt] == [ring.hop_bytes(sender, 3, nodes=False) for sender in (0, 1, 2)]
+
+
+@pytest.mark.parametrize("method", ["serial", "naive", "pruned", "pipedec", "flowspec"])
+@pytest.mark.parametrize("prompt", [1, 2, 200])
+def test_every_row_of_prompt_and_text_comes_back_once_for_a_drafter_that_reads_features(method, prompt):
+    wanted, text = request(prompt=prompt), made_up_text(40)
+    ring = Ring(stages=3, emulate=BOARD, hidden=256, features=True)
+    out = simulate(method, wanted, text, SyntheticDrafter(wanted, text, [0.6, 0.2]), ring)
+    assert out.tokens == text
+    row = 256 * 2 * 16
+    back = [s for s in out.spans if (s.rank, s.row) == (3, "send")]
+    assert sum(s.facts["bytes"] for s in back if "segment" not in s.facts) == (prompt - 1) * row
+    nodes = [(s.facts["rows"], s.facts["bytes"]) for s in back if "segment" in s.facts]
+    assert sum((size - 16 * rows) / (row + 4) for rows, size in nodes) == pytest.approx(len(text))
+
+
+@pytest.mark.parametrize("method", ["flowspec", "flowspec-paper"])
+def test_the_first_draft_waits_for_the_features_of_the_prompt(method):
+    wanted, text = request(), made_up_text(40)
+    rings = [Ring(stages=2, emulate=BOARD, hidden=256, features=features) for features in (False, True)]
+    without, waiting = (simulate(method, wanted, text, SyntheticDrafter(wanted, text, [0.9]), ring) for ring in rings)
+    first = [min(s.begin for s in out.spans if s.row == "draft") for out in (without, waiting)]
+    stage, hop = 0.05 + 9 * 0.0005, 9 * 256 * 2 * 16 * 8 / 150e6 + 0.001
+    back = 0.001 + 9 * 4 * 8 / 150e6 + 2 * (stage + hop)
+    assert first == pytest.approx([0.008, back + 0.008])
+
+
+def test_a_drafter_asked_live_gets_the_features_of_its_path_and_of_no_other_row():
+    heard = []
+
+    class Noting:
+        features = True
+
+        def begin(self, request, noise, features=None):
+            heard.append(None if features is None else features.tolist())
+
+        def propose(self, nodes):
+            return Drafted.pack([n.id for n in nodes], [None for _ in nodes])
+
+        def commit(self, commit, features=None):
+            heard.append(features.tolist())
+
+    rows = torch.arange(14.0)
+    for prompt in (1, 10):
+        heard.clear()
+        live = LiveDrafter(Noting(), request(prompt=prompt), None, rows[: prompt + 4])
+        live.commit(Commit((0, 3), (1, 2), (True, False), 7))
+        live.commit(Commit((7, 8, 9), (3, 4, 5), (True, True, False), 10))
+        given = rows.tolist()
+        assert heard == [given[: prompt - 1] or None, given[prompt - 1 : prompt + 1], given[prompt + 1 : prompt + 4]]
+
+
+def test_a_made_up_drafter_says_the_same_again():
+    wanted, text = request(), made_up_text(40)
+    drafter = SyntheticDrafter(wanted, text, [0.1, 0.1])
+    root, wrong = DraftNode(0, -1, wanted.prompt[-1]), DraftNode(1, 0, 1 << 30)
+    first = [drafter.propose([node]).tokens.tolist() for node in (root, wrong)]
+    assert [drafter.propose([node]).tokens.tolist() for node in (root, wrong)] == first and first[0] != first[1]
 
 
 def test_a_list_of_stages_that_is_too_short_begins_again():

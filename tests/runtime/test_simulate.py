@@ -1,18 +1,22 @@
 """The simulator's and the comparison's commands, on the tiny pair."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from flowspec import Engine, UserError
 from flowspec.bench import report
 from flowspec.bench.compare import compare, completed
-from flowspec.bench.forecast import PAPER, SIMULATED, Forecaster, Models
+from flowspec.bench.forecast import PAPER, SIMULATED, Forecaster, Models, lacking
 from flowspec.cli import _parser, main
 from flowspec.config import load_config
 from flowspec.core.cost import Emulate
 from flowspec.core.policy import METHODS
+from flowspec.core.request import Request, Sampling
+from flowspec.draft.eagle import EagleDrafter
 
 BOARD = "emulate={stage_ms: 20, token_ms: 0.2, draft_ms: 3, link_ms: 1, link_mbps: 50}"
 SMALL = ["--prompt", "def add(a, b):", "--max-new-tokens", "16"]
@@ -22,7 +26,7 @@ def lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("drafter", ["lm", "ngram", "none"])
+@pytest.mark.parametrize("drafter", ["lm", "eagle", "ngram", "none"])
 def test_a_sweep_says_a_rate_for_every_cell_and_needs_no_model_the_second_time(pair, tmp_path, capsys, drafter):
     drafts, first, second = (tmp_path / name for name in ("d.npz", "a.jsonl", "b.jsonl"))
     methods = ",".join(m for m in SIMULATED if m != PAPER or drafter != "none")
@@ -32,6 +36,7 @@ def test_a_sweep_says_a_rate_for_every_cell_and_needs_no_model_the_second_time(p
     assert main(["simulate", *words, "--json", str(second), *(["--offline"] if drafter == "lm" else [])]) == 0
     said = capsys.readouterr()
     assert "simulated tokens/s" in said.out and "not in" not in said.err
+    assert ("an EAGLE head is asked live" in said.err) == (drafter == "eagle")
     rows = lines(first)
     assert rows == lines(second)
     assert len(rows) == 2 * 2 * 2 * len(methods.split(",")) and all(r["tokens_per_second"] > 0 and r["simulated"] for r in rows)
@@ -72,6 +77,8 @@ def test_a_made_up_drafter_needs_no_model(tmp_path, capsys):
         (["--synthetic", "0.9,0.3"], "--synthetic"),
         (["--prompts", "0"], "--prompts"),
         (["--json", "/nowhere/x"], "--json: cannot write"),
+        (["--vary", "drafter.kind=lm,ngram"], "--vary: one drafter"),
+        (["drafter.kind=eagle", "--offline"], "--offline: an EAGLE head"),
     ],
 )
 def test_bad_words_are_answered_in_one_line(pair, capsys, words, said):
@@ -104,18 +111,56 @@ def test_a_comparison_writes_its_records_table_and_chart(pair, tmp_path, capsys)
     assert (tmp_path / "out" / "table.md").read_text().startswith("#")
 
 
-def test_a_drafter_that_reads_features_is_measured_and_not_predicted(pair, tmp_path, capsys):
-    config = pair.config(2, None, "eagle")
-    assert main(["simulate", str(config), BOARD, *SMALL]) == 2
-    assert "drafter.kind eagle cannot be simulated yet" in capsys.readouterr().err
+@pytest.mark.parametrize("here", [True, False])
+def test_a_drafter_that_reads_features_is_predicted_where_the_whole_target_is(pair, tmp_path, monkeypatch, here):
+    if not here:
+        for module in ("forecast", "compare"):
+            monkeypatch.setattr(f"flowspec.bench.{module}.lacking", lambda config: tmp_path / "rank_02")
     options = _parser("bench").parse_intermixed_args(["c", "--repeats", "1", "--output", str(tmp_path)])
     options.given = []
-    with Engine.from_config(config, ["sampling.max_new_tokens=8"]) as engine:
+    with Engine.from_config(pair.config(2, None, "eagle"), ["sampling.max_new_tokens=8"]) as engine:
         assert compare(engine, ["def add(a, b):"], options)
         options.sweep = True
-        with pytest.raises(UserError, match="cannot be simulated"):
-            compare(engine, ["x"], options)
-    assert {line["simulated"] for line in lines(tmp_path / "records.jsonl")} == {None}
+        if not here:
+            with pytest.raises(UserError, match="rank_02 is not on this machine"):
+                compare(engine, ["x"], options)
+    assert all(bool(line["simulated"]) == here for line in lines(tmp_path / "records.jsonl"))
+
+
+def test_a_simulation_says_which_file_of_the_target_it_lacks(pair, tmp_path, capsys):
+    split = shutil.copytree(pair.split(2), tmp_path / "split")
+    (split / "rank_02" / "model.safetensors").unlink()
+    config = tmp_path / "c.yaml"
+    for drafter, lacks in ((f"{{kind: eagle, path: {pair.head}}}", split / "rank_02" / "model.safetensors"), ("{kind: ngram}", None)):
+        config.write_text(f"stages: split\ndrafter: {drafter}\n")
+        assert lacking(load_config(config)) == lacks
+
+
+def test_the_simulated_head_reads_what_the_target_makes_of_the_text(pair, monkeypatch):
+    """As in a real run: all features of prompt and text, each once and in order."""
+    got = []
+
+    def noted(self, commit, features=None, told=EagleDrafter.commit):
+        got.append(features)
+        told(self, commit, features)
+
+    def began(self, request, noise, features=None, told=EagleDrafter.begin):
+        got[:] = [features]
+        told(self, request, noise, features)
+
+    monkeypatch.setattr(EagleDrafter, "commit", noted)
+    monkeypatch.setattr(EagleDrafter, "begin", began)
+    config = load_config(pair.config(3, None, "eagle"), [BOARD])
+    forecaster = Forecaster(config, Models.of(config))
+    prompt = tuple(range(40, 50))
+    text = pair.greedy(prompt, 16)
+    tape = forecaster.add(Request(id=1, prompt=prompt, sampling=Sampling(max_new_tokens=16)), text)
+    with torch.no_grad():
+        want = pair.model.model(torch.tensor([[*prompt, *text[:-1]]])).last_hidden_state[0]
+    for method in SIMULATED[1:]:
+        forecaster.run(tape, method, 2)
+        torch.testing.assert_close(torch.cat(got), want, rtol=1e-4, atol=1e-4)
+    assert len(forecaster._features) == 1
 
 
 def test_different_tokens_are_reported(pair, tmp_path, capsys, monkeypatch):
