@@ -31,12 +31,12 @@ def show_loading(engine: Engine) -> None:
 
 
 # ---- texts -----------------------------------------------------------------------------------------
-def run(engine: Engine, prompts: Sequence[str], stop: Sequence[str], json_path: str | None, chat: bool) -> None:
-    """Stream each prompt's continuation, show its table, write its JSON line; with `chat` by the chat template, and as a
-    conversation if no prompt was given."""
+def run(engine: Engine, prompts: Sequence[str], stop: Sequence[str], json_path: str | None, chat: bool, explain: bool = False) -> None:
+    """Stream each prompt's continuation, show its table (with `explain` also what the policy chose), write its JSON line;
+    with `chat` by the chat template, and as a conversation if no prompt was given."""
     with _json_lines(json_path) as write:
         if chat and not prompts:
-            converse(engine, stop, write)
+            converse(engine, stop, write, explain)
         for prompt in prompts:
             if chat:
                 generation = engine.generate(engine.text.encode_chat([{"role": "user", "content": prompt}]), stop=stop)
@@ -46,6 +46,7 @@ def run(engine: Engine, prompts: Sequence[str], stop: Sequence[str], json_path: 
             result = stream(generation)
             write(result)
             print(table(result), file=sys.stderr, flush=True)
+            _explain(generation, explain)
 
 
 def stream(generation: Generation) -> Result:
@@ -57,6 +58,11 @@ def stream(generation: Generation) -> Result:
     print(flush=True)
     assert generation.result is not None
     return generation.result
+
+
+def _explain(generation: Generation, wanted: bool) -> None:
+    for line in generation.explanation if wanted else []:
+        print(f"  {line}", file=sys.stderr, flush=True)
 
 
 def table(result: Result) -> str:
@@ -96,18 +102,20 @@ def _json_lines(path: str | None) -> Iterator[Callable[[Result], None]]:
 
 
 # ---- conversation ----------------------------------------------------------------------------------
-def converse(engine: Engine, stop: Sequence[str], write: Callable[[Result], None]) -> None:
+def converse(engine: Engine, stop: Sequence[str], write: Callable[[Result], None], explain: bool) -> None:
     """Read a line, answer it, remember both; an empty line or the end of input ends it."""
     turns: list[dict[str, str]] = []
     stops = [*stop] if engine.text.has_template else [*stop, "\nUser:"]
     while line := _ask():
         turns.append({"role": "user", "content": line})
         try:
-            result = stream(engine.generate(engine.text.encode_chat(turns), stop=stops))
+            generation = engine.generate(engine.text.encode_chat(turns), stop=stops)
+            result = stream(generation)
         except UserError as error:  # the conversation outgrew the model
             print(f"flowspec: {error}", file=sys.stderr)
             return
         write(result)
+        _explain(generation, explain)
         turns.append({"role": "assistant", "content": result.text})
 
 

@@ -25,13 +25,18 @@ class Controller:
 
     @property
     def theta(self) -> float:
-        """A row is worth its cost while P >= (max b + e) / max a: what it adds to the slowest stage and a link, by what a slot costs."""
-        return min(0.25, max(0.002, (self._pipe.slope + self._pipe.row) / self._pipe.base))
+        """A row is worth its cost while P >= (b + e) / (a + b + e), of the slowest stage and link: what it adds to a forward's time, as
+        a share of what a forward of its own would take."""
+        more = self._pipe.slope + self._pipe.row
+        return max(0.002, more / (self._pipe.base + more))
 
     @property
     def rows(self) -> int:
-        """A segment should not take much longer than an empty one: 0.35 a / b rows, between 16 and 96."""
-        return self._fixed_rows or int(min(96, max(16, 0.35 * self._pipe.base / max(self._pipe.slope, 1e-9))))
+        """A segment should not take half as long again as an empty one: what is left out leaves in the next slot. Where there is
+        no other slot (one stage), theta alone decides."""
+        if self._fixed_rows:
+            return self._fixed_rows
+        return int(min(96, max(1, 0.5 * self._pipe.base / max(self._pipe.slope, 1e-9)))) if self._stages > 1 else 96
 
     @property
     def credits(self) -> int:
@@ -77,7 +82,7 @@ class Controller:
             f"stages (ms of a forward over n rows): {stages}",
             f"links: {1000 * pipe.known_hop:.2f} ms a hop, {1000 * pipe.row:.3f} ms a row; a draft takes {1000 * pipe.draft:.1f} ms",
             f"a row must be needed with P >= {self.theta:.3f} (what it adds to the slowest stage and link, by what a forward costs)",
-            f"at most {self.rows} rows a segment" + (" (tree.segment)" if self._fixed_rows else " (0.35 forwards' worth, 16 to 96)"),
+            f"at most {self.rows} rows a segment" + (" (tree.segment)" if self._fixed_rows else " (half a forward's worth)"),
             f"{self.credits} segments in flight (the slowest stage's forwards in one round of the ring)",
         ]
         measured = "not measured (too short)" if self.rate is None else f"{self.rate:.2f} tok/s in the last {self.WINDOW} tokens"

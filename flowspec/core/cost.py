@@ -6,6 +6,7 @@ take much longer than an empty one: n_max = 0.35 * base / slope.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,21 +48,22 @@ class LinearCost(Line):
 
     def __init__(self, base: float = 0.02, slope: float = 0.0004):
         super().__init__()
-        self._observed = False
+        self._least = math.inf  # the quickest forward
         for rows in (1.0, 32.0):
-            self._add(rows, base + slope * rows, 0.5)
+            self._add(rows, base + slope * rows, 0.1)
 
     def observe(self, rows: int, seconds: float) -> None:
-        if not self._observed:
+        if math.isinf(self._least):
             scale = seconds / self.predict(rows)
-            self._t, self._nt, self._observed = self._t * scale, self._nt * scale, True
+            self._t, self._nt = self._t * scale, self._nt * scale
+        self._least = min(self._least, seconds)
         super().observe(rows, seconds)
 
     @property
     def base(self) -> float:
-        """Seconds of a forward over no row; at least a tenth of the mean forward."""
-        mean = self._t / self._w
-        return max(0.1 * mean, mean - self.slope * self._n / self._w)
+        """Seconds of a forward over no row; at least a tenth of the quickest."""
+        floor = 0.0 if math.isinf(self._least) else 0.1 * self._least
+        return max(floor, (self._t - self.slope * self._n) / self._w)
 
     def predict(self, rows: int) -> float:
         return self.base + self.slope * rows

@@ -21,11 +21,12 @@ class Pipe:
         self.draft = 0.0  # a drafter's forward, once there was one
         self.out: dict[int, tuple[int, ...]] = {}  # number -> ids, while a node of it is alive
         self.waiting: dict[int, float] = {}  # number -> when it was sent, until the first stage starts on it
+        self._last = 0  # number of the newest segment
         self.free_at = -math.inf
         self.hop = math.inf  # seconds of one hop: half of the first stage's quickest answer, less the wait in its queue
 
     def sent(self, number: int, ids: tuple[int, ...], now: float) -> None:
-        self.out[number], self.waiting[number] = ids, now
+        self.out[number], self.waiting[number], self._last = ids, now, number
 
     def started(self, event: Started, now: float) -> None:
         sent_at = self.waiting.pop(event.number, None)
@@ -58,6 +59,8 @@ class Pipe:
         self.out.pop(number, None)
         if self.waiting.pop(number, None) is not None:
             self.free_at = now
+        if number == self._last:  # and nothing has been sent since
+            self.free_at = min(self.free_at, now)
 
     def drop_dead(self, tree: TokenTree) -> None:
         """A segment none of whose nodes is alive need not come back."""

@@ -232,7 +232,8 @@ class Continuous(_Attached):
             if again:
                 self._refreshed(node, found)
             self._push_tail(node, found)
-            self.promise += 0.05 * (math.exp(below[0]) - self.promise)
+        if offsets:
+            self.promise += 0.15 * (math.exp(offsets[0][0]) - self.promise)
         self._grow()
 
     def _refreshed(self, node: Node, found: Candidates) -> None:
