@@ -346,7 +346,7 @@ def text(engine, prompt, **settings):
     "stages,verify_on", [(1, "last"), *(pytest.param(3, where, marks=pytest.mark.slow) for where in ("coordinator", "last"))]
 )
 def test_every_method_writes_the_targets_text(pair, stages, verify_on):
-    words = [f"verify_on={verify_on}", "emulate={stage_ms: 5, draft_ms: 1}"]
+    words = [f"verify_on={verify_on}", "emulate={stage_ms: 10, draft_ms: 1}"]
     with Engine.from_config(pair.config(stages, None, "eagle"), words) as engine:
         accepted = dict.fromkeys(METHODS, 0)
         for prompt in ([5], [7, 8], list(range(40, 75))):
