@@ -43,7 +43,7 @@ class Config:
     dtype: str = "auto"
     """The computing dtype; auto: float32 on a CPU, the stored one elsewhere."""
     device: str | tuple[str, ...] = "cpu"
-    """One for all ranks, or one a rank."""
+    """cpu, cuda (the ranks of a host take its GPUs in turn) or cuda:N: one for all ranks, or one a rank."""
     threads: int | None = None
     """CPU threads a rank; auto: the cores shared by the ranks of this host."""
     verify_on: str = "auto"

@@ -318,7 +318,11 @@ class Engine:
 
 
 def warm_up(config: Config, manifest: Manifest, rank: int) -> None:
-    """Import the model's code before there are heartbeats to miss: it takes seconds, and holds the interpreter's lock."""
+    """Import the model's code and wake the GPU before there are heartbeats to miss: it takes seconds, and holds the interpreter's lock."""
+    device = checked_device(config, rank)
+    if device != "cpu":
+        one = torch.ones(1, 1, device=device)
+        torch.mm(one, one)
     if rank > 0:
         family_of(read_config(manifest.folder(rank))).classes()
     elif config.drafter.computes:
@@ -331,9 +335,15 @@ def set_threads(config: Config, ranks_here: int) -> None:
 
 
 def checked_device(config: Config, rank: int) -> str:
+    """cpu, or cuda:N: without a number the ranks of a host take its GPUs in turn, and share them if there are fewer."""
     device = config.device_of(rank)
-    need(device == "cpu" or torch.cuda.is_available(), f"device is {device}, but torch sees no GPU on rank {rank}")
-    return device
+    if device == "cpu":
+        return device
+    need(torch.cuda.is_available(), f"device is {device}, but torch sees no GPU on rank {rank}")
+    number, count = device.partition(":")[2], torch.cuda.device_count()
+    index = int(number) if number else int(os.environ.get("LOCAL_RANK", rank)) % count
+    need(index < count, f"device is {device}, but torch sees {count} GPUs on rank {rank}, so cuda:{count - 1} is the last")
+    return f"cuda:{index}"
 
 
 def compute_dtype(config: Config, manifest: Manifest, rank: int) -> torch.dtype:

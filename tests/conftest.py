@@ -70,7 +70,7 @@ class TinyPair:
         save_head(self.head, self.model)
         for place in (self.target, self.draft):
             save_tokenizer(place, 300)  # 20 tokens of padding, as real checkpoints have
-        self._made = {}
+        self._made, self._greedy = {}, {}
 
     def split(self, stages: int, layers: str | None = None):
         """The folder of the target split into that many stages."""
@@ -90,9 +90,15 @@ class TinyPair:
         path.write_text(f"stages: {self.split(stages, layers)}\ndrafter: {kind}\nsampling: {{max_new_tokens: 40}}\n")
         return path
 
-    @torch.no_grad()
     def greedy(self, tokens, n: int) -> list[int]:
-        """transformers' own generate."""
+        """transformers' own generate, asked once for each request."""
+        key = (tuple(tokens), n)
+        if key not in self._greedy:
+            self._greedy[key] = self._generate(*key)
+        return self._greedy[key]
+
+    @torch.no_grad()
+    def _generate(self, tokens, n: int) -> list[int]:
         ids = torch.tensor([list(tokens)])
         out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False, pad_token_id=0)
         return out[0, ids.shape[1] :].tolist()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flowspec.core.stage import Gather
+from flowspec.models.device import placed
 
 
 class RowCache:
@@ -35,10 +36,12 @@ class RowCache:
     @torch.inference_mode()
     def gather(self, gather: Gather) -> None:
         """Rows [base, base + k) become the k listed rows, and the cache ends there."""
-        index = torch.tensor(gather.rows, dtype=torch.long)
-        for buffer in (*self._keys.values(), *self._values.values()):
-            buffer[:, :, gather.base : gather.base + len(index)] = buffer[:, :, index.to(buffer.device)]
-        self.length = gather.base + len(index)
+        end = gather.base + len(gather.rows)
+        if buffers := [*self._keys.values(), *self._values.values()]:
+            index = placed(torch.tensor(gather.rows, dtype=torch.long), buffers[0].device)
+            for buffer in buffers:
+                buffer[:, :, gather.base : end] = buffer[:, :, index]
+        self.length = end
 
 
 def _room(buffer: Tensor | None, like: Tensor, length: int, end: int) -> Tensor:

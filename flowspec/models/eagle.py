@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowspec.errors import UserError
+from flowspec.models.device import placed
 from flowspec.models.families import EAGLE_BIAS, EAGLE_EMBEDDING, EAGLE_FC, EMBEDDING, read_config
 from flowspec.models.manifest import Manifest
 from flowspec.models.stage import Head, StageModel
@@ -33,14 +34,14 @@ class EagleHead:
 
     def place(self, features: Tensor) -> Tensor:
         """Where and as what this head computes."""
-        return features.to(self._fc.device, self._fc.dtype)
+        return placed(features, self._fc.device).to(self._fc.dtype)
 
     @torch.inference_mode()
     def rows(self, tokens: Tensor, features: Tensor) -> Tensor:
         """What the layer takes, [n, hidden]: tokens [n] beside the features [n, hidden] of the tokens before them.
 
         A token that only the target's padding has is read as the last one."""
-        tokens = tokens.clamp(max=len(self._embedding) - 1).to(self._embedding.device)
+        tokens = placed(tokens.clamp(max=len(self._embedding) - 1), self._embedding.device)
         return F.linear(torch.cat([self._embedding[tokens], features], -1), self._fc, self._bias)
 
 

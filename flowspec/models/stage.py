@@ -20,6 +20,7 @@ from flowspec.core.request import need
 from flowspec.core.stage import Admitted, Gather, StageState
 from flowspec.errors import UserError
 from flowspec.models.cache import RowCache
+from flowspec.models.device import on_host, placed
 from flowspec.models.families import HEAD, family_of, module_tensors, read_config
 from flowspec.models.manifest import Manifest
 from flowspec.models.weights import Checkpoint, TensorFile
@@ -72,11 +73,12 @@ class StageModel(nn.Module):
 
         rows: token ids int [n] for a first stage, else features [n, hidden]; positions: int64 [n];
         hidden: bool [n, cache.length + n], True where a row must not see another."""
-        rows = rows.to(self.device)
+        device = self.device
+        rows = placed(rows, device)
         x = self.embed_tokens(rows.long())[None] if self.embed_tokens is not None else rows.to(self.dtype)[None]
-        mask = torch.zeros(hidden.shape, dtype=x.dtype).masked_fill_(torch.from_numpy(hidden), torch.finfo(x.dtype).min)
-        mask = mask.to(self.device)[None, None]
-        turns = self.rotary(x, torch.from_numpy(positions).to(self.device)[None])
+        unseen = placed(torch.from_numpy(hidden), device)
+        mask = x.new_zeros(hidden.shape).masked_fill_(unseen, torch.finfo(x.dtype).min)[None, None]
+        turns = self.rotary(x, placed(torch.from_numpy(positions), device)[None])
         for k, layer in enumerate(self.layers):
             if k and not needed():
                 cache.advance(len(rows))
@@ -87,10 +89,12 @@ class StageModel(nn.Module):
 
 
 class Sequence:
-    """One request in one model: the books and the cache, moved together."""
+    """One request in one model: the books and the cache, moved together. Features are left on the model's device, where they may
+    still be computed, or wanted `to_host`: a forward then ends when they are there."""
 
-    def __init__(self, model: StageModel):
+    def __init__(self, model: StageModel, to_host: bool = False):
         self.model, self.state, self.cache = model, StageState(), RowCache()
+        self._to_host = to_host
         self._due: list[Gather] | None = None  # moves of rows that must wait for the forward under way
         self.model_cpu = 0.0
         """CPU seconds that this thread spent in the model"""
@@ -131,6 +135,8 @@ class Sequence:
         due, self._due = self._due, None
         for gather in due:
             self.cache.gather(gather)
+        if self._to_host and out is not None:
+            out = on_host(out)
         self.model_cpu += time.thread_time() - begun
         return out
 
@@ -155,7 +161,7 @@ class Head:
 
     @torch.inference_mode()
     def __call__(self, features: Tensor) -> Tensor:
-        return features.to(self.weight.device, self.weight.dtype) @ self.weight.T
+        return placed(features, self.weight.device).to(self.weight.dtype) @ self.weight.T
 
 
 def load_stage(

@@ -17,6 +17,7 @@ from flowspec.core.policy import Policy, PolicyConfig
 from flowspec.core.request import Request
 from flowspec.core.scheduler import Scheduler
 from flowspec.errors import RankLost
+from flowspec.models.device import on_host
 from flowspec.models.stage import Head
 from flowspec.runtime import wire
 from flowspec.runtime.drafting import DraftThread, Local
@@ -100,7 +101,7 @@ class _Verifier(Mapping):
     def __getitem__(self, id: int) -> Pick:
         begun = time.thread_time()
         if self._logits is None:
-            self._logits = self._head(self._rows).cpu()
+            self._logits = on_host(self._head(self._rows))
         k = self._index[id]
         found = pick(self._logits[k], self._sampling, self._noise, int(self._positions[k]) + 1)
         self._took(time.thread_time() - begun)

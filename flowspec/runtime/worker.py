@@ -18,6 +18,7 @@ from flowspec.core.cost import Emulate, Meter
 from flowspec.core.messages import Started
 from flowspec.core.request import Sampling
 from flowspec.core.stage import Accepted
+from flowspec.models.device import on_host
 from flowspec.models.stage import ALWAYS, Head, Needed, Sequence, StageModel
 from flowspec.runtime import wire
 from flowspec.runtime.tracing import Log
@@ -100,7 +101,9 @@ class Worker:
             sampling = wire.read_sampling(message)
             noise = noise_for(sampling, self.head.vocabulary) if self.head else None
             log = Log(message.meta["trace"], request, self.emulate.hidden_scale)
-            self._live[request] = _Live(request, Sequence(self.model), sampling, noise, log, *(message.meta[name] for name in FLAGS))
+            self._live[request] = _Live(
+                request, Sequence(self.model, to_host=True), sampling, noise, log, *(message.meta[name] for name in FLAGS)
+            )
         if not self._is_last:
             self.transport.send_next(message)
 
@@ -168,7 +171,7 @@ class Worker:
             self.transport.send_next(wire.features(request, number, nodes[0], positions, out))
         else:
             begun = time.thread_time()
-            logits = self.head(out).cpu()
+            logits = on_host(self.head(out))
             picks = [pick(row, live.sampling, live.noise, p + 1) for row, p in zip(logits, positions.tolist(), strict=True)]
             live.picking += time.thread_time() - begun
             choices, gaps = [p.token for p in picks], [p.gap for p in picks]

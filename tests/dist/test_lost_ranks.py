@@ -47,7 +47,6 @@ SLOW = pytest.mark.slow
     "when,rank",
     [
         pytest.param(while_decoding, 0, marks=SLOW),
-        pytest.param(while_decoding, 1, marks=SLOW),
         (while_decoding, 2),
         pytest.param(while_prefilling, 1, marks=SLOW),
         pytest.param(while_idle, 1, marks=SLOW),
@@ -59,6 +58,7 @@ def test_a_killed_rank_ends_the_run_and_is_named(pair, command, when, rank):
     assert_ends_naming(run, rank, "died: killed by signal 9")
 
 
+@SLOW
 def test_an_interrupted_run_says_so(pair, command):
     run = while_decoding(command, pair.config(2))
     run.process.send_signal(signal.SIGINT)

@@ -311,7 +311,7 @@ def test_a_silent_rank_is_named_once_and_those_that_beat_are_not():
         heart.announce()
     for heart in hearts:
         heart.start()
-    assert not told.wait(2.5)  # longer than the limit: nobody is lost while all beat
+    assert not told.wait(1.5)  # longer than the limit: nobody is lost while all beat
     hearts[2].stop()
     assert told.wait(PATIENCE)
     for heart in hearts:

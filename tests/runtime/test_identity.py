@@ -9,7 +9,7 @@ from flowspec.engine import Engine
 
 METHODS = [*(m for m in ALL_METHODS if m != "ar"), "ar"]
 PROMPTS = [[5], [7, 8, 9, 10, 11], list(range(40, 75))]
-SAMPLED = [dict(temperature=0.8, top_p=0.9, seed=s) for s in (1, 2, 3)] + [dict(temperature=1.2, top_k=20, min_p=0.02, seed=4)]
+SAMPLED = [dict(temperature=0.8, top_p=0.9, seed=1), dict(temperature=1.2, top_k=20, min_p=0.02, seed=4)]
 
 
 def text(engine, prompt, **settings):
@@ -27,8 +27,16 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("stages,layers", [(1, None), slow(2, "1,5"), slow(3, None), (4, "2,1,1,2"), slow(6, None)])
-@pytest.mark.parametrize("drafter", ["lm", "ngram"])
+@pytest.mark.parametrize(
+    "stages,layers,drafter",
+    [
+        (1, None, "ngram"),
+        (4, "2,1,1,2", "lm"),
+        *(slow(n, layers, drafter) for n, layers in [(2, "1,5"), (6, None)] for drafter in ("lm", "ngram")),
+        slow(1, None, "lm"),
+        slow(4, "2,1,1,2", "ngram"),
+    ],
+)
 def test_every_method_writes_transformers_greedy_text(pair, stages, layers, drafter):
     with Engine.from_config(pair.config(stages, layers, drafter)) as engine:
         for prompt in PROMPTS:
@@ -70,11 +78,9 @@ def test_any_tree_and_segment(pair, seed):
 )
 def test_any_delay(pair, emulate):
     with Engine.from_config(pair.config(3), [f"emulate={emulate}"]) as engine:
-        for prompt in PROMPTS[1:]:
-            want = pair.greedy(prompt, 24)
-            for method in METHODS:
-                assert_same(text(engine, prompt, method=method, max_new_tokens=24), want)
-                assert engine._running.result.emulated
+        for method in METHODS:
+            assert_same(text(engine, PROMPTS[2], method=method, max_new_tokens=24), pair.greedy(PROMPTS[2], 24))
+            assert engine._running.result.emulated
 
 
 def test_dead_rows_left_in_place_or_gathered_at_once(pair, monkeypatch):
@@ -84,7 +90,7 @@ def test_dead_rows_left_in_place_or_gathered_at_once(pair, monkeypatch):
         monkeypatch.setattr(StageState, "COMPACT", limit)
         with Engine.from_config(pair.config(2)) as engine:
             for method in METHODS[:-1]:
-                assert_same(text(engine, PROMPTS[1], method=method), pair.greedy(PROMPTS[1], 40))
+                assert_same(text(engine, PROMPTS[1], method=method, max_new_tokens=24), pair.greedy(PROMPTS[1], 24))
 
 
 def test_long_prompts_are_prefilled_in_chunks(pair, monkeypatch):

@@ -30,15 +30,19 @@ def chi_square(counts: torch.Tensor, p: torch.Tensor) -> tuple[float, float]:
     return float(((counts - expected) ** 2 / expected).sum()), freedom + 5 * math.sqrt(2 * freedom)
 
 
+@pytest.fixture(scope="module")
+def noise():
+    """Of 20,000 positions, [positions, 50]."""
+    rows = NoiseRows(11, 50)
+    return torch.stack([rows(position) for position in range(20_000)])
+
+
 @pytest.mark.parametrize("settings", FILTERS)
-def test_picks_follow_the_filtered_softmax(settings):
+def test_picks_follow_the_filtered_softmax(noise, settings):
     sampling = Sampling(**settings)
     logits = torch.randn(50, generator=torch.Generator().manual_seed(3)) * 2
-    logp, noise = filtered(logits, sampling), NoiseRows(11, 50)
-    n = 20_000
-    counts = torch.zeros(50, dtype=torch.float64)
-    for position in range(n):
-        counts[int((logp + noise(position)).argmax())] += 1
+    logp = filtered(logits, sampling)
+    counts = torch.bincount((logp + noise).argmax(-1), minlength=50).double()
     assert counts[logp.isinf()].sum() == 0
     statistic, limit = chi_square(counts, logp.exp())
     assert statistic < limit, f"seed 11: chi-square {statistic:.1f} over {limit:.1f}"
