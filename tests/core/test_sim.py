@@ -167,7 +167,7 @@ class Counting:
         for n in nodes:
             assert n.parent in self.parents or n.parent == -1
             self.parents[n.id] = n.parent
-        made = [Proposal(np.array([n.token + 1, 3]), np.log([0.7, 0.1]), np.array([0.1, 1.0])) for n in nodes]
+        made = [Proposal(np.array([n.token + 1, 3]), np.log([0.7, 0.1]) + np.array([0.1, 1.0]), coupled=True) for n in nodes]
         return Drafted.pack([n.id for n in nodes], [None if n.token == 13 else p for n, p in zip(nodes, made, strict=True)])
 
     def commit(self, commit):
@@ -194,7 +194,8 @@ def test_a_tape_asks_once_for_each_path_and_plays_alone_after_a_file(tmp_path):
     answer = alone.propose([root, DraftNode(2, 0, 13)])
     there = answer.proposal(0)
     assert answer.proposal(2) is None and alone.lacked == 0
-    assert there.tokens.tolist() == [110, 3] and there.noise == pytest.approx([0.1, 1.0]) and there.coverage == pytest.approx(0.97)
+    assert there.tokens.tolist() == [110, 3] and there.coupled and there.coverage == pytest.approx(0.97)
+    assert there.z[:, 0] == pytest.approx(np.log([0.7, 0.1]) + np.array([0.1, 1.0]))
     assert alone.propose([DraftNode(3, 0, 77)]).nodes == () and alone.lacked == 1
 
 
