@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     results = _run(forecaster, cells, chosen)
     if options.drafts:
         forecaster.save(Path(options.drafts))
-        if config.drafter.reads_features:
+        if config.reads_features:
             print(f"note: an EAGLE head is asked live, in each run; {options.drafts} holds the target's texts alone", file=sys.stderr)
     _show(options, cells, chosen, results)
     if forecaster.lacked:
@@ -121,7 +121,7 @@ def _forecaster(options: argparse.Namespace, config: Config, temperatures: list[
     if options.synthetic:
         return made_up(config, numbers(options.synthetic, float, "--synthetic"), int(numbers(options.prompts, int, "--prompts")[0]))
     check_simulable(config)
-    need(not (options.offline and config.drafter.reads_features), "--offline: an EAGLE head is asked live, so its drafts are in no file")
+    need(not (options.offline and config.reads_features), "--offline: an EAGLE head is asked live, so its drafts are in no file")
     forecaster = Forecaster(config, Models.of(config))
     forecaster.offline = options.offline
     if options.drafts and os.path.exists(options.drafts):

@@ -158,7 +158,7 @@ class Scorer:
         drafters = z.shape[2]
         if drafters != self.weights.drafters:
             self.weights = Weights(drafters, self.weights.learns)
-        u = z @ self.weights.values[:drafters]
+        u = z.dot(self.weights.values[:drafters])
         if drafters > 1:  # one drafter's order does not depend on its weight
             order = np.argsort(-u, 1, kind="stable")
             tokens, u = (np.take_along_axis(a, order, 1) for a in (tokens, u))

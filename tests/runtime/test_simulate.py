@@ -26,17 +26,21 @@ def lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("drafter", ["lm", "eagle", "ngram", "none"])
+@pytest.mark.parametrize("drafter", ["lm", "eagle", "ngram", "none", "mixture", "lms"])
 def test_a_sweep_says_a_rate_for_every_cell_and_needs_no_model_the_second_time(pair, tmp_path, capsys, drafter):
     drafts, first, second = (tmp_path / name for name in ("d.npz", "a.jsonl", "b.jsonl"))
-    methods = ",".join(m for m in SIMULATED if m != PAPER or drafter != "none")
-    words = [str(pair.config(2, None, drafter)), BOARD, "--stages", "1,3", "--temperatures", "0,0.9", "--methods", methods, *SMALL]
+    live = drafter in ("eagle", "mixture")
+    methods = ",".join(m for m in (("ar", "flowspec", PAPER) if live else SIMULATED) if m != PAPER or drafter != "none")
+    several = {"mixture": [("eagle", pair.head), ("ngram", None)], "lms": [("lm", pair.draft), ("lm", pair.target)]}.get(drafter)
+    config = pair.config(2, None, "lm" if several else drafter)
+    listed = [f"drafter=[{', '.join(f'{{kind: {kind}, path: {path}}}' for kind, path in several)}]"] if several else []
+    words = [str(config), *listed, BOARD, "--stages", "1,3", "--temperatures", "0,0.9", "--methods", methods, *SMALL]
     words += ["--vary", "emulate.link_mbps=10,1000", "--drafts", str(drafts)]
     assert main(["simulate", *words, "--json", str(first)]) == 0
-    assert main(["simulate", *words, "--json", str(second), *(["--offline"] if drafter == "lm" else [])]) == 0
+    assert main(["simulate", *words, "--json", str(second), *(["--offline"] if drafter in ("lm", "lms") else [])]) == 0
     said = capsys.readouterr()
     assert "simulated tokens/s" in said.out and "not in" not in said.err
-    assert ("an EAGLE head is asked live" in said.err) == (drafter == "eagle")
+    assert ("an EAGLE head is asked live" in said.err) == live
     rows = lines(first)
     assert rows == lines(second)
     assert len(rows) == 2 * 2 * 2 * len(methods.split(",")) and all(r["tokens_per_second"] > 0 and r["simulated"] for r in rows)
