@@ -81,6 +81,11 @@ class Config:
         return self.drafter if isinstance(self.drafter, tuple) else (self.drafter,)
 
     @property
+    def computes(self) -> bool:
+        """A drafter is a model: what it drafts takes a forward."""
+        return any(drafter.computes for drafter in self.drafters)
+
+    @property
     def reads_features(self) -> bool:
         """A drafter reads the target's features, and needs its lm_head on rank 0."""
         return any(drafter.reads_features for drafter in self.drafters)

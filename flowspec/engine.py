@@ -252,7 +252,7 @@ class Engine:
         dtype, device = compute_dtype(config, manifest, 0), checked_device(config, 0)
         head = load_head(manifest, 0, dtype, device) if 0 in config.head_ranks(manifest.num_stages) else None
         drafter = make_drafter(config.drafters, config.folder, manifest, head, dtype, device)
-        least = config.emulate.draft_ms / 1000 if any(d.computes for d in config.drafters) else 0.0
+        least = config.emulate.draft_ms / 1000 if config.computes else 0.0
         self._draft = DraftThread(drafter, self._transport.inbox, least) if drafter else None
         verifying = None if config.verifies_last else head
         return Driver(self._transport, self._draft, manifest.vocab_size, verifying, config.emulate.hidden_scale)

@@ -55,7 +55,12 @@ def _named(drafter: DrafterConfig, folder: Path) -> str:
 
 def is_taped(config: Config) -> bool:
     """What is proposed depends on the path only, so a tape can remember it; others are asked live (draft/recorded.py)."""
-    return all(drafter.kind == "lm" for drafter in config.drafters)
+    return all(drafter.kind in ("lm", "none") for drafter in config.drafters)
+
+
+def emulated(config: Config) -> Emulate:
+    """The times that a real run of this configuration would take: a look-up has no forward."""
+    return config.emulate if config.computes else dataclasses.replace(config.emulate, draft_ms=0.0)
 
 
 def lacking(config: Config) -> Path | None:
@@ -119,7 +124,7 @@ class Forecaster:
         guesser = self._guesser(tape, config) if policy is None or policy.budget > 1 else None  # a tree of one node needs none
         ring = Ring(
             stages=stages,
-            emulate=emulate or config.emulate,
+            emulate=emulate or (emulated(config) if self.profile is None else config.emulate),
             hidden=self.models.hidden,
             verify_last=config.verifies_last,
             features=guesser is not None and guesser.features,
