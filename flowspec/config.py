@@ -35,7 +35,8 @@ class Config:
     stages: str
     """stages.yaml of a split model, or its folder."""
     method: str = "flowspec"
-    drafter: DrafterConfig = field(default_factory=DrafterConfig)
+    drafter: DrafterConfig | tuple[DrafterConfig, ...] = field(default_factory=DrafterConfig)
+    """One, or a list of several that draft as one (a mixture)."""
     tree: TreeConfig = field(default_factory=TreeConfig)
     sampling: Sampling = field(default_factory=Sampling)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -59,6 +60,9 @@ class Config:
         _choice("method", self.method, METHODS, later)
         _choice("dtype", self.dtype, DTYPES)
         _choice("verify_on", self.verify_on, VERIFY_ON)
+        need(len(self.drafters) > 0, "drafter is an empty list: name one at least, or kind: none")
+        silent = [drafter.where for drafter in self.drafters if drafter.kind == "none"]
+        need(len(self.drafters) == 1 or not silent, f"{''.join(silent[:1])}.kind is none: a list names drafters that draft")
         for device in [self.device] if isinstance(self.device, str) else self.device:
             need(re.fullmatch(r"cpu|cuda(:\d+)?", device) is not None, f"device is {device}: it must be cpu, cuda or cuda:N")
         need(self.threads is None or self.threads >= 1, f"threads is {self.threads}: it must be at least 1, or auto")
@@ -73,13 +77,27 @@ class Config:
         return self.folder / self.trace
 
     @property
+    def drafters(self) -> tuple[DrafterConfig, ...]:
+        return self.drafter if isinstance(self.drafter, tuple) else (self.drafter,)
+
+    @property
+    def computes(self) -> bool:
+        """A drafter is a model: what it drafts takes a forward."""
+        return any(drafter.computes for drafter in self.drafters)
+
+    @property
+    def reads_features(self) -> bool:
+        """A drafter reads the target's features, and needs its lm_head on rank 0."""
+        return any(drafter.reads_features for drafter in self.drafters)
+
+    @property
     def verifies_last(self) -> bool:
         return self.verify_on != "coordinator"
 
     def head_ranks(self, stages: int) -> list[int]:
         """The ranks that load lm_head: where tokens are picked, and rank 0 if its drafter needs it."""
         picking = stages if self.verifies_last else 0
-        return sorted({picking, 0}) if self.drafter.reads_features else [picking]
+        return sorted({picking, 0}) if self.reads_features else [picking]
 
     def device_of(self, rank: int) -> str:
         devices = (self.device,) if isinstance(self.device, str) else self.device
@@ -128,6 +146,8 @@ def build(cls: type, values: Any, where: str = "", **internal: Any) -> Any:
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if not f.metadata.get("internal")}
     made = dict(internal)
+    if "where" in hints:
+        made["where"] = where
     for key, value in values.items():
         name = f"{where}.{key}" if where else str(key)
         if key not in fields:
@@ -142,15 +162,16 @@ def build(cls: type, values: Any, where: str = "", **internal: Any) -> Any:
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
-    """`value` as the field's type: a dataclass from a mapping, auto as None, an int where a float is asked for."""
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return build(hint, {} if value is None else value, name)
+    """`value` as the field's type: a dataclass from a mapping, a tuple from a list, auto as None, an int where a float is asked for."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    inner = next((option for option in options if dataclasses.is_dataclass(option)), None)
+    if isinstance(inner, type) and not (len(options) > 1 and isinstance(value, list)):
+        return build(inner, {} if value is None else value, name)
     if type(None) in options and (value is None or value == "auto"):
         return None
     for option in options:
         if typing.get_origin(option) is tuple and isinstance(value, list):
-            return tuple(_convert(typing.get_args(option)[0], item, name) for item in value)
+            return tuple(_convert(typing.get_args(option)[0], item, f"{name}.{k}") for k, item in enumerate(value))
         if option is float and type(value) is int:
             return float(value)
         if option is float and isinstance(value, str) and (number := _number(value)) is not None:

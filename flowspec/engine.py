@@ -253,8 +253,8 @@ class Engine:
         config, manifest = self.config, self.manifest
         dtype, device = compute_dtype(config, manifest, 0), checked_device(config, 0)
         head = load_head(manifest, 0, dtype, device) if 0 in config.head_ranks(manifest.num_stages) else None
-        drafter = make_drafter(config.drafter, config.folder, manifest, head, dtype, device)
-        least = config.emulate.draft_ms / 1000 if config.drafter.computes else 0.0
+        drafter = make_drafter(config.drafters, config.folder, manifest, head, dtype, device)
+        least = config.emulate.draft_ms / 1000 if config.computes else 0.0
         self._draft = DraftThread(drafter, self._transport.inbox, least) if drafter else None
         verifying = None if config.verifies_last else head
         return Driver(self._transport, self._draft, manifest.vocab_size, verifying, config.emulate.hidden_scale)
@@ -325,8 +325,10 @@ def warm_up(config: Config, manifest: Manifest, rank: int) -> None:
         torch.mm(one, one)
     if rank > 0:
         family_of(read_config(manifest.folder(rank))).classes()
-    elif config.drafter.computes:
-        family_of(read_config(config.drafter.checkpoint(config.folder))).classes()
+        return
+    for drafter in config.drafters:
+        if drafter.computes:
+            family_of(read_config(drafter.checkpoint(config.folder))).classes()
 
 
 def set_threads(config: Config, ranks_here: int) -> None:

@@ -31,7 +31,8 @@ def check_run(config: Config, ranks: Sequence[int] | None = None) -> Manifest:
     ranks = range(world_size) if ranks is None else ranks
     verify_files(manifest, ranks, lm_head=config.head_ranks(manifest.num_stages))
     if 0 in ranks:
-        check_drafter(config.drafter, config.folder, manifest)
+        for drafter in config.drafters:
+            check_drafter(drafter, config.folder, manifest)
     return manifest
 
 
@@ -39,29 +40,29 @@ def check_drafter(drafter: DrafterConfig, folder: Path, manifest: Manifest) -> N
     if not drafter.computes:
         return
     path = drafter.checkpoint(folder)
-    need(path.is_dir(), f"drafter.path: no folder {path}")
+    need(path.is_dir(), f"{drafter.where}.path: no folder {path}")
     if drafter.kind == "eagle":
-        check_eagle(path, manifest)
+        check_eagle(path, manifest, f"{drafter.where}.path")
         return
     Checkpoint(path)
     read_config(path)
     check_same_tokens(Text(manifest.folder(0)).tokenizer, load_tokenizer(path), str(path))
 
 
-def check_eagle(folder: Path, manifest: Manifest) -> None:
+def check_eagle(folder: Path, manifest: Manifest, setting: str) -> None:
     """What can be known of an EAGLE head without reading its weights: that it is one, of this target's sizes."""
     config, where = read_config(folder), folder / CONFIG
     for key, ours in (("hidden_size", manifest.hidden_size), ("vocab_size", manifest.vocab_size)):
         advice = "give the head that was trained for this target"
-        need(config[key] == ours, f"drafter.path: {where}: {key} is {config[key]}, the target's is {ours}: {advice}")
+        need(config[key] == ours, f"{setting}: {where}: {key} is {config[key]}, the target's is {ours}: {advice}")
     layers = config["num_hidden_layers"]
-    need(layers == 1, f"drafter.path: {where}: num_hidden_layers is {layers}, an EAGLE head has 1 (a draft model is drafter.kind: lm)")
-    need("draft_vocab_size" not in config, f"drafter.path: {where}: this is an EAGLE-3 head; EAGLE-1 and EAGLE-2 heads are supported")
+    need(layers == 1, f"{setting}: {where}: num_hidden_layers is {layers}, an EAGLE head has 1 (a draft model is drafter.kind: lm)")
+    need("draft_vocab_size" not in config, f"{setting}: {where}: this is an EAGLE-3 head; EAGLE-1 and EAGLE-2 heads are supported")
     if pickled(folder):
         return  # its names are known once torch has read it
     checkpoint, hidden = Checkpoint(folder), config["hidden_size"]
     shape = checkpoint.info(EAGLE_FC).shape
-    need(shape == (hidden, 2 * hidden), f"drafter.path: {folder}: {EAGLE_FC} has shape {list(shape)}, it must be {[hidden, 2 * hidden]}")
+    need(shape == (hidden, 2 * hidden), f"{setting}: {folder}: {EAGLE_FC} has shape {list(shape)}, it must be {[hidden, 2 * hidden]}")
 
 
 def check_prompt(tokens: Sequence[int], manifest: Manifest, name: str = "the prompt") -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flowspec.bench import report, timeline
-from flowspec.bench.forecast import Forecaster, Models, check_simulable, lacking, rate
+from flowspec.bench.forecast import Forecaster, Models, check_simulable, emulated, lacking, rate
 from flowspec.config import METHODS
 from flowspec.core.cost import Emulate
 from flowspec.core.policy import TreeConfig
@@ -161,7 +161,7 @@ def _predictions(runs: Sequence[Run], forecaster: Forecaster, stages: int) -> di
         if key not in predicted:
             tape = forecaster.add(run.request, run.result.token_ids)
             same = [r for r in runs if (r.result.method, r.result.temperature) == key[:2]]
-            emulate = completed(forecaster.config.emulate, same)
+            emulate = completed(emulated(forecaster.config), same)
             predicted[key] = forecaster.run(tape, key[0], stages, emulate).tokens_per_second
     return predicted
 

@@ -42,22 +42,31 @@ class Models:
     def of(cls, config: Config) -> Models:
         manifest = Manifest.load(config.stages_path)
         head = manifest.ranks[0].lm_head
-        name = f"target {head.sha256[:16] if head else '?'}, {config.drafter.kind}"
-        if config.drafter.kind == "lm":
-            weights = sorted(config.drafter.checkpoint(config.folder).glob("*.safetensors"))
-            name += " " + " ".join(f"{w.name} of {w.stat().st_size} bytes" for w in weights)
+        drafters = " + ".join(_named(drafter, config.folder) for drafter in config.drafters)
+        name = f"target {head.sha256[:16] if head else '?'}, {drafters}"
         return cls(name=name, vocabulary=manifest.vocab_size, hidden=manifest.hidden_size)
 
 
-def is_taped(drafter: DrafterConfig) -> bool:
-    """What it proposes depends on the path only, so a tape can remember it; others are asked live (draft/recorded.py)."""
-    return drafter.kind == "lm"
+def _named(drafter: DrafterConfig, folder: Path) -> str:
+    """A drafter in a tape's source: its kind, and its weights if the tape holds what they make."""
+    weights = sorted(drafter.checkpoint(folder).glob("*.safetensors")) if drafter.kind == "lm" else []
+    return " ".join([drafter.kind, *(f"{w.name} of {w.stat().st_size} bytes" for w in weights)])
+
+
+def is_taped(config: Config) -> bool:
+    """What is proposed depends on the path only, so a tape can remember it; others are asked live (draft/recorded.py)."""
+    return all(drafter.kind in ("lm", "none") for drafter in config.drafters)
+
+
+def emulated(config: Config) -> Emulate:
+    """The times that a real run of this configuration would take: a look-up has no forward."""
+    return config.emulate if config.computes else dataclasses.replace(config.emulate, draft_ms=0.0)
 
 
 def lacking(config: Config) -> Path | None:
     """A file that a simulation needs and that is not on this machine: features of the text take the whole target."""
     manifest = Manifest.load(config.stages_path)
-    needed = [manifest.path(entry) for entry in manifest.ranks[1:]] if config.drafter.reads_features else []
+    needed = [manifest.path(entry) for entry in manifest.ranks[1:]] if config.reads_features else []
     return next((path for path in needed if not path.exists()), None)
 
 
@@ -116,7 +125,7 @@ class Forecaster:
         guesser = self._guesser(tape, config) if policy is None or policy.budget > 1 else None  # a tree of one node needs none
         ring = Ring(
             stages=stages,
-            emulate=emulate or config.emulate,
+            emulate=emulate or (emulated(config) if self.profile is None else config.emulate),
             hidden=self.models.hidden,
             verify_last=config.verifies_last,
             features=guesser is not None and guesser.features,
@@ -136,20 +145,20 @@ class Forecaster:
     def _guesser(self, tape: Tape, config: Config) -> Guesser | None:
         if self.profile is not None:
             return SyntheticDrafter(tape.request, tape.text, self.profile, seed=tape.request.id)
-        if config.drafter.kind == "none":
+        if config.drafters[0].kind == "none":
             return None
         if self.offline:
             return RecordedDrafter(tape)
         noise = noise_for(tape.request.sampling, self.models.vocabulary) if config.policy.coupled else None
-        if is_taped(config.drafter):
+        if is_taped(config):
             return RecordedDrafter(tape, self._drafter, noise)
         return LiveDrafter(self._drafter, tape.request, noise, self._features_of(tape) if self._drafter.features else None)
 
     @functools.cached_property
     def _drafter(self) -> Drafter:
         config, manifest = self.config, Manifest.load(self.config.stages_path)
-        head = stage.load_head(manifest, 0, torch.float32, "cpu") if config.drafter.reads_features else None
-        drafter = make_drafter(config.drafter, config.folder, manifest, head, torch.float32, "cpu")
+        head = stage.load_head(manifest, 0, torch.float32, "cpu") if config.reads_features else None
+        drafter = make_drafter(config.drafters, config.folder, manifest, head, torch.float32, "cpu")
         assert drafter is not None
         return drafter
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from flowspec import trace
 from flowspec.bench import timeline
-from flowspec.bench.forecast import PAPER, SIMULATED, Forecaster, Models, check_simulable, made_up
+from flowspec.bench.forecast import PAPER, SIMULATED, Forecaster, Models, check_simulable, is_taped, made_up
 from flowspec.config import Config, load_config
 from flowspec.core.request import Request, Sampling, need
 from flowspec.draft.config import DrafterConfig
@@ -62,8 +62,8 @@ def main(argv: Sequence[str]) -> int:
     results = _run(forecaster, cells, chosen)
     if options.drafts:
         forecaster.save(Path(options.drafts))
-        if config.drafter.reads_features:
-            print(f"note: an EAGLE head is asked live, in each run; {options.drafts} holds the target's texts alone", file=sys.stderr)
+        if not (options.synthetic or is_taped(config)):
+            print(f"note: {_kinds(config)} is asked live, in each run; {options.drafts} holds the target's texts alone", file=sys.stderr)
     _show(options, cells, chosen, results)
     if forecaster.lacked:
         print(
@@ -121,7 +121,7 @@ def _forecaster(options: argparse.Namespace, config: Config, temperatures: list[
     if options.synthetic:
         return made_up(config, numbers(options.synthetic, float, "--synthetic"), int(numbers(options.prompts, int, "--prompts")[0]))
     check_simulable(config)
-    need(not (options.offline and config.drafter.reads_features), "--offline: an EAGLE head is asked live, so its drafts are in no file")
+    need(not options.offline or is_taped(config), f"--offline: {_kinds(config)} is asked live, so its drafts are in no file")
     forecaster = Forecaster(config, Models.of(config))
     forecaster.offline = options.offline
     if options.drafts and os.path.exists(options.drafts):
@@ -131,6 +131,10 @@ def _forecaster(options: argparse.Namespace, config: Config, temperatures: list[
         wanted = [dataclasses.replace(config.sampling, temperature=t) for t in temperatures]
         _record(forecaster, config, benchmark_prompts(options, config), wanted)
     return forecaster
+
+
+def _kinds(config: Config) -> str:
+    return " + ".join(drafter.kind for drafter in config.drafters)
 
 
 def _record(forecaster: Forecaster, config: Config, prompts: list[str], samplings: list[Sampling]) -> None:

@@ -81,29 +81,31 @@ Action = Segment | Prune | Draft | Commit | Wake | Finish
 # ---- events ----------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True, eq=False)
 class Proposal:
-    """A drafter's children for one node, best first by logq + noise."""
+    """A drafter's children for one node, best first."""
 
     tokens: np.ndarray
     """int64 [k]"""
-    logq: np.ndarray
-    """float64 [k]: the drafter's log-probabilities at the request's temperature (1 when greedy)"""
-    noise: np.ndarray | None = None
-    """float64 [k]: the target's keyed Gumbel noise at that position; None when greedy or not coupled"""
+    z: np.ndarray
+    """float64 [k], or [k, D] by D drafters: log-probabilities at the request's temperature (1 when greedy), plus the target's own keyed
+    Gumbel noise at that position if coupled"""
     coverage: float = 0.97
     """how often the target's choice is in the list"""
+    coupled: bool = False
+    """z has that noise in it"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Drafted:
-    """The drafter's answer: the proposals of n nodes as arrays, k candidates each. Nodes that it cannot go on from are left out."""
+    """The drafter's answer: the proposals of n nodes as arrays, k candidates each. Nodes that it cannot go on from are left out.
+
+    Several drafters that answer as one (draft/mixture.py) say a z each, D in all; else D is 1."""
 
     nodes: tuple[int, ...]
     tokens: np.ndarray
     """int64 [n, k]"""
-    logq: np.ndarray
-    """float64 [n, k]; -inf behind a list that is shorter"""
-    noise: np.ndarray | None
-    """float64 [n, k]"""
+    z: np.ndarray
+    """float64 [n, k, D]; -inf behind a list that is shorter"""
+    coupled: bool
     coverage: np.ndarray
     """float64 [n]"""
 
@@ -112,32 +114,28 @@ class Drafted:
         """One proposal a node; None: it cannot go on from there."""
         pairs = [(id, p) for id, p in zip(ids, proposals, strict=True) if p is not None]
         k = max((len(p.tokens) for _, p in pairs), default=0)
-        noise = [_longer(p.noise, k, 0.0) for _, p in pairs if p.noise is not None]
-        return cls(
-            tuple(id for id, _ in pairs),
-            np.array([_longer(p.tokens, k, 0) for _, p in pairs], np.int64).reshape(len(pairs), k),
-            np.array([_longer(p.logq, k, -np.inf) for _, p in pairs]).reshape(len(pairs), k),
-            np.array(noise) if noise else None,
-            np.array([p.coverage for _, p in pairs]),
-        )
+        tokens, z = np.zeros((len(pairs), k), np.int64), np.full((len(pairs), k, _drafters(pairs[0][1]) if pairs else 1), -np.inf)
+        for row, (_, p) in enumerate(pairs):
+            tokens[row, : len(p.tokens)] = p.tokens
+            z[row, : len(p.tokens)] = p.z.reshape(len(p.tokens), z.shape[2])
+        coupled = any(p.coupled for _, p in pairs)
+        return cls(tuple(id for id, _ in pairs), tokens, z, coupled, np.array([p.coverage for _, p in pairs]))
 
     def proposal(self, node: int) -> Proposal | None:
         """The candidates of one node; None if there are none."""
         if node not in self.nodes:
             return None
         row = self.nodes.index(node)
-        there = self.logq[row] > -np.inf
-        noise = None if self.noise is None else self.noise[row][there]
-        return Proposal(self.tokens[row][there], self.logq[row][there], noise, float(self.coverage[row]))
+        there = self.z[row, :, 0] > -np.inf
+        return Proposal(self.tokens[row][there], self.z[row][there], float(self.coverage[row]), self.coupled)
 
     def only(self, rows: list[int]) -> Drafted:
         """The answer for some of its nodes."""
-        noise = None if self.noise is None else self.noise[rows]
-        return Drafted(tuple(self.nodes[r] for r in rows), self.tokens[rows], self.logq[rows], noise, self.coverage[rows])
+        return Drafted(tuple(self.nodes[r] for r in rows), self.tokens[rows], self.z[rows], self.coupled, self.coverage[rows])
 
 
-def _longer(row: np.ndarray, k: int, filler: float) -> np.ndarray:
-    return row if len(row) == k else np.pad(row, (0, k - len(row)), constant_values=filler)
+def _drafters(proposal: Proposal) -> int:
+    return proposal.z.shape[1] if proposal.z.ndim == 2 else 1
 
 
 class Returned(NamedTuple):

@@ -1,11 +1,11 @@
 """How likely a candidate is to be the target's choice: a conditional logit, fitted while it is used. Pure.
 
-    u(t) = w * z(t) + sum_m v_m * [t is what followed the last m tokens before]        p(t) = C * softmax(u)(t)
+    u(t) = sum_d w_d * z_d(t) + sum_m v_m * [t is what followed the last m tokens before]        p(t) = C * softmax(u)(t)
 
-z is the drafter's log-probability, above temperature 0 plus the target's own keyed noise. If the target's logits are
-the drafter's plus Gumbel error of scale 1/w, p is exact; so w says how good the drafter is. C is the share of positions
-whose choice is among the candidates: what the drafter claims, times how far such claims have held. The weights
-follow a damped Newton step at each decided position:
+z_d is the log-probability by drafter d (there may be several, draft/mixture.py), above temperature 0 plus the target's own keyed
+noise. If the target's logits are the one drafter's plus Gumbel error of scale 1/w, p is exact; so w says how good the drafter is.
+C is the share of positions whose choice is among the candidates: what is claimed, times how far such claims have held. The
+weights follow a damped Newton step at each decided position:
 
     g = x(chosen) - E_p[x],   H <- 0.995 H + Var_p[x],   w <- w + clip((H + I/2)^-1 g, +-0.3)
 """
@@ -23,20 +23,19 @@ from flowspec.core.tree import Node, TokenTree
 
 LENGTHS = (4, 3, 2)
 """lengths of the matches that an n-gram prediction may rest on; the longest counts"""
-FEATURES = 1 + len(LENGTHS)
 
 
 class Weights:
-    """[w, v_4, v_3, v_2], and how far claims of coverage hold, learnt from decided positions; started at w = 1, v = 0."""
+    """[w_1, ..., w_D, v_4, v_3, v_2], and how far claims of coverage hold, learnt from decided positions; started at w = 1/D, v = 0."""
 
     FORGET = 0.995
     STEP = 0.3
 
-    def __init__(self, learns: bool = True):
-        self.values = np.zeros(FEATURES)
-        self.values[0] = 1.0
-        self.learns = learns
-        self._curvature = np.eye(FEATURES)
+    def __init__(self, drafters: int = 1, learns: bool = True):
+        self.drafters, self.learns = drafters, learns
+        self.values = np.zeros(drafters + len(LENGTHS))
+        self.values[:drafters] = 1 / drafters
+        self._curvature = np.eye(len(self.values))
         self._held = self._claimed = 20.0  # positions: a prior
 
     @property
@@ -45,7 +44,7 @@ class Weights:
         return self._held / self._claimed
 
     def learn(self, x: np.ndarray, coverage: float, chosen: int | None) -> None:
-        """One decided position: features [k, FEATURES] and claim of its list, and which of it the target chose, if any."""
+        """One decided position: features [k, D + 3] and claim of its list, and which of it the target chose, if any."""
         if not self.learns:
             return
         self._claimed += coverage
@@ -58,9 +57,10 @@ class Weights:
         mean = p @ x
         spread = (x * p[:, None]).T @ x - np.outer(mean, mean)
         self._curvature = self.FORGET * self._curvature + spread
-        step = np.linalg.solve(self._curvature + 0.5 * np.eye(FEATURES), x[chosen] - mean)
+        step = np.linalg.solve(self._curvature + 0.5 * np.eye(len(self.values)), x[chosen] - mean)
         self.values += step.clip(-self.STEP, self.STEP)
-        self.values[0] = max(self.values[0], 0.05)  # a drafter is never believed to be wrong on purpose
+        w = self.values[: self.drafters]
+        np.maximum(w, 0.05, out=w)  # a drafter is never believed to be wrong on purpose
 
 
 class Ngrams:
@@ -94,7 +94,7 @@ class List(NamedTuple):
     tokens: np.ndarray
     """[k]"""
     z: np.ndarray
-    """[k]; -inf behind a list that is shorter"""
+    """[k, D]; -inf behind a list that is shorter"""
     coverage: float
     hint: tuple[int, int] | None
     """the n-gram prediction: a token, and an index into LENGTHS"""
@@ -103,15 +103,15 @@ class List(NamedTuple):
     nobody knows"""
 
     def features(self) -> tuple[list[int], np.ndarray]:
-        """Tokens and features [k, FEATURES] of the candidates, the hint among them."""
-        there = self.z > -np.inf
-        tokens, z = self.tokens[there].tolist(), self.z[there].tolist()
+        """Tokens and features [k, D + 3] of the candidates, the hint among them."""
+        there = self.z[:, 0] > -np.inf
+        tokens, z = self.tokens[there].tolist(), self.z[there]
         if self.hint and self.open and self.hint[0] not in tokens:
-            tokens, z = [*tokens, self.hint[0]], [*z, z[-1]]
-        x = np.zeros((len(tokens), FEATURES))
-        x[:, 0] = z
+            tokens, z = [*tokens, self.hint[0]], np.concatenate([z, z[-1:]])
+        x = np.zeros((len(tokens), z.shape[1] + len(LENGTHS)))
+        x[:, : z.shape[1]] = z
         if self.hint and self.hint[0] in tokens:
-            x[tokens.index(self.hint[0]), 1 + self.hint[1]] = 1
+            x[tokens.index(self.hint[0]), z.shape[1] + self.hint[1]] = 1
         return tokens, x
 
 
@@ -119,7 +119,7 @@ class Scorer:
     """Scores a drafter's proposals, and learns from what the target chose. One a request."""
 
     def __init__(self, calibrate: bool, ngrams: bool):
-        self.weights = Weights(learns=calibrate)
+        self.weights = Weights(learns=calibrate)  # of one drafter, until an answer says that there are more
         self._uses_ngrams = ngrams
         self._lists: dict[int, List] = {}  # by node
 
@@ -133,25 +133,37 @@ class Scorer:
         One pass over the batch without hints; a row that has one is mended by itself, since few do and numpy costs by the call."""
         if not nodes:
             return []
-        z = drafted.logq if drafted.noise is None else drafted.logq + drafted.noise
-        u = self.weights.values[0] * (z - z[:, :1])  # the best comes first
+        tokens, z, u = self._ranked(drafted)
         claims = np.minimum(0.999, drafted.coverage * self.weights.trust)
         above = np.array([n.score for n in nodes]) + np.log(claims)
         u += (above - np.log(np.exp(u).sum(1)))[:, None]
-        short = z[:, -1].min() == -np.inf
+        short = u[:, -1].min() == -np.inf
         hints = [self._ngrams.after(self._below_root(n)) for n in nodes] if self._ngrams is not None else [None] * len(nodes)
         scored = []
-        for node, tokens, scores, level, hint in zip(nodes, drafted.tokens.tolist(), u.tolist(), above.tolist(), hints, strict=True):
+        for node, listed, scores, level, hint in zip(nodes, tokens.tolist(), u.tolist(), above.tolist(), hints, strict=True):
             if short:
                 k = sum(score > -math.inf for score in scores)
-                del tokens[k:], scores[k:]
+                del listed[k:], scores[k:]
             if hint is not None:
-                self._mend(tokens, scores, level, hint, drafted.noise is None)
-            scored.append((node, tokens[:top_k], scores[:top_k]))
+                self._mend(listed, scores, level, hint, not drafted.coupled)
+            scored.append((node, listed[:top_k], scores[:top_k]))
         if self.weights.learns:
-            lists = zip(drafted.tokens, z, drafted.coverage.tolist(), hints, [drafted.noise is None] * len(nodes), strict=True)
+            lists = zip(tokens, z, drafted.coverage.tolist(), hints, [not drafted.coupled] * len(nodes), strict=True)
             self._lists.update((node.id, List(*facts)) for node, facts in zip(nodes, lists, strict=True))
         return scored
+
+    def _ranked(self, drafted: Drafted) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens [n, k], z [n, k, D] and u [n, k], best first; u of the best is 0."""
+        tokens, z = drafted.tokens, drafted.z
+        drafters = z.shape[2]
+        if drafters != self.weights.drafters:
+            self.weights = Weights(drafters, self.weights.learns)
+        u = z.dot(self.weights.values[:drafters])
+        if drafters > 1:  # one drafter's order does not depend on its weight
+            order = np.argsort(-u, 1, kind="stable")
+            tokens, u = (np.take_along_axis(a, order, 1) for a in (tokens, u))
+            z = np.take_along_axis(z, order[..., None], 1)
+        return tokens, z, u - u[:, :1]
 
     def _mend(self, tokens: list[int], scores: list[float], level: float, hint: tuple[int, int], joins: bool) -> None:
         """Raise the hinted candidate's u by its weight, in place: log p of all others sinks by the log of what the sum grows by.
@@ -162,7 +174,7 @@ class Scorer:
         if not known and not joins:
             return
         at = tokens.index(token) if known else len(tokens) - 1  # one that joins begins as the last of the list
-        score, weight = scores[at], float(self.weights.values[1 + length])
+        score, weight = scores[at], float(self.weights.values[self.weights.drafters + length])
         p = math.exp(score - level)
         grown = math.log(1 + p * (math.exp(weight) - known))
         if known:

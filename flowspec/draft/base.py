@@ -64,14 +64,11 @@ class Lineage:
         return cls(-1, 0, request.prompt[-1])
 
 
-def best(logq: Tensor, positions: Sequence[int], noise: Noise | None) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Tokens, logq and noise [n, KEPT] of the candidates for these positions, best first by logq plus noise.
+def best(logq: Tensor, positions: Sequence[int], noise: Noise | None) -> tuple[np.ndarray, np.ndarray, bool]:
+    """The candidates for these positions, best first: tokens [n, KEPT], their z [n, KEPT, 1] and whether there is noise in it.
 
     logq: [n, vocabulary], a drafter's log-probabilities, on the CPU."""
     kept = min(KEPT, logq.shape[1])
-    if noise is None:
-        values, tokens = logq.topk(kept)
-        return tokens.numpy(), values.double().numpy(), None
-    rows = torch.stack([noise(p)[: logq.shape[1]] for p in positions])
-    tokens = (logq + rows).topk(kept).indices
-    return tokens.numpy(), logq.gather(1, tokens).double().numpy(), rows.gather(1, tokens).numpy()
+    z = logq if noise is None else logq + torch.stack([noise(p)[: logq.shape[1]] for p in positions])
+    values, tokens = z.topk(kept)
+    return tokens.numpy(), values.double()[..., None].numpy(), noise is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from flowspec.core.request import need
@@ -19,6 +19,8 @@ class DrafterConfig:
     prompt and output), none"""
     path: str | None = None
     """The draft model's checkpoint, for lm; the head's folder, for eagle."""
+    where: str = field(default="drafter", compare=False, metadata={"internal": True})
+    """The key that it stands under."""
 
     @property
     def computes(self) -> bool:
@@ -38,5 +40,6 @@ class DrafterConfig:
     def __post_init__(self) -> None:
         near = difflib.get_close_matches(self.kind, KINDS, 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        need(self.kind in KINDS, f"drafter.kind is {self.kind}: {hint}choose one of {', '.join(KINDS)}")
-        need(not self.computes or self.path is not None, f"drafter.path is missing: kind {self.kind} needs {NEED_FILES.get(self.kind)}")
+        need(self.kind in KINDS, f"{self.where}.kind is {self.kind}: {hint}choose one of {', '.join(KINDS)}")
+        missing = self.computes and self.path is None
+        need(not missing, f"{self.where}.path is missing: kind {self.kind} needs {NEED_FILES.get(self.kind)}")

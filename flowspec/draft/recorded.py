@@ -25,7 +25,7 @@ from flowspec.files import replacing
 
 ABSENT, UNASKED = -1, -2
 """in a tape's file, instead of a number of candidates: the drafter could not go on; nobody asked"""
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -139,8 +139,7 @@ def _single(proposal: Proposal | None) -> Proposal | None:
     """In single precision, as it will be read from the file."""
     if proposal is None:
         return None
-    noise = None if proposal.noise is None else proposal.noise.astype(np.float32).astype(float)
-    return dataclasses.replace(proposal, logq=proposal.logq.astype(np.float32).astype(float), noise=noise)
+    return dataclasses.replace(proposal, z=proposal.z.astype(np.float32).astype(float))
 
 
 class SyntheticDrafter:
@@ -200,7 +199,8 @@ def save(path: str | os.PathLike[str], tapes: Iterable[Tape], source: str) -> No
     for k, tape in enumerate(tapes):
         request = tape.request
         sampling = dataclasses.asdict(request.sampling)
-        heads.append({"prompt": request.prompt, "sampling": sampling, "eos": sorted(request.eos), "text": tape.text})
+        about = {"prompt": request.prompt, "sampling": sampling, "eos": sorted(request.eos), "text": tape.text}
+        heads.append(about | {"coupled": any(p.coupled for p in tape.proposals.values() if p is not None)})
         arrays |= {f"{k}.{name}": array for name, array in _columns(tape).items()}
     head = json.dumps({"format": FORMAT, "source": source, "tapes": heads})
     with replacing(path) as beside, open(beside, "wb") as file:
@@ -211,18 +211,14 @@ def _columns(tape: Tape) -> dict[str, np.ndarray]:
     asked = [tape.proposals.get(p) for p in range(len(tape.parents))]
     counts = [UNASKED if p not in tape.proposals else ABSENT if a is None else len(a.tokens) for p, a in enumerate(asked)]
     there = [a for a in asked if a is not None]
-    none = np.zeros(0)
-    columns = {
+    return {
         "parents": np.array(tape.parents, np.int32),
         "tokens": np.array(tape.tokens, np.int32),
         "counts": np.array(counts, np.int32),
-        "candidates": np.concatenate([none, *(a.tokens for a in there)]).astype(np.int32),
-        "logq": np.concatenate([none, *(a.logq for a in there)]).astype(np.float32),
+        "candidates": np.concatenate([np.zeros(0), *(a.tokens for a in there)]).astype(np.int32),
+        "z": np.concatenate([a.z for a in there] or [np.zeros((0, 1))]).astype(np.float32),
         "coverage": np.array([a.coverage for a in there], np.float32),
     }
-    if any(a.noise is not None for a in there):
-        columns["noise"] = np.concatenate([a.noise for a in there if a.noise is not None]).astype(np.float32)
-    return columns
 
 
 def load(path: str | os.PathLike[str]) -> tuple[list[Tape], str]:
@@ -243,7 +239,7 @@ def _tape(k: int, facts: dict, arrays) -> Tape:
     request = Request(id=k, prompt=tuple(facts["prompt"]), sampling=Sampling(**facts["sampling"]), eos=frozenset(facts["eos"]))
     get = {name.partition(".")[2]: arrays[name] for name in arrays.files if name.startswith(f"{k}.")}
     tape = Tape(request, facts["text"], get["parents"].tolist(), get["tokens"].tolist())
-    logq, noise = get["logq"].astype(float), get["noise"].astype(float) if "noise" in get else None
+    z, coupled = (get["z"].astype(float), facts["coupled"]) if "z" in get else _of_format_1(get)
     begin = number = 0
     for path, count in enumerate(get["counts"].tolist()):
         if count == ABSENT:
@@ -251,7 +247,13 @@ def _tape(k: int, facts: dict, arrays) -> Tape:
         elif count != UNASKED:
             part = slice(begin, begin + count)
             coverage = float(get["coverage"][number])
-            row = get["candidates"][part].astype(np.int64), logq[part], None if noise is None else noise[part]
-            tape.proposals[path] = Proposal(*row, coverage=coverage)
+            tape.proposals[path] = Proposal(get["candidates"][part].astype(np.int64), z[part], coverage, coupled)
             begin, number = begin + count, number + 1
     return tape
+
+
+def _of_format_1(columns: dict[str, np.ndarray]) -> tuple[np.ndarray, bool]:
+    """z [k, 1] and whether there is noise in it: format 1 kept one drafter's log-probabilities and the noise apart."""
+    coupled = "noise" in columns
+    z = columns["logq"].astype(float) + (columns["noise"] if coupled else 0.0)
+    return z[:, None], coupled

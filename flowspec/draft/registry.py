@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +17,20 @@ if TYPE_CHECKING:
 
 
 def make_drafter(
-    config: DrafterConfig, folder: Path, manifest: Manifest, head: Head | None, dtype: torch.dtype, device: str
+    configs: Sequence[DrafterConfig], folder: Path, manifest: Manifest, head: Head | None, dtype: torch.dtype, device: str
 ) -> Drafter | None:
-    """The drafter of this target, with paths relative to `folder`; None for kind none.
+    """The drafter of this target, several as one, with paths relative to `folder`; None for kind none.
 
     `head` is the target's lm_head, for kinds that read its features (config.reads_features)."""
+    made = [drafter for config in configs if (drafter := _one(config, folder, manifest, head, dtype, device))]
+    if len(made) < 2:
+        return made[0] if made else None
+    from flowspec.draft.mixture import MixtureDrafter
+
+    return MixtureDrafter(made)
+
+
+def _one(config: DrafterConfig, folder: Path, manifest: Manifest, head: Head | None, dtype: torch.dtype, device: str) -> Drafter | None:
     if config.kind == "lm":
         from flowspec.draft.lm import LmDrafter
         from flowspec.models.stage import load_whole

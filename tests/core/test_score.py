@@ -24,7 +24,7 @@ def probabilities(scored):
 
 def test_candidates_share_the_coverage_by_draft_probability_times_noise():
     made, tree = scorer()
-    noisy = Proposal(np.array([4, 3]), np.log([0.1, 0.2]), np.array([2.0, 1.0]))
+    noisy = Proposal(np.array([4, 3]), np.log([0.1, 0.2]) + np.array([2.0, 1.0]), coupled=True)
     [p] = probabilities(made.scored([tree.root], Drafted.pack([0], [noisy]), 16))
     assert sum(p.values()) == pytest.approx(0.97, abs=1e-5) and p[4] / p[3] == pytest.approx(0.5 * np.e, rel=1e-4)
 
@@ -47,7 +47,7 @@ def test_the_longest_match_predicts_and_is_listed_even_if_the_drafter_did_not():
     made.weights.values[1:] = 3.0
     [p] = probabilities(made.scored([tree.root], Drafted.pack([0], [proposal(t5=0.6, t6=0.2)]), 16))
     assert list(p) == [4, 5, 6], "as likely by the drafter as its last candidate, and e^3 times that by the match"
-    noisy = Proposal(np.array([5, 6]), np.log([0.6, 0.2]), np.zeros(2))
+    noisy = Proposal(np.array([5, 6]), np.log([0.6, 0.2]), coupled=True)
     [p] = probabilities(made.scored([tree.root], Drafted.pack([0], [noisy]), 16))
     assert list(p) == [5, 6], "with noise the place of an unlisted token is unknown"
 
@@ -88,8 +88,7 @@ def test_a_mended_list_is_the_formula(seed):
     for tokens in ([4, 5, 6], [7, 5, 4], [5, 6, 7]):
         for noisy in (False, True):
             z = np.sort(random.normal(size=3))[::-1]
-            noise = np.zeros(3) if noisy else None
-            [(_, got, scores)] = made.scored([tree.root], Drafted.pack([0], [Proposal(np.array(tokens), z, noise)]), 16)
+            [(_, got, scores)] = made.scored([tree.root], Drafted.pack([0], [Proposal(np.array(tokens), z, coupled=noisy)]), 16)
             listed, x = made._lists[0].features()
             u = np.exp(x @ made.weights.values)
             want = dict(zip(listed, 0.97 * u / u.sum(), strict=True))

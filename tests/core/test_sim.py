@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -168,7 +169,7 @@ class Counting:
         for n in nodes:
             assert n.parent in self.parents or n.parent == -1
             self.parents[n.id] = n.parent
-        made = [Proposal(np.array([n.token + 1, 3]), np.log([0.7, 0.1]), np.array([0.1, 1.0])) for n in nodes]
+        made = [Proposal(np.array([n.token + 1, 3]), np.log([0.7, 0.1]) + np.array([0.1, 1.0]), coupled=True) for n in nodes]
         return Drafted.pack([n.id for n in nodes], [None if n.token == 13 else p for n, p in zip(nodes, made, strict=True)])
 
     def commit(self, commit):
@@ -195,8 +196,30 @@ def test_a_tape_asks_once_for_each_path_and_plays_alone_after_a_file(tmp_path):
     answer = alone.propose([root, DraftNode(2, 0, 13)])
     there = answer.proposal(0)
     assert answer.proposal(2) is None and alone.lacked == 0
-    assert there.tokens.tolist() == [110, 3] and there.noise == pytest.approx([0.1, 1.0]) and there.coverage == pytest.approx(0.97)
+    assert there.tokens.tolist() == [110, 3] and there.coupled and there.coverage == pytest.approx(0.97)
+    assert there.z[:, 0] == pytest.approx(np.log([0.7, 0.1]) + np.array([0.1, 1.0]))
     assert alone.propose([DraftNode(3, 0, 77)]).nodes == () and alone.lacked == 1
+
+
+def test_a_tape_of_several_drafters_survives_a_file_and_an_older_file_is_read(tmp_path):
+    wanted = request(temperature=1.0)
+    tape = Tape(wanted, [1, 2])
+    tape.proposals = {0: Proposal(np.array([5, 6]), np.array([[-1.0, -2.0], [-3.0, -0.5]]), 0.75), tape.child(0, 5): None}
+    save(tmp_path / "d.npz", [tape, Tape(wanted, [])], "these models")
+    (read, empty), _ = load(tmp_path / "d.npz")
+    there = RecordedDrafter(read).propose([DraftNode(0, -1, wanted.prompt[-1])])
+    assert there.z.tolist() == [[[-1.0, -2.0], [-3.0, -0.5]]] and not there.coupled and read.proposals[1] is None
+    assert empty.proposals == {}
+    with np.load(tmp_path / "d.npz") as arrays:
+        old = dict(arrays)
+    head = json.loads(bytes(old["head"])) | {"format": 1}
+    del head["tapes"][0]["coupled"], head["tapes"][1:]
+    one = old.pop("0.z")[:, 0]
+    old |= {"head": np.frombuffer(json.dumps(head).encode(), np.uint8), "0.logq": one, "0.noise": one + 1}
+    np.savez(tmp_path / "old.npz", **old)
+    (read,), _ = load(tmp_path / "old.npz")
+    there = read.proposals[0]
+    assert there.coupled and there.tokens.tolist() == [5, 6] and there.z.tolist() == [[-1.0], [-5.0]]
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive", None])

@@ -56,7 +56,7 @@ def test_an_incremental_tree_proposes_what_a_fresh_forward_would(whole, seed):
             for node in nodes:
                 proposal = answer.proposal(node.id)
                 want = from_scratch(whole, text + [t for _, t in path_of[node.id]])
-                np.testing.assert_allclose(proposal.logq, want[proposal.tokens].double().numpy(), atol=2e-4)
+                np.testing.assert_allclose(proposal.z[:, 0], want[proposal.tokens].double().numpy(), atol=2e-4)
                 assert proposal.tokens[0] == int(want.argmax()) and len(proposal.tokens) == KEPT
                 children[node.id] = []
                 for token in proposal.tokens[: r.randint(1, 3)].tolist():
@@ -88,8 +88,8 @@ def test_noise_reranks_the_candidates(whole):
     a, b = (d.propose([DraftNode(0, -1, PROMPT[-1])]).proposal(0) for d in (plain, coupled))
     logq = from_scratch(whole, list(PROMPT)).double()
     assert b.tokens.tolist() == (logq + noise(len(PROMPT))).topk(20).indices.tolist()
-    assert a.tokens.tolist() != b.tokens.tolist() and a.noise is None
-    np.testing.assert_allclose(b.noise, noise(len(PROMPT))[b.tokens].numpy())
+    assert a.tokens.tolist() != b.tokens.tolist() and (a.coupled, b.coupled) == (False, True)
+    np.testing.assert_allclose(b.z[:, 0], (logq + noise(len(PROMPT)))[b.tokens].numpy(), atol=2e-4)
 
 
 def test_a_node_whose_branch_died_gets_no_proposal(whole):

@@ -223,7 +223,7 @@ def test_an_incremental_tree_proposes_what_a_fresh_forward_with_the_same_feature
             answer = drafter.propose([DraftNode(i, ([(anchor, 0)] + paths[i])[-2][0], paths[i][-1][1]) for i in batch])
             for i in batch:
                 proposal, want = answer.proposal(i), oracle.logq(paths[i])
-                np.testing.assert_allclose(proposal.logq, want[proposal.tokens].double().numpy(), atol=2e-4)
+                np.testing.assert_allclose(proposal.z[:, 0], want[proposal.tokens].double().numpy(), atol=2e-4)
                 assert proposal.tokens[0] == int(want.argmax())
                 asked.add(i)
                 for token in proposal.tokens[: r.randint(1, 3)].tolist():
@@ -256,7 +256,7 @@ def test_rows_of_text_are_made_of_the_targets_features_once_they_are_known(eagle
     grown.commit(Commit((0, 1, 2), (20, 21, 30), (True, True, False), 9), features[3:])
     fresh.begin(request((*PROMPT, 20, 21, 30)), None, features)
     a, b = grown.propose([DraftNode(9, 2, 30)]), fresh.propose([DraftNode(0, -1, 30)])
-    np.testing.assert_allclose(a.logq, b.logq, atol=1e-5)
+    np.testing.assert_allclose(a.z, b.z, atol=1e-5)
     assert a.tokens.tolist() == b.tokens.tolist()
 
 
@@ -271,21 +271,27 @@ def test_a_node_that_is_asked_again_is_drafted_from_anew(eagle):
     fresh.begin(request((*PROMPT, 20)), None, features)
     for again, first in (([DraftNode(1, 0, 20)], [DraftNode(0, -1, 20)]), ([DraftNode(2, 1, 21)], [DraftNode(1, 0, 21)])):
         a, b = grown.propose(again), fresh.propose(first)
-        np.testing.assert_allclose(a.logq, b.logq, atol=1e-5)
-    assert abs(stale.logq[0] - a.logq[0]).max() > 1e-4
+        np.testing.assert_allclose(a.z, b.z, atol=1e-5)
+    assert abs(stale.z[0] - a.z[0]).max() > 1e-4
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, (9, 4), (9,)])
-def test_candidates_are_ranked_with_the_noise_of_their_own_position(eagle, prompt):
+def test_candidates_are_ranked_with_the_noise_of_their_own_position(eagle, monkeypatch, prompt):
+    monkeypatch.setattr("flowspec.draft.base.KEPT", 320)
     noise = NoiseRows(3, 320)
     features = torch.randn(len(prompt) - 1, HIDDEN) if len(prompt) > 1 else None
-    drafter = EagleDrafter(*eagle)
-    drafter.begin(request(prompt, temperature=1.0, seed=3), noise, features)
-    first = drafter.propose([DraftNode(0, -1, prompt[-1])]).proposal(0)
-    np.testing.assert_allclose(first.noise, noise(len(prompt))[first.tokens].numpy())
-    drafter.commit(Commit((0,), (11,), (False,), 5), torch.randn(1, HIDDEN))
-    second = drafter.propose([DraftNode(5, 0, 11)]).proposal(5)
-    np.testing.assert_allclose(second.noise, noise(len(prompt) + 1)[second.tokens].numpy())
+    known = torch.randn(1, HIDDEN)
+    said = []
+    for coupled in (noise, None):
+        drafter = EagleDrafter(*eagle)
+        drafter.begin(request(prompt, temperature=1.0, seed=3), coupled, features)
+        answers = [drafter.propose([DraftNode(0, -1, prompt[-1])])]
+        drafter.commit(Commit((0,), (11,), (False,), 5), known)
+        answers.append(drafter.propose([DraftNode(5, 0, 11)]))
+        said.append([answer.z[0, answer.tokens[0].argsort(), 0] for answer in answers])
+        assert all(answer.coupled == (coupled is noise) and (np.diff(answer.z[0, :, 0]) <= 0).all() for answer in answers)
+    for k, (z, logq) in enumerate(zip(*said, strict=True)):
+        np.testing.assert_allclose(z - logq, noise(len(prompt) + k).numpy(), atol=1e-5)
 
 
 def test_a_node_whose_branch_died_gets_no_proposal(eagle):

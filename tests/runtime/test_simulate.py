@@ -10,7 +10,7 @@ import torch
 from flowspec import Engine, UserError
 from flowspec.bench import report
 from flowspec.bench.compare import compare, completed
-from flowspec.bench.forecast import PAPER, SIMULATED, Forecaster, Models, lacking
+from flowspec.bench.forecast import PAPER, SIMULATED, Forecaster, Models, emulated, lacking
 from flowspec.cli import _parser, main
 from flowspec.config import load_config
 from flowspec.core.cost import Emulate
@@ -26,17 +26,21 @@ def lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("drafter", ["lm", "eagle", "ngram", "none"])
+@pytest.mark.parametrize("drafter", ["lm", "eagle", "ngram", "none", "mixture", "lms"])
 def test_a_sweep_says_a_rate_for_every_cell_and_needs_no_model_the_second_time(pair, tmp_path, capsys, drafter):
     drafts, first, second = (tmp_path / name for name in ("d.npz", "a.jsonl", "b.jsonl"))
-    methods = ",".join(m for m in SIMULATED if m != PAPER or drafter != "none")
-    words = [str(pair.config(2, None, drafter)), BOARD, "--stages", "1,3", "--temperatures", "0,0.9", "--methods", methods, *SMALL]
+    live = drafter in ("eagle", "mixture")
+    methods = ",".join(m for m in (("ar", "flowspec", PAPER) if live else SIMULATED) if m != PAPER or drafter != "none")
+    several = {"mixture": [("eagle", pair.head), ("ngram", None)], "lms": [("lm", pair.draft), ("lm", pair.target)]}.get(drafter)
+    config = pair.config(2, None, "lm" if several else drafter)
+    listed = [f"drafter=[{', '.join(f'{{kind: {kind}, path: {path}}}' for kind, path in several)}]"] if several else []
+    words = [str(config), *listed, BOARD, "--stages", "1,3", "--temperatures", "0,0.9", "--methods", methods, *SMALL]
     words += ["--vary", "emulate.link_mbps=10,1000", "--drafts", str(drafts)]
     assert main(["simulate", *words, "--json", str(first)]) == 0
-    assert main(["simulate", *words, "--json", str(second), *(["--offline"] if drafter == "lm" else [])]) == 0
+    assert main(["simulate", *words, "--json", str(second), *(["--offline"] if drafter in ("lm", "lms") else [])]) == 0
     said = capsys.readouterr()
     assert "simulated tokens/s" in said.out and "not in" not in said.err
-    assert ("an EAGLE head is asked live" in said.err) == (drafter == "eagle")
+    assert ("is asked live" in said.err) == (live or drafter == "ngram")
     rows = lines(first)
     assert rows == lines(second)
     assert len(rows) == 2 * 2 * 2 * len(methods.split(",")) and all(r["tokens_per_second"] > 0 and r["simulated"] for r in rows)
@@ -78,7 +82,7 @@ def test_a_made_up_drafter_needs_no_model(tmp_path, capsys):
         (["--prompts", "0"], "--prompts"),
         (["--json", "/nowhere/x"], "--json: cannot write"),
         (["--vary", "drafter.kind=lm,ngram"], "--vary: one drafter"),
-        (["drafter.kind=eagle", "--offline"], "--offline: an EAGLE head"),
+        (["drafter.kind=eagle", "--offline"], "--offline: eagle is asked live"),
     ],
 )
 def test_bad_words_are_answered_in_one_line(pair, capsys, words, said):
@@ -125,6 +129,15 @@ def test_a_drafter_that_reads_features_is_predicted_where_the_whole_target_is(pa
             with pytest.raises(UserError, match="rank_02 is not on this machine"):
                 compare(engine, ["x"], options)
     assert all(bool(line["simulated"]) == here for line in lines(tmp_path / "records.jsonl"))
+
+
+def test_a_look_up_takes_no_time_of_the_draft_model(pair):
+    for words, least in (
+        (["drafter={kind: ngram}"], 0),
+        ([], 3),
+        (["drafter=[{kind: ngram}, {kind: lm, path: " + str(pair.draft) + "}]"], 3),
+    ):
+        assert emulated(load_config(pair.config(2), [BOARD, *words])).draft_ms == least
 
 
 def test_a_simulation_says_which_file_of_the_target_it_lacks(pair, tmp_path, capsys):
