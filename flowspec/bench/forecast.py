@@ -120,7 +120,7 @@ class Forecaster:
     def run(self, tape: Tape, method: str, stages: int, emulate: Emulate | None = None, config: Config | None = None) -> Outcome:
         """One request in virtual time. `config`: another tree, policy or verify_on than the forecaster's own."""
         config = config or self.config
-        features = self.profile is None and config.drafter.reads_features
+        features = self.profile is None and config.reads_features
         policy = None if method == PAPER else make_policy(method, config.tree, config.policy, stages, features)
         guesser = self._guesser(tape, config) if policy is None or policy.budget > 1 else None  # a tree of one node needs none
         ring = Ring(
