@@ -121,3 +121,14 @@ def test_look_up_learns_from_the_output():
     assert drafter.propose([DraftNode(0, -1, 8)]).nodes == ()
     drafter.commit(Commit((0, 1, 2), (20, 21, 8), (False,) * 3, 3))
     assert drafter.propose([DraftNode(3, 2, 8)]).tokens.tolist() == [[20]]
+
+
+def test_a_node_that_is_asked_again_gets_the_same_answer(whole):
+    drafter = LmDrafter(*whole, 320)
+    drafter.begin(request(), None)
+    root, child = DraftNode(0, -1, PROMPT[-1]), DraftNode(1, 0, 20)
+    first = [drafter.propose([node]) for node in (root, child)]
+    again = drafter.propose([root, child])
+    np.testing.assert_allclose(again.z, np.concatenate([answer.z for answer in first]), atol=1e-5)
+    drafter.commit(Commit((0,), (20,), (True,), 1))
+    np.testing.assert_allclose(drafter.propose([child]).z, first[1].z, atol=1e-5)
