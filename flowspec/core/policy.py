@@ -65,6 +65,9 @@ class PolicyConfig:
     """A stage abandons a forward between two layers once all of its rows are dead."""
 
 
+SWITCHES = tuple(switch.name for switch in dataclasses.fields(PolicyConfig))
+
+
 class Candidates:
     """A node's children as the drafter proposed them last, best first; those before `next` have been looked at."""
 
