@@ -2,9 +2,10 @@
 
     python scripts/prove_identity.py                     # 20 prompts of 128 tokens; about 20 minutes on two cores
 
-For 1, 2, 3, 4 and 6 stages (uneven where that is possible), both drafters, and on each prompt another tree (1 to 200
-nodes) and segment (1 to 64 rows): greedy text of every method against transformers' generate; sampled
-text (temperature 0.8, top-p 0.9, three seeds) of all methods against each other. All ranks are threads of this process.
+For 1, 2, 3, 4 and 6 stages (uneven where that is possible), each drafter, and on each prompt another tree (1 to 200
+nodes), segment (1 to 64 rows) and set of policy switches, on stages and links that take some (emulated)
+time: greedy text of every method against transformers' generate; sampled text (temperature 0.8, top-p 0.9, three seeds) of all
+methods against each other. All ranks are threads of this process.
 """
 
 import argparse
@@ -21,14 +22,16 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from flowspec import Engine
-from flowspec.core.policy import METHODS, TreeConfig
+from flowspec.core.policy import METHODS, SWITCHES, PolicyConfig, TreeConfig
 from flowspec.launcher import ROOT
 from flowspec.models.split import split
 from flowspec.preflight import read_prompts
 from flowspec.session import TIES
 
 STAGES = {1: None, 2: "3,5", 3: "1,3,4", 4: None, 6: "1,2,1,1,2,1"}
-DRAFTERS = {"lm": f"{{kind: lm, path: {ROOT / 'demo' / 'draft'}}}", "ngram": "{kind: ngram}"}
+LM, EAGLE = (f"{{kind: {kind}, path: {ROOT / 'demo' / folder}}}" for kind, folder in (("lm", "draft"), ("eagle", "eagle")))
+DRAFTERS = {"lm": LM, "eagle": EAGLE, "ngram": "{kind: ngram}", "mixture": f"[{EAGLE}, {LM}]"}
+TIMES = "{stage_ms: 3, token_ms: 0.05, draft_ms: 1, link_ms: 0.5}"
 SPECULATIVE = [m for m in METHODS if m != "ar"]
 
 
@@ -40,6 +43,10 @@ def random_tree(draw: random.Random) -> TreeConfig:
         "depth": [1, 4, 8, None],
     }
     return TreeConfig(**{name: draw.choice(values) for name, values in sizes.items()})
+
+
+def random_switches(draw: random.Random) -> PolicyConfig:
+    return PolicyConfig(**{name: draw.random() < 0.7 for name in SWITCHES})
 
 
 class Proof:
@@ -60,8 +67,8 @@ class Proof:
 
 def prove(engine: Engine, prompts: list[str], tokens: int, model, proof: Proof, draw: random.Random, where: str) -> None:
     for number, prompt in enumerate(prompts):
-        engine.config = dataclasses.replace(engine.config, tree=random_tree(draw))
-        about = f"{where} prompt {number} {engine.config.tree}"
+        engine.config = dataclasses.replace(engine.config, tree=random_tree(draw), policy=random_switches(draw))
+        about = f"{where} prompt {number} {engine.config.tree} {engine.config.policy}"
         sampled = [{"temperature": 0.8, "top_p": 0.9, "seed": s} for s in (1, 2, 3)] if number % 4 == 0 else []
         for setting in [{"temperature": 0.0}, *sampled]:
             plain = list(engine.generate(prompt, method="ar", max_new_tokens=tokens, **setting))
@@ -95,7 +102,7 @@ def main() -> int:
             begun, out, config = time.monotonic(), Path(folder) / f"s{stages}", Path(folder) / "config.yaml"
             if not out.exists():
                 split(str(ROOT / "demo" / "target"), stages, out, layers=STAGES[stages])
-            config.write_text(f"stages: {out}\ndrafter: {kind}\nthreads: 1\n")
+            config.write_text(f"stages: {out}\ndrafter: {kind}\nemulate: {TIMES}\nthreads: 1\n")
             with Engine.from_config(config) as engine:
                 prove(engine, prompts, args.tokens, model, proof, draw, f"S={stages} {drafter}")
             print(f"S={stages} {drafter}: {proof.texts} texts so far, {proof.bugs} bugs, {time.monotonic() - begun:.0f} s", flush=True)

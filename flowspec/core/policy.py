@@ -206,6 +206,7 @@ class Continuous(_Attached):
         self.unexpanded = list(self.unsent)
         self.tail: list[tuple[float, int]] = []  # (-score of the next candidate, parent)
         self.wave: list[tuple[float, int]] = []  # drafted from features that are older than those at hand
+        self.asked_again: set[int] = set()  # those of the wave that were given to the drafter
         self.too_deep: list[tuple[float, int]] = []  # unexpanded, but not before the root has moved on
         self.candidates: dict[int, Candidates] = {}
 
@@ -217,7 +218,7 @@ class Continuous(_Attached):
         for entry in self.too_deep:
             heapq.heappush(self.unexpanded, entry)
         self.too_deep = []
-        self.wave = [(-root.score, root.id)] if self.refreshes and root.expanded else []
+        self.wave, self.asked_again = ([(-root.score, root.id)] if self.refreshes and root.expanded else []), set()
         if len(self.candidates) > 2 * len(self.tree) + 64:  # of nodes that died
             self.candidates = {i: found for i, found in self.candidates.items() if i in self.tree}
         self._grow()
@@ -240,15 +241,15 @@ class Continuous(_Attached):
         self._grow()
 
     def _refreshed(self, node: Node, found: Candidates) -> None:
-        """Its children get the scores they have by the new list, and are to be drafted again themselves.
-
-        A child that is in the list no more is not likelier than its last."""
+        """Its children get the scores they have by the new list, and are to be drafted again themselves, unless a newer wave
+        is on its way to them. A child that is in the list no more is not likelier than its last."""
+        spreads = node.id in self.asked_again
         offsets, last = dict(zip(found.tokens, found.offsets, strict=True)), found.offsets[-1]
         for token, child in node.children.items():
             change = node.score + offsets.get(token, min(last, child.score - node.score)) - child.score
             if abs(change) > self.MOVE:
                 self._move(child, change)
-            if child.expanded:
+            if child.expanded and spreads:
                 heapq.heappush(self.wave, (-child.score, child.id))
 
     def _move(self, top: Node, change: float) -> None:
@@ -302,6 +303,7 @@ class Continuous(_Attached):
             node = self.tree.nodes.get(heapq.heappop(self.wave)[1])
             if node is not None and node.position < useless:
                 batch.append(node)
+        self.asked_again.update(node.id for node in batch)
         return batch
 
     def segment(self, drafting: bool) -> list[Node]:

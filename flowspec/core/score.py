@@ -187,11 +187,10 @@ class Scorer:
 
     def explain(self) -> list[str]:
         """What was learnt of the drafter; for people."""
-        w, *hints = (f"{value:.2f}" for value in self.weights.values)
-        lengths = ", ".join(f"{n}: {v}" for n, v in zip(LENGTHS, hints, strict=True))
-        return [
-            f"the drafter is believed with weight {w}, its lists with {self.weights.trust:.3f}; n-gram hints by length of match {lengths}"
-        ]
+        values, drafters = [f"{value:.2f}" for value in self.weights.values], self.weights.drafters
+        hints = ", ".join(f"{n}: {v}" for n, v in zip(LENGTHS, values[drafters:], strict=True))
+        weights = ", ".join(values[:drafters])
+        return [f"weights: of each drafter {weights}, of its lists {self.weights.trust:.3f}, of n-gram hints by length of match {hints}"]
 
     def _below_root(self, node: Node) -> list[int]:
         """The last tokens of the path from the root to the node, as many as an n-gram looks at."""

@@ -230,3 +230,56 @@ def test_credits_bound_the_segments_in_flight():
 def test_bad_trees_are_named(name):
     with pytest.raises(UserError, match=f"tree.{name} is 0"):
         TreeConfig(**{name: 0})
+
+
+# ---- riding refresh --------------------------------------------------------------------------------
+def refreshing(**tree):
+    """The root (0) with children 1 (t5) and 2 (t6), both drafted; 3 (t1) and 5 (t2) are 1's, 4 is 2's."""
+    policy = make_policy("flowspec", TreeConfig(top_k=2, **tree), PolicyConfig(just_in_time=False, calibrate=False), 4, features=True)
+    s = Scheduler(Request(id=1, prompt=(7, 8, 9), sampling=Sampling(max_new_tokens=20)), policy)
+    s.start(0.0)
+    s.handle(Drafted.pack((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)
+    s.handle(Drafted.pack((1, 2), (proposal(t1=0.5, t2=0.4), proposal(t1=0.9))), 2.0)
+    return s, s.handle(Drafted.pack((3, 4, 5), (proposal(t8=0.9), proposal(t8=0.9), proposal(t8=0.9))), 3.0)
+
+
+def asked(actions):
+    [draft] = [a for a in actions if isinstance(a, Draft)]
+    return draft
+
+
+def test_a_new_root_is_drafted_again_from_its_true_feature_and_rides_with_the_frontier():
+    s, actions = refreshing()
+    frontier = tuple(n.id for n in asked(actions).nodes)
+    assert 1 not in frontier
+    s.handle(Returned(1, (0,), {0: 5}), 4.0)
+    again = asked(s.handle(Drafted.pack(frontier, [proposal(t9=0.9)] * len(frontier)), 5.0))
+    assert again.nodes[0] == DraftNode(1, 0, 5), "the root first, what is new behind it"
+    assert len(again.nodes) > 1
+
+
+def test_a_node_that_is_drafted_again_moves_its_subtree():
+    s, actions = refreshing()
+    frontier = tuple(n.id for n in asked(actions).nodes)
+    s.handle(Returned(1, (0,), {0: 5}), 4.0)
+    again = asked(s.handle(Drafted.pack(frontier, [proposal(t9=0.9)] * len(frontier)), 5.0))
+    nodes = s.tree.nodes
+    before = {i: nodes[i].score - nodes[1].score for i in (3, 5)}
+    below = {id: node.score - nodes[node.parent].score for id, node in nodes.items() if node.parent in (3, 5)}
+    others = [proposal(t9=0.9)] * (len(again.nodes) - 1)
+    actions = s.handle(Drafted.pack([n.id for n in again.nodes], [proposal(t2=0.9, t7=0.05), *others]), 6.0)
+    s.validate()
+    after = {i: nodes[i].score - nodes[1].score for i in (3, 5)}
+    assert after[5] > before[5] and after[3] < before[3], "t2 is the favourite now, t1 is in the list no more"
+    assert {id: nodes[id].score - nodes[nodes[id].parent].score for id in below} == pytest.approx(below), "and what hangs below moved along"
+    assert 7 in nodes[1].children, "a candidate that was not there before"
+    assert {n.id for n in asked(actions).nodes} >= {3, 5}, "its children are next"
+
+
+def test_without_features_nothing_is_drafted_twice():
+    s = scheduler(top_k=2)
+    s.start(0.0)
+    s.handle(Drafted.pack((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)
+    s.handle(Drafted.pack((1, 2), (proposal(t1=0.9), proposal(t1=0.9))), 2.0)
+    actions = s.handle(Returned(1, (0,), {0: 5}), 3.0)
+    assert not any(n.id == 1 for a in actions if isinstance(a, Draft) for n in a.nodes)

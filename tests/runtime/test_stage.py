@@ -114,6 +114,47 @@ def test_a_pruned_and_gathered_cache(family, monkeypatch):
         close(head(x)[0], reference(model, [1, 2, 3, 20, 22, 23, 24])[-1])
 
 
+def test_an_abandoned_forward_leaves_no_trace(family, monkeypatch):
+    """Its rows are never read, and a gather that is due meanwhile waits until it is over."""
+    model, stages, head, _ = family
+    monkeypatch.setattr(StageState, "COMPACT", -1)  # gather at every prune
+    first, second = (Sequence(s) for s in stages)
+    first_rows = first.prefill(torch.tensor([1, 2, 3]))
+    second.prefill(first_rows)
+    _, _, x = first.verify([0, 1, 2], [-1, 0, 0], torch.tensor([20, 21, 22]))
+    second.verify([0, 1, 2], [-1, 0, 0], x)
+    _, _, x = first.verify([3, 4], [1, 3], torch.tensor([23, 24]))
+
+    def dead() -> bool:
+        second.prune(Prune(1, 0, 2))  # 3 and 4 hang below 1
+        return not second.state.all_dead([3, 4])
+
+    kept, _, out = second.verify([3, 4], [1, 3], x, needed=dead)
+    assert kept == [0, 1] and out is None and second.cache.length == second.state.length
+    first.prune(Prune(1, 0, 2))
+    _, _, x = first.verify([5], [2], torch.tensor([25]))
+    _, positions, out = second.verify([5], [2], x)
+    assert positions.tolist() == [5]
+    close(head(out)[0], reference(model, [1, 2, 3, 20, 22, 25])[-1])
+
+
+def test_dead_rows_may_be_computed_but_are_never_seen(family):
+    model, stages, head, _ = family
+    sequences = [Sequence(s) for s in stages]
+    x = torch.tensor([1, 2, 3])
+    for s in sequences:
+        x = s.prefill(x)
+    for ids, parents, tokens in [([0, 1, 2], [-1, 0, 0], [20, 21, 22]), ([3, 4], [1, 2], [23, 24])]:
+        x = torch.tensor(tokens)
+        for s in sequences:
+            kept, _, x = s.verify(ids, parents, x, drop=False)
+            assert kept == list(range(len(ids)))
+        for s in sequences:
+            s.prune(Prune(1, 0, 2))
+    assert sequences[0].state.row.keys() == {2, 4}
+    close(head(x)[1], reference(model, [1, 2, 3, 20, 22, 24])[-1])
+
+
 def test_a_draft_model_is_a_whole_checkpoint(family):
     model, _, _, folder = family
     if family[0].config.model_type == "mixtral":
