@@ -79,7 +79,7 @@ class Config:
     def head_ranks(self, stages: int) -> list[int]:
         """The ranks that load lm_head: where tokens are picked, and rank 0 if its drafter needs it."""
         picking = stages if self.verifies_last else 0
-        return sorted({picking, 0}) if self.drafter.reads_features else [picking]
+        return sorted({picking, 0}) if self.drafter.needs_lm_head else [picking]
 
     def device_of(self, rank: int) -> str:
         devices = (self.device,) if isinstance(self.device, str) else self.device

@@ -20,18 +20,17 @@ def make_drafter(
 ) -> Drafter | None:
     """The drafter of this target, with paths relative to `folder`; None for kind none.
 
-    `head` is the target's lm_head, for kinds that read its features (config.reads_features)."""
+    `head` is the target's lm_head, for kinds that have none of their own (config.needs_lm_head)."""
     if config.kind == "lm":
         from flowspec.draft.lm import LmDrafter
         from flowspec.models.stage import load_whole
 
         return LmDrafter(*load_whole(config.checkpoint(folder), dtype, device), manifest.vocab_size)
-    if config.kind == "eagle":
+    if config.reads_features:
         from flowspec.draft.eagle import EagleDrafter
         from flowspec.models.eagle import load_eagle
 
-        assert head is not None
-        return EagleDrafter(load_eagle(config.checkpoint(folder), manifest, head, dtype, device), head)
+        return EagleDrafter(load_eagle(config.kind, config.checkpoint(folder), manifest, head, dtype, device))
     if config.kind == "ngram":
         from flowspec.draft.ngram import NgramDrafter
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Seq
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flowspec.core.messages import Prune
 from flowspec.core.request import need
-from flowspec.core.stage import Admitted, StageState
+from flowspec.core.stage import Admitted, StageState, Waiting
 from flowspec.errors import UserError
 from flowspec.models.cache import RowCache
 from flowspec.models.families import HEAD, family_of, module_tensors, read_config
@@ -63,8 +66,10 @@ class StageModel(nn.Module):
         return next(self.parameters()).device
 
     @torch.inference_mode()
-    def forward(self, rows: Tensor, positions: np.ndarray, hidden: np.ndarray, cache: RowCache) -> Tensor:
-        """Append n rows to the cache and return their outputs [n, hidden].
+    def forward(
+        self, rows: Tensor, positions: np.ndarray, hidden: np.ndarray, cache: RowCache, taps: Seq[int] = ()
+    ) -> tuple[Tensor, Tensor | None]:
+        """Append n rows to the cache and return their outputs [n, hidden], and what enters the layers `taps`: [n, len(taps) * hidden].
 
         rows: token ids int [n] for a first stage, else features [n, hidden]; positions: int64 [n];
         hidden: bool [n, cache.length + n], True where a row must not see another."""
@@ -73,17 +78,34 @@ class StageModel(nn.Module):
         mask = torch.zeros(hidden.shape, dtype=x.dtype).masked_fill_(torch.from_numpy(hidden), torch.finfo(x.dtype).min)
         mask = mask.to(self.device)[None, None]
         turns = self.rotary(x, torch.from_numpy(positions).to(self.device)[None])
-        for layer in self.layers:
+        entered = {}
+        for k, layer in enumerate(self.layers):
+            if k in taps:
+                entered[k] = x[0]
             x = layer(x, attention_mask=mask, position_embeddings=turns, past_key_values=cache, use_cache=True)
         cache.advance(len(rows))
-        return (x if self.norm is None else self.norm(x))[0]
+        tapped = torch.cat([entered[k] for k in taps], -1) if taps else None
+        return (x if self.norm is None else self.norm(x))[0], tapped
+
+
+class Tapped(NamedTuple):
+    """What entered some layers at consecutive tokens of the text."""
+
+    at: int
+    """position of the first"""
+    rows: Tensor
+    """[n, layers * hidden]"""
 
 
 class Sequence:
-    """One request in one model: the books and the cache, moved together."""
+    """One request in one model: the books and the cache, moved together.
 
-    def __init__(self, model: StageModel):
+    taps: layers of this model (0 its first) whose inputs are wanted of every token that becomes text."""
+
+    def __init__(self, model: StageModel, taps: Seq[int] = ()):
         self.model, self.state, self.cache = model, StageState(), RowCache()
+        self._taps, self._waiting = taps, Waiting[Tensor]()
+        self._entered: Tensor | None = None  # the taps of the last forward
         self.model_cpu = 0.0
         """CPU seconds that this thread spent in the model"""
 
@@ -97,27 +119,39 @@ class Sequence:
         if not admitted.kept:
             return [], admitted.positions, rows[:0]
         rows = rows if len(admitted.kept) == len(ids) else rows[admitted.kept]
-        return admitted.kept, admitted.positions, self._forward(rows, admitted)
+        out = self._forward(rows, admitted)
+        if self._entered is not None:
+            self._waiting.hold((ids[k] for k in admitted.kept), self._entered)
+        return admitted.kept, admitted.positions, out
 
-    def extend_and_verify(self, committed: Tensor, ids: list[int], parents: list[int], rows: Tensor) -> tuple[np.ndarray, Tensor]:
-        """In one forward rows of tokens that are committed already and, behind them, n tree rows that are all worth it.
+    def extend_and_verify(self, rows: Tensor, at: int, ids: list[int], parents: list[int]) -> tuple[np.ndarray, Tensor]:
+        """In one forward m rows of committed tokens, at the positions from `at` on, and behind them n tree rows that are all worth it.
 
-        Positions [n] and features [n, hidden] of the latter."""
-        admitted = self.state.extend(len(committed)).then(self.state.admit(ids, parents))
-        assert len(admitted.kept) == len(committed) + len(ids), "a row that is not worth it"
-        features = self._forward(torch.cat([committed, rows]), admitted)
-        return admitted.positions[len(committed) :], features[len(committed) :]
+        rows: [m + n, hidden]; positions [m + n] and features [m + n, hidden] of all of them."""
+        admitted = self.state.extend(len(rows) - len(ids), at).then(self.state.admit(ids, parents))
+        assert len(admitted.kept) == len(rows), "a row that is not worth it"
+        return admitted.positions, self._forward(rows, admitted)
 
     def _forward(self, rows: Tensor, admitted: Admitted) -> Tensor:
         begun = time.thread_time()
-        out = self.model(rows, admitted.positions, admitted.hidden, self.cache)
+        out, self._entered = self.model(rows, admitted.positions, admitted.hidden, self.cache, self._taps)
         self.model_cpu += time.thread_time() - begun
         return out
 
-    def prune(self, prune) -> None:
+    def prefilled(self) -> Tapped | None:
+        """The taps of the prompt's rows that went through last; None without taps."""
+        return None if self._entered is None else Tapped(self.state.context - len(self._entered), self._entered)
+
+    def prune(self, prune: Prune) -> Tapped | None:
+        """Forget what was refused; the taps of what became text, if there are any."""
+        at, text = self.state.context, self.state.decided(prune)
         gather = self.state.prune(prune)
         if gather:
             self.cache.gather(gather)
+        if not self._taps:
+            return None
+        rows = self._waiting.settle(text, self.state.row)
+        return Tapped(at, torch.stack(rows)) if rows else None
 
 
 class Head:

@@ -18,7 +18,7 @@ from flowspec.core.cost import Emulate, LinearCost
 from flowspec.core.messages import Started
 from flowspec.core.request import Sampling
 from flowspec.core.stage import Accepted
-from flowspec.models.stage import Head, Sequence, StageModel
+from flowspec.models.stage import Head, Sequence, StageModel, Tapped
 from flowspec.runtime import wire
 from flowspec.runtime.tracing import Log
 from flowspec.sampling import NoiseRows, noise_for, pick
@@ -45,6 +45,8 @@ class _Live:
     log: Log
     features: bool
     """rank 0's drafter reads the features of the prompt and of what becomes text"""
+    layers: list[int]
+    """it reads what enters these layers of ours"""
     accepted: Accepted = field(default_factory=Accepted)
     cost: LinearCost = field(default_factory=LinearCost)
     busy: float = 0.0
@@ -69,6 +71,8 @@ class Worker:
     model: StageModel
     head: Head | None = None
     emulate: Emulate = field(default_factory=Emulate)
+    first_layer: int = 0
+    """of the model, as the target counts"""
 
     def __post_init__(self) -> None:
         self._is_first = self.transport.rank == 1
@@ -93,7 +97,9 @@ class Worker:
             sampling = wire.read_sampling(message)
             noise = noise_for(sampling, self.head.vocabulary) if self.head else None
             log = Log(message.meta["trace"], request, self.emulate.hidden_scale)
-            self._live[request] = _Live(Sequence(self.model), sampling, noise, log, message.meta["features"])
+            layers = [k for k in message.meta["layers"] if 0 <= k - self.first_layer < len(self.model.layers)]
+            sequence = Sequence(self.model, [k - self.first_layer for k in layers])
+            self._live[request] = _Live(sequence, sampling, noise, log, message.meta["features"], layers)
         if not self._is_last:
             self.transport.send_next(message)
 
@@ -105,6 +111,7 @@ class Worker:
         self._arrived(live, message, time.monotonic(), None)
         out = self._timed(live, len(rows), lambda: live.sequence.prefill(rows))
         self.transport.send_control(0, wire.prefilled(message.meta["request"]))
+        self._hand_over(message, live, live.sequence.prefilled())
         if not self._is_last:
             self.transport.send_next(wire.prefill(message.meta["request"], out))
         elif live.features:
@@ -175,7 +182,12 @@ class Worker:
     def _on_prune(self, message: Message) -> None:
         live = self._live.get(message.meta["request"])
         if live is not None:
-            live.sequence.prune(wire.read_prune(message))
+            self._hand_over(message, live, live.sequence.prune(wire.read_prune(message)))
+
+    def _hand_over(self, cause: Message, live: _Live, tapped: Tapped | None) -> None:
+        """Rank 0's drafter gets what entered its layers here at tokens that are text now."""
+        if tapped is not None:
+            self.transport.send_control(0, wire.text_features(cause.meta["request"], live.layers, *tapped))
 
     def _on_end(self, message: Message) -> None:
         request = message.meta["request"]
