@@ -36,7 +36,7 @@ class Joined:
 
     def add(self, layers: Sequence[int], at: int, rows: Tensor) -> Tensor | None:
         """Rows [n, layers * hidden] at the text's positions from `at` on; what is complete with them, [m, all layers * hidden], if any."""
-        for layer, part in zip(layers, rows.chunk(len(layers), -1), strict=True):
+        for layer, part in zip(layers, rows.cpu().chunk(len(layers), -1), strict=True):
             assert at == self._given + len(self._waiting[layer]), "features out of the text's order"
             self._waiting[layer] += part
         complete = min(map(len, self._waiting.values()))

@@ -1,9 +1,11 @@
 """EAGLE heads: what is loaded computes what was published, an incremental tree what a fresh forward would, and no text changes."""
 
 import dataclasses
+import json
 import random
 import shutil
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +16,7 @@ from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
 from flowspec import Engine, UserError
 from flowspec.comm.base import Inbox
+from flowspec.config import load_config
 from flowspec.core.messages import Commit, Draft, DraftNode
 from flowspec.core.policy import METHODS
 from flowspec.core.request import Request, Sampling
@@ -21,15 +24,19 @@ from flowspec.core.stage import StageState
 from flowspec.draft.eagle import EagleDrafter
 from flowspec.models.eagle import decoder_layer, load_eagle
 from flowspec.models.families import check_config
+from flowspec.models.hub import HUB_ID
 from flowspec.models.manifest import Manifest
+from flowspec.models.split import parser
 from flowspec.models.stage import Head, Sequence, load_head
+from flowspec.preflight import check_eagle
 from flowspec.runtime import driver
 from flowspec.runtime.drafting import DraftThread, Joined
 from flowspec.runtime.tracing import Log
 from flowspec.runtime.worker import Worker
 from flowspec.sampling import NoiseRows
-from tests.conftest import KNOWN
+from tests.conftest import KNOWN, eagle3
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 PROMPT = (5, 6, 7, 8)
 HIDDEN = 48
 
@@ -140,6 +147,112 @@ def test_names_and_shapes_of_published_heads_fit(name):
     assert {n: p.shape for n, p in layer.named_parameters()} == {n: t.shape for n, t in tensors.items()}
 
 
+def embedded(deep, tensors):
+    return {"embed_tokens.weight": deep.model.model.embed_tokens.weight.detach()} | tensors
+
+
+@pytest.mark.parametrize("variant", ["bare", "own embedding", "all tokens", "narrow"])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_a_published_eagle3_head_computes_what_the_paper_says(deep, tmp_path, file, variant):
+    folder, config = tmp_path / "head", deep.model.config
+    shutil.copytree(deep.head3, folder)
+    tensors, about = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    torch.manual_seed(3)
+    if variant == "own embedding":
+        tensors["embed_tokens.weight"] = torch.randn(320, HIDDEN)
+    if variant == "all tokens":
+        del tensors["d2t"], tensors["t2d"], about["draft_vocab_size"]
+        tensors["lm_head.weight"] = torch.randn(320, HIDDEN)
+    if variant == "narrow":  # like the head of Llama 3.3 70B
+        about |= {"hidden_size": 24, "target_hidden_size": HIDDEN, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12}
+        config = LlamaConfig.from_dict(about)
+        tensors |= {"fc.weight": torch.randn(24, 3 * HIDDEN), "embed_tokens.weight": torch.randn(320, 24), "norm.weight": torch.randn(24)}
+        tensors |= {"lm_head.weight": torch.randn(200, 24)}
+        shapes = {"self_attn.q": (24, 48), "self_attn.k": (12, 48), "self_attn.v": (12, 48), "self_attn.o": (24, 24)}
+        shapes |= {"mlp.gate": (96, 24), "mlp.up": (96, 24), "mlp.down": (24, 96)}
+        tensors |= {f"midlayer.{name}_proj.weight": 0.2 * torch.randn(shape) for name, shape in shapes.items()}
+        tensors |= {f"midlayer.{n}.weight": torch.randn(24) for n in ("input_layernorm", "hidden_norm", "post_attention_layernorm")}
+    (folder / "config.json").write_text(json.dumps(about))
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / file) if file.endswith("bin") else save_file(tensors, folder / file)
+    loaded = load(folder, deep, "eagle3")
+    tokens, states = [3, 1, 4, 1, 5, 9], torch.randn(6, 3 * HIDDEN)
+    fused = states @ tensors["fc.weight"].T
+    torch.testing.assert_close(loaded.place(states), fused)
+    want = eagle3(embedded(deep, tensors), config, tokens, fused)
+    torch.testing.assert_close(predicted(loaded, tokens, fused), want, rtol=1e-4, atol=1e-4)
+    normed = torch.nn.functional.rms_norm(want, want.shape[-1:], tensors["norm.weight"], config.rms_norm_eps)
+    torch.testing.assert_close(loaded.logits(want), normed @ tensors["lm_head.weight"].T, rtol=1e-4, atol=1e-4)
+    if variant == "all tokens":
+        assert loaded.names is None
+    else:
+        assert loaded.names.tolist() == (torch.arange(200) + tensors["d2t"]).tolist()
+
+
+# hidden, intermediate, heads, key/value heads, their width, vocabulary, own vocabulary
+PUBLISHED_3 = {
+    "Llama 3.1 8B": (4096, 14336, 32, 8, 128, 128256, 32000),
+    "Vicuna 13B": (5120, 13824, 40, 40, 128, 32000, 32000),
+    "Qwen 3 8B": (4096, 12288, 32, 8, 128, 151936, 32000),
+}
+
+
+def published3(name):
+    """config.json of such a head, and the shapes of its tensors."""
+    hidden, wide, heads, groups, width, vocabulary, own = PUBLISHED_3[name]
+    config = dict(model_type="llama", hidden_size=hidden, intermediate_size=wide, num_attention_heads=heads, num_key_value_heads=groups)
+    config |= dict(num_hidden_layers=1, vocab_size=vocabulary, draft_vocab_size=own, max_position_embeddings=2048, rms_norm_eps=1e-5)
+    rows = {"q": heads * width, "k": groups * width, "v": groups * width}
+    shapes = {f"midlayer.self_attn.{k}_proj.weight": (n, 2 * hidden) for k, n in rows.items()}
+    shapes |= {"midlayer.self_attn.o_proj.weight": (hidden, heads * width), "midlayer.mlp.down_proj.weight": (hidden, wide)}
+    shapes |= {f"midlayer.mlp.{k}_proj.weight": (wide, hidden) for k in ("gate", "up")}
+    shapes |= {f"midlayer.{k}.weight": (hidden,) for k in ("input_layernorm", "hidden_norm", "post_attention_layernorm")}
+    return config, shapes | {"fc.weight": (hidden, 3 * hidden), "norm.weight": (hidden,), "lm_head.weight": (own, hidden)}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_3)
+def test_names_and_shapes_of_published_eagle3_heads_fit(name):
+    config, shapes = published3(name)
+    check_config(config)
+    tensors = {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}
+    layer = decoder_layer(config, tensors, "meta", name, beside=True)
+    own = {k.replace("midlayer.", "layers.0."): t.shape for k, t in tensors.items() if k.startswith("midlayer.")}
+    assert {n: p.shape for n, p in layer.named_parameters()} == own
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/heads").glob("*.yaml")), ids=lambda path: path.stem)
+def test_configurations_of_published_heads_are_whole(path):
+    config = load_config(path)
+    kind, _, target = path.stem[::-1].partition("_")
+    assert config.drafter.kind == kind[::-1] and HUB_ID.fullmatch(config.drafter.path)
+    [command] = [line for line in path.read_text().splitlines() if "split_models.py" in line]
+    split = parser().parse_args(command.split("split_models.py")[1].split())
+    assert HUB_ID.fullmatch(split.model) and config.stages_path.resolve() == ROOT / split.output
+    assert Path(split.output).name == target[::-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Llama 3.1 8B", "Vicuna 13B"])
+def test_a_head_of_its_true_size_is_read_and_drafts(deep, tmp_path, name):
+    config, shapes = published3(name)
+    tensors = {k: torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02) for k, shape in shapes.items()}
+    tensors["d2t"] = 3 * torch.arange(32000)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "model.safetensors")
+    del tensors
+    sizes = dict(vocab_size=config["vocab_size"], hidden_size=config["hidden_size"], num_layers=32, tied=True)
+    manifest = dataclasses.replace(Manifest.load(deep.split(1)), **sizes)
+    check_eagle("eagle3", tmp_path, manifest)
+    lent = Head(torch.zeros(config["vocab_size"], config["hidden_size"], dtype=torch.bfloat16))
+    try:
+        drafter = EagleDrafter(load_eagle("eagle3", tmp_path, manifest, lent, torch.bfloat16, "cpu"))
+    finally:
+        (tmp_path / "model.safetensors").unlink()
+    drafter.begin(request(), None, torch.randn(3, 3 * config["hidden_size"]))
+    [tokens] = drafter.propose([DraftNode(0, -1, 8)]).tokens
+    assert len(set(tokens.tolist())) == 20 and (name == "Vicuna 13B" or all(token % 4 == 0 for token in tokens))
+
+
 def test_half_precision_is_read_as_what_is_computed_with(pair, head):
     folder, tensors = head
     save_file({name: tensor.half() for name, tensor in tensors.items()}, folder / "model.safetensors")
@@ -175,6 +288,32 @@ def test_a_head_that_does_not_fit_is_refused_when_it_is_read(pair, head, change,
     torch.save(tensors, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=message):
         load(folder, pair)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda t: t.pop("d2t"), "has no tensor d2t: it is no head of kind eagle3"),
+        (lambda t: t.update({"d2t": torch.full((200,), 200)}), "d2t names token 320, the target's vocabulary has 320"),
+        (lambda t: t.update({"d2t": torch.zeros(9, dtype=torch.long)}), r"d2t has shape \(9,\), a head of kind eagle3 .* has \(200,\)"),
+        (lambda t: t.update({"fc.weight": torch.zeros(HIDDEN, 2 * HIDDEN)}), "fc.weight has shape"),
+        (lambda t: t.pop("midlayer.hidden_norm.weight"), "1 tensors are missing, such as layers.0.hidden_norm.weight"),
+        (lambda t: t.update({"midlayer.self_attn.q_proj.weight": torch.zeros(HIDDEN, HIDDEN)}), "q_proj.weight has shape"),
+    ],
+)
+def test_an_eagle3_head_that_does_not_fit_is_refused_when_it_is_read(deep, tmp_path, change, message):
+    shutil.copy(deep.head3 / "config.json", tmp_path)
+    tensors = load_file(deep.head3 / "model.safetensors")
+    change(tensors)
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, deep, "eagle3")
+
+
+@pytest.mark.parametrize("kind,given", [("eagle", "eagle3"), ("eagle3", "eagle")])
+def test_a_head_of_the_other_kind_is_refused_when_it_is_read(pairs, kind, given):
+    with pytest.raises(UserError, match=rf"fc.weight has shape .*, a head of kind {given} "):
+        load(*pairs(kind)[::-1], given)
 
 
 def test_a_damaged_file_is_refused_when_it_is_read(pair, head):
@@ -341,6 +480,16 @@ def test_a_node_that_is_asked_again_is_drafted_from_anew(eagle):
         a, b = grown.propose(again), fresh.propose(first)
         np.testing.assert_allclose(a.logq, b.logq, atol=1e-5)
     assert abs(stale.logq[0] - a.logq[0]).max() > 1e-4
+
+
+def test_candidates_of_a_head_with_a_vocabulary_of_its_own_are_the_targets_tokens(deep):
+    noise, drafter = NoiseRows(3, 320), EagleDrafter(load(deep.head3, deep, "eagle3"))
+    features = torch.randn(3, 3 * HIDDEN)
+    drafter.begin(request(temperature=0.7, seed=3), noise, features)
+    found = drafter.propose([DraftNode(0, -1, 8)]).proposal(0)
+    assert set(found.tokens.tolist()) <= set(drafter._eagle.names.tolist())
+    np.testing.assert_allclose(found.noise, noise(len(PROMPT))[found.tokens].numpy())
+    assert (np.diff(found.logq + found.noise) <= 0).all()
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, (9, 4), (9,)])
