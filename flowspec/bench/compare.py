@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flowspec.bench import report, timeline
-from flowspec.bench.forecast import Forecaster, Models, check_simulable, emulated, lacking, rate
+from flowspec.bench.forecast import Forecaster, Models, check_simulable, emulated, obstacle, rate
 from flowspec.config import METHODS
 from flowspec.core.cost import Emulate
 from flowspec.core.policy import TreeConfig
@@ -152,8 +152,8 @@ def _record(run: Run, simulated: float | None) -> report.Record:
 # ---- simulated -------------------------------------------------------------------------------------
 def _predictions(runs: Sequence[Run], forecaster: Forecaster, stages: int) -> dict[tuple[str, float, int], float | None]:
     """(method, temperature, prompt) -> tokens/s in virtual time, with the costs that the configuration emulates, and those
-    measured in these very runs where it emulates none. None where a simulation lacks files."""
-    if lacking(forecaster.config):
+    measured in these very runs where it emulates none. None where there can be no simulation."""
+    if obstacle(forecaster.config):
         return {(run.result.method, run.result.temperature, run.prompt): None for run in runs}
     predicted: dict[tuple[str, float, int], float | None] = {}
     for run in runs:

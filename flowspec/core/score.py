@@ -187,11 +187,11 @@ class Scorer:
 
     def explain(self) -> list[str]:
         """What was learnt of the drafter; for people."""
-        w, *hints = (f"{value:.2f}" for value in self.weights.values)
-        lengths = ", ".join(f"{n}: {v}" for n, v in zip(LENGTHS, hints, strict=True))
-        return [
-            f"the drafter is believed with weight {w}, its lists with {self.weights.trust:.3f}; n-gram hints by length of match {lengths}"
-        ]
+        values, drafters = [f"{value:.2f}" for value in self.weights.values], self.weights.drafters
+        weights = ", ".join(values[:drafters])
+        lengths = ", ".join(f"{n}: {v}" for n, v in zip(LENGTHS, values[drafters:], strict=True))
+        lists = f"{self.weights.trust:.3f}; n-gram hints by length of match {lengths}"
+        return [f"a drafter's z is believed with weight {weights}, what is listed with {lists}"]
 
     def _below_root(self, node: Node) -> list[int]:
         """The last tokens of the path from the root to the node, as many as an n-gram looks at."""
