@@ -23,7 +23,7 @@ from flowspec.comm import inproc
 from flowspec.comm.base import Transport
 from flowspec.comm.shaped import shaped
 from flowspec.config import Config, load_config
-from flowspec.core.policy import make_policy
+from flowspec.core.policy import PolicyConfig, make_policy
 from flowspec.core.request import Request, Sampling, need
 from flowspec.draft.registry import make_drafter
 from flowspec.models.families import family_of, read_config
@@ -187,13 +187,19 @@ class Engine:
             waiting -= message.kind == "loaded"
 
     def generate(
-        self, prompt: str | Sequence[int], *, method: str | None = None, stop: str | Sequence[str] = (), **sampling: Any
+        self,
+        prompt: str | Sequence[int],
+        *,
+        method: str | None = None,
+        policy: PolicyConfig | None = None,
+        stop: str | Sequence[str] = (),
+        **sampling: Any,
     ) -> Generation:
         """The continuation of a prompt (text, or token ids) as an iterator of Token.
 
-        `method` and the keywords of `Sampling` (temperature, top_p, top_k, min_p, seed, max_new_tokens) default to the
+        `method`, `policy` and the keywords of `Sampling` (temperature, top_p, top_k, min_p, seed, max_new_tokens) default to the
         configuration's. Generation ends before a text in `stop`. One generation at a time: a new one cancels the last."""
-        config = self.config if method is None else dataclasses.replace(self.config, method=method)
+        config = dataclasses.replace(self.config, method=method or self.config.method, policy=policy or self.config.policy)
         tokens = self.text.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
         check_prompt(tokens, self.manifest)
         wanted = dataclasses.replace(config.sampling, **sampling)

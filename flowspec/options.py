@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from flowspec.config import METHODS, Config, load_config
+from flowspec.core.policy import SWITCHES
 from flowspec.core.request import need
 from flowspec.errors import UserError
 from flowspec.launcher import ROOT
@@ -77,11 +78,19 @@ def methods(text: str, known: Iterable[str], flag: str = "--methods") -> list[st
 def add_bench(parser: argparse.ArgumentParser) -> None:
     """Of `bench compare`."""
     parser.add_argument("--methods", default=",".join(METHODS), metavar="M,M", help=f"of {' '.join(METHODS)} (default: all)")
+    parser.add_argument("--without", metavar="S,S", help="also flowspec with each of these switches of policy off alone, or `all`")
     parser.add_argument("--prompts", default="5", metavar="N", help="use the first N prompts (default 5)")
     parser.add_argument("--repeats", default="3", metavar="N", help="runs of each prompt with each method (default 3)")
     parser.add_argument("--temperatures", metavar="X,X", help="temperatures to compare at (default: the configured one)")
     parser.add_argument("--output", metavar="FOLDER", help="where the tables, records and chart go (default: build/bench/NAME)")
     parser.add_argument("--sweep", action="store_true", help="also each baseline's best tree settings, by simulation")
+
+
+def without(options: argparse.Namespace) -> list[str]:
+    """The switches of `policy` that --without names."""
+    if options.without == "all":
+        return list(SWITCHES)
+    return methods(options.without, SWITCHES, "--without") if options.without else []
 
 
 def temperatures_of(options: argparse.Namespace, config: Config) -> list[float]:
@@ -92,6 +101,7 @@ def temperatures_of(options: argparse.Namespace, config: Config) -> list[float]:
 def check_bench(options: argparse.Namespace, config: Config) -> None:
     """UserError for what is wrong with these, before anything starts."""
     methods(options.methods, METHODS)
+    without(options)
     need(number(options.repeats, int, "--repeats") >= 1, f"--repeats is {options.repeats}: it must be at least 1")
     temperatures_of(options, config)
 

@@ -17,7 +17,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,14 +25,14 @@ from flowspec.bench import report, timeline
 from flowspec.bench.forecast import Forecaster, Models, check_simulable, emulated, obstacle, rate
 from flowspec.config import METHODS
 from flowspec.core.cost import Emulate
-from flowspec.core.policy import TreeConfig
+from flowspec.core.policy import PolicyConfig, TreeConfig
 from flowspec.core.request import Request
 from flowspec.draft.recorded import Tape
 from flowspec.engine import Engine, Result
 from flowspec.errors import UserError
 from flowspec.files import beside_of, replacing
 from flowspec.launcher import ROOT
-from flowspec.options import methods, temperatures_of
+from flowspec.options import methods, temperatures_of, without
 
 WARM_UP_TOKENS = 8
 SWEEP = {
@@ -44,9 +44,18 @@ SWEEP = {
 """settings of `tree` that --sweep tries for each baseline"""
 
 
+class Variant(NamedTuple):
+    """What is compared: a method, with switches."""
+
+    name: str
+    method: str
+    policy: PolicyConfig
+
+
 class Run(NamedTuple):
     """One generation of the comparison."""
 
+    variant: Variant
     prompt: int
     repeat: int
     request: Request
@@ -64,47 +73,55 @@ def compare(engine: Engine, prompts: Sequence[str], options: argparse.Namespace)
         check_simulable(config)
     folder = _folder(options.output or ROOT / "build" / "bench" / f"{config.name}_s{stages}")
     seed = 0
-    measured = _runs(engine, prompts, methods(options.methods, METHODS), temperatures, int(options.repeats), random.Random(seed))
+    chosen = _variants(config.policy, methods(options.methods, METHODS), without(options))
+    measured = _runs(engine, prompts, chosen, temperatures, int(options.repeats), random.Random(seed))
     runs = list(_kept(measured, beside_of(folder / "records.jsonl")))
-    forecaster = Forecaster(config, Models.of(config))
-    predicted = _predictions(runs, forecaster, stages)
-    records = [_record(run, predicted[run.result.method, run.result.temperature, run.prompt]) for run in runs]
+    forecasters = {p: Forecaster(dataclasses.replace(config, policy=p), Models.of(config)) for p in {v.policy for v in chosen}}
+    predicted = _predictions(runs, forecasters, stages)
+    records = [_record(run, predicted[_cell(run)]) for run in runs]
     title = f"{config.name}, {stages} stages{', emulated times' if config.emulate.active else ''}"
     report.show(records, title)
     if options.sweep:
-        _sweep(forecaster, [r.method for r in records], stages, temperatures)
+        _sweep(forecasters[config.policy], [r.method for r in records], stages, temperatures)
     different = report.identical(records)
     print("\n".join(different) or "every method wrote the same tokens")
     _write(folder, records, title, _facts(engine, options, seed))
     return not different
 
 
+def _variants(policy: PolicyConfig, methods: Sequence[str], without: Sequence[str]) -> list[Variant]:
+    """The methods, and flowspec with each of these switches off alone."""
+    lesser = [Variant(f"flowspec - {name}", "flowspec", dataclasses.replace(policy, **{name: False})) for name in without]
+    return [Variant(method, method, policy) for method in methods] + lesser
+
+
 # ---- measured --------------------------------------------------------------------------------------
 def _runs(
-    engine: Engine, prompts: Sequence[str], chosen: list[str], temperatures: list[float], repeats: int, order: random.Random
+    engine: Engine, prompts: Sequence[str], chosen: list[Variant], temperatures: list[float], repeats: int, order: random.Random
 ) -> Iterator[Run]:
-    for method in chosen:
-        list(engine.generate(prompts[0], method=method, max_new_tokens=WARM_UP_TOKENS))
+    for variant in chosen:
+        list(engine.generate(prompts[0], method=variant.method, policy=variant.policy, max_new_tokens=WARM_UP_TOKENS))
     engine.traced = True
     total, done, began = len(prompts) * len(temperatures) * repeats * len(chosen), 0, time.monotonic()
     for repeat in range(1, repeats + 1):
         turns = list(itertools.product(range(len(prompts)), temperatures))
         order.shuffle(turns)
         for k, temperature in turns:
-            for method in order.sample(chosen, len(chosen)):
-                yield _run(engine, k + 1, repeat, prompts[k], method, temperature)
+            for variant in order.sample(chosen, len(chosen)):
+                yield _run(engine, k + 1, repeat, prompts[k], variant, temperature)
                 done += 1
                 _progress(done, total, time.monotonic() - began)
 
 
-def _run(engine: Engine, number: int, repeat: int, prompt: str, method: str, temperature: float) -> Run:
-    generation = engine.generate(prompt, method=method, temperature=temperature, seed=engine.config.sampling.seed or 0)
+def _run(engine: Engine, number: int, repeat: int, prompt: str, variant: Variant, temperature: float) -> Run:
+    seed = engine.config.sampling.seed or 0
+    generation = engine.generate(prompt, method=variant.method, policy=variant.policy, temperature=temperature, seed=seed)
     for _ in generation:
         pass
     assert generation.result is not None
     drafts = [1000 * (s.end - s.begin) for s in generation.spans if s.row == "draft"]
     draft_ms = statistics.median(drafts) if drafts else None
-    return Run(number, repeat, generation.request, generation.result, timeline.summary(generation.spans), draft_ms)
+    return Run(variant, number, repeat, generation.request, generation.result, timeline.summary(generation.spans), draft_ms)
 
 
 def _kept(runs: Iterable[Run], path: Path) -> Iterator[Run]:
@@ -127,7 +144,7 @@ def _progress(done: int, total: int, seconds: float) -> None:
 def _record(run: Run, simulated: float | None) -> report.Record:
     result, figures = run.result, run.figures
     return report.Record(
-        method=result.method,
+        method=run.variant.name,
         temperature=result.temperature,
         prompt=run.prompt,
         repeat=run.repeat,
@@ -150,19 +167,26 @@ def _record(run: Run, simulated: float | None) -> report.Record:
 
 
 # ---- simulated -------------------------------------------------------------------------------------
-def _predictions(runs: Sequence[Run], forecaster: Forecaster, stages: int) -> dict[tuple[str, float, int], float | None]:
-    """(method, temperature, prompt) -> tokens/s in virtual time, with the costs that the configuration emulates, and those
-    measured in these very runs where it emulates none. None where there can be no simulation."""
-    if obstacle(forecaster.config):
-        return {(run.result.method, run.result.temperature, run.prompt): None for run in runs}
-    predicted: dict[tuple[str, float, int], float | None] = {}
+Cell = tuple[Variant, float, int]
+
+
+def _cell(run: Run) -> Cell:
+    """What was compared, the temperature, the prompt."""
+    return run.variant, run.result.temperature, run.prompt
+
+
+def _predictions(runs: Sequence[Run], forecasters: Mapping[PolicyConfig, Forecaster], stages: int) -> dict[Cell, float | None]:
+    """Tokens/s in virtual time, with the costs that the configuration emulates, and those measured in these very runs where
+    it emulates none. None where there can be no simulation."""
+    predicted: dict[Cell, float | None] = {}
     for run in runs:
-        key = run.result.method, run.result.temperature, run.prompt
-        if key not in predicted:
+        cell, forecaster = _cell(run), forecasters[run.variant.policy]
+        if obstacle(forecaster.config):
+            predicted[cell] = None
+        elif cell not in predicted:
             tape = forecaster.add(run.request, run.result.token_ids)
-            same = [r for r in runs if (r.result.method, r.result.temperature) == key[:2]]
-            emulate = completed(emulated(forecaster.config), same)
-            predicted[key] = forecaster.run(tape, key[0], stages, emulate).tokens_per_second
+            emulate = completed(emulated(forecaster.config), [r for r in runs if _cell(r)[:2] == cell[:2]])
+            predicted[cell] = forecaster.run(tape, run.variant.method, stages, emulate).tokens_per_second
     return predicted
 
 

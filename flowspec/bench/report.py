@@ -7,6 +7,7 @@ the same repeat, so that what slows the machine for a while slows both sides.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 WIDTH = 140
 """columns that the table of summaries needs, and where there is no terminal has"""
+FULL = "flowspec"
+BASES = ("pipedec", "naive", "ar", FULL)
+"""methods that others are compared with; the last is what its own variants are compared with"""
 Key = TypeVar("Key")
 
 
@@ -90,9 +94,8 @@ class Row:
     """tokens/s, over `rates`"""
     noise: float | None
     """the largest (most - least) / median of tokens/s over the repeats of one prompt; None: no prompt has two"""
-    over_naive: Spread | None
-    """speed-up, over prompts and repeats"""
-    over_ar: Spread | None
+    over: dict[str, Spread | None]
+    """method -> speed-up over it, over prompts and repeats"""
     accepted_per_segment: float
     """tokens; this and all below but the last two are medians over the records"""
     utilisation: float
@@ -136,16 +139,15 @@ def _row(own: list[Record], methods: dict[str, list[Record]]) -> Row:
     measured = _by_prompt(own, lambda r: r.tokens_per_second)
     rates = {prompt: median(values) for prompt, values in measured.items()}
     expected = {prompt: median(values) for prompt, values in _by_prompt(own, lambda r: r.simulated).items()}
-    over_ar, over_naive = (_paired(own, methods.get(base, [])) for base in ("ar", "naive"))
+    over = {base: _paired(own, methods.get(base, [])) for base in BASES if base != FULL or own[0].method not in METHODS}
     return Row(
         temperature=own[0].temperature,
         method=own[0].method,
         rates=rates,
-        ratios={prompt: median(values) for prompt, values in over_ar.items()},
+        ratios={prompt: median(values) for prompt, values in over["ar"].items()},
         rate=_spread(rates.values()),
         noise=max(((max(v) - min(v)) / median(v) for v in measured.values() if len(v) > 1), default=None),
-        over_naive=_spread(ratio for values in over_naive.values() for ratio in values),
-        over_ar=_spread(ratio for values in over_ar.values() for ratio in values),
+        over={base: _spread(ratio for values in found.values() for ratio in values) for base, found in over.items()},
         accepted_per_segment=median(r.accepted_per_segment for r in own),
         utilisation=median(mean(r.utilisation) for r in own),
         bubbles=median(r.bubbles for r in own),
@@ -236,6 +238,10 @@ def _maybe(value: float | None, digits: str) -> str:
     return _NONE if value is None else format(value, digits)
 
 
+def _over(base: str, row: Row) -> str:
+    return _ranged(row.over.get(base), ".2f", "x")
+
+
 _KEYS = (
     _Column("temp", lambda row: f"{row.temperature:g}"),
     _Column("method", lambda row: row.method),
@@ -243,8 +249,7 @@ _KEYS = (
 _SPEED = (
     _Column("tokens/s", lambda row: _ranged(row.rate, ".1f")),
     _Column("noise", lambda row: _maybe(row.noise, ".0%")),
-    _Column("vs naive", lambda row: _ranged(row.over_naive, ".2f", "x")),
-    _Column("vs ar", lambda row: _ranged(row.over_ar, ".2f", "x")),
+    *(_Column(f"vs {base}", functools.partial(_over, base)) for base in BASES),
     _Column("sim.", lambda row: _maybe(row.simulated, ".1f")),
     _Column("off", lambda row: _maybe(row.off, "+.0%")),
 )
@@ -396,7 +401,7 @@ def chart(records: Sequence[Record], path: str | os.PathLike[str], title: str, f
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_title(f"{title}{_mark(facts or {})}", loc="left", fontweight="bold", pad=26)
-    if any(row.over_ar for row in rows):
+    if any(row.over["ar"] for row in rows):
         axes.text(0, 1.025, _OVER_BARS, transform=axes.transAxes, fontsize=9.5)
     axes.set_ylabel("tokens/s")
     for x, row in zip(places, rows, strict=True):
@@ -429,9 +434,9 @@ def _bar(axes: Axes, x: float, row: Row) -> None:
     axes.plot(dots, [row.rates[prompt] for prompt in sorted(row.rates)], "o", **_DOT)
     if row.simulated is not None:
         axes.plot(x + _ASIDE, row.simulated, "D", **_DIAMOND)
-    if row.over_ar is not None:
+    if (over := row.over["ar"]) is not None:
         top = max(row.rate.most, row.simulated or 0)
-        axes.annotate(f"{row.over_ar.median:.2f}x", (x, top), xytext=(0, 9), fontsize=10, **_NOTE)
+        axes.annotate(f"{over.median:.2f}x", (x, top), xytext=(0, 9), fontsize=10, **_NOTE)
 
 
 _DOT: dict[str, Any] = dict(markersize=4, color="white", markeredgecolor="black", markeredgewidth=0.7, zorder=4)

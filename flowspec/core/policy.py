@@ -65,6 +65,9 @@ class PolicyConfig:
     """A stage abandons a forward between two layers once all of its rows are dead."""
 
 
+SWITCHES = tuple(switch.name for switch in dataclasses.fields(PolicyConfig))
+
+
 class Candidates:
     """A node's children as the drafter proposed them last, best first; those before `next` have been looked at."""
 
@@ -161,13 +164,13 @@ class Rounds(_Attached):
 class Continuous(_Attached):
     """The event-driven policy: a persistent tree, the likeliest unsent nodes leave just in time, as many segments as the ring holds."""
 
-    ROWS = 16
+    ROWS = 10
     """nodes in a drafter forward"""
-    REFRESHED = 8
+    REFRESHED = 5
     """of them, at most, drafted before and drafted again"""
     ALIVE = math.log(0.05)
     """the least log-probability to be reached of a node that is drafted again"""
-    MOVE = 0.05
+    MOVE = 0.1
     """a change of score that is worth moving a subtree for"""
     PATIENCE = 2.0
     """how many times its delay a draft must be worth for a new root to wait for it"""
