@@ -63,6 +63,8 @@ class Config:
         need(len(self.drafters) > 0, "drafter is an empty list: name one at least, or kind: none")
         silent = [drafter.where for drafter in self.drafters if drafter.kind == "none"]
         need(len(self.drafters) == 1 or not silent, f"{''.join(silent[:1])}.kind is none: a list names drafters that draft")
+        both = {"eagle", "eagle3"} <= {drafter.kind for drafter in self.drafters}
+        need(not both, "drafter lists an eagle and an eagle3 head: they read different features of the target, keep one of the two")
         for device in [self.device] if isinstance(self.device, str) else self.device:
             need(re.fullmatch(r"cpu|cuda(:\d+)?", device) is not None, f"device is {device}: it must be cpu, cuda or cuda:N")
         need(self.threads is None or self.threads >= 1, f"threads is {self.threads}: it must be at least 1, or auto")
@@ -87,8 +89,13 @@ class Config:
 
     @property
     def reads_features(self) -> bool:
-        """A drafter reads the target's features, and needs its lm_head on rank 0."""
+        """A drafter reads the target's features."""
         return any(drafter.reads_features for drafter in self.drafters)
+
+    @property
+    def needs_lm_head(self) -> bool:
+        """A drafter has none of its own: the target's is wanted on rank 0."""
+        return any(drafter.needs_lm_head for drafter in self.drafters)
 
     @property
     def verifies_last(self) -> bool:
@@ -97,7 +104,7 @@ class Config:
     def head_ranks(self, stages: int) -> list[int]:
         """The ranks that load lm_head: where tokens are picked, and rank 0 if its drafter needs it."""
         picking = stages if self.verifies_last else 0
-        return sorted({picking, 0}) if self.reads_features else [picking]
+        return sorted({picking, 0}) if self.needs_lm_head else [picking]
 
     def device_of(self, rank: int) -> str:
         devices = (self.device,) if isinstance(self.device, str) else self.device

@@ -378,7 +378,7 @@ def _work(config: Config, manifest: Manifest, transport: Transport) -> None:
     size = sum(p.nbytes for p in model.parameters()) / 1e6
     a, b = manifest.ranks[rank].layers
     transport.send_control(0, wire.loaded(size, time.monotonic() - begun, f"layers {a} to {b - 1}"))
-    Worker(transport, model, head, config.emulate).run()
+    Worker(transport, model, head, config.emulate, a).run()
 
 
 def _stage_thread(config: Config, manifest: Manifest, end: Transport, first: Transport) -> None:

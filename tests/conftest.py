@@ -1,5 +1,6 @@
-"""A tiny random target, a draft that mostly agrees with it, and their splits: made once, in a temporary folder."""
+"""Tiny random targets, drafts that mostly agree with them, and their splits: made once, in a temporary folder."""
 
+import functools
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from flowspec.models.split import main as split
 
@@ -41,10 +43,65 @@ def save_head(folder, model: LlamaForCausalLM) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+KNOWN = ([5], [7, 8], list(range(40, 75)))
+"""prompts whose texts an EAGLE-3 head has seen"""
+
+
+def eagle3(tensors, config: LlamaConfig, tokens, features):
+    """The paper's formulas, without a cache: what an EAGLE-3 head predicts at tokens [n] beside fused features [n, hidden]."""
+
+    def norm(x, name):
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], tensors[f"midlayer.{name}.weight"], config.rms_norm_eps)
+
+    def linear(x, name):
+        return x @ tensors[f"midlayer.{name}_proj.weight"].T
+
+    read = torch.cat([norm(tensors["embed_tokens.weight"][tokens], "input_layernorm"), norm(features, "hidden_norm")], -1)
+    q, k, v = (linear(read, f"self_attn.{x}").unflatten(-1, (-1, config.head_dim)).transpose(0, 1)[None] for x in "qkv")
+    q, k = apply_rotary_pos_emb(q, k, *LlamaRotaryEmbedding(config)(features, torch.arange(len(tokens))[None]))
+    mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    x = features + linear(mixed[0].transpose(0, 1).flatten(1), "self_attn.o")
+    y = norm(x, "post_attention_layernorm")
+    return x + linear(torch.nn.functional.silu(linear(y, "mlp.gate")) * linear(y, "mlp.up"), "mlp.down")
+
+
+def save_head3(folder, model: LlamaForCausalLM, own: int) -> None:
+    """An EAGLE-3 head in the published layout with a vocabulary of `own` tokens, which has seen what the target says to KNOWN."""
+    torch.manual_seed(4)
+    config, deep = model.config, model.config.num_hidden_layers
+    hidden, narrow = config.hidden_size, config.num_key_value_heads * config.head_dim
+    shapes = {f"self_attn.{x}_proj": (n, 2 * hidden) for x, n in (("q", hidden), ("k", narrow), ("v", narrow))}
+    shapes |= {"self_attn.o_proj": (hidden, hidden), "mlp.down_proj": (hidden, config.intermediate_size)}
+    shapes |= {f"mlp.{x}_proj": (config.intermediate_size, hidden) for x in ("gate", "up")}
+    tensors = {f"midlayer.{name}.weight": shape[1] ** -0.5 * torch.randn(shape) for name, shape in shapes.items()}
+    tensors |= {"fc.weight": 0.1 * torch.randn(hidden, 3 * hidden), "lm_head.weight": 0.1 * torch.randn(own, hidden)}
+    norms = ("input_layernorm", "hidden_norm", "post_attention_layernorm")
+    tensors |= {name: torch.ones(hidden) for name in ("norm.weight", *(f"midlayer.{n}.weight" for n in norms))}
+    lent = {"embed_tokens.weight": model.model.embed_tokens.weight.detach()}
+    with torch.no_grad():
+        texts = [model.generate(torch.tensor([p]), max_new_tokens=30, do_sample=False, pad_token_id=0)[0] for p in KNOWN]
+        states = [model.model(text[None], output_hidden_states=True).hidden_states for text in texts]
+    common = torch.cat([*texts, torch.arange(own)]).unique()[-own:]
+    training = torch.optim.Adam([t.requires_grad_() for t in tensors.values()], lr=0.01)
+    for text, state in [*zip(texts, states, strict=True)] * 30:
+        fused = torch.cat([state[k][0] for k in (2, deep // 2, deep - 3)], -1) @ tensors["fc.weight"].T
+        guess = eagle3(tensors | lent, config, text[1:-1], fused[:-2])
+        logits = torch.nn.functional.rms_norm(guess, (hidden,), tensors["norm.weight"], config.rms_norm_eps) @ tensors["lm_head.weight"].T
+        loss = torch.nn.functional.cross_entropy(logits, torch.searchsorted(common, text[2:]).clamp(max=own - 1))
+        training.zero_grad()
+        loss.backward()
+        training.step()
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    known = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, common, True)
+    folder.mkdir()
+    save_file(tensors | {"d2t": common - torch.arange(own), "t2d": known}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config.to_dict() | {"num_hidden_layers": 1, "draft_vocab_size": own}))
+
+
 class TinyPair:
     """Folders `target`, `draft` (the target with noise on its weights), `head` (an EAGLE head) and `split(stages)`."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, layers: int = 6):
         self.folder = folder
         self.target, self.draft, self.head = folder / "target", folder / "draft", folder / "head"
         torch.manual_seed(1)
@@ -52,7 +109,7 @@ class TinyPair:
             vocab_size=320,
             hidden_size=48,
             intermediate_size=96,
-            num_hidden_layers=6,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=160,
@@ -82,11 +139,17 @@ class TinyPair:
             self._made[key] = out
         return self._made[key]
 
+    @functools.cached_property
+    def head3(self):
+        """The folder of an EAGLE-3 head."""
+        save_head3(self.folder / "head3", self.model, 200)
+        return self.folder / "head3"
+
     def config(self, stages: int, layers: str | None = None, drafter: str = "lm"):
         """A configuration file for that split."""
         path = self.folder / f"config_{stages}_{layers}_{drafter}.yaml"
-        paths = {"lm": self.draft, "eagle": self.head}
-        kind = f"{{kind: {drafter}, path: {paths[drafter]}}}" if drafter in paths else f"{{kind: {drafter}}}"
+        places = {"lm": "draft", "eagle": "head", "eagle3": "head3"}
+        kind = f"{{kind: {drafter}, path: {getattr(self, places[drafter])}}}" if drafter in places else f"{{kind: {drafter}}}"
         path.write_text(f"stages: {self.split(stages, layers)}\ndrafter: {kind}\nsampling: {{max_new_tokens: 40}}\n")
         return path
 
@@ -107,3 +170,9 @@ class TinyPair:
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory):
     return TinyPair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="session")
+def deep(tmp_path_factory):
+    """Of enough layers for an EAGLE-3 head: it reads what enters layers 2, 4 and 5."""
+    return TinyPair(tmp_path_factory.mktemp("deep"), layers=8)

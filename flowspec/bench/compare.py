@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flowspec.bench import report, timeline
-from flowspec.bench.forecast import Forecaster, Models, check_simulable, emulated, lacking, rate
+from flowspec.bench.forecast import Forecaster, Models, check_simulable, emulated, obstacle, rate
 from flowspec.config import METHODS
 from flowspec.core.cost import Emulate
 from flowspec.core.policy import PolicyConfig, TreeConfig
@@ -177,11 +177,11 @@ def _cell(run: Run) -> Cell:
 
 def _predictions(runs: Sequence[Run], forecasters: Mapping[PolicyConfig, Forecaster], stages: int) -> dict[Cell, float | None]:
     """Tokens/s in virtual time, with the costs that the configuration emulates, and those measured in these very runs where
-    it emulates none. None where a simulation lacks files."""
+    it emulates none. None where there can be no simulation."""
     predicted: dict[Cell, float | None] = {}
     for run in runs:
         cell, forecaster = _cell(run), forecasters[run.variant.policy]
-        if lacking(forecaster.config):
+        if obstacle(forecaster.config):
             predicted[cell] = None
         elif cell not in predicted:
             tape = forecaster.add(run.request, run.result.token_ids)

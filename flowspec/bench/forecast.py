@@ -63,17 +63,21 @@ def emulated(config: Config) -> Emulate:
     return config.emulate if config.computes else dataclasses.replace(config.emulate, draft_ms=0.0)
 
 
-def lacking(config: Config) -> Path | None:
-    """A file that a simulation needs and that is not on this machine: features of the text take the whole target."""
+def obstacle(config: Config) -> str | None:
+    """Why there can be no simulation: features of the text take the whole target, and those of layers are on no virtual wire."""
+    late = next((drafter.where for drafter in config.drafters if drafter.kind == "eagle3"), None)
+    if late:
+        return f"{late}.kind is eagle3: it cannot be simulated, since the simulator does not carry the features of layers"
     manifest = Manifest.load(config.stages_path)
     needed = [manifest.path(entry) for entry in manifest.ranks[1:]] if config.reads_features else []
-    return next((path for path in needed if not path.exists()), None)
+    file = next((path for path in needed if not path.exists()), None)
+    return f"drafter.kind eagle is simulated with the whole target, and {file} is not on this machine" if file else None
 
 
 def check_simulable(config: Config) -> None:
-    """UserError where the drafter reads features of a target that is not here."""
-    file = lacking(config)
-    need(file is None, f"drafter.kind eagle is simulated with the whole target, and {file} is not on this machine")
+    """UserError where there is an obstacle."""
+    found = obstacle(config)
+    need(not found, found or "")
 
 
 class Target:
@@ -157,7 +161,7 @@ class Forecaster:
     @functools.cached_property
     def _drafter(self) -> Drafter:
         config, manifest = self.config, Manifest.load(self.config.stages_path)
-        head = stage.load_head(manifest, 0, torch.float32, "cpu") if config.reads_features else None
+        head = stage.load_head(manifest, 0, torch.float32, "cpu") if config.needs_lm_head else None
         drafter = make_drafter(config.drafters, config.folder, manifest, head, torch.float32, "cpu")
         assert drafter is not None
         return drafter

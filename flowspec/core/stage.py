@@ -10,12 +10,14 @@ still tree rows here. So prune k+1 repairs a lost prune k, and a stage that neve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Container, Iterable, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from flowspec.core.messages import Prune
+
+T = TypeVar("T")
 
 
 class Admitted(NamedTuple):
@@ -73,16 +75,22 @@ class StageState:
     def all_dead(self, ids: Sequence[int]) -> bool:
         return not any(i in self.row for i in ids)
 
-    def extend(self, n: int) -> Admitted:
-        """Admit n tokens that are committed from the start (the prompt's, say): each sees what was committed before it."""
-        positions = np.arange(self.context, self.context + n)
+    def extend(self, n: int, at: int | None = None) -> Admitted:
+        """Admit n committed tokens at the end (the prompt's, say), or anew at positions [at, at + n): their older rows die.
+
+        Each sees what was committed before it. Rows of positions behind them stay."""
+        at = self.context if at is None else at
+        if at < self.base:
+            self.base, self.tail = at, [*range(at, self.base), *self.tail]
+        behind = self.tail[at - self.base + n :]
+        del self.tail[at - self.base :]
         rows = np.arange(self.length, self.length + n)
         self.length += n
         hidden = self._hidden(n)
         hidden[:, rows] = rows[None, :] > rows[:, None]
-        self.tail += rows.tolist()
+        self.tail += [*rows.tolist(), *behind]
         self._settle()
-        return Admitted(list(range(n)), positions, hidden)
+        return Admitted(list(range(n)), np.arange(at, at + n), hidden)
 
     def worth(self, ids: Sequence[int], parents: Sequence[int]) -> list[int]:
         """Indices of the nodes that may still be needed: the root, and children of nodes that hold a row or will."""
@@ -109,12 +117,16 @@ class StageState:
             positions[k] = max(0, self.context + len(chain) - 1)
         return Admitted(kept, positions, hidden)
 
+    def decided(self, prune: Prune) -> list[int]:
+        """The nodes that `prune` makes text here, oldest first, at the positions from `context` on. Ask before it is applied."""
+        return self._chain(prune.anchor) if prune.version > self.version else []
+
     def prune(self, prune: Prune) -> Gather | None:
         """Commit the path to the anchor, forget what is not below the root; the move of rows that is due, if any."""
         if prune.version <= self.version:
             return None
+        path = self.decided(prune)
         self.version, self.root = prune.version, prune.root
-        path = self._chain(prune.anchor)
         live = {prune.root}
         for i in self.row:  # parents come before children
             if self.parent[i] in live:
@@ -156,6 +168,22 @@ class StageState:
         self.row = {i: self.base + k for k, i in enumerate(self.row)}
         self.length = self.base + len(self.row)
         return gather
+
+
+class Waiting(Generic[T]):
+    """Something of each node in flight (a feature row, say), held until it is known whether the node became text."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, T] = {}
+
+    def hold(self, ids: Iterable[int], things: Iterable[T]) -> None:
+        self._held.update(zip(ids, things, strict=True))
+
+    def settle(self, text: Iterable[int], alive: Container[int]) -> list[T]:
+        """Hand over what was held of the nodes that became text, and forget all that are not alive."""
+        handed = [self._held[i] for i in text]
+        self._held = {i: thing for i, thing in self._held.items() if i in alive}
+        return handed
 
 
 class Accepted:

@@ -25,7 +25,9 @@ class Drafter(Protocol):
     """One request at a time; called from one thread, in the order of the scheduler's actions."""
 
     features: bool
-    """it reads the target's features: the last hidden rows behind the final norm, from which lm_head makes logits"""
+    """it reads the target's last hidden rows behind the final norm, from which lm_head makes logits, as its features"""
+    layers: tuple[int, ...] = ()
+    """what enters these layers of the target, side by side, are its features instead: they come by `learn`, a while after a commit"""
 
     def begin(self, request: Request, noise: Noise | None, features: Tensor | None = None) -> None:
         """Forget the last request and read the prompt. `noise` couples the ranking to the target's; None: do not.
@@ -39,7 +41,11 @@ class Drafter(Protocol):
     def commit(self, commit: Commit, features: Tensor | None = None) -> None:
         """These tokens are text now, and only what is below `commit.root` lives on.
 
-        features: [len(commit.path), hidden], the target's at these nodes; None if not wanted."""
+        features: [len(commit.path), hidden], the target's at these nodes; None if not wanted, or if they come by `learn`."""
+
+    def learn(self, features: Tensor) -> None:
+        """The target's features [n, width] at the next tokens of the text, in its order."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -64,11 +70,13 @@ class Lineage:
         return cls(-1, 0, request.prompt[-1])
 
 
-def best(logq: Tensor, positions: Sequence[int], noise: Noise | None) -> tuple[np.ndarray, np.ndarray, bool]:
+def best(logq: Tensor, positions: Sequence[int], noise: Noise | None, names: Tensor | None = None) -> tuple[np.ndarray, np.ndarray, bool]:
     """The candidates for these positions, best first: tokens [n, KEPT], their z [n, KEPT, 1] and whether there is noise in it.
 
-    logq: [n, vocabulary], a drafter's log-probabilities, on the CPU."""
-    kept = min(KEPT, logq.shape[1])
-    z = logq if noise is None else logq + torch.stack([noise(p)[: logq.shape[1]] for p in positions])
-    values, tokens = z.topk(kept)
+    logq: [n, vocabulary], a drafter's log-probabilities; names: int64 [vocabulary], what the target calls its tokens (None: the
+    same). Both on the CPU."""
+    known = slice(logq.shape[1]) if names is None else names
+    z = logq if noise is None else logq + torch.stack([noise(p)[known] for p in positions])
+    values, found = z.topk(min(KEPT, logq.shape[1]))
+    tokens = found if names is None else names[found]
     return tokens.numpy(), values.double()[..., None].numpy(), noise is not None

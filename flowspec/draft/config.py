@@ -7,18 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flowspec.core.request import need
+from flowspec.models.hub import HEAD_FILES, MODEL_FILES, local_folder
 
-KINDS = ("lm", "eagle", "ngram", "none")
-NEED_FILES = {"lm": "a checkpoint", "eagle": "the folder of a head"}
+KINDS = ("lm", "eagle", "eagle3", "ngram", "none")
+NEED_FILES = {"lm": "a checkpoint", "eagle": "the folder of a head", "eagle3": "the folder of a head"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrafterConfig:
     kind: str = "none"
-    """lm (a small language model with the target's vocabulary), eagle (an EAGLE-1/2 head made for the target), ngram (look-up in
-    prompt and output), none"""
+    """lm (a small language model with the target's vocabulary), eagle (an EAGLE-1/2 head made for the target), eagle3 (an EAGLE-3
+    head), ngram (look-up in prompt and output), none"""
     path: str | None = None
-    """The draft model's checkpoint, for lm; the head's folder, for eagle."""
+    """The draft model's checkpoint, for lm; the head's folder, for eagle and eagle3. Or its name on the Hugging Face hub."""
     where: str = field(default="drafter", compare=False, metadata={"internal": True})
     """The key that it stands under."""
 
@@ -29,13 +30,18 @@ class DrafterConfig:
 
     @property
     def reads_features(self) -> bool:
-        """It reads the target's features, and needs its lm_head on rank 0."""
+        """It reads the target's features."""
+        return self.kind in ("eagle", "eagle3")
+
+    @property
+    def needs_lm_head(self) -> bool:
+        """It has none of its own: the target's is wanted on rank 0."""
         return self.kind == "eagle"
 
     def checkpoint(self, folder: Path) -> Path:
-        """The draft model's or the head's folder; `folder` is where the configuration lies."""
+        """The draft model's or the head's folder; `folder` is where the configuration lies. UserError when there is none."""
         assert self.path is not None
-        return folder / self.path
+        return local_folder(self.path, f"{self.where}.path", HEAD_FILES if self.reads_features else MODEL_FILES, folder)
 
     def __post_init__(self) -> None:
         near = difflib.get_close_matches(self.kind, KINDS, 1)

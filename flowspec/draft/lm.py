@@ -15,13 +15,13 @@ from torch import Tensor
 
 from flowspec.core.messages import Commit, Drafted, DraftNode, Prune
 from flowspec.core.request import Request
-from flowspec.draft.base import COVERAGE, Lineage, Noise, best
+from flowspec.draft.base import COVERAGE, Drafter, Lineage, Noise, best
 from flowspec.models import stage
 
 PREFILL_ROWS = 256
 
 
-class LmDrafter:
+class LmDrafter(Drafter):
     features = False
 
     def __init__(self, model: stage.StageModel, head: stage.Head, vocabulary: int):

@@ -23,14 +23,17 @@ NOTHING = -1
 """where a list has no token"""
 
 
-class MixtureDrafter:
+class MixtureDrafter(Drafter):
+    """Members that read features of the target read the same ones: `features` or `layers`."""
+
     def __init__(self, members: Sequence[Drafter]):
         self._members = members
         self.features = any(member.features for member in members)
+        self.layers = next((member.layers for member in members if member.layers), ())
 
     def begin(self, request: Request, noise: Noise | None, features: Tensor | None = None) -> None:
         for member in self._members:
-            member.begin(request, noise, features if member.features else None)
+            member.begin(request, noise, features if member.features or member.layers else None)
 
     def propose(self, nodes: Sequence[DraftNode]) -> Drafted:
         return united([node.id for node in nodes], [member.propose(nodes) for member in self._members])
@@ -38,6 +41,11 @@ class MixtureDrafter:
     def commit(self, commit: Commit, features: Tensor | None = None) -> None:
         for member in self._members:
             member.commit(commit, features if member.features else None)
+
+    def learn(self, features: Tensor) -> None:
+        for member in self._members:
+            if member.layers:
+                member.learn(features)
 
 
 class _Lists(NamedTuple):

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from flowspec.core.messages import Commit, Drafted, DraftNode, Proposal
 from flowspec.core.request import Request
-from flowspec.draft.base import Lineage, Noise
+from flowspec.draft.base import Drafter, Lineage, Noise
 
 
-class NgramDrafter:
+class NgramDrafter(Drafter):
     features = False
     LENGTHS: ClassVar = {4: 0.7, 3: 0.6, 2: 0.45, 1: 0.25}
     """match length -> how often its prediction is taken to be right"""

@@ -21,7 +21,7 @@ def make_drafter(
 ) -> Drafter | None:
     """The drafter of this target, several as one, with paths relative to `folder`; None for kind none.
 
-    `head` is the target's lm_head, for kinds that read its features (config.reads_features)."""
+    `head` is the target's lm_head, for kinds that have none of their own (config.needs_lm_head)."""
     made = [drafter for config in configs if (drafter := _one(config, folder, manifest, head, dtype, device))]
     if len(made) < 2:
         return made[0] if made else None
@@ -36,12 +36,11 @@ def _one(config: DrafterConfig, folder: Path, manifest: Manifest, head: Head | N
         from flowspec.models.stage import load_whole
 
         return LmDrafter(*load_whole(config.checkpoint(folder), dtype, device), manifest.vocab_size)
-    if config.kind == "eagle":
+    if config.reads_features:
         from flowspec.draft.eagle import EagleDrafter
         from flowspec.models.eagle import load_eagle
 
-        assert head is not None
-        return EagleDrafter(load_eagle(config.checkpoint(folder), manifest, head, dtype, device), head)
+        return EagleDrafter(load_eagle(config.kind, config.checkpoint(folder), manifest, head, dtype, device))
     if config.kind == "ngram":
         from flowspec.draft.ngram import NgramDrafter
 

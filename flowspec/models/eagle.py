@@ -1,12 +1,20 @@
-"""An EAGLE-1/2 head in the published layout: one decoder layer that guesses the target's next feature (arXiv 2401.15077).
+"""EAGLE heads in the published layouts: one decoder layer that guesses the target's next feature.
 
-A row is the token at t + 1 beside the target's feature at t, its last hidden state behind the final norm. What comes out
-stands for the feature at t + 1: the target's own lm_head makes logits of it, and it goes into the row of the next token.
+EAGLE-1/2 (arXiv 2401.15077): the target's feature at t is its last hidden state behind the final norm. A row is the token at
+t + 1 beside it, made one again by fc; what comes out stands for the feature at t + 1, and the target's own lm_head makes
+logits of it.
+
+EAGLE-3 (arXiv 2503.01840): the target's feature at t is fc of what enters three of its layers, side by side: decoder layers 2, L // 2
+and L - 3 of L (so the published code and the servers that run these heads). A row is the token's embedding beside it, and the layer's
+attention reads both, each normed; the feature alone is the residual stream. What comes out stands for fc's output at t + 1. A norm and
+an lm_head of its own make logits over the head's own vocabulary: token k there is the target's token k + d2t[k].
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,54 +22,118 @@ from torch import Tensor, nn
 
 from flowspec.errors import UserError
 from flowspec.models.device import placed
-from flowspec.models.families import EAGLE_BIAS, EAGLE_EMBEDDING, EAGLE_FC, EMBEDDING, read_config
+from flowspec.models.families import (
+    EAGLE_BIAS,
+    EAGLE_EMBEDDING,
+    EAGLE_FC,
+    EAGLE_NAMES,
+    EAGLE_NORM,
+    EMBEDDING,
+    HEAD,
+    eagle3_layers,
+    eagle_shapes,
+    family_of,
+    read_config,
+)
 from flowspec.models.manifest import Manifest
 from flowspec.models.stage import Head, StageModel
-from flowspec.models.weights import FLOATS, Checkpoint, TensorFile, pickled
+from flowspec.models.weights import FLOATS, INTEGERS, Checkpoint, TensorFile, pickled
 
-LAYER = "layers.0."
+LAYER, LAYER_3 = "layers.0.", "midlayer."
 
 
+@dataclass(frozen=True)
 class EagleHead:
-    """The embedding [vocabulary, hidden], fc [hidden, 2 * hidden] with its bias or None, and the layer."""
+    """An EAGLE-1/2 head; an EAGLE-3 head if it reads `layers` of the target."""
 
-    def __init__(self, embedding: Tensor, fc: Tensor, bias: Tensor | None, layer: StageModel):
-        self._embedding, self._fc, self._bias, self.layer = embedding, fc, bias, layer
+    embedding: Tensor
+    """[vocabulary, hidden]"""
+    fc: Tensor
+    """[hidden, 2 * hidden]; EAGLE-3: [hidden, 3 * the target's hidden]"""
+    bias: Tensor | None
+    layer: StageModel
+    lm_head: Head
+    norm: nn.Module
+    """before lm_head"""
+    layers: tuple[int, ...] = ()
+    names: Tensor | None = None
+    """int64 [own vocabulary]: what the target calls its tokens; None: the same"""
 
-    @property
-    def hidden(self) -> int:
-        return self._fc.shape[0]
-
-    def place(self, features: Tensor) -> Tensor:
-        """Where and as what this head computes."""
-        return placed(features, self._fc.device).to(self._fc.dtype)
+    def place(self, features: Tensor | None) -> Tensor:
+        """The target's features [n, width] where, as what and in what size this head computes: [n, hidden]. None: a row of zeros."""
+        if features is None:
+            return self.fc.new_zeros(1, len(self.fc))
+        features = placed(features, self.fc.device).to(self.fc.dtype)
+        return F.linear(features, self.fc, self.bias) if self.layers else features
 
     @torch.inference_mode()
     def rows(self, tokens: Tensor, features: Tensor) -> Tensor:
-        """What the layer takes, [n, hidden]: tokens [n] beside the features [n, hidden] of the tokens before them.
+        """What the layer takes: tokens [n] beside the placed or predicted features [n, hidden] of the tokens before them.
 
         A token that only the target's padding has is read as the last one."""
-        tokens = placed(tokens.clamp(max=len(self._embedding) - 1), self._embedding.device)
-        return F.linear(torch.cat([self._embedding[tokens], features], -1), self._fc, self._bias)
+        tokens = placed(tokens.clamp(max=len(self.embedding) - 1), self.embedding.device)
+        both = torch.cat([self.embedding[tokens], features], -1)
+        return both if self.layers else F.linear(both, self.fc, self.bias)
+
+    @torch.inference_mode()
+    def logits(self, features: Tensor) -> Tensor:
+        """[n, own vocabulary] of predicted features [n, hidden]."""
+        return self.lm_head(self.norm(features))
 
 
-def load_eagle(folder: Path, manifest: Manifest, head: Head, dtype: torch.dtype, device: str) -> EagleHead:
-    """The head in `folder` for the target of `manifest`, whose lm_head is `head`. UserError names what does not fit."""
+class Beside(nn.Module):
+    """EAGLE-3's layer, made of a decoder layer's parts: an embedding beside a feature [.., 2 * hidden] goes in, a feature comes out."""
+
+    def __init__(self, layer: Any, norm: nn.Module):
+        super().__init__()
+        self.self_attn, self.mlp = layer.self_attn, layer.mlp
+        self.input_layernorm, self.hidden_norm, self.post_attention_layernorm = layer.input_layernorm, norm, layer.post_attention_layernorm
+        for name in ("q_proj", "k_proj", "v_proj"):
+            narrow = getattr(self.self_attn, name)
+            biased = narrow.bias is not None
+            setattr(self.self_attn, name, nn.Linear(2 * narrow.in_features, narrow.out_features, biased, device="meta"))
+
+    def forward(self, x: Tensor, **around) -> Tensor:
+        embedded, feature = x.chunk(2, -1)
+        read = torch.cat([self.input_layernorm(embedded), self.hidden_norm(feature)], -1)
+        feature = feature + self.self_attn(hidden_states=read, **around)[0]
+        return feature + self.mlp(self.post_attention_layernorm(feature))
+
+
+def load_eagle(kind: str, folder: Path, manifest: Manifest, head: Head | None, dtype: torch.dtype, device: str) -> EagleHead:
+    """The `eagle` or `eagle3` head in `folder` for the target of `manifest`, whose lm_head is `head` (None if it is not here, which
+    suits EAGLE-3). UserError names what does not fit."""
     tensors, config = _read(folder, dtype), read_config(folder)
-    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
-    layer = decoder_layer(config, tensors, device, str(folder))
-    fc = _taken(tensors, EAGLE_FC, (hidden, 2 * hidden), folder).to(device)
-    bias = _taken(tensors, EAGLE_BIAS, (hidden,), folder).to(device) if EAGLE_BIAS in tensors else None
-    if EAGLE_EMBEDDING in tensors:
-        embedding = _taken(tensors, EAGLE_EMBEDDING, (vocabulary, hidden), folder).to(device)
-    else:
-        embedding = target_embedding(folder, manifest, head, dtype, device)
-    return EagleHead(embedding, fc, bias, layer)
+    hidden = config["hidden_size"]
+    shapes = eagle_shapes(kind, config, manifest.hidden_size)
+    shapes |= {EAGLE_BIAS: (hidden,)} if EAGLE_BIAS in tensors else {}
+    own = EAGLE_EMBEDDING in tensors or hidden != manifest.hidden_size
+    shapes |= {EAGLE_EMBEDDING: (config["vocab_size"], hidden)} if own else {}
+    fixed = {name: _taken(tensors, name, shape, folder, kind).to(device) for name, shape in shapes.items()}
+    fc, bias = fixed[EAGLE_FC], fixed.get(EAGLE_BIAS)
+    embedding = fixed[EAGLE_EMBEDDING] if own else target_embedding(folder, manifest, head, dtype, device)
+    layer = decoder_layer(config, tensors, device, str(folder), beside=kind == "eagle3")
+    if kind == "eagle":
+        assert head is not None, "an EAGLE-1/2 head needs the target's lm_head"
+        return EagleHead(embedding, fc, bias, layer, head, nn.Identity())
+    norm = family_of(config).classes().norm(hidden, eps=layer.config.rms_norm_eps)
+    norm.weight = nn.Parameter(fixed[EAGLE_NORM], requires_grad=False)
+    names = _names(tensors[EAGLE_NAMES], manifest.vocab_size, folder) if EAGLE_NAMES in shapes else None
+    return EagleHead(embedding, fc, bias, layer, Head(fixed[HEAD]), norm, eagle3_layers(manifest.num_layers), names)
 
 
-def target_embedding(folder: Path, manifest: Manifest, head: Head, dtype: torch.dtype, device: str) -> Tensor:
-    """The target's embedding [vocabulary, hidden]: its lm_head if they are tied, else out of the first stage's file."""
-    if manifest.tied:
+def _names(offsets: Tensor, vocabulary: int, folder: Path) -> Tensor:
+    """The target's ids of the head's tokens, on the CPU, from d2t [own vocabulary] there."""
+    names = torch.arange(len(offsets)) + offsets.long()
+    strange = names[(names < 0) | (names >= vocabulary)]
+    if len(strange):
+        raise UserError(f"{folder}: {EAGLE_NAMES} names token {int(strange[0])}, the target's vocabulary has {vocabulary}")
+    return names
+
+
+def target_embedding(folder: Path, manifest: Manifest, head: Head | None, dtype: torch.dtype, device: str) -> Tensor:
+    """The target's embedding [vocabulary, hidden]: its lm_head if they are tied and it is here, else out of the first stage's file."""
+    if manifest.tied and head is not None:
         return head.weight
     path = manifest.path(manifest.ranks[1])
     if not path.exists():
@@ -70,33 +142,42 @@ def target_embedding(folder: Path, manifest: Manifest, head: Head, dtype: torch.
 
 
 def _read(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The head's weights by name."""
+    """The head's weights by name, and its integers as they are."""
     path = pickled(folder)
     if path is None:
         checkpoint = Checkpoint(folder)
-        return {name: checkpoint.file(name).read(name, dtype) for name in checkpoint.names if checkpoint.info(name).dtype in FLOATS}
+        types = {name: checkpoint.info(name).dtype for name in checkpoint.names}
+        wanted = {name: dtype if kind in FLOATS else None for name, kind in types.items() if kind in FLOATS | INTEGERS}
+        return {name: checkpoint.file(name).read(name, kind) for name, kind in wanted.items()}
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: tensor.to(dtype) for name, tensor in tensors.items() if tensor.is_floating_point()}
+        return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     except Exception as error:  # whatever a damaged file makes of the reader
         raise UserError(f"{path} cannot be read as weights ({type(error).__name__}): download it again") from None
 
 
-def decoder_layer(config: dict, tensors: dict[str, Tensor], device: str, source: str) -> StageModel:
-    """The decoder layer; published heads leave out the norm before attention, and their files tell which biases they have."""
+def decoder_layer(config: dict, tensors: dict[str, Tensor], device: str, source: str, beside: bool = False) -> StageModel:
+    """The decoder layer, of EAGLE-3 if `beside`. Files tell which biases a head has; EAGLE-1/2 heads as published leave out the norm
+    before attention."""
     config = {**config, "num_hidden_layers": 1}
-    if LAYER + "self_attn.q_proj.bias" in tensors:
-        whole = LAYER + "self_attn.o_proj.bias" in tensors
+    stored = LAYER_3 if beside else LAYER
+    own = {LAYER + name.removeprefix(stored): tensor for name, tensor in tensors.items() if name.startswith(stored)}
+    if LAYER + "self_attn.q_proj.bias" in own:
+        whole = LAYER + "self_attn.o_proj.bias" in own
         config |= {"attention_bias": True} if whole else {"model_type": "qwen2"}
     model = StageModel(config, 1, first=False, last=False)
-    if LAYER + "input_layernorm.weight" not in tensors:
+    if beside:
+        with torch.device("meta"):
+            norm = family_of(config).classes().norm(config["hidden_size"], eps=model.config.rms_norm_eps)
+        model.layers[0] = Beside(model.layers[0], norm)
+    elif LAYER + "input_layernorm.weight" not in own:
         model.layers[0].input_layernorm = nn.Identity()
-    return model.load(((name, tensor) for name, tensor in tensors.items() if name.startswith(LAYER)), device, source)
+    return model.load(own.items(), device, source)
 
 
-def _taken(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], folder: Path) -> Tensor:
+def _taken(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], folder: Path, kind: str) -> Tensor:
     if name not in tensors:
-        raise UserError(f"{folder} has no tensor {name}: it is no EAGLE head")
+        raise UserError(f"{folder} has no tensor {name}: it is no head of kind {kind}")
     if tensors[name].shape != shape:
-        raise UserError(f"{folder}: {name} has shape {tuple(tensors[name].shape)}, an EAGLE-1/2 head of this config.json has {shape}")
+        raise UserError(f"{folder}: {name} has shape {tuple(tensors[name].shape)}, a head of kind {kind} with this config.json has {shape}")
     return tensors[name]

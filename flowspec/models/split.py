@@ -29,6 +29,7 @@ from typing import NoReturn
 
 from flowspec.errors import UserError
 from flowspec.models.families import CONFIG, EMBEDDING, HEAD, NORM, layer_of, layer_tensors, read_config
+from flowspec.models.hub import COORDINATOR_FILES, MODEL_FILES, local_folder
 from flowspec.models.manifest import CACHE_NAME, FILE_NAME, FileEntry, Manifest, RankEntry, role_of
 from flowspec.models.weights import (
     CHUNK,
@@ -45,14 +46,7 @@ from flowspec.models.weights import (
 )
 
 MODEL, LM_HEAD = "model.safetensors", "lm_head.safetensors"
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-COORDINATOR_FILES = ("generation_config.json", *TOKENIZER_FILES)
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-HUB_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json", *COORDINATOR_FILES]
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 METADATA = {"format": "pt"}
 
 
@@ -144,7 +138,7 @@ def split(
     if stages < 1:
         raise UserError(f"--stages is {stages}, it must be at least 1")
     target = check_output(output)
-    source = Source.open(local_folder(model))
+    source = Source.open(local_folder(model, "--model", MODEL_FILES))
     ranges = layer_ranges(source.num_layers, stages, layers)
     job = Job(source, ranges, DTYPES.get(dtype), progress or Progress())
     with staged_folder(target, job.total) as folder:
@@ -363,32 +357,6 @@ def _asked(layers: str | Sequence[int]) -> list[int]:
 
 
 # ---- where it comes from ---------------------------------------------------------------------------
-def local_folder(model: str) -> Path:
-    """The checkpoint's folder: `model` itself, or where the hub's client put it. UserError when there is neither."""
-    path = Path(model)
-    if path.is_dir():
-        return path
-    if path.exists() or not HUB_ID.fullmatch(model) or model in (".", ".."):
-        raise UserError(f"--model {model}: no such folder")
-    return _from_hub(model)
-
-
-def _from_hub(name: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except ImportError:
-        raise UserError(f"--model {name}: no such folder, and huggingface_hub is not installed to download it") from None
-    except Exception as error:  # the hub's client raises dozens of kinds, some from the HTTP library below it
-        raise UserError(f"--model {name}: no such folder, and the Hugging Face hub did not give it: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
-
-
 def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Seq
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from flowspec.core.messages import Prune
 from flowspec.core.request import need
-from flowspec.core.stage import Admitted, Gather, StageState
+from flowspec.core.stage import Admitted, Gather, StageState, Waiting
 from flowspec.errors import UserError
 from flowspec.models.cache import RowCache
 from flowspec.models.device import on_host, placed
@@ -68,8 +70,12 @@ class StageModel(nn.Module):
         return next(self.parameters()).device
 
     @torch.inference_mode()
-    def forward(self, rows: Tensor, positions: np.ndarray, hidden: np.ndarray, cache: RowCache, needed: Needed = ALWAYS) -> Tensor | None:
-        """Append n rows to the cache and return their outputs [n, hidden]; None once they are not `needed` (asked between layers).
+    def forward(
+        self, rows: Tensor, positions: np.ndarray, hidden: np.ndarray, cache: RowCache, taps: Seq[int] = (), needed: Needed = ALWAYS
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Append n rows to the cache and return their outputs [n, hidden], and what enters the layers `taps`: [n, len(taps) * hidden].
+
+        None and None once they are not `needed` (asked between layers).
 
         rows: token ids int [n] for a first stage, else features [n, hidden]; positions: int64 [n];
         hidden: bool [n, cache.length + n], True where a row must not see another."""
@@ -79,23 +85,40 @@ class StageModel(nn.Module):
         unseen = placed(torch.from_numpy(hidden), device)
         mask = x.new_zeros(hidden.shape).masked_fill_(unseen, torch.finfo(x.dtype).min)[None, None]
         turns = self.rotary(x, placed(torch.from_numpy(positions), device)[None])
+        entered = {}
         for k, layer in enumerate(self.layers):
             if k and not needed():
                 cache.advance(len(rows))
-                return None
+                return None, None
+            if k in taps:
+                entered[k] = x[0]
             x = layer(x, attention_mask=mask, position_embeddings=turns, past_key_values=cache, use_cache=True)
         cache.advance(len(rows))
-        return (x if self.norm is None else self.norm(x))[0]
+        tapped = torch.cat([entered[k] for k in taps], -1) if taps else None
+        return (x if self.norm is None else self.norm(x))[0], tapped
+
+
+class Tapped(NamedTuple):
+    """What entered some layers at consecutive tokens of the text."""
+
+    at: int
+    """position of the first"""
+    rows: Tensor
+    """[n, layers * hidden]"""
 
 
 class Sequence:
     """One request in one model: the books and the cache, moved together. Features are left on the model's device, where they may
-    still be computed, or wanted `to_host`: a forward then ends when they are there."""
+    still be computed, or wanted `to_host`: a forward then ends when they are there.
 
-    def __init__(self, model: StageModel, to_host: bool = False):
+    taps: layers of this model (0 its first) whose inputs are wanted of every token that becomes text."""
+
+    def __init__(self, model: StageModel, to_host: bool = False, taps: Seq[int] = ()):
         self.model, self.state, self.cache = model, StageState(), RowCache()
         self._to_host = to_host
         self._due: list[Gather] | None = None  # moves of rows that must wait for the forward under way
+        self._taps, self._waiting = taps, Waiting[Tensor]()
+        self._entered: Tensor | None = None  # the taps of the last forward
         self.model_cpu = 0.0
         """CPU seconds that this thread spent in the model"""
 
@@ -112,16 +135,18 @@ class Sequence:
         if not admitted.kept:
             return [], admitted.positions, rows[:0]
         rows = rows if len(admitted.kept) == len(ids) else rows[admitted.kept]
-        return admitted.kept, admitted.positions, self._forward(rows, admitted, needed)
+        out = self._forward(rows, admitted, needed)
+        if self._entered is not None:
+            self._waiting.hold((ids[k] for k in admitted.kept), self._entered)
+        return admitted.kept, admitted.positions, out
 
-    def extend_and_verify(self, committed: Tensor, ids: list[int], parents: list[int], rows: Tensor) -> tuple[np.ndarray, Tensor]:
-        """In one forward rows of tokens that are committed already and, behind them, n tree rows that are all worth it.
+    def extend_and_verify(self, rows: Tensor, at: int, ids: list[int], parents: list[int]) -> tuple[np.ndarray, Tensor]:
+        """In one forward m rows of committed tokens, at the positions from `at` on, and behind them n tree rows that are all worth it.
 
-        Positions [n] and features [n, hidden] of the latter."""
-        admitted = self.state.extend(len(committed)).then(self.state.admit(ids, parents))
-        assert len(admitted.kept) == len(committed) + len(ids), "a row that is not worth it"
-        features = self._whole(torch.cat([committed, rows]), admitted)
-        return admitted.positions[len(committed) :], features[len(committed) :]
+        rows: [m + n, hidden]; positions [m + n] and features [m + n, hidden] of all of them."""
+        admitted = self.state.extend(len(rows) - len(ids), at).then(self.state.admit(ids, parents))
+        assert len(admitted.kept) == len(rows), "a row that is not worth it"
+        return admitted.positions, self._whole(rows, admitted)
 
     def _whole(self, rows: Tensor, admitted: Admitted) -> Tensor:
         out = self._forward(rows, admitted, ALWAYS)
@@ -131,22 +156,32 @@ class Sequence:
     def _forward(self, rows: Tensor, admitted: Admitted, needed: Needed) -> Tensor | None:
         begun = time.thread_time()
         self._due = []
-        out = self.model(rows, admitted.positions, admitted.hidden, self.cache, needed)
+        out, self._entered = self.model(rows, admitted.positions, admitted.hidden, self.cache, self._taps, needed)
         due, self._due = self._due, None
         for gather in due:
             self.cache.gather(gather)
-        if self._to_host and out is not None:
-            out = on_host(out)
+        if self._to_host:
+            out, self._entered = (made if made is None else on_host(made) for made in (out, self._entered))
         self.model_cpu += time.thread_time() - begun
         return out
 
-    def prune(self, prune: Prune) -> None:
-        """What was decided; `needed` may call it in the midst of a forward."""
+    def prefilled(self) -> Tapped | None:
+        """The taps of the prompt's rows that went through last; None without taps."""
+        return None if self._entered is None else Tapped(self.state.context - len(self._entered), self._entered)
+
+    def prune(self, prune: Prune) -> Tapped | None:
+        """What was decided: the taps of what became text, if there are any. `needed` may call it in the midst of a forward, none of
+        whose rows is text yet: its taps are held when it ends."""
+        at, text = self.state.context, self.state.decided(prune)
         gather = self.state.prune(prune)
         if gather and self._due is not None:
             self._due.append(gather)
         elif gather:
             self.cache.gather(gather)
+        if not self._taps:
+            return None
+        rows = self._waiting.settle(text, self.state.row)
+        return Tapped(at, torch.stack(rows)) if rows else None
 
 
 class Head:

@@ -35,6 +35,7 @@ TORCH_NAMES = {
     "U64": "uint64", "I64": "int64", "F64": "float64",
 }  # fmt: skip
 FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
+INTEGERS = frozenset({"I32", "I64"})
 
 
 class TensorInfo(NamedTuple):

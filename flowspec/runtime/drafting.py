@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,13 +27,36 @@ class Local(NamedTuple):
     event: Drafted
 
 
+class Joined:
+    """Features of several layers side by side: each layer's come in the text's order, from the stage that holds it."""
+
+    def __init__(self, layers: Sequence[int]):
+        self._waiting: dict[int, list[Tensor]] = {layer: [] for layer in layers}  # rows that another layer's are not here for
+        self._given = 0
+
+    def add(self, layers: Sequence[int], at: int, rows: Tensor) -> Tensor | None:
+        """Rows [n, layers * hidden] at the text's positions from `at` on; what is complete with them, [m, all layers * hidden], if any."""
+        for layer, part in zip(layers, rows.cpu().chunk(len(layers), -1), strict=True):
+            assert at == self._given + len(self._waiting[layer]), "features out of the text's order"
+            self._waiting[layer] += part
+        complete = min(map(len, self._waiting.values()))
+        if not complete:
+            return None
+        whole = torch.cat([torch.stack(rows[:complete]) for rows in self._waiting.values()], -1)
+        self._given += complete
+        self._waiting = {layer: rows[complete:] for layer, rows in self._waiting.items()}
+        return whole
+
+
 class DraftThread:
     """Does what it is told in order; answers land in the inbox. A forward takes at least `least` seconds."""
 
     def __init__(self, drafter: Drafter, inbox: Inbox, least: float = 0.0):
         self._drafter, self._inbox, self._least = drafter, inbox, least
         self.features = drafter.features
-        """it reads the target's features: those of the prompt come as `prompt_features`, the others with each commit"""
+        """it reads the target's last rows: those of the prompt come by `learn`, the others with each commit"""
+        self.layers = drafter.layers
+        """it reads what enters these layers: all of it comes by `layer_features`"""
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._held: list[Job] = []  # until the prompt's features are here
         self._awaited = 0  # rows of them
@@ -46,17 +69,26 @@ class DraftThread:
         self._log = log
         self._held = []
         self._prompt = prompt = list[Tensor]()
-        self._awaited = request.prompt_length - 1 if self.features else 0
+        self._joined = Joined(self.layers)
+        self._awaited = request.prompt_length - 1 if self.features or self.layers else 0
         self._do(lambda: self._at_least(lambda: self._drafter.begin(request, noise, torch.cat(prompt) if prompt else None)))
 
-    def prompt_features(self, rows: Tensor) -> None:
-        """The next features of the prompt, [n, hidden]."""
-        self._prompt.append(rows)
-        self._awaited -= len(rows)
-        if not self._awaited:
-            for job in self._held:
+    def layer_features(self, layers: Sequence[int], at: int, rows: Tensor) -> None:
+        """What entered these layers at the text's tokens from position `at` on, [n, layers * hidden]."""
+        whole = self._joined.add(layers, at, rows)
+        if whole is not None:
+            self.learn(whole)
+
+    def learn(self, features: Tensor) -> None:
+        """The features [n, width] of the next tokens of the text: first the prompt's."""
+        prompt, rest = features[: self._awaited], features[self._awaited :]
+        if self._awaited:
+            self._prompt.append(prompt)
+            self._awaited -= len(prompt)
+            for job in self._held if not self._awaited else ():
                 self._queue.put(job)
-            self._held = []
+        if len(rest):
+            self._do(lambda: self._drafter.learn(rest))
 
     def draft(self, request: Request, draft: Draft) -> None:
         self._do(lambda: self._propose(request, draft))

@@ -167,7 +167,8 @@ class Driver:
 
     def _begin(self, request: Request, switches: PolicyConfig) -> None:
         self._noise = noise_for(request.sampling, self._vocabulary)
-        self._transport.send_next(wire.start(request, self._log.on, self._reads_features, switches))
+        layers = self._draft.layers if self._draft else ()
+        self._transport.send_next(wire.start(request, self._log.on, self._reads_features, layers, switches))
         prompt = torch.tensor(request.prompt[:-1], dtype=torch.int32)
         for chunk in prompt.split(PREFILL_ROWS) if len(prompt) else ():
             self._transport.send_next(wire.prefill(request.id, chunk))
@@ -241,6 +242,10 @@ class Driver:
         if message.kind == "prompt_features":
             self._prompt_features(message)
             return None
+        if message.kind == "text_features":
+            assert self._draft is not None, "features that nobody asked for"
+            self._draft.layer_features(message.meta["layers"], message.meta["at"], message.tensors[0])
+            return None
         if message.kind in NEWS:
             return NEWS[message.kind](message)
         return self._returned(request, message)
@@ -251,7 +256,7 @@ class Driver:
     def _prompt_features(self, message: Message) -> None:
         assert self._draft is not None, "features that nobody asked for"
         self._log.arrived(message, self._transport.world_size - 1, 0, self._transport.inbox.since, time.monotonic(), None)
-        self._draft.prompt_features(message.tensors[0])
+        self._draft.learn(message.tensors[0])
 
     def _returned(self, request: Request, message: Message) -> Returned:
         if self._reads_features:

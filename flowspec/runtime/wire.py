@@ -18,10 +18,11 @@ from flowspec.trace import Span
 
 
 # ---- round the ring --------------------------------------------------------------------------------
-def start(request: Request, trace: bool, features: bool, switches: PolicyConfig) -> Message:
+def start(request: Request, trace: bool, features: bool, layers: Sequence[int], switches: PolicyConfig) -> Message:
     """A request begins: stages make room for it, and note what they do when it is traced. `features`: rank 0's drafter reads
-    the last stage's rows of the prompt and of all nodes that become text."""
-    about = {"request": request.id, "trace": trace, "features": features, "drop_dead": switches.drop_dead, "abort": switches.abort}
+    the last stage's rows of the prompt and of all nodes that become text; `layers`: it reads what enters these layers there."""
+    about = {"request": request.id, "trace": trace, "features": features, "layers": list(layers)}
+    about |= {"drop_dead": switches.drop_dead, "abort": switches.abort}
     return Message("start", about | {"sampling": dataclasses.asdict(request.sampling)})
 
 
@@ -97,6 +98,11 @@ def prune(request: int, prune: Prune) -> Message:
 
 def read_prune(message: Message) -> Prune:
     return Prune(*(message.meta[name] for name in Prune._fields))
+
+
+def text_features(request: int, layers: Sequence[int], at: int, rows: Tensor) -> Message:
+    """What entered these layers at the text's tokens from position `at` on, [n, layers * hidden], for a drafter that reads it."""
+    return Message("text_features", {"request": request, "layers": list(layers), "at": at}, (rows,))
 
 
 def started(request: int, started: Started) -> Message:

@@ -19,7 +19,7 @@ from flowspec.core.messages import Started
 from flowspec.core.request import Sampling
 from flowspec.core.stage import Accepted
 from flowspec.models.device import on_host
-from flowspec.models.stage import ALWAYS, Head, Needed, Sequence, StageModel
+from flowspec.models.stage import ALWAYS, Head, Needed, Sequence, StageModel, Tapped
 from flowspec.runtime import wire
 from flowspec.runtime.tracing import Log
 from flowspec.sampling import NoiseRows, noise_for, pick
@@ -48,8 +48,10 @@ class _Live:
     sampling: Sampling
     noise: NoiseRows | None
     log: Log
+    layers: list[int]
+    """rank 0's drafter reads what enters these layers of ours at tokens of the text"""
     features: bool
-    """rank 0's drafter reads the features of the prompt and of what becomes text"""
+    """it reads the features of the prompt and of what becomes text"""
     drop_dead: bool
     abort: bool
     """the switches of the policy"""
@@ -77,6 +79,8 @@ class Worker:
     model: StageModel
     head: Head | None = None
     emulate: Emulate = field(default_factory=Emulate)
+    first_layer: int = 0
+    """of the model, as the target counts"""
 
     def __post_init__(self) -> None:
         self._is_first = self.transport.rank == 1
@@ -101,9 +105,10 @@ class Worker:
             sampling = wire.read_sampling(message)
             noise = noise_for(sampling, self.head.vocabulary) if self.head else None
             log = Log(message.meta["trace"], request, self.emulate.hidden_scale)
-            self._live[request] = _Live(
-                request, Sequence(self.model, to_host=True), sampling, noise, log, *(message.meta[name] for name in FLAGS)
-            )
+            layers = [k for k in message.meta["layers"] if 0 <= k - self.first_layer < len(self.model.layers)]
+            sequence = Sequence(self.model, to_host=True, taps=[k - self.first_layer for k in layers])
+            flags = (message.meta[name] for name in FLAGS)
+            self._live[request] = _Live(request, sequence, sampling, noise, log, layers, *flags)
         if not self._is_last:
             self.transport.send_next(message)
 
@@ -118,6 +123,7 @@ class Worker:
         self._pretend(begun, len(rows), ALWAYS)
         self._account(live, len(rows), begun)
         self.transport.send_control(0, wire.prefilled(message.meta["request"]))
+        self._hand_over(message, live, live.sequence.prefilled())
         if not self._is_last:
             self.transport.send_next(wire.prefill(message.meta["request"], out))
         elif live.features:
@@ -209,7 +215,12 @@ class Worker:
     def _on_prune(self, message: Message) -> None:
         live = self._live.get(message.meta["request"])
         if live is not None:
-            live.sequence.prune(wire.read_prune(message))
+            self._hand_over(message, live, live.sequence.prune(wire.read_prune(message)))
+
+    def _hand_over(self, cause: Message, live: _Live, tapped: Tapped | None) -> None:
+        """Rank 0's drafter gets what entered its layers here at tokens that are text now."""
+        if tapped is not None:
+            self.transport.send_control(0, wire.text_features(cause.meta["request"], live.layers, *tapped))
 
     def _on_end(self, message: Message) -> None:
         request = message.meta["request"]

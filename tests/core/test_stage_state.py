@@ -4,7 +4,7 @@ import numpy as np
 
 from flowspec.core.cost import Emulate, LinearCost
 from flowspec.core.messages import Prune
-from flowspec.core.stage import Accepted, Gather, StageState
+from flowspec.core.stage import Accepted, Gather, StageState, Waiting
 
 PARENTS = {0: -1, 1: 0, 2: 1, 3: 0, 4: 1, 5: 2, 6: 3, 7: 4, 8: 2}
 
@@ -100,6 +100,37 @@ def test_tokens_can_be_committed_behind_a_tree():
     state.COMPACT = -1
     assert state.prune(Prune(2, 4, 9)) == Gather(10, [14, 15, 13, 16])
     assert state.context == 13 and state.row == {9: 13}
+
+
+def test_rows_of_the_text_can_be_made_anew():
+    """Whether they lie in place, behind, or nowhere yet; what comes after them keeps its rows."""
+    state = prompted(4)
+    admit(state, 0, 1, 2, 4)  # rows 4 .. 7
+    state.prune(Prune(1, 1, 4))  # 0 and 1 are text
+    again = state.extend(1, at=4)
+    assert again.positions.tolist() == [4] and visible(again) == [[0, 1, 2, 3, 8]]
+    assert state.context == 6 and visible(state.admit([9], [4])) == [[0, 1, 2, 3, 5, 7, 8, 9]]
+    both = state.extend(3, at=4)
+    assert both.positions.tolist() == [4, 5, 6] and visible(both) == [[0, 1, 2, 3, 10], [0, 1, 2, 3, 10, 11], [0, 1, 2, 3, 10, 11, 12]]
+    assert state.context == 7 and state.dead == 4
+    state.COMPACT = -1
+    assert state.prune(Prune(2, 4, 9)) == Gather(4, [10, 11, 12, 7, 9]) and state.dead == 0
+
+
+def test_what_became_text_is_handed_over_once_and_in_order():
+    late, lost = (prompted(1) for _ in range(2))
+    handed = {}
+    for name, state, prunes in (("late", late, [Prune(2, 1, 4), Prune(1, 0, 1)]), ("lost", lost, [Prune(2, 1, 4)])):
+        waiting = Waiting()
+        admit(state, 0, 1, 2, 3, 4)
+        waiting.hold([0, 1, 2, 3, 4], "abcde")
+        handed[name] = []
+        for prune in prunes:
+            text = state.decided(prune)
+            state.prune(prune)
+            handed[name].append(waiting.settle(text, state.row))
+        assert waiting._held == {4: "e"}, "what died is forgotten"
+    assert handed == {"late": [["a", "b"], []], "lost": [["a", "b"]]}
 
 
 def test_nothing_admitted_beside_something():

@@ -15,7 +15,7 @@ from flowspec.core.messages import Commit, Cost, Draft, Drafted, Finish, Idle, P
 from flowspec.core.policy import PolicyConfig, TreeConfig, make_policy
 from flowspec.core.request import Request, Sampling
 from flowspec.core.scheduler import Scheduler
-from flowspec.core.stage import Accepted, StageState
+from flowspec.core.stage import Accepted, StageState, Waiting
 
 VOCABULARY = 40
 LOST = (-1, -1)
@@ -38,17 +38,22 @@ def greedy(request: Request) -> list[int]:
 
 
 class ToyStage:
-    """A stage whose cache rows hold (position, token)."""
+    """A stage whose cache rows hold (position, token), and which hands over the token of each node that became text."""
 
     def __init__(self):
         self.state, self.cache, self.computed = StageState(), [], 0
+        self.waiting, self.handed = Waiting(), []
 
     def prefill(self, tokens):
         admitted = self.state.extend(len(tokens))
+        self.handed += tokens
         self.cache += [(int(p), t) for p, t in zip(admitted.positions, tokens, strict=True)]
 
     def prune(self, prune):
+        at, text = self.state.context, self.state.decided(prune)
         gather = self.state.prune(prune)
+        assert at == len(self.handed), "something of the text was left out, or handed over twice"
+        self.handed += self.waiting.settle(text, self.state.row)
         if gather:
             self.cache[gather.base :] = [self.cache[r] for r in gather.rows]
         needed = {*range(self.state.base), *self.state.tail, *self.state.row.values()}
@@ -59,6 +64,7 @@ class ToyStage:
         admitted = self.state.admit(segment.ids, segment.parents, drop)
         kept = [segment.tokens[k] for k in admitted.kept]
         self.cache += [(int(p), t) for p, t in zip(admitted.positions, kept, strict=True)]
+        self.waiting.hold((segment.ids[k] for k in admitted.kept), kept)
         self.computed += len(kept)
         assert len(self.cache) == self.state.length
         seen = {}
@@ -125,6 +131,8 @@ class World:
             now, _, (kind, *what) = heapq.heappop(self.heap)
             getattr(self, "_on_" + kind)(now, *what)
             self.scheduler.validate()
+        whole = [*self.case.request.prompt, *self.out]
+        assert all(stage.handed == whole[: len(stage.handed)] for stage in self.stages), "what was handed over is not the text"
         return self.out
 
     def _chunks(self):

@@ -5,6 +5,7 @@ import shutil
 import socket
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from flowspec import cli
 
@@ -13,6 +14,7 @@ from flowspec import cli
 def refused(capsys, monkeypatch):
     """`refused(*words)`: the one line that the command prints."""
     monkeypatch.setattr(cli, "launch", lambda *_: pytest.fail("ranks were about to be started"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
     def run(*words: object) -> str:
         capsys.readouterr()
@@ -239,9 +241,29 @@ def eagle(pair, tmp_path):
     return config, tmp_path / "head"
 
 
-def test_a_head_that_fits_is_not_refused(eagle, monkeypatch):
+@pytest.fixture
+def eagle3(deep, tmp_path):
+    """The same with an EAGLE-3 head of the deep pair."""
+    shutil.copytree(deep.head3, tmp_path / "head3")
+    config = tmp_path / "eagle3.yaml"
+    config.write_text(f"stages: {deep.split(2)}\ndrafter: {{kind: eagle3, path: head3}}\n")
+    return config, tmp_path / "head3"
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """`started(*words)`: the command gets as far as to start ranks."""
     monkeypatch.setattr(cli, "launch", lambda *_: 0)
-    assert cli.main(["run", str(eagle[0]), "--prompt", "for"]) == 0
+    return lambda *words: cli.main(["run", *map(str, words), "--prompt", "for"]) == 0
+
+
+def test_a_head_that_fits_is_not_refused(eagle, eagle3, started):
+    assert started(eagle[0]) and started(eagle3[0])
+
+
+def changed(head, **keys) -> None:
+    content = json.loads((head / "config.json").read_text())
+    (head / "config.json").write_text(json.dumps(content | keys))
 
 
 @pytest.mark.parametrize(
@@ -250,16 +272,74 @@ def test_a_head_that_fits_is_not_refused(eagle, monkeypatch):
         ("hidden_size", 64, ["config.json", "hidden_size is 64", "the target's is 48", "trained for this target"]),
         ("vocab_size", 4096, ["config.json", "vocab_size is 4096", "320"]),
         ("num_hidden_layers", 6, ["num_hidden_layers is 6", "drafter.kind: lm"]),
-        ("draft_vocab_size", 100, ["EAGLE-3"]),
+        ("draft_vocab_size", 100, ["EAGLE-3", "set drafter.kind: eagle3"]),
         ("model_type", "gpt2", ["model_type 'gpt2' is not supported"]),
     ],
 )
 def test_a_head_of_another_target_is_refused(eagle, refused, key, value, named):
     config, head = eagle
-    content = json.loads((head / "config.json").read_text())
-    (head / "config.json").write_text(json.dumps(content | {key: value}))
+    changed(head, **{key: value})
     line = refused(config, "--prompt", "for")
     assert [name for name in named if name not in line] == [], line
+
+
+READS = "eagle_aux_hidden_state_layer_ids"
+
+
+@pytest.mark.parametrize(
+    "key,value,named",
+    [
+        ("hidden_size", 64, ["hidden_size is 64", "the target's is 48", "trained for this target"]),
+        ("target_hidden_size", 64, ["target_hidden_size is 64", "the target's is 48"]),
+        ("vocab_size", 4096, ["vocab_size is 4096", "320"]),
+        ("draft_vocab_size", 100, ["lm_head.weight has shape [200, 48]", "for kind eagle3 it must be [100, 48]"]),
+        ("norm_before_residual", True, ["norm_before_residual", "not supported"]),
+        ("fc_norm", True, ["fc_norm", "not supported"]),
+        ("eagle_config", {"use_aux_hidden_state": False}, ["the last layer alone"]),
+        ("eagle_config", {READS: [1, 2, 3]}, [f"{READS} is [1, 2, 3]", "layers [2, 4, 5] of this target"]),
+        (READS, [1, 2, 3], [f"{READS} is [1, 2, 3]"]),
+    ],
+)
+def test_an_eagle3_head_of_another_target_or_kind_is_refused(eagle3, refused, key, value, named):
+    config, head = eagle3
+    changed(head, **{key: value})
+    line = refused(config, "--prompt", "for")
+    assert [name for name in named if name not in line] == [], line
+
+
+@pytest.mark.parametrize("reads", [[2, 4, 5], [1, 3, 4]])
+def test_layers_may_be_counted_by_what_enters_or_by_what_leaves(eagle3, started, reads):
+    config, head = eagle3
+    changed(head, eagle_config={READS: reads, "use_aux_hidden_state": True}, num_hidden_layers=8, draft_vocab_size=200)
+    assert started(config)
+
+
+@pytest.mark.parametrize("name", ["fc.weight", "norm.weight", "lm_head.weight", "d2t"])
+def test_an_eagle3_head_that_lacks_something_is_refused_by_name(eagle3, refused, name):
+    config, head = eagle3
+    tensors = load_file(head / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, head / "model.safetensors")
+    assert f"{head} has no tensor {name}" in refused(config, "--prompt", "for")
+
+
+def test_heads_of_one_kind_given_as_the_other_are_refused(eagle, eagle3, pair, deep, refused):
+    assert "set drafter.kind: eagle3" in refused(eagle3[0], "--prompt", "for", "drafter.kind=eagle")
+    assert "for kind eagle3 it must be [48, 144]" in refused(eagle3[0], "--prompt", "for", f"drafter.path={deep.head}")
+    assert "the target has 6 layers, EAGLE-3 needs 7 or more" in refused(eagle3[0], "--prompt", "for", f"stages={pair.split(2)}")
+
+
+@pytest.mark.parametrize("kind", ["lm", "eagle", "eagle3"])
+def test_a_path_may_be_a_name_on_the_hub(pair, deep, started, refused, monkeypatch, kind):
+    asked = []
+    config, place = {"lm": (pair, "draft"), "eagle": (pair, "head"), "eagle3": (deep, "head3")}[kind]
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: asked.append(name) or str(getattr(config, place)))
+    words = [config.config(2, None, kind), "--prompt", "for"]
+    monkeypatch.setattr(cli, "launch", lambda *_: 0)
+    assert started(words[0], f"drafter.path=somebody/{kind}-of-the-pair") and asked == [f"somebody/{kind}-of-the-pair"]
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: 1 / 0)
+    line = refused(*words, f"drafter.path=somebody/{kind}-that-is-not-there")
+    assert f"drafter.path somebody/{kind}-that-is-not-there: no such folder, and the Hugging Face hub did not give it: division" in line
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
@@ -273,7 +353,7 @@ def test_a_damaged_head_is_refused_by_name(eagle, refused, file, damage):
 def test_what_is_no_head_is_refused_by_name(eagle, refused, pair):
     config, head = eagle
     assert "kind eagle needs the folder of a head" in refused(config, "--prompt", "for", "drafter={kind: eagle}")
-    assert "no folder" in refused(config, "--prompt", "for", "drafter.path=nowhere")
+    assert "drafter.path nowhere: no such folder" in refused(config, "--prompt", "for", "drafter.path=nowhere")
     shutil.copy(pair.draft / "model.safetensors", head)
     assert f"{head} has no tensor fc.weight" in refused(config, "--prompt", "for")
 

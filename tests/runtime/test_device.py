@@ -96,13 +96,15 @@ def test_a_forward_a_gather_and_a_head_touch_nothing_on_the_host(pair, monkeypat
     assert sequence.cache.length == sequence.state.length == 6  # node 1 was taken out
 
 
-def test_an_eagle_head_touches_nothing_on_the_host(pair):
+@pytest.mark.parametrize("kind,name,width", [("eagle", "head", 48), ("eagle3", "head3", 3 * 48)])
+def test_an_eagle_head_touches_nothing_on_the_host(deep, kind, name, width):
     head = Head(torch.zeros(320, 48, device=META))
-    eagle = load_eagle(pair.head, Manifest.load(pair.split(2)), head, torch.float16, "meta")
+    eagle = load_eagle(kind, getattr(deep, name), Manifest.load(deep.split(2)), head, torch.float16, "meta")
+    assert eagle.names is None or eagle.names.device.type == "cpu"  # where candidates are found
     with OneDevice():
-        rows = eagle.rows(torch.tensor([1, 2]), eagle.place(torch.zeros(2, 48)))
+        rows = eagle.rows(torch.tensor([1, 2]), eagle.place(torch.zeros(2, width)))
         assert (rows.device, rows.dtype) == (META, torch.float16)
-        assert Sequence(eagle.layer).prefill(rows).device == META
+        assert eagle.logits(Sequence(eagle.layer).prefill(rows)).device == META
 
 
 class Ring(InprocTransport):
@@ -120,8 +122,8 @@ class Ring(InprocTransport):
 
 
 @pytest.mark.parametrize("rank", [1, 2])
-@pytest.mark.parametrize("features", [True, False])
-def test_no_tensor_reaches_the_transport_before_it_is_on_the_host(pair, monkeypatch, rank, features):
+@pytest.mark.parametrize("features,layers", [(True, ()), (False, ()), (False, (1, 4))])
+def test_no_tensor_reaches_the_transport_before_it_is_on_the_host(pair, monkeypatch, rank, features, layers):
     copied = []
 
     def copy(rows):
@@ -130,16 +132,18 @@ def test_no_tensor_reaches_the_transport_before_it_is_on_the_host(pair, monkeypa
 
     monkeypatch.setattr("flowspec.models.stage.on_host", copy)
     end = Ring(rank)
-    worker = Worker(end, stage(pair, rank))
+    worker = Worker(end, stage(pair, rank), first_layer=3 * (rank - 1))
     request = Request(id=1, prompt=(1, 2, 3), sampling=Sampling(seed=1))
     rows = torch.tensor([1, 2], dtype=torch.int32) if rank == 1 else torch.zeros(2, 48)
-    worker._on_start(wire.start(request, False, features, PolicyConfig()))
+    worker._on_start(wire.start(request, False, features, layers, PolicyConfig()))
     worker._on_prefill(wire.prefill(1, rows))
     segment = wire.segment(1, Segment(1, (0, 1), (-1, 0), (3, 4)))
     worker._on_segment(segment if rank == 1 else wire.rows_of(1, 1, [0, 1], [-1, 0], rows, [3, 4]))
-    assert copied == [META, META]  # one copy a forward
+    worker._on_prune(wire.prune(1, Prune(1, 0, 1)))
+    told = ["text_features"] * bool(layers)
+    assert copied == 2 * [META, *[META] * bool(layers)]  # one copy a forward, and one of what entered the layers
     with_tensors = [message for message in end.sent if message.tensors]
-    kinds = {1: ["prefill", "segment"], 2: [*["prompt_features"] * features, "features"]}
+    kinds = {1: [*told, "prefill", "segment", *told], 2: [*told, *["prompt_features"] * features, "features", *told]}
     assert [message.kind for message in with_tensors] == kinds[rank]
     assert {t.device.type for message in with_tensors for t in message.tensors} == {"cpu"}
 

@@ -1,9 +1,11 @@
 """EAGLE heads: what is loaded computes what was published, an incremental tree what a fresh forward would, and no text changes."""
 
 import dataclasses
+import json
 import random
 import shutil
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,34 +16,55 @@ from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
 from flowspec import Engine, UserError
 from flowspec.comm.base import Inbox
-from flowspec.core.messages import Commit, Draft, DraftNode
+from flowspec.config import load_config
+from flowspec.core.messages import Commit, Draft, DraftNode, Prune
 from flowspec.core.policy import METHODS
 from flowspec.core.request import Request, Sampling
 from flowspec.core.stage import StageState
 from flowspec.draft.eagle import EagleDrafter
 from flowspec.models.eagle import decoder_layer, load_eagle
 from flowspec.models.families import check_config
+from flowspec.models.hub import HUB_ID
 from flowspec.models.manifest import Manifest
-from flowspec.models.stage import Head, Sequence, load_head
+from flowspec.models.split import parser
+from flowspec.models.stage import Head, Sequence, load_head, load_stage
+from flowspec.preflight import check_eagle
 from flowspec.runtime import driver
-from flowspec.runtime.drafting import DraftThread
+from flowspec.runtime.drafting import DraftThread, Joined
 from flowspec.runtime.tracing import Log
 from flowspec.runtime.worker import Worker
 from flowspec.sampling import NoiseRows
+from tests.conftest import KNOWN, eagle3
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 PROMPT = (5, 6, 7, 8)
 HIDDEN = 48
 
 
-def load(folder, pair, **changes):
+def load(folder, pair, kind="eagle", **changes):
     manifest = dataclasses.replace(Manifest.load(pair.split(1)), **changes)
     head = load_head(manifest, 0, torch.float32, "cpu")
-    return load_eagle(folder, manifest, head, torch.float32, "cpu"), head
+    return load_eagle(kind, folder, manifest, head, torch.float32, "cpu")
 
 
 @pytest.fixture(scope="module")
 def eagle(pair):
     return load(pair.head, pair)
+
+
+KINDS = {"eagle": ("pair", "head"), "eagle3": ("deep", "head3")}
+
+
+@pytest.fixture
+def pairs(request):
+    """kind -> (the pair with such a head, the head's folder)"""
+
+    def of(kind):
+        pair, head = KINDS[kind]
+        found = request.getfixturevalue(pair)
+        return found, getattr(found, head)
+
+    return of
 
 
 @pytest.fixture
@@ -87,7 +110,7 @@ def test_a_published_head_computes_what_it_did_where_it_was_trained(pair, head, 
         torch.save(tensors | {"layers.0.self_attn.rotary_emb.steps": torch.arange(6)}, folder / file)
     else:
         save_file(tensors, folder / file)
-    loaded, _ = load(folder, pair)
+    loaded = load(folder, pair)
     tokens, features = [3, 1, 4, 1, 5, 9], torch.randn(6, HIDDEN)
     kind = "qwen2" if variant == "qwen" else "llama"
     want = by_transformers(pair, tensors, kind, tokens, features, norm=variant == "whole")
@@ -124,22 +147,128 @@ def test_names_and_shapes_of_published_heads_fit(name):
     assert {n: p.shape for n, p in layer.named_parameters()} == {n: t.shape for n, t in tensors.items()}
 
 
+def embedded(deep, tensors):
+    return {"embed_tokens.weight": deep.model.model.embed_tokens.weight.detach()} | tensors
+
+
+@pytest.mark.parametrize("variant", ["bare", "own embedding", "all tokens", "narrow"])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_a_published_eagle3_head_computes_what_the_paper_says(deep, tmp_path, file, variant):
+    folder, config = tmp_path / "head", deep.model.config
+    shutil.copytree(deep.head3, folder)
+    tensors, about = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    torch.manual_seed(3)
+    if variant == "own embedding":
+        tensors["embed_tokens.weight"] = torch.randn(320, HIDDEN)
+    if variant == "all tokens":
+        del tensors["d2t"], tensors["t2d"], about["draft_vocab_size"]
+        tensors["lm_head.weight"] = torch.randn(320, HIDDEN)
+    if variant == "narrow":  # like the head of Llama 3.3 70B
+        about |= {"hidden_size": 24, "target_hidden_size": HIDDEN, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12}
+        config = LlamaConfig.from_dict(about)
+        tensors |= {"fc.weight": torch.randn(24, 3 * HIDDEN), "embed_tokens.weight": torch.randn(320, 24), "norm.weight": torch.randn(24)}
+        tensors |= {"lm_head.weight": torch.randn(200, 24)}
+        shapes = {"self_attn.q": (24, 48), "self_attn.k": (12, 48), "self_attn.v": (12, 48), "self_attn.o": (24, 24)}
+        shapes |= {"mlp.gate": (96, 24), "mlp.up": (96, 24), "mlp.down": (24, 96)}
+        tensors |= {f"midlayer.{name}_proj.weight": 0.2 * torch.randn(shape) for name, shape in shapes.items()}
+        tensors |= {f"midlayer.{n}.weight": torch.randn(24) for n in ("input_layernorm", "hidden_norm", "post_attention_layernorm")}
+    (folder / "config.json").write_text(json.dumps(about))
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / file) if file.endswith("bin") else save_file(tensors, folder / file)
+    loaded = load(folder, deep, "eagle3")
+    tokens, states = [3, 1, 4, 1, 5, 9], torch.randn(6, 3 * HIDDEN)
+    fused = states @ tensors["fc.weight"].T
+    torch.testing.assert_close(loaded.place(states), fused)
+    want = eagle3(embedded(deep, tensors), config, tokens, fused)
+    torch.testing.assert_close(predicted(loaded, tokens, fused), want, rtol=1e-4, atol=1e-4)
+    normed = torch.nn.functional.rms_norm(want, want.shape[-1:], tensors["norm.weight"], config.rms_norm_eps)
+    torch.testing.assert_close(loaded.logits(want), normed @ tensors["lm_head.weight"].T, rtol=1e-4, atol=1e-4)
+    if variant == "all tokens":
+        assert loaded.names is None
+    else:
+        assert loaded.names.tolist() == (torch.arange(200) + tensors["d2t"]).tolist()
+
+
+# hidden, intermediate, heads, key/value heads, their width, vocabulary, own vocabulary
+PUBLISHED_3 = {
+    "Llama 3.1 8B": (4096, 14336, 32, 8, 128, 128256, 32000),
+    "Vicuna 13B": (5120, 13824, 40, 40, 128, 32000, 32000),
+    "Qwen 3 8B": (4096, 12288, 32, 8, 128, 151936, 32000),
+}
+
+
+def published3(name):
+    """config.json of such a head, and the shapes of its tensors."""
+    hidden, wide, heads, groups, width, vocabulary, own = PUBLISHED_3[name]
+    config = dict(model_type="llama", hidden_size=hidden, intermediate_size=wide, num_attention_heads=heads, num_key_value_heads=groups)
+    config |= dict(num_hidden_layers=1, vocab_size=vocabulary, draft_vocab_size=own, max_position_embeddings=2048, rms_norm_eps=1e-5)
+    rows = {"q": heads * width, "k": groups * width, "v": groups * width}
+    shapes = {f"midlayer.self_attn.{k}_proj.weight": (n, 2 * hidden) for k, n in rows.items()}
+    shapes |= {"midlayer.self_attn.o_proj.weight": (hidden, heads * width), "midlayer.mlp.down_proj.weight": (hidden, wide)}
+    shapes |= {f"midlayer.mlp.{k}_proj.weight": (wide, hidden) for k in ("gate", "up")}
+    shapes |= {f"midlayer.{k}.weight": (hidden,) for k in ("input_layernorm", "hidden_norm", "post_attention_layernorm")}
+    return config, shapes | {"fc.weight": (hidden, 3 * hidden), "norm.weight": (hidden,), "lm_head.weight": (own, hidden)}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_3)
+def test_names_and_shapes_of_published_eagle3_heads_fit(name):
+    config, shapes = published3(name)
+    check_config(config)
+    tensors = {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}
+    layer = decoder_layer(config, tensors, "meta", name, beside=True)
+    own = {k.replace("midlayer.", "layers.0."): t.shape for k, t in tensors.items() if k.startswith("midlayer.")}
+    assert {n: p.shape for n, p in layer.named_parameters()} == own
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/heads").glob("*.yaml")), ids=lambda path: path.stem)
+def test_configurations_of_published_heads_are_whole(path):
+    config = load_config(path)
+    kind, _, target = path.stem[::-1].partition("_")
+    assert config.drafter.kind == kind[::-1] and HUB_ID.fullmatch(config.drafter.path)
+    [command] = [line for line in path.read_text().splitlines() if "split_models.py" in line]
+    split = parser().parse_args(command.split("split_models.py")[1].split())
+    assert HUB_ID.fullmatch(split.model) and config.stages_path.resolve() == ROOT / split.output
+    assert Path(split.output).name == target[::-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Llama 3.1 8B", "Vicuna 13B"])
+def test_a_head_of_its_true_size_is_read_and_drafts(deep, tmp_path, name):
+    config, shapes = published3(name)
+    tensors = {k: torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02) for k, shape in shapes.items()}
+    tensors["d2t"] = 3 * torch.arange(32000)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "model.safetensors")
+    del tensors
+    sizes = dict(vocab_size=config["vocab_size"], hidden_size=config["hidden_size"], num_layers=32, tied=True)
+    manifest = dataclasses.replace(Manifest.load(deep.split(1)), **sizes)
+    check_eagle("eagle3", tmp_path, manifest)
+    lent = Head(torch.zeros(config["vocab_size"], config["hidden_size"], dtype=torch.bfloat16))
+    try:
+        drafter = EagleDrafter(load_eagle("eagle3", tmp_path, manifest, lent, torch.bfloat16, "cpu"))
+    finally:
+        (tmp_path / "model.safetensors").unlink()
+    drafter.begin(request(), None, torch.randn(3, 3 * config["hidden_size"]))
+    [tokens] = drafter.propose([DraftNode(0, -1, 8)]).tokens
+    assert len(set(tokens.tolist())) == 20 and (name == "Vicuna 13B" or all(token % 4 == 0 for token in tokens))
+
+
 def test_half_precision_is_read_as_what_is_computed_with(pair, head):
     folder, tensors = head
     save_file({name: tensor.half() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    loaded, _ = load(folder, pair)
+    loaded = load(folder, pair)
     assert loaded.place(torch.zeros(1, HIDDEN, dtype=torch.float16)).dtype == torch.float32
     assert predicted(loaded, [1, 2], torch.randn(2, HIDDEN)).dtype == torch.float32
 
 
 def test_a_tied_target_lends_its_lm_head(pair, head):
-    loaded, lm_head = load(head[0], pair, tied=True)
+    loaded = load(head[0], pair, tied=True)
     rows = loaded.rows(torch.tensor([7]), torch.zeros(1, HIDDEN))
-    torch.testing.assert_close(rows[0], head[1]["fc.weight"][:, :HIDDEN] @ lm_head.weight[7])
+    torch.testing.assert_close(rows[0], head[1]["fc.weight"][:, :HIDDEN] @ loaded.lm_head.weight[7])
 
 
 def test_a_token_of_the_targets_padding_is_read_as_the_last_one(eagle):
-    rows = eagle[0].rows(torch.tensor([319, 999]), torch.zeros(2, HIDDEN))
+    rows = eagle.rows(torch.tensor([319, 999]), torch.zeros(2, HIDDEN))
     torch.testing.assert_close(rows[0], rows[1])
 
 
@@ -161,6 +290,32 @@ def test_a_head_that_does_not_fit_is_refused_when_it_is_read(pair, head, change,
         load(folder, pair)
 
 
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda t: t.pop("d2t"), "has no tensor d2t: it is no head of kind eagle3"),
+        (lambda t: t.update({"d2t": torch.full((200,), 200)}), "d2t names token 320, the target's vocabulary has 320"),
+        (lambda t: t.update({"d2t": torch.zeros(9, dtype=torch.long)}), r"d2t has shape \(9,\), a head of kind eagle3 .* has \(200,\)"),
+        (lambda t: t.update({"fc.weight": torch.zeros(HIDDEN, 2 * HIDDEN)}), "fc.weight has shape"),
+        (lambda t: t.pop("midlayer.hidden_norm.weight"), "1 tensors are missing, such as layers.0.hidden_norm.weight"),
+        (lambda t: t.update({"midlayer.self_attn.q_proj.weight": torch.zeros(HIDDEN, HIDDEN)}), "q_proj.weight has shape"),
+    ],
+)
+def test_an_eagle3_head_that_does_not_fit_is_refused_when_it_is_read(deep, tmp_path, change, message):
+    shutil.copy(deep.head3 / "config.json", tmp_path)
+    tensors = load_file(deep.head3 / "model.safetensors")
+    change(tensors)
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, deep, "eagle3")
+
+
+@pytest.mark.parametrize("kind,given", [("eagle", "eagle3"), ("eagle3", "eagle")])
+def test_a_head_of_the_other_kind_is_refused_when_it_is_read(pairs, kind, given):
+    with pytest.raises(UserError, match=rf"fc.weight has shape .*, a head of kind {given} "):
+        load(*pairs(kind)[::-1], given)
+
+
 def test_a_damaged_file_is_refused_when_it_is_read(pair, head):
     folder, _ = head
     (folder / "model.safetensors").unlink()
@@ -174,7 +329,7 @@ def test_without_an_embedding_anywhere_it_says_what_to_copy(pair, head, tmp_path
     shutil.copytree(manifest.root / "rank_00", tmp_path / "rank_00")
     alone = dataclasses.replace(manifest, root=tmp_path)
     with pytest.raises(UserError, match=r"has no embed_tokens.weight, so the target's is needed: copy .*rank_01"):
-        load_eagle(head[0], alone, Head(torch.zeros(320, HIDDEN)), torch.float32, "cpu")
+        load_eagle("eagle", head[0], alone, Head(torch.zeros(320, HIDDEN)), torch.float32, "cpu")
 
 
 # ---- drafting --------------------------------------------------------------------------------------
@@ -183,62 +338,114 @@ def request(prompt=PROMPT, **sampling):
 
 
 class Oracle:
-    """What the drafter should know: which feature each row was made of, recomputed from scratch each time."""
+    """What the drafter should know: which feature each row was made of, everything recomputed from scratch each time."""
 
     def __init__(self, eagle, prompt, features):
-        self.eagle, self.head = eagle
-        self.text = list(zip(prompt[1:-1], features[:-1], strict=True))  # committed tokens, each with the target's feature before it
-        self.anchor = features[-1]
-        self.given, self.made = {}, {}  # node -> the feature that its row was made of, the feature predicted there
+        self.eagle = eagle
+        self.truth = list(eagle.place(features))  # of the target: before each row of the text, then before the root
+        self.text = [(None, token) for token in prompt[1:-1]]
+        self.given = self.truth[: len(self.text)]  # what the text's rows were made of; None: no row yet
+        self.sure = len(self.text)
+        self.anchor, self.tree, self.made = -1, {}, {}  # node -> the feature its row was made of; the one predicted there
 
-    def logq(self, path):
-        """After a path [(id, token), ...] from the root on; the drafter is asked for its last node now."""
-        (*_, (parent, _), (id, _)) = [(None, None), *path]
-        self.given[id] = self.anchor if parent is None else self.made[parent]
-        tokens, before = zip(*self.text, *((token, self.given[node]) for node, token in path), strict=True)
-        self.made[id] = predicted(self.eagle, tokens, torch.stack(before))[-1]
-        return torch.log_softmax(self.head(self.made[id][None])[0], -1)
+    def commit(self, path):
+        self.text += path
+        self.given += [self.tree.pop(id, None) for id, _ in path]
+        self.tree, self.anchor = {}, path[-1][0]
 
-    def commit(self, tokens, features):
-        self.text += list(zip(tokens, [self.anchor, *features[:-1]], strict=True))
-        self.anchor = features[-1]
+    def learn(self, features):
+        self.truth += self.eagle.place(features)
+
+    def propose(self, paths):
+        """Logits [vocabulary] after each of these paths [(id, token), ...] from the root on; the drafter is asked for their last nodes."""
+        while None in self.given[self._rows_due() :] or self._before_root() is None:
+            self._make() or self._guess(self.given.index(None))
+        before = [self._before_root() if len(path) == 1 else self.made[path[-2][0]] for path in paths]
+        self._make()
+        self.tree.update((path[-1][0], feature) for path, feature in zip(paths, before, strict=True))
+        for path in paths:
+            self.made[path[-1][0]] = self._predicted([*self.text, *path], [*self.given, *(self.tree[id] for id, _ in path)])
+        return [self.eagle.logits(self.made[path[-1][0]][None])[0] for path in paths]
+
+    def _rows_due(self):
+        return min(len(self.text), len(self.truth))
+
+    def _before_root(self):
+        return self.truth[-1] if len(self.truth) > len(self.text) else self.made.get(self.anchor)
+
+    def _make(self):
+        """Rows of the text anew of what the target said meanwhile."""
+        due = range(self.sure, self._rows_due())
+        self.given[due.start : due.stop] = self.truth[due.start : due.stop]
+        self.sure = due.stop
+        for row in due:
+            self._note(row)
+        return len(due)
+
+    def _guess(self, row):
+        self.given[row] = self.made[self.text[row - 1][0]]
+        self._note(row)
+
+    def _note(self, row):
+        self.made[self.text[row][0]] = self._predicted(self.text[: row + 1], self.given[: row + 1])
+
+    def _predicted(self, path, given):
+        return predicted(self.eagle, [token for _, token in path], torch.stack(given))[-1]
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("prompt,compact", [(PROMPT, 64), ((9, 4), -1)])
-def test_an_incremental_tree_proposes_what_a_fresh_forward_with_the_same_features_would(eagle, monkeypatch, seed, prompt, compact):
-    """Random growth and commits: deep hits, misses, several commits without a draft in between; dead rows left or gathered at once."""
+def test_an_incremental_tree_proposes_what_a_fresh_forward_with_the_same_features_would(
+    pairs, monkeypatch, kind, seed, prompt, compact, late
+):
+    """Random growth, nodes asked again, and commits: deep hits, misses, several without a draft in between; features with the commits or
+    any time after; dead rows left or gathered at once."""
     monkeypatch.setattr(StageState, "COMPACT", compact)
-    r, drafter = random.Random(seed), EagleDrafter(*eagle)
+    eagle, r = load(*pairs(kind)[::-1], kind), random.Random(seed)
+    drafter = EagleDrafter(eagle)
     torch.manual_seed(seed)
-    features = torch.randn(len(prompt) - 1, HIDDEN)
+    width = HIDDEN * (len(eagle.layers) or 1)
+    names = list(range(320)) if eagle.names is None else eagle.names.tolist()
+    features, coming = torch.randn(len(prompt) - 1, width), []
     drafter.begin(request(prompt), None, features)
     oracle = Oracle(eagle, prompt, features)
     anchor, next_id = -1, 1
     paths, asked = {0: [(0, prompt[-1])]}, set()  # node -> (id, token) of the nodes from the root to it
-    for _ in range(25):
-        if r.random() < 0.6:
-            waiting = [i for i in paths if i not in asked]
-            batch = r.sample(waiting, min(len(waiting), r.randint(1, 4)))
+    for _ in range(30):
+        if late and r.random() < 0.4:
+            n = r.randint(0, len(coming))
+            for told in (drafter, oracle) if n else ():
+                told.learn(torch.stack(coming[:n]))
+            del coming[:n]
+        elif r.random() < 0.6:
+            ready = [i for i in paths if len(paths[i]) == 1 or paths[i][-2][0] in asked]
+            batch = sorted(r.sample(ready, min(len(ready), r.randint(1, 4))))
             answer = drafter.propose([DraftNode(i, ([(anchor, 0)] + paths[i])[-2][0], paths[i][-1][1]) for i in batch])
-            for i in batch:
-                proposal, want = answer.proposal(i), oracle.logq(paths[i])
-                np.testing.assert_allclose(proposal.z[:, 0], want[proposal.tokens].double().numpy(), atol=2e-4)
-                assert proposal.tokens[0] == int(want.argmax())
-                asked.add(i)
-                for token in proposal.tokens[: r.randint(1, 3)].tolist():
+            assert answer.nodes == tuple(batch)
+            for i, logits in zip(batch, oracle.propose([paths[i] for i in batch]), strict=True):
+                proposal, want = answer.proposal(i), torch.log_softmax(logits, -1)
+                own = [names.index(token) for token in proposal.tokens]
+                np.testing.assert_allclose(proposal.z[:, 0], want[own].double().numpy(), atol=2e-4)
+                assert proposal.tokens[0] == names[int(want.argmax())]
+                for token in proposal.tokens[: r.randint(1, 3)].tolist() if i not in asked else ():
                     paths[next_id] = [*paths[i], (next_id, token)]
                     next_id += 1
+                asked.add(i)
         else:
             *path, last = paths[r.choice(list(paths))]
             hit = bool(path) and r.random() < 0.6
             path = path if hit else [*path, last]
             root = last if hit else (next_id, r.randrange(300))
             next_id += not hit
-            known = torch.randn(len(path), HIDDEN)
+            known = torch.randn(len(path), width)
             tokens = [token for _, token in [*path[1:], root]]
-            drafter.commit(Commit(tuple(i for i, _ in path), tuple(tokens), (False,) * len(path), root[0]), known)
-            oracle.commit([token for _, token in path], known)
+            drafter.commit(Commit(tuple(i for i, _ in path), tuple(tokens), (False,) * len(path), root[0]), None if late else known)
+            oracle.commit(path)
+            coming += known if late else ()
+            if not late:
+                oracle.learn(known)
             anchor = path[-1][0]
             kept = {i: p[len(path) :] for i, p in paths.items() if root in p}
             paths = kept or {root[0]: [root]}
@@ -249,7 +456,7 @@ def test_rows_of_text_are_made_of_the_targets_features_once_they_are_known(eagle
     """After a commit, drafting from a new root is the same as reading the whole text as a prompt, in chunks."""
     monkeypatch.setattr("flowspec.draft.eagle.PREFILL_ROWS", 2)
     features = torch.randn(6, HIDDEN)
-    grown, fresh = EagleDrafter(*eagle), EagleDrafter(*eagle)
+    grown, fresh = EagleDrafter(eagle), EagleDrafter(eagle)
     grown.begin(request(), None, features[:3])
     for nodes in ([DraftNode(0, -1, 8)], [DraftNode(1, 0, 20)], [DraftNode(2, 1, 21)]):
         grown.propose(nodes)
@@ -263,7 +470,7 @@ def test_rows_of_text_are_made_of_the_targets_features_once_they_are_known(eagle
 def test_a_node_that_is_asked_again_is_drafted_from_anew(eagle):
     """After a hit the new root's row is made of a guess; asked again, it and what is asked below it are as if read afresh."""
     features = torch.randn(4, HIDDEN)
-    grown, fresh = EagleDrafter(*eagle), EagleDrafter(*eagle)
+    grown, fresh = EagleDrafter(eagle), EagleDrafter(eagle)
     grown.begin(request(), None, features[:3])
     for nodes in ([DraftNode(0, -1, 8)], [DraftNode(1, 0, 20)], [DraftNode(2, 1, 21), DraftNode(3, 1, 22)]):
         stale = grown.propose(nodes)
@@ -275,6 +482,18 @@ def test_a_node_that_is_asked_again_is_drafted_from_anew(eagle):
     assert abs(stale.z[0] - a.z[0]).max() > 1e-4
 
 
+def test_candidates_of_a_head_with_a_vocabulary_of_its_own_are_the_targets_tokens(deep, monkeypatch):
+    monkeypatch.setattr("flowspec.draft.base.KEPT", 320)
+    noise, drafter = NoiseRows(3, 320), EagleDrafter(load(deep.head3, deep, "eagle3"))
+    features, said = torch.randn(3, 3 * HIDDEN), []
+    for coupled in (noise, None):
+        drafter.begin(request(temperature=0.7, seed=3), coupled, features)
+        found = drafter.propose([DraftNode(0, -1, 8)]).proposal(0)
+        assert sorted(found.tokens.tolist()) == drafter._eagle.names.tolist() and (np.diff(found.z[:, 0]) <= 0).all()
+        said.append(found.z[found.tokens.argsort(), 0])
+    np.testing.assert_allclose(said[0] - said[1], noise(len(PROMPT))[drafter._eagle.names].numpy(), atol=1e-5)
+
+
 @pytest.mark.parametrize("prompt", [PROMPT, (9, 4), (9,)])
 def test_candidates_are_ranked_with_the_noise_of_their_own_position(eagle, monkeypatch, prompt):
     monkeypatch.setattr("flowspec.draft.base.KEPT", 320)
@@ -283,7 +502,7 @@ def test_candidates_are_ranked_with_the_noise_of_their_own_position(eagle, monke
     known = torch.randn(1, HIDDEN)
     said = []
     for coupled in (noise, None):
-        drafter = EagleDrafter(*eagle)
+        drafter = EagleDrafter(eagle)
         drafter.begin(request(prompt, temperature=1.0, seed=3), coupled, features)
         answers = [drafter.propose([DraftNode(0, -1, prompt[-1])])]
         drafter.commit(Commit((0,), (11,), (False,), 5), known)
@@ -295,7 +514,7 @@ def test_candidates_are_ranked_with_the_noise_of_their_own_position(eagle, monke
 
 
 def test_a_node_whose_branch_died_gets_no_proposal(eagle):
-    drafter = EagleDrafter(*eagle)
+    drafter = EagleDrafter(eagle)
     drafter.begin(request(), None, torch.randn(3, HIDDEN))
     drafter.propose([DraftNode(0, -1, 8)])
     drafter.commit(Commit((0,), (9,), (False,), 5), torch.randn(1, HIDDEN))
@@ -306,8 +525,8 @@ def test_a_node_whose_branch_died_gets_no_proposal(eagle):
 class Noting:
     """A drafter that notes what it is told."""
 
-    def __init__(self, features):
-        self.features, self.heard = features, []
+    def __init__(self, features, layers=()):
+        self.features, self.layers, self.heard = features, layers, []
 
     def begin(self, request, noise, features=None):
         self.heard.append(("begin", None if features is None else len(features)))
@@ -318,6 +537,23 @@ class Noting:
     def commit(self, commit, features=None):
         self.heard.append(("commit", None if features is None else len(features)))
 
+    def learn(self, features):
+        self.heard.append(("learn", len(features)))
+
+
+def test_features_of_layers_go_to_the_prompt_first_and_then_to_what_was_committed():
+    drafter = Noting(False, layers=(0,))
+    thread = DraftThread(drafter, Inbox())
+    thread.begin(request(), None, Log(False, 1))
+    thread.draft(request(), Draft((DraftNode(0, -1, 8),)))
+    thread.commit(SimpleNamespace(), None)
+    thread.layer_features([0], 0, torch.zeros(2, HIDDEN))
+    assert drafter.heard == []
+    thread.layer_features([0], 2, torch.zeros(3, HIDDEN))
+    thread._queue.put(None)
+    thread._thread.join()
+    assert drafter.heard == [("begin", 3), ("propose", 0), ("commit", None), ("learn", 2)]
+
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_drafting_waits_for_the_prompts_features_if_it_reads_them(wanted):
@@ -327,14 +563,14 @@ def test_drafting_waits_for_the_prompts_features_if_it_reads_them(wanted):
     thread.begin(request(), None, Log(False, 1))  # is cancelled before all of them are here
     if wanted:
         thread.draft(request(), Draft(nodes))
-        thread.prompt_features(torch.zeros(2, HIDDEN))
+        thread.learn(torch.zeros(2, HIDDEN))
         thread.begin(request(), None, Log(False, 1))
     thread.draft(request(), Draft(nodes))
     thread.commit(SimpleNamespace(), rows if wanted else None)
     if wanted:
-        thread.prompt_features(torch.zeros(2, HIDDEN))
+        thread.learn(torch.zeros(2, HIDDEN))
         assert drafter.heard == []
-        thread.prompt_features(rows)
+        thread.learn(rows)
     thread._queue.put(None)
     thread._thread.join()
     assert drafter.heard == [("begin", 3 if wanted else None), ("propose", 0), ("commit", 1 if wanted else None)]
@@ -348,14 +584,21 @@ def text(engine, prompt, **settings):
     return [t.id for t in engine.generate(prompt, **settings)]
 
 
-@pytest.mark.parametrize(
-    "stages,verify_on", [(1, "last"), *(pytest.param(3, where, marks=pytest.mark.slow) for where in ("coordinator", "last"))]
-)
-def test_every_method_writes_the_targets_text(pair, stages, verify_on):
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+WORLDS = [("eagle", 1, "last"), slow("eagle", 3, "last"), slow("eagle", 3, "coordinator")]
+WORLDS += [("eagle3", 2, "last"), *(slow("eagle3", n, on) for n, on in ((1, "last"), (2, "coordinator"), (3, "last"), (3, "coordinator")))]
+
+
+@pytest.mark.parametrize("kind,stages,verify_on", WORLDS)
+def test_every_method_writes_the_targets_text(pairs, kind, stages, verify_on):
     words = [f"verify_on={verify_on}", "emulate={stage_ms: 10, draft_ms: 1}"]
-    with Engine.from_config(pair.config(stages, None, "eagle"), words) as engine:
+    pair, _ = pairs(kind)
+    with Engine.from_config(pair.config(stages, None, kind), words) as engine:
         accepted = dict.fromkeys(METHODS, 0)
-        for prompt in ([5], [7, 8], list(range(40, 75))):
+        for prompt in KNOWN:
             want = pair.greedy(prompt, 16)
             for method in METHODS:
                 assert text(engine, prompt, method=method, max_new_tokens=16) == want
@@ -399,6 +642,72 @@ def test_the_features_at_commits_are_the_targets_own(pair, monkeypatch, verify_o
             with torch.no_grad():
                 want = pair.model.model(torch.tensor([prompt + ids[:-1]])).last_hidden_state[0]
             torch.testing.assert_close(torch.cat(got), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stages,layers", [(1, None), (2, None), (3, "2,2,4"), slow(3, None), slow(4, "3,1,1,3")])
+def test_what_an_eagle3_head_learns_is_what_enters_the_targets_layers(deep, monkeypatch, stages, layers):
+    """Each layer's features come from the stage that holds it, whenever they like; side by side they are the text's, in its order."""
+    got = []
+
+    def learnt(self, features, told=EagleDrafter.learn):
+        got.append(features)
+        told(self, features)
+
+    def began(self, request, noise, features=None, told=EagleDrafter.begin):
+        got[:] = [features]
+        told(self, request, noise, features)
+
+    monkeypatch.setattr(EagleDrafter, "learn", learnt)
+    monkeypatch.setattr(EagleDrafter, "begin", began)
+    monkeypatch.setattr(driver, "PREFILL_ROWS", 4)
+    prompt = list(range(40, 75))
+    with Engine.from_config(deep.config(stages, layers, "eagle3"), ["emulate.stage_ms=2"]) as engine:
+        for method in METHODS:
+            ids = text(engine, prompt, method=method, max_new_tokens=16)
+            if method == "ar":
+                assert got == []
+                continue
+            wait_for_the_drafter(engine)
+            with torch.no_grad():
+                states = deep.model.model(torch.tensor([prompt + ids[:-1]]), output_hidden_states=True).hidden_states
+            want, told = torch.cat([states[k][0] for k in (2, 4, 5)], -1), torch.cat(got)
+            assert len(prompt) + 4 < len(told) <= len(want)  # the last ones come after the end
+            torch.testing.assert_close(told, want[: len(told)], rtol=1e-4, atol=1e-4)
+
+
+def test_a_prune_in_the_midst_of_a_forward_hands_over_what_was_there_before_it(deep, monkeypatch):
+    """Nothing of the forward under way is text yet; its rows are handed over by the next prune. Dead and abandoned rows never are."""
+    monkeypatch.setattr(StageState, "COMPACT", -1)
+    sequence = Sequence(load_stage(Manifest.load(deep.split(1)), 1, torch.float32, "cpu"), taps=[2, 4, 5])
+    sequence.prefill(torch.tensor([5, 6, 7]))
+    told = [sequence.prefilled()]
+    sequence.verify([0, 1, 2], [-1, 0, 0], torch.tensor([8, 9, 10]))
+
+    def needed():
+        if len(told) == 1:
+            told.append(sequence.prune(Prune(1, 0, 1)))
+        return True
+
+    sequence.verify([3, 4], [1, 2], torch.tensor([11, 12]), drop=False, needed=needed)
+    assert sequence.verify([5], [1], torch.tensor([13]), needed=lambda: False)[2] is None
+    told.append(sequence.prune(Prune(2, 3, 6)))
+    assert sequence.prune(Prune(2, 3, 6)) is None
+    with torch.no_grad():
+        states = deep.model.model(torch.tensor([[5, 6, 7, 8, 9, 11]]), output_hidden_states=True).hidden_states
+    assert [tapped.at for tapped in told] == [0, 3, 4]
+    want = torch.cat([states[k][0] for k in (2, 4, 5)], -1)
+    torch.testing.assert_close(torch.cat([tapped.rows for tapped in told]), want, rtol=1e-4, atol=1e-4)
+
+
+def test_features_of_several_layers_are_put_side_by_side_in_the_texts_order():
+    joined, whole = Joined((2, 4, 5)), torch.randn(9, 12)
+    of = dict(zip((2, 4, 5), whole.chunk(3, -1), strict=True))
+    assert joined.add([4, 5], 0, whole[:3, 4:]) is None
+    torch.testing.assert_close(joined.add([2], 0, of[2][:2]), whole[:2])
+    torch.testing.assert_close(joined.add([2], 2, of[2][2:9]), whole[2:3])
+    torch.testing.assert_close(joined.add([4, 5], 3, whole[3:, 4:]), whole[3:])
+    with pytest.raises(AssertionError, match="order"):
+        joined.add([2], 10, of[2][:1])
 
 
 @pytest.mark.parametrize("features", [True, False])

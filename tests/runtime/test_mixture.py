@@ -13,6 +13,7 @@ from flowspec.core.policy import METHODS
 from flowspec.core.request import Request, Sampling
 from flowspec.core.score import Scorer
 from flowspec.core.tree import TokenTree
+from flowspec.draft.base import Drafter
 from flowspec.draft.mixture import MixtureDrafter, united
 from flowspec.preflight import check_run
 
@@ -51,9 +52,9 @@ def test_a_drafter_that_cannot_go_on_from_a_node_says_nothing_of_it():
     assert nobody.nodes == () and nobody.tokens.size == 0
 
 
-class Noting:
-    def __init__(self, features):
-        self.features, self.heard = features, []
+class Noting(Drafter):
+    def __init__(self, features=False, layers=()):
+        self.features, self.layers, self.heard = features, layers, []
 
     def begin(self, request, noise, features=None):
         self.heard.append((noise, features))
@@ -62,6 +63,9 @@ class Noting:
         return answer(**{f"n{n.id}": {5: -1.0} for n in nodes})
 
     def commit(self, commit, features=None):
+        self.heard.append(features)
+
+    def learn(self, features):
         self.heard.append(features)
 
 
@@ -75,6 +79,18 @@ def test_only_members_that_read_features_get_them():
     assert others.heard == [("noise", None), None]
     assert reads.heard[0] == ("noise", rows) and reads.heard[1] is rows
     assert drafter.propose([DraftNode(0, -1, 3)]).z.tolist() == [[[-1.0, -1.0]]]
+
+
+def test_features_that_arrive_late_go_to_members_that_read_layers():
+    reads, others = Noting(layers=(2, 4, 5)), Noting()
+    drafter = MixtureDrafter([others, reads])
+    assert not drafter.features and drafter.layers == (2, 4, 5)
+    rows, more = torch.zeros(2, 12), torch.zeros(1, 12)
+    drafter.begin(Request(id=1, prompt=(1, 2, 3), sampling=Sampling()), None, rows)
+    drafter.commit(Commit((0,), (5,), (False,), 1))
+    drafter.learn(more)
+    assert others.heard == [(None, None), None]
+    assert reads.heard[0][1] is rows and reads.heard[1] is None and reads.heard[2] is more
 
 
 # ---- how it is scored ------------------------------------------------------------------------------
@@ -120,14 +136,16 @@ def test_a_drafter_that_said_nothing_is_not_judged():
 
 
 # ---- in a run --------------------------------------------------------------------------------------
-def mixture(pair, *more):
-    members = [f"{{kind: eagle, path: {pair.head}}}", f"{{kind: lm, path: {pair.draft}}}", "{kind: ngram}", *more]
+def mixture(pair, *more, head="eagle"):
+    folder = pair.head if head == "eagle" else pair.head3
+    members = [f"{{kind: {head}, path: {folder}}}", f"{{kind: lm, path: {pair.draft}}}", "{kind: ngram}", *more]
     return f"drafter=[{', '.join(members)}]"
 
 
-@pytest.mark.parametrize("verify_on", ["coordinator", "last"])
-def test_every_method_writes_the_targets_text(pair, verify_on):
-    words = [mixture(pair), f"verify_on={verify_on}", "emulate={stage_ms: 5, draft_ms: 1}"]
+@pytest.mark.parametrize("head,verify_on", [("eagle", "coordinator"), ("eagle", "last"), ("eagle3", "last")])
+def test_every_method_writes_the_targets_text(request, head, verify_on):
+    pair = request.getfixturevalue("pair" if head == "eagle" else "deep")
+    words = [mixture(pair, head=head), f"verify_on={verify_on}", "emulate={stage_ms: 5, draft_ms: 1}"]
     with Engine.from_config(pair.config(2), words) as engine:
 
         def text(method, **settings):
@@ -157,7 +175,8 @@ def test_a_list_of_one_is_that_drafter(pair):
         ("[{knid: ngram}]", "unknown key drafter.0.knid: did you mean drafter.0.kind?"),
         ("[ngram]", "drafter.0 must be a mapping"),
         ("[]", "drafter is an empty list"),
-        ("[{kind: ngram}, {kind: eagle, path: nowhere}]", "drafter.1.path: no folder"),
+        ("[{kind: eagle, path: x}, {kind: ngram}, {kind: eagle3, path: y}]", "drafter lists an eagle and an eagle3 head"),
+        ("[{kind: ngram}, {kind: eagle, path: nowhere}]", "drafter.1.path nowhere: no such folder"),
     ],
 )
 def test_what_is_wrong_with_a_member_is_said_by_its_key(pair, words, said):

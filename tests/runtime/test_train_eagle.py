@@ -49,7 +49,7 @@ def test_the_head_predicts_as_it_did_in_training(pair, train):
     features = target.features(ids)
     with torch.no_grad():
         want = training.eagle(target.embedding(ids[:, 1:]), features[:, :-1])[0]
-    head = load_eagle(out, Manifest.load(pair.split(1)), Head(torch.zeros(320, 48)), torch.float32, "cpu")
+    head = load_eagle("eagle", out, Manifest.load(pair.split(1)), Head(torch.zeros(320, 48)), torch.float32, "cpu")
     got = Sequence(head.layer).prefill(head.rows(ids[0, 1:], features[0, :-1]))
     torch.testing.assert_close(got, want, rtol=0.01, atol=0.01)  # the file is in half precision
 
