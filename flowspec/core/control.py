@@ -32,11 +32,11 @@ class Controller:
 
     @property
     def rows(self) -> int:
-        """A segment should not take half as long again as an empty one: what is left out leaves in the next slot. Where there is
+        """The rows of a segment should not add more than half a forward, links included: what is left out leaves in the next slot. Where there is
         no other slot (one stage), theta alone decides."""
         if self._fixed_rows:
             return self._fixed_rows
-        return int(min(96, max(1, 0.5 * self._pipe.base / max(self._pipe.slope, 1e-9)))) if self._stages > 1 else 96
+        return int(min(96, max(1, 0.5 * self._pipe.base / max(self._pipe.slope + self._pipe.row, 1e-9)))) if self._stages > 1 else 96
 
     @property
     def credits(self) -> int:
@@ -82,7 +82,8 @@ class Controller:
             f"stages (ms of a forward over n rows): {stages}",
             f"links: {1000 * pipe.known_hop:.2f} ms a hop, {1000 * pipe.row:.3f} ms a row; a draft takes {1000 * pipe.draft:.1f} ms",
             f"a row must be needed with P >= {self.theta:.3f} (what it adds to the slowest stage and link, by what a forward costs)",
-            f"at most {self.rows} rows a segment" + (" (tree.segment)" if self._fixed_rows else " (half a forward's worth)"),
+            f"at most {self.rows} rows a segment"
+            + (" (tree.segment)" if self._fixed_rows else " (half a forward's worth, on the slowest stage and link)"),
             f"{self.credits} segments in flight (the slowest stage's forwards in one round of the ring)",
         ]
         measured = "not measured (too short)" if self.rate is None else f"{self.rate:.2f} tok/s in the last {self.WINDOW} tokens"

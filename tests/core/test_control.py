@@ -23,8 +23,9 @@ def test_the_marginal_rule_takes_the_dearest_row_of_stages_and_links():
     assert ring((1.0, 0.0)).theta == 0.002
 
 
-def test_a_segment_is_at_most_half_as_long_again_as_an_empty_one():
+def test_the_rows_of_a_segment_add_at_most_half_a_forward():
     assert ring((0.05, 0.0005), (0.05, 0.001)).rows == 25
+    assert ring((0.05, 0.0005), (0.05, 0.0005), row=0.0005).rows == 25
     assert ring((0.05, 0.0), (0.05, 0.0)).rows == 96
     assert ring((0.05, 0.2), (0.05, 0.2)).rows == 1
     assert ring((0.05, 0.2)).rows == 96, "one stage: there is no other slot"
