@@ -32,8 +32,8 @@ class Controller:
 
     @property
     def rows(self) -> int:
-        """The rows of a segment should not add more than half a forward, links included: what is left out leaves in the next slot. Where there is
-        no other slot (one stage), theta alone decides."""
+        """The rows of a segment should not add more than half a forward, links included: what is left out leaves in the next slot.
+        Where there is no other slot (one stage), theta alone decides."""
         if self._fixed_rows:
             return self._fixed_rows
         return int(min(96, max(1, 0.5 * self._pipe.base / max(self._pipe.slope + self._pipe.row, 1e-9)))) if self._stages > 1 else 96
