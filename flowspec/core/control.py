@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from flowspec.core.pipe import Pipe
 
 
 class Controller:
     """Rows of a segment, the least probability of a row, segments in flight, and whether to speculate at all."""
 
-    WINDOW = 32
+    WINDOW = 16
     """tokens over which a rate is measured"""
     PAUSE = 16
     """tokens of the first attempt without speculation; each attempt that was right doubles the next"""
@@ -33,10 +35,12 @@ class Controller:
     @property
     def rows(self) -> int:
         """The rows of a segment should not add more than half a forward, links included: what is left out leaves in the next slot.
-        Where there is no other slot (one stage), theta alone decides."""
+        Where there is no other slot (one stage), theta alone decides. What a row costs is a guess at first, so the first
+        segments are short: two rows, and twice as many each time that the first stage has told its cost."""
         if self._fixed_rows:
             return self._fixed_rows
-        return int(min(96, max(1, 0.5 * self._pipe.base / max(self._pipe.slope + self._pipe.row, 1e-9)))) if self._stages > 1 else 96
+        most = 0.5 * self._pipe.base / max(self._pipe.slope + self._pipe.row, 1e-9) if self._stages > 1 else math.inf
+        return int(min(96, max(1, most), 2.0 ** (1 + self._pipe.news)))
 
     @property
     def credits(self) -> int:

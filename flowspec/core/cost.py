@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from flowspec.core.messages import Cost
 from flowspec.core.request import need
 
@@ -20,50 +22,63 @@ class Line:
     FORGET = 0.95
 
     def __init__(self) -> None:
-        self._n = self._t = self._nn = self._nt = self._w = 0.0
-
-    def _add(self, rows: float, seconds: float, weight: float) -> None:
-        self._w += weight
-        self._n += weight * rows
-        self._t += weight * seconds
-        self._nn += weight * rows * rows
-        self._nt += weight * rows * seconds
+        self._sums = np.zeros(5)  # of weight * [1, n, t, n n, n t]
 
     def observe(self, rows: int, seconds: float) -> None:
-        for name in ("_n", "_t", "_nn", "_nt", "_w"):
-            setattr(self, name, getattr(self, name) * self.FORGET)
-        self._add(rows, seconds, 1.0)
+        self._sums = self.FORGET * self._sums + _moments(rows, seconds)
+
+    def _known(self) -> np.ndarray:
+        """What the line is fitted to."""
+        return self._sums
+
+    def _fit(self) -> tuple[float, float]:
+        """(seconds at no row, seconds a row) of the line; the latter never below zero, 0 until rows of different number were seen."""
+        w, n, t, nn, nt = self._known().tolist()
+        spread = nn - n * n / w if w else 0.0
+        slope = max(0.0, (nt - n * t / w) / spread) if spread > 1e-9 else 0.0
+        return (t - slope * n) / w if w else 0.0, slope
 
     @property
     def slope(self) -> float:
-        """Seconds a row, never below zero; 0 until rows of different number were seen."""
-        spread = self._nn - self._n * self._n / self._w if self._w else 0.0
-        return max(0.0, (self._nt - self._n * self._t / self._w) / spread) if spread > 1e-9 else 0.0
+        """Seconds a row."""
+        return self._fit()[1]
+
+
+def _moments(rows: float, seconds: float) -> np.ndarray:
+    return np.array([1.0, rows, seconds, rows * rows, rows * seconds])
 
 
 class LinearCost(Line):
-    """A forward's, started from a guess that a few observations outweigh.
+    """A forward's, started from a guess that soon fades.
 
     The guess is one of shape, a row for a fiftieth of a forward: the first observation says how fast it all is."""
 
-    def __init__(self, base: float = 0.02, slope: float = 0.0004):
+    GUESS = (0.02, 0.0004)
+    ROWS = (1.0, 32.0)
+    """of a forward over which the guess says something"""
+    FADE = 0.6
+    """of the guess, with each observation"""
+
+    def __init__(self) -> None:
         super().__init__()
         self._least = math.inf  # the quickest forward
-        for rows in (1.0, 32.0):
-            self._add(rows, base + slope * rows, 0.1)
+        self._guess = 0.5 * np.sum([_moments(rows, self.GUESS[0] + self.GUESS[1] * rows) for rows in self.ROWS], axis=0)
 
     def observe(self, rows: int, seconds: float) -> None:
         if math.isinf(self._least):
-            scale = seconds / self.predict(rows)
-            self._t, self._nt = self._t * scale, self._nt * scale
+            self._guess[[2, 4]] *= seconds / (self.GUESS[0] + self.GUESS[1] * rows)
         self._least = min(self._least, seconds)
+        self._guess *= self.FADE
         super().observe(rows, seconds)
+
+    def _known(self) -> np.ndarray:
+        return self._sums + self._guess
 
     @property
     def base(self) -> float:
         """Seconds of a forward over no row; at least a tenth of the quickest."""
         floor = 0.0 if math.isinf(self._least) else 0.1 * self._least
-        return max(floor, (self._t - self.slope * self._n) / self._w)
+        return max(floor, self._fit()[0])
 
     def predict(self, rows: int) -> float:
         return self.base + self.slope * rows

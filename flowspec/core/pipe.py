@@ -22,6 +22,7 @@ class Pipe:
         self.out: dict[int, tuple[int, ...]] = {}  # number -> ids, while a node of it is alive
         self.waiting: dict[int, float] = {}  # number -> when it was sent, until the first stage starts on it
         self._last = 0  # number of the newest segment
+        self.news = 0  # times that the first stage has told its cost
         self.free_at = -math.inf
         self.hop = math.inf  # seconds of one hop: half of the first stage's quickest answer, less the wait in its queue
 
@@ -38,6 +39,7 @@ class Pipe:
 
     def measured(self, event: Cost) -> None:
         self.costs[event.stage] = event.base, event.slope
+        self.news += event.stage == 1
         self._rows[event.stage] = event.row
         self.base, self.slope = (max(column) for column in zip(*self.costs.values(), strict=True))
         self.row = max(self._rows.values())

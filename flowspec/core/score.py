@@ -36,7 +36,7 @@ class Weights:
         self.values = np.zeros(drafters + len(LENGTHS))
         self.values[:drafters] = 1 / drafters
         self._curvature = np.eye(len(self.values))
-        self._held = self._claimed = 20.0  # positions: a prior
+        self._held = self._claimed = 6.0  # positions: a prior
 
     @property
     def trust(self) -> float:

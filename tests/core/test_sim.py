@@ -26,11 +26,18 @@ def request(tokens: int = 40, prompt: int = 10, seed: int = 0, **sampling) -> Re
     return Request(id=seed, prompt=tuple(range(100, 100 + prompt)), sampling=Sampling(max_new_tokens=tokens, seed=seed, **sampling))
 
 
-def simulate(method: str, wanted: Request, text: list[int], guesser, ring: Ring, tree: TreeConfig | None = None):
+def simulate(
+    method: str,
+    wanted: Request,
+    text: list[int],
+    guesser,
+    ring: Ring,
+    tree: TreeConfig | None = None,
+    switches: PolicyConfig = PolicyConfig(),  # noqa: B008
+):
     tree = tree or TreeConfig()
     if method == "flowspec-paper":
         return LockStep(wanted, text, tree, guesser, ring).run()
-    switches = PolicyConfig()
     return World(wanted, text, make_policy(method, tree, switches, ring.stages), guesser, ring, switches).run()
 
 
@@ -65,6 +72,42 @@ def test_plain_decoding_takes_the_time_worked_out_by_hand():
     token = 4 * row + 0.001 + wire_seconds
     assert out.last_token - out.first_token == pytest.approx(10 * token)
     assert out.tokens_per_second == pytest.approx(1 / token)
+
+
+class Liar:
+    """Sure of six tokens after every node, all of them wrong."""
+
+    features = False
+
+    def propose(self, nodes):
+        z = np.log([0.9] + [0.015] * 5)
+        return Drafted.pack([n.id for n in nodes], [Proposal(np.arange(6) + (1 << 30) + 10 * n.id, z) for n in nodes])
+
+    def commit(self, commit):
+        pass
+
+
+@pytest.mark.parametrize("row_ms", [0.5, 50, 200])
+@pytest.mark.parametrize("stages", [1, 2, 4, 6])
+@pytest.mark.parametrize("profile", [None, [5e-4], [0.3, 0.1], [0.8, 0.1]])
+def test_speculation_is_never_slower_than_none(profile, stages, row_ms):
+    """Whatever the drafter is worth (None: a liar), and though a row may cost as much as four forwards."""
+    wanted, text = request(tokens=128), made_up_text(128)
+    ring = Ring(stages=stages, emulate=dataclasses.replace(BOARD, token_ms=row_ms), hidden=256)
+    plain = simulate("ar", wanted, text, None, ring)
+    guesser = Liar() if profile is None else SyntheticDrafter(wanted, text, profile)
+    assert simulate("flowspec", wanted, text, guesser, ring).tokens_per_second > 0.97 * plain.tokens_per_second
+
+
+def test_speculation_that_does_not_pay_is_turned_off_and_tried_again():
+    """Without calibration nothing else stops it from sending what a liar is sure of."""
+    wanted, text = request(tokens=200), made_up_text(200)
+    ring = Ring(stages=2, emulate=dataclasses.replace(BOARD, token_ms=50), hidden=256)
+    policy = make_policy("flowspec", TreeConfig(), switches := PolicyConfig(calibrate=False), ring.stages)
+    out = World(wanted, text, policy, Liar(), ring, switches).run()
+    assert out.tokens == text
+    assert policy.control.attempts >= 2 and policy.control.rate < policy.control.plain_rate
+    assert out.forwarded < 2 * len(text), "most of the text was decoded plainly"
 
 
 def test_a_link_carries_one_message_at_a_time():
