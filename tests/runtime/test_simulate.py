@@ -78,6 +78,8 @@ def test_a_made_up_drafter_needs_no_model(tmp_path, capsys):
         (["--vary", "emulate.speed=1,2"], "emulate.speed"),
         (["--offline"], "--offline needs --drafts"),
         (["emulate.stage_ms=0", "emulate.token_ms=0"], "emulate.stage_ms"),
+        (["emulate.stage_ms=[20, 0]", "emulate.token_ms=0"], "emulate.stage_ms"),
+        (["--vary", "policy.coupled=true,false"], "--vary: drafts are remembered"),
         (["--synthetic", "0.9,0.3"], "--synthetic"),
         (["--prompts", "0"], "--prompts"),
         (["--json", "/nowhere/x"], "--json: cannot write"),
