@@ -90,7 +90,7 @@ def without(options: argparse.Namespace) -> list[str]:
     """The switches of `policy` that --without names."""
     if options.without == "all":
         return list(SWITCHES)
-    return methods(options.without, SWITCHES, "--without") if options.without else []
+    return [] if options.without is None else methods(options.without, SWITCHES, "--without")
 
 
 def temperatures_of(options: argparse.Namespace, config: Config) -> list[float]:
