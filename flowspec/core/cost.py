@@ -1,8 +1,4 @@
-"""Measured costs: a stage's forward over n rows takes base + slope * n seconds. Pure.
-
-POLICY: a row pays for itself while its chance to be needed exceeds slope / base, and a segment should not
-take much longer than an empty one: n_max = 0.35 * base / slope.
-"""
+"""Measured costs: a stage's forward over n rows takes base + slope * n seconds. Pure. What follows from them: core/control.py."""
 
 from __future__ import annotations
 
