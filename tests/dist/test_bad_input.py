@@ -106,6 +106,7 @@ def test_a_wrong_word_is_refused_by_name(pair, refused, words, named):
         (["verify", "--chat"], "--chat"),
         (["bench", "compare", "--without", "refresh,nonsense"], "--without: 'nonsense'"),
         (["bench", "compare", "--without", ""], "--without: ''"),
+        (["bench", "compare", "--max-new-tokens", "1"], "max_new_tokens is 1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
