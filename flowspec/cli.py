@@ -81,7 +81,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     if command == "run":
         parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
         parser.add_argument("--chat", action="store_true", help="hold a conversation in the terminal")
-        parser.add_argument("--explain", action="store_true", help="after each text: what was chosen (rows, depth, speculation) and why")
+        parser.add_argument("--explain", action="store_true", help="after each text: what was chosen (rows, segments, speculation) and why")
         parser.add_argument("--json", metavar="FILE", help="write one result object a line, a prompt each")
     return parser
 

@@ -143,6 +143,7 @@ def _apply(tree: dict, override: str) -> None:
     *parents, leaf = key.split(".")
     for name in parents:
         inner = tree.get(name)
+        need(not isinstance(inner, list), f"{override!r}: {name} is a list, which can only be given anew as a whole: {name}=[..., ...]")
         tree[name] = tree = dict(inner) if isinstance(inner, dict) else {}
     tree[leaf] = value
 

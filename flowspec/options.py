@@ -90,7 +90,7 @@ def without(options: argparse.Namespace) -> list[str]:
     """The switches of `policy` that --without names."""
     if options.without == "all":
         return list(SWITCHES)
-    return methods(options.without, SWITCHES, "--without") if options.without else []
+    return [] if options.without is None else methods(options.without, SWITCHES, "--without")
 
 
 def temperatures_of(options: argparse.Namespace, config: Config) -> list[float]:
@@ -104,6 +104,7 @@ def check_bench(options: argparse.Namespace, config: Config) -> None:
     without(options)
     need(number(options.repeats, int, "--repeats") >= 1, f"--repeats is {options.repeats}: it must be at least 1")
     temperatures_of(options, config)
+    need(config.sampling.max_new_tokens > 1, "sampling.max_new_tokens is 1: a rate takes 2 tokens at least")
 
 
 def given_prompts(options: argparse.Namespace) -> list[str]:

@@ -11,7 +11,7 @@ from flowspec.core.request import need
 from flowspec.draft.config import DrafterConfig
 from flowspec.errors import UserError
 from flowspec.files import beside_of
-from flowspec.models.families import CONFIG, eagle3_layers, eagle_shapes, read_config
+from flowspec.models.families import CONFIG, EAGLE_FC, eagle3_layers, eagle_shapes, read_config
 from flowspec.models.manifest import Manifest, verify_files
 from flowspec.models.weights import Checkpoint, pickled
 from flowspec.text import Text, check_same_tokens, load_tokenizer
@@ -46,7 +46,8 @@ def check_drafter(drafter: DrafterConfig, folder: Path, manifest: Manifest) -> N
     if drafter.reads_features:
         check_eagle(drafter.kind, path, manifest, f"{drafter.where}.path")
         return
-    Checkpoint(path)
+    head = EAGLE_FC in Checkpoint(path).names
+    need(not head, f"{drafter.where}.path: {path} is an EAGLE head, no draft model: set {drafter.where}.kind: eagle (or eagle3)")
     read_config(path)
     check_same_tokens(Text(manifest.folder(0)).tokenizer, load_tokenizer(path), str(path))
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from flowspec.bench import report, timeline
 from flowspec.bench.forecast import Forecaster, Models, check_simulable, emulated, obstacle, rate
-from flowspec.config import METHODS
+from flowspec.config import METHODS, Config
 from flowspec.core.cost import Emulate
 from flowspec.core.policy import PolicyConfig, TreeConfig
 from flowspec.core.request import Request
@@ -76,13 +76,13 @@ def compare(engine: Engine, prompts: Sequence[str], options: argparse.Namespace)
     chosen = _variants(config.policy, methods(options.methods, METHODS), without(options))
     measured = _runs(engine, prompts, chosen, temperatures, int(options.repeats), random.Random(seed))
     runs = list(_kept(measured, beside_of(folder / "records.jsonl")))
-    forecasters = {p: Forecaster(dataclasses.replace(config, policy=p), Models.of(config)) for p in {v.policy for v in chosen}}
+    forecasters = {coupled: _forecaster(config, coupled) for coupled in {config.policy.coupled, *(v.policy.coupled for v in chosen)}}
     predicted = _predictions(runs, forecasters, stages)
     records = [_record(run, predicted[_cell(run)]) for run in runs]
     title = f"{config.name}, {stages} stages{', emulated times' if config.emulate.active else ''}"
     report.show(records, title)
     if options.sweep:
-        _sweep(forecasters[config.policy], [r.method for r in records], stages, temperatures)
+        _sweep(forecasters[config.policy.coupled], [r.method for r in records], stages, temperatures)
     different = report.identical(records)
     print("\n".join(different) or "every method wrote the same tokens")
     _write(folder, records, title, _facts(engine, options, seed))
@@ -170,23 +170,29 @@ def _record(run: Run, simulated: float | None) -> report.Record:
 Cell = tuple[Variant, float, int]
 
 
+def _forecaster(config: Config, coupled: bool) -> Forecaster:
+    """For all variants with or without the noise in their drafts: it loads the models once."""
+    return Forecaster(dataclasses.replace(config, policy=dataclasses.replace(config.policy, coupled=coupled)), Models.of(config))
+
+
 def _cell(run: Run) -> Cell:
     """What was compared, the temperature, the prompt."""
     return run.variant, run.result.temperature, run.prompt
 
 
-def _predictions(runs: Sequence[Run], forecasters: Mapping[PolicyConfig, Forecaster], stages: int) -> dict[Cell, float | None]:
+def _predictions(runs: Sequence[Run], forecasters: Mapping[bool, Forecaster], stages: int) -> dict[Cell, float | None]:
     """Tokens/s in virtual time, with the costs that the configuration emulates, and those measured in these very runs where
-    it emulates none. None where there can be no simulation."""
+    it emulates none. None where there can be no simulation. `forecasters`: by policy.coupled, on which drafts depend."""
     predicted: dict[Cell, float | None] = {}
     for run in runs:
-        cell, forecaster = _cell(run), forecasters[run.variant.policy]
+        cell, forecaster = _cell(run), forecasters[run.variant.policy.coupled]
         if obstacle(forecaster.config):
             predicted[cell] = None
         elif cell not in predicted:
             tape = forecaster.add(run.request, run.result.token_ids)
             emulate = completed(emulated(forecaster.config), [r for r in runs if _cell(r)[:2] == cell[:2]])
-            predicted[cell] = forecaster.run(tape, run.variant.method, stages, emulate).tokens_per_second
+            config = dataclasses.replace(forecaster.config, policy=run.variant.policy)
+            predicted[cell] = forecaster.run(tape, run.variant.method, stages, emulate, config).tokens_per_second
     return predicted
 
 

@@ -319,8 +319,8 @@ def _rich(grid: _Grid, title: str, caption: str | None = None) -> Table:
     heads, lines = grid
     shown = Table(title=Text(title), caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True, show_edge=False)
     for head in heads:
-        shown.add_column(head, justify="left" if head in ("temp", "method", "setting") else "right")
-    for line, after in zip(lines, [*lines[1:], None], strict=True):
+        shown.add_column(head, justify="left" if head in ("temp", "method", "setting") else "right", overflow="fold")
+    for line, after in zip(lines, [*lines, None][1:], strict=True):
         shown.add_row(*map(Text, line), end_section=after is not None and heads[0] == "temp" and after[0] != line[0])
     return shown
 
@@ -397,7 +397,8 @@ def chart(records: Sequence[Record], path: str | os.PathLike[str], title: str, f
     from matplotlib.figure import Figure
 
     places = _places(rows)
-    figure = Figure(figsize=(max(8.0, 1.2 + 0.8 * places[-1]), 6), dpi=100, layout="constrained")
+    apart = max(0.8, 0.085 * max(len(_short(row)) for row in rows))  # inches; a character below the bars is about so wide
+    figure = Figure(figsize=(max(8.0, 1.2 + apart * places[-1]), 6), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_title(f"{title}{_mark(facts or {})}", loc="left", fontweight="bold", pad=26)
@@ -414,6 +415,11 @@ def chart(records: Sequence[Record], path: str | os.PathLike[str], title: str, f
 
 def _mark(facts: dict[str, Any]) -> str:
     return (" (emulated times)" if facts.get("emulated") else "") + (" (simulated)" if facts.get("simulated") else "")
+
+
+def _short(row: Row) -> str:
+    """Its name below its bar."""
+    return row.method.removeprefix(f"{FULL} ")
 
 
 def _places(rows: list[Row]) -> list[float]:
@@ -446,7 +452,7 @@ _NOTE: dict[str, Any] = dict(textcoords="offset points", ha="center", fontweight
 
 def _frame(axes: Axes, places: list[float], rows: list[Row]) -> None:
     """Names below the bars, temperatures below the names, the grid."""
-    axes.set_xticks(places, [row.method for row in rows])
+    axes.set_xticks(places, [_short(row) for row in rows])
     axes.tick_params(axis="x", length=0)
     for temperature in dict.fromkeys(row.temperature for row in rows):
         inside = [x for x, row in zip(places, rows, strict=True) if row.temperature == temperature]

@@ -53,9 +53,11 @@ def main(argv: Sequence[str]) -> int:
     for cell in cells:
         emulate = cell.config.emulate
         need(cell.config.drafter == config.drafter, "--vary: one drafter a simulation; run another one for another")
+        same = cell.config.policy.coupled == config.policy.coupled or not is_taped(config)
+        need(same, "--vary: drafts are remembered with the target's noise or without; run another simulation for policy.coupled")
         need(
-            emulate.stage_ms != 0 or emulate.token_ms != 0,
-            "simulate needs the devices' times: give emulate.stage_ms, as configs/devices/ do",
+            all(emulate.stage_seconds(stage, 1) > 0 for stage in range(1, cell.stages + 1)),
+            "simulate needs the devices' times: give emulate.stage_ms, as configs/devices/ do, above 0 for each stage",
         )
     forecaster = _forecaster(options, config, temperatures)
     chosen = methods(options.methods, SIMULATED) if options.methods else [config.method] if len(cells) == 1 else list(SIMULATED)

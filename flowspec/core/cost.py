@@ -1,8 +1,4 @@
-"""Measured costs: a stage's forward over n rows takes base + slope * n seconds. Pure.
-
-POLICY: a row pays for itself while its chance to be needed exceeds slope / base, and a segment should not
-take much longer than an empty one: n_max = 0.35 * base / slope.
-"""
+"""Measured costs: a stage's forward over n rows takes base + slope * n seconds. Pure. What follows from them: core/control.py."""
 
 from __future__ import annotations
 
@@ -87,7 +83,7 @@ class LinearCost(Line):
 class Meter:
     """What a stage measures of itself and of the hop to it, and when rank 0 should hear of it again."""
 
-    OFTEN = 4
+    OFTEN = 6
     EVERY = 8
     """news after each of the first forwards, and then after every so many"""
 

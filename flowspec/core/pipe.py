@@ -79,5 +79,6 @@ class Pipe:
         return 0.0 if math.isinf(self.hop) else self.hop
 
     def drafted(self, seconds: float) -> None:
-        """A drafter's forward took this long."""
-        self.draft += (seconds - self.draft) * (0.2 if self.draft else 1.0)
+        """A drafter's forward took this long. The first may have waited for the prompt's features: a much shorter one tells."""
+        known = 0 < self.draft < 2 * seconds
+        self.draft += (seconds - self.draft) * (0.2 if known else 1.0)

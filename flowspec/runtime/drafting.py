@@ -71,7 +71,7 @@ class DraftThread:
         self._prompt = prompt = list[Tensor]()
         self._joined = Joined(self.layers)
         self._awaited = request.prompt_length - 1 if self.features or self.layers else 0
-        self._do(lambda: self._at_least(lambda: self._drafter.begin(request, noise, torch.cat(prompt) if prompt else None)))
+        self._do(lambda: self._at_least(log, lambda: self._drafter.begin(request, noise, torch.cat(prompt) if prompt else None)))
 
     def layer_features(self, layers: Sequence[int], at: int, rows: Tensor) -> None:
         """What entered these layers at the text's tokens from position `at` on, [n, layers * hidden]."""
@@ -91,7 +91,8 @@ class DraftThread:
             self._do(lambda: self._drafter.learn(rest))
 
     def draft(self, request: Request, draft: Draft) -> None:
-        self._do(lambda: self._propose(request, draft))
+        log = self._log  # the next request may have begun by the time this is done
+        self._do(lambda: self._propose(request, draft, log))
 
     def commit(self, commit: Commit, features: Tensor | None) -> None:
         self._do(lambda: self._drafter.commit(commit, features))
@@ -116,12 +117,12 @@ class DraftThread:
                 self._inbox.fail(error)
                 return
 
-    def _propose(self, request: Request, draft: Draft) -> None:
-        self._inbox.put(Local(request.id, self._at_least(lambda: self._drafter.propose(draft.nodes))))
+    def _propose(self, request: Request, draft: Draft, log: Log) -> None:
+        self._inbox.put(Local(request.id, self._at_least(log, lambda: self._drafter.propose(draft.nodes))))
 
-    def _at_least(self, work: Callable):
+    def _at_least(self, log: Log, work: Callable):
         begun = time.monotonic()
         result = work()
         time.sleep(max(0.0, begun + self._least - time.monotonic()))
-        self._log.add(0, "draft", "draft", begun, time.monotonic())
+        log.add(0, "draft", "draft", begun, time.monotonic())
         return result

@@ -1,4 +1,4 @@
-"""A stage at work (ranks 1..S): rows come in, pass the layers, go on; prunes are heard between forwards."""
+"""A stage at work (ranks 1..S): rows come in, pass the layers, go on; prunes are heard between forwards and between layers."""
 
 from __future__ import annotations
 

@@ -294,7 +294,7 @@ class World:
         stage.state.prune(prune)
         running = stage.running
         if running and running.segment and self.switches.abort and stage.state.all_dead(running.segment.ids):
-            layer = (running.end - running.begin) / self.ring.emulate.LAYERS
+            layer = self.ring.emulate.stage_seconds(stage.rank, running.rows) / self.ring.emulate.LAYERS
             end = running.begin + math.ceil((now - running.begin) / layer) * layer if layer else now
             if end < running.end:
                 stage.running = running._replace(end=end)

@@ -1,6 +1,7 @@
 """The simulator: the text comes out, the times are what can be worked out by hand, recorded drafts survive a file."""
 
 import dataclasses
+import heapq
 import itertools
 import json
 
@@ -10,7 +11,7 @@ import torch
 
 from flowspec.comm.shaped import wire_bytes
 from flowspec.core.cost import Emulate
-from flowspec.core.messages import Commit, Drafted, DraftNode, Proposal
+from flowspec.core.messages import Commit, Drafted, DraftNode, Proposal, Prune, Segment
 from flowspec.core.policy import METHODS, PolicyConfig, TreeConfig, make_policy
 from flowspec.core.request import Request, Sampling
 from flowspec.draft.recorded import LiveDrafter, RecordedDrafter, SyntheticDrafter, Tape, load, made_up_text, save
@@ -108,6 +109,23 @@ def test_speculation_that_does_not_pay_is_turned_off_and_tried_again():
     assert out.tokens == text
     assert policy.control.attempts >= 2 and policy.control.rate < policy.control.plain_rate
     assert out.forwarded < 2 * len(text), "most of the text was decoded plainly"
+
+
+def test_a_forward_is_abandoned_once_at_the_end_of_its_layer_whatever_prunes_follow():
+    wanted, text = request(), made_up_text(40)
+    ring = Ring(stages=1, emulate=Emulate(stage_ms=80), hidden=256)  # layers of 10 ms
+    world = World(wanted, text, make_policy("ar", TreeConfig(), PolicyConfig(), 1), None, ring, PolicyConfig())
+    [stage] = world._stages
+    for number, id in enumerate((0, 8)):
+        world._on_arrival(0.0, stage, Segment(number, (id,), (-1,), (1,)), 1)
+    world._on_prune(0.011, stage, Prune(1, -1, 7))
+    world._on_prune(0.012, stage, Prune(2, -1, 8))
+    while world._events:
+        now, _, happen, what = heapq.heappop(world._events)
+        if happen in (world._on_abandoned, world._on_computed):
+            happen(now, *what)
+    computed = [(s.begin, s.end) for s in world._spans if s.row == "compute"]
+    assert computed == [pytest.approx((0.0, 0.02)), pytest.approx((0.02, 0.1))]
 
 
 def test_a_link_carries_one_message_at_a_time():

@@ -52,6 +52,7 @@ def test_what_is_right_is_not_refused(pair, monkeypatch):
         (["drafter.path=no/where"], ["drafter.path", "no/where"]),
         (["drafter={kind: lm}"], ["drafter.path"]),
         (["drafter=lm"], ["drafter"]),
+        (["drafter=[{kind: ngram}]", "drafter.path=x"], ["drafter.path=x", "drafter is a list"]),
         (["stages=no/where"], ["no/where"]),
         (["stages=3"], ["stages", "3"]),
         (["dtype=float8"], ["dtype", "float8", "float16"]),
@@ -99,7 +100,14 @@ def test_a_wrong_word_is_refused_by_name(pair, refused, words, named):
 
 @pytest.mark.parametrize(
     "argv,named",
-    [([], "command"), (["fly"], "fly"), (["verify", "--chat"], "--chat")],
+    [
+        ([], "command"),
+        (["fly"], "fly"),
+        (["verify", "--chat"], "--chat"),
+        (["bench", "compare", "--without", "refresh,nonsense"], "--without: 'nonsense'"),
+        (["bench", "compare", "--without", ""], "--without: ''"),
+        (["bench", "compare", "--max-new-tokens", "1"], "max_new_tokens is 1"),
+    ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_a_wrong_command_is_refused_by_name(capsys, argv, named):
@@ -354,6 +362,7 @@ def test_what_is_no_head_is_refused_by_name(eagle, refused, pair):
     config, head = eagle
     assert "kind eagle needs the folder of a head" in refused(config, "--prompt", "for", "drafter={kind: eagle}")
     assert "drafter.path nowhere: no such folder" in refused(config, "--prompt", "for", "drafter.path=nowhere")
+    assert "is an EAGLE head" in refused(config, "--prompt", "for", "drafter.kind=lm")
     shutil.copy(pair.draft / "model.safetensors", head)
     assert f"{head} has no tensor fc.weight" in refused(config, "--prompt", "for")
 

@@ -576,6 +576,21 @@ def test_drafting_waits_for_the_prompts_features_if_it_reads_them(wanted):
     assert drafter.heard == [("begin", 3 if wanted else None), ("propose", 0), ("commit", 1 if wanted else None)]
 
 
+def test_a_draft_that_outlives_its_request_is_noted_as_its_own():
+    logs, drafting, over = [Log(True, 1), Log(True, 2)], threading.Event(), threading.Event()
+    drafter = Noting(False)
+    drafter.propose = lambda nodes: drafting.set() or over.wait(10)
+    thread = DraftThread(drafter, Inbox())
+    thread.begin(request(), None, logs[0])
+    thread.draft(request(), Draft((DraftNode(0, -1, 8),)))
+    assert drafting.wait(10)
+    thread.begin(request(), None, logs[1])
+    over.set()
+    thread._queue.put(None)
+    thread._thread.join()
+    assert [len(log.spans) for log in logs] == [2, 1]
+
+
 # ---- in the ring -----------------------------------------------------------------------------------
 SAMPLED = [dict(temperature=0.8, top_p=0.9, seed=1), dict(temperature=1.2, top_k=20, min_p=0.02, seed=4)]
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from flowspec import UserError
 from flowspec.bench import report
 from flowspec.bench.report import Record, Spread, best, chart, identical, markdown, save, show, summarise, sweep_table, table
+from flowspec.core.policy import METHODS, SWITCHES
 
 RATES = {  # method -> prompt -> tokens/s of each repeat; hand-made so that medians are exact in binary
     "flowspec": {1: [20.0, 22.0, 24.0], 2: [40.0, 30.0, 32.0]},
@@ -212,6 +213,13 @@ def test_show_prints_summaries_and_prompts():
         "",
         "0.7        1     -          12.0             -",
     ]
+
+
+def test_names_of_many_variants_are_shown_whole_and_texts_of_one_token_do_no_harm():
+    variants = [*METHODS, *(f"flowspec - {name}" for name in SWITCHES)]
+    lines = printed(lambda console: show([record(name, 1, 1, 8.0) for name in variants], "all", console), 140)
+    assert not any("…" in line for line in lines)
+    assert printed(lambda console: show([record("ar", 1, 1, None)], "all", console), 140)
 
 
 @pytest.mark.parametrize("width,tables", [(140, 1), (139, 2), (80, 2)])

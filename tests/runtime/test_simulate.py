@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flowspec import Engine, UserError
-from flowspec.bench import report
+from flowspec.bench import forecast, report
 from flowspec.bench.compare import compare, completed
 from flowspec.bench.forecast import PAPER, SIMULATED, Forecaster, Models, emulated, obstacle
 from flowspec.cli import _parser, main
@@ -78,6 +78,8 @@ def test_a_made_up_drafter_needs_no_model(tmp_path, capsys):
         (["--vary", "emulate.speed=1,2"], "emulate.speed"),
         (["--offline"], "--offline needs --drafts"),
         (["emulate.stage_ms=0", "emulate.token_ms=0"], "emulate.stage_ms"),
+        (["emulate.stage_ms=[20, 0]", "emulate.token_ms=0"], "emulate.stage_ms"),
+        (["--vary", "policy.coupled=true,false"], "--vary: drafts are remembered"),
         (["--synthetic", "0.9,0.3"], "--synthetic"),
         (["--prompts", "0"], "--prompts"),
         (["--json", "/nowhere/x"], "--json: cannot write"),
@@ -122,15 +124,21 @@ def test_a_drafter_that_reads_features_is_predicted_where_the_whole_target_is(pa
     if not here:
         for module in ("forecast", "compare"):
             monkeypatch.setattr(f"flowspec.bench.{module}.obstacle", lambda config: "rank_02 is not on this machine")
-    options = _parser("bench").parse_intermixed_args(["c", "--repeats", "1", "--output", str(tmp_path)])
+    loaded, real = [], forecast.Target
+    monkeypatch.setattr(forecast, "Target", lambda manifest: loaded.append(manifest) or real(manifest))
+    words = ["--repeats", "1", "--methods", "ar,flowspec", "--without", "refresh,abort"]
+    options = _parser("bench").parse_intermixed_args(["c", *words, "--output", str(tmp_path)])
     options.given = []
     with Engine.from_config(pair.config(2, None, "eagle"), ["sampling.max_new_tokens=8"]) as engine:
         assert compare(engine, ["def add(a, b):"], options)
+        assert len(loaded) == here  # once for all that is compared
         options.sweep = True
         if not here:
             with pytest.raises(UserError, match="rank_02 is not on this machine"):
                 compare(engine, ["x"], options)
-    assert all(bool(line["simulated"]) == here for line in lines(tmp_path / "records.jsonl"))
+    records = lines(tmp_path / "records.jsonl")
+    assert {line["method"] for line in records} == {"ar", "flowspec", "flowspec - refresh", "flowspec - abort"}
+    assert all(bool(line["simulated"]) == here for line in records)
 
 
 def test_a_look_up_takes_no_time_of_the_draft_model(pair):
