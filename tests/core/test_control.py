@@ -12,7 +12,7 @@ def ring(*costs, row=0.0, hop=0.0, rows=None):
     pipe = Pipe()
     for stage, (base, slope) in enumerate(costs, 1):
         pipe.measured(Cost(stage, base, slope, row))
-    pipe.hop = hop
+    pipe.hop, pipe.news = hop, 9
     return Controller(pipe, len(costs), rows)
 
 
@@ -30,6 +30,16 @@ def test_the_rows_of_a_segment_add_at_most_half_a_forward():
     assert ring((0.05, 0.2), (0.05, 0.2)).rows == 1
     assert ring((0.05, 0.2)).rows == 96, "one stage: there is no other slot"
     assert ring((0.05, 0.2), (0.05, 0.2), rows=7).rows == 7
+
+
+def test_the_first_segments_are_short():
+    pipe, seen = Pipe(), []
+    control = Controller(pipe, 2, None)
+    for _ in range(6):
+        seen.append(control.rows)
+        pipe.measured(Cost(2, 0.05, 0.001, 0.0))  # says nothing of the first stage
+        pipe.measured(Cost(1, 0.05, 0.001, 0.0))
+    assert seen == [2, 4, 8, 16, 25, 25]
 
 
 def test_as_many_segments_as_keep_the_slowest_stage_busy():
@@ -67,13 +77,13 @@ def rates(control, *pieces, now=0.0):
 
 def test_speculation_that_loses_is_turned_off_and_tried_again():
     control = ring(*[(0.05, 0.0)] * 2)  # 10 tok/s without speculation
-    assert rates(control, (32, 40.0), (32, 8.0), (16, 10.0), (32, 9.0), (16, 10.0), (16, 10.0)) == [True, False, True, False, False, True]
+    assert rates(control, (16, 40.0), (16, 8.0), (16, 10.0), (16, 9.0), (16, 10.0), (16, 10.0)) == [True, False, True, False, False, True]
     assert control.attempts == 2 and control.plain_rate == pytest.approx(10.0)
 
 
 def test_speculation_that_pays_goes_on_and_what_it_is_compared_with_is_what_was_measured():
     control = ring(*[(0.05, 0.0)] * 2)
-    assert rates(control, (32, 9.0), (16, 7.0), (32, 9.0), (32, 7.5)) == [False, True, True, True], "plain decoding has shown 7, not 10"
+    assert rates(control, (16, 9.0), (16, 7.0), (16, 9.0), (16, 7.5)) == [False, True, True, True], "plain decoding has shown 7, not 10"
 
 
 def test_it_says_what_it_chose():

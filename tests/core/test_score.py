@@ -72,11 +72,11 @@ def test_claims_of_coverage_are_checked_and_a_fixed_scorer_learns_nothing():
     for chosen in [None] * 20:
         weights.learn(np.ones((3, 4)), 0.5, chosen)
         fixed.learn(np.ones((3, 4)), 0.5, chosen)
-    assert (weights.trust, fixed.trust) == (pytest.approx(20 / 30), 1)
+    assert (weights.trust, fixed.trust) == (pytest.approx(6 / 16), 1)
     made, tree = scorer()
     made.weights = weights
     [p] = probabilities(made.scored([tree.root], Drafted.pack([0], [proposal(t1=0.6, t2=0.2)]), 16))
-    assert sum(p.values()) == pytest.approx(0.97 * 20 / 30, abs=1e-5)
+    assert sum(p.values()) == pytest.approx(0.97 * 6 / 16, abs=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(4))
