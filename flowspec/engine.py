@@ -149,7 +149,7 @@ class Engine:
 
         rank = int(os.environ["RANK"])
         world_size = Manifest.load(config.stages_path).num_stages + 1
-        check_world(world_size)
+        check_world(world_size, config.emulate.shapes_links)
         manifest = check_run(config, [rank])
         set_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         warm_up(config, manifest, rank)

@@ -6,12 +6,13 @@ overtaken by it. Each link is first in, first out. `send` returns at once and ow
 
 from __future__ import annotations
 
+import heapq
+import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -25,20 +26,34 @@ class Message:
     tensors: tuple[Tensor, ...] = ()
 
 
+DUE = "due"
+"""fact of a message on an emulated link: not to be seen before this time (monotonic seconds of the machine that all ranks share)"""
+
+
+class _Entry(NamedTuple):
+    due: float
+    number: int
+    at: float
+    """when it was put"""
+    item: Any
+
+
 class Inbox:
-    """A queue with two doors: urgent items (control) leave before the others (data)."""
+    """A queue with two doors: urgent items (control) leave before the others (data). Nothing leaves before it is due."""
 
     def __init__(self) -> None:
         self._ready = threading.Condition()
-        self._urgent: deque = deque()
-        self._normal: deque = deque()
+        self._urgent: list[_Entry] = []
+        self._normal: list[_Entry] = []
+        self._count = 0
         self._failure: BaseException | None = None
         self.since = 0.0
-        """when the item that `get` gave last had been put (monotonic seconds)"""
+        """when the item that `get` gave last had arrived (monotonic seconds)"""
 
-    def put(self, item: object, urgent: bool = False) -> None:
+    def put(self, item: object, urgent: bool = False, due: float = 0.0) -> None:
         with self._ready:
-            (self._urgent if urgent else self._normal).append((time.monotonic(), item))
+            self._count += 1
+            heapq.heappush(self._urgent if urgent else self._normal, _Entry(due, self._count, time.monotonic(), item))
             self._ready.notify()
 
     def fail(self, error: BaseException) -> None:
@@ -49,22 +64,30 @@ class Inbox:
 
     def get(self, timeout: float | None = None) -> Any:
         """The next item; None when the time (seconds) is up."""
-        with self._ready:
-            self._ready.wait_for(lambda: self._urgent or self._normal or self._failure, timeout)
-            if self._failure:
-                raise self._failure
-            for queue in (self._urgent, self._normal):
-                if queue:
-                    self.since, item = queue.popleft()
-                    return item
-            return None
+        found = self._first((self._urgent, self._normal), timeout)
+        if found:
+            self.since = max(found.due, found.at)
+        return found and found.item
 
     def get_urgent(self, timeout: float = 0.0) -> Any:
         """An urgent item that is here already, or comes before the time (seconds) is up; else None."""
+        found = self._first((self._urgent,), timeout)
+        return found and found.item
+
+    def _first(self, doors: tuple[list[_Entry], ...], timeout: float | None) -> _Entry | None:
+        end = math.inf if timeout is None else time.monotonic() + timeout
         with self._ready:
-            if timeout > 0:
-                self._ready.wait_for(lambda: self._urgent or self._failure, timeout)
-            return self._urgent.popleft()[1] if self._urgent else None
+            while True:
+                if self._failure:
+                    raise self._failure
+                now = time.monotonic()
+                for queue in doors:
+                    if queue and queue[0].due <= now:
+                        return heapq.heappop(queue)
+                if now >= end:
+                    return None
+                soonest = min([end, *(queue[0].due for queue in doors if queue)])
+                self._ready.wait(None if math.isinf(soonest) else soonest - now)
 
 
 class Transport(Protocol):

@@ -14,7 +14,7 @@ import threading
 import torch
 import torch.distributed as dist
 
-from flowspec.comm.base import Inbox, Lost, Message
+from flowspec.comm.base import DUE, Inbox, Lost, Message
 from flowspec.comm.codec import HEADER, decode, encode, payload_size
 
 FOREVER = datetime.timedelta(days=30)
@@ -69,7 +69,7 @@ class _Receiver:
                 return self._lost(self._source, str(error))
             if message.kind == _BYE.kind:
                 return
-            self._inbox.put((self._source, message), self._urgent)
+            self._inbox.put((self._source, message), self._urgent, message.meta.pop(DUE, 0.0))
 
 
 class GlooTransport:

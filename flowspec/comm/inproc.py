@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flowspec.comm.base import Inbox, Message
+from flowspec.comm.base import DUE, Inbox, Message
 
 
 class InprocTransport:
@@ -13,10 +13,10 @@ class InprocTransport:
         self.inbox, self._inboxes = inboxes[rank], inboxes
 
     def send_next(self, message: Message) -> None:
-        self._inboxes[(self.rank + 1) % self.world_size].put((self.rank, message))
+        self._inboxes[(self.rank + 1) % self.world_size].put((self.rank, message), due=message.meta.pop(DUE, 0.0))
 
     def send_control(self, to: int, message: Message) -> None:
-        self._inboxes[to].put((self.rank, message), urgent=True)
+        self._inboxes[to].put((self.rank, message), urgent=True, due=message.meta.pop(DUE, 0.0))
 
     def close(self) -> None:
         """Nothing to stop: there are no threads and no sockets."""

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import threading
+import dataclasses
 import time
-from collections import deque
-from collections.abc import Callable
 
-from flowspec.comm.base import Message, Transport
+from flowspec.comm.base import DUE, Message, Transport
 from flowspec.core.cost import Emulate
 
 
@@ -18,36 +15,17 @@ def wire_bytes(message: Message, hidden_scale: float) -> float:
 
 
 class _Link:
-    """One direction between two ranks: a message leaves when the link is free and arrives link_ms after its last byte."""
+    """One direction between two ranks: it carries one message at a time, and a message is seen link_ms after its last byte."""
 
-    def __init__(self, emulate: Emulate, deliver: Callable[[Message], None]):
-        self._emulate, self._deliver = emulate, deliver
+    def __init__(self, emulate: Emulate):
+        self._emulate = emulate
         self._free_at = 0.0
-        self._queue: deque[tuple[float, Message] | None] = deque()
-        self._ready = threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
 
-    def send(self, message: Message) -> None:
+    def due(self, message: Message) -> Message:
+        """The message with the time at which it may be seen."""
         size = wire_bytes(message, self._emulate.hidden_scale)
         self._free_at = max(self._free_at, time.monotonic()) + self._emulate.wire_seconds(size)
-        self._queue.append((self._free_at + self._emulate.link_ms / 1000, message))
-        self._ready.release()
-
-    def close(self) -> None:
-        self._queue.append(None)
-        self._ready.release()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while True:
-            self._ready.acquire()
-            entry = self._queue.popleft()
-            if entry is None:
-                return
-            due, message = entry
-            time.sleep(max(0.0, due - time.monotonic()))
-            self._deliver(message)
+        return dataclasses.replace(message, meta={**message.meta, DUE: self._free_at + self._emulate.link_ms / 1000})
 
 
 def shaped(transport: Transport, emulate: Emulate) -> Transport:
@@ -56,22 +34,20 @@ def shaped(transport: Transport, emulate: Emulate) -> Transport:
 
 
 class ShapedTransport:
-    """Delays what `inner` sends. Each link (the ring's and each control line) is shaped by itself."""
+    """Delays what `inner` sends: it leaves at once and is kept from sight at the other end, so that the real way there counts as part of
+    the emulated one. Each link (the ring's and each control line) is shaped by itself. All ranks must share a machine's clock."""
 
     def __init__(self, inner: Transport, emulate: Emulate):
         self._inner = inner
         self.rank, self.world_size, self.inbox = inner.rank, inner.world_size, inner.inbox
-        peers = range(1, self.world_size) if self.rank == 0 else [0]
-        self._next = _Link(emulate, inner.send_next)
-        self._control = {to: _Link(emulate, functools.partial(inner.send_control, to)) for to in peers}
+        self._next = _Link(emulate)
+        self._control = {to: _Link(emulate) for to in (range(1, self.world_size) if self.rank == 0 else [0])}
 
     def send_next(self, message: Message) -> None:
-        self._next.send(message)
+        self._inner.send_next(self._next.due(message))
 
     def send_control(self, to: int, message: Message) -> None:
-        self._control[to].send(message)
+        self._inner.send_control(to, self._control[to].due(message))
 
     def close(self) -> None:
-        for link in (self._next, *self._control.values()):
-            link.close()
         self._inner.close()

@@ -58,12 +58,17 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def check_world(world_size: int) -> None:
-    """UserError when torchrun started another number of ranks than the model was split for."""
+def check_world(world_size: int, one_clock: bool) -> None:
+    """UserError when torchrun started another number of ranks than the model was split for, or on several machines what needs one clock."""
     started, stages = int(os.environ["WORLD_SIZE"]), world_size - 1
     need(
         started == world_size,
         f"wrong world size: the model is split for {world_size} ranks (rank 0 and {stages} stages), torchrun started {started}",
+    )
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", started))
+    need(
+        here == started or not one_clock,
+        f"emulate.link_ms, link_mbps: all ranks must be on one machine, {started - here} of {started} are not",
     )
 
 

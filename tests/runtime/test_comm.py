@@ -22,6 +22,8 @@ from flowspec.comm.codec import decode, encode, payload_size
 from flowspec.comm.heartbeat import Heartbeat
 from flowspec.comm.shaped import ShapedTransport, shaped, wire_bytes
 from flowspec.core.cost import Emulate
+from flowspec.errors import UserError
+from flowspec.runtime.process import check_world
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORLD = 3
@@ -356,3 +358,22 @@ def future(rank: int) -> list:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]))
+
+
+def test_emulated_links_need_one_clock(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    check_world(3, one_clock=False)
+    with pytest.raises(UserError, match=r"emulate.link_ms.*1 of 3 are not"):
+        check_world(3, one_clock=True)
+
+
+def test_an_item_is_not_seen_before_it_is_due_and_control_that_is_due_leaves_first():
+    inbox, now = Inbox(), time.monotonic()
+    inbox.put("late control", urgent=True, due=now + 0.2)
+    inbox.put("data", due=now + 0.1)
+    assert inbox.get_urgent() is None and inbox.get(timeout=0.0) is None
+    assert inbox.get() == "data" and inbox.since == now + 0.1 <= time.monotonic()
+    inbox.put("more data")
+    assert inbox.get_urgent(1.0) == "late control" and time.monotonic() >= now + 0.2
+    assert inbox.get() == "more data"
