@@ -70,6 +70,7 @@ def numbers(text: str, kind: type, flag: str) -> list:
 def methods(text: str, known: Iterable[str], flag: str = "--methods") -> list[str]:
     """A list with commas of known methods."""
     known, chosen = list(known), text.split(",")
+    need(len(set(chosen)) == len(chosen), f"{flag}: {text} names something twice")
     for name in chosen:
         need(name in known, f"{flag}: {name!r} is not known here: choose among {', '.join(known)}")
     return chosen

@@ -169,8 +169,6 @@ class Cost(NamedTuple):
 class Idle(NamedTuple):
     """The first stage abandoned a segment none of whose rows lived any more: it is free now."""
 
-    number: int
-
 
 class Woke(NamedTuple):
     """The time of a Wake has come."""

@@ -121,13 +121,13 @@ def read_cost(message: Message) -> Cost:
     return Cost(*(message.meta[name] for name in Cost._fields))
 
 
-def idle(request: int, number: int) -> Message:
-    """The first stage abandoned this segment's forward, so it is free earlier than it said."""
-    return Message("idle", {"request": request, "number": number})
+def idle(request: int) -> Message:
+    """The first stage abandoned a forward, so it is free earlier than it said."""
+    return Message("idle", {"request": request})
 
 
 def read_idle(message: Message) -> Idle:
-    return Idle(message.meta["number"])
+    return Idle()
 
 
 def prefilled(request: int) -> Message:

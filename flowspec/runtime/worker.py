@@ -156,7 +156,7 @@ class Worker:
         self._account(live, len(kept), begun, whole, segment=number, ids=[ids[k] for k in kept])
         if out is None or not whole:
             if self._is_first:
-                self.transport.send_control(0, wire.idle(request, number))
+                self.transport.send_control(0, wire.idle(request))
             return
         tokens = wire.read_tokens(message) if live.features else []
         columns = [[column[k] for k in kept] for column in (ids, parents, tokens) if column]

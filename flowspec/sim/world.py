@@ -334,7 +334,7 @@ class World:
         stage.running = None
         self._note(stage.rank, "compute", forward.begin, now, forward.segment)
         if stage.rank == 1:
-            self._tell(now, Idle(forward.segment.number))
+            self._tell(now, Idle())
         self._next(now, stage)
 
     def _on_computed(self, now: float, stage: _Stage, forward: _Forward) -> None:

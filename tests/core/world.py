@@ -182,7 +182,7 @@ class World:
             started = Started(segment.number, len(kept.ids), 0.5 if kept.ids else 0.0, 0.0)
             self._post("control", now, self.random.random(), ("news", started))
             if self.random.random() < 0.1:
-                self._post("control", now, self.random.random(), ("news", Idle(segment.number)))
+                self._post("control", now, self.random.random(), ("news", Idle()))
         if self.random.random() < 0.3:
             cost = Cost(k + 1, self.random.random(), 0.1 * self.random.random(), 0.1 * self.random.random())
             self._post("control", now, self.random.random(), ("news", cost))
