@@ -242,7 +242,7 @@ def test_a_head_of_its_true_size_is_read_and_drafts(deep, tmp_path, name):
     del tensors
     sizes = dict(vocab_size=config["vocab_size"], hidden_size=config["hidden_size"], num_layers=32, tied=True)
     manifest = dataclasses.replace(Manifest.load(deep.split(1)), **sizes)
-    check_eagle("eagle3", tmp_path, manifest)
+    check_eagle("eagle3", tmp_path, manifest, "drafter")
     lent = Head(torch.zeros(config["vocab_size"], config["hidden_size"], dtype=torch.bfloat16))
     try:
         drafter = EagleDrafter(load_eagle("eagle3", tmp_path, manifest, lent, torch.bfloat16, "cpu"))
