@@ -12,6 +12,8 @@ class Controller:
 
     WINDOW = 16
     """tokens over which a rate is measured"""
+    PROMISED = 0.9
+    """of the rate that costs promise for plain decoding, until it was tried: they leave out what lies between forwards and hops"""
     PAUSE = 16
     """tokens of the first attempt without speculation; each attempt that was right doubles the next"""
 
@@ -69,7 +71,7 @@ class Controller:
         """Go on with what is faster. Plain decoding is tried when it promises more, and speculation tried again after it."""
         if self.speculates:
             self.rate = rate
-            self.speculates = rate >= (self.plain_rate or 1 / self.lap)
+            self.speculates = rate >= (self.plain_rate or self.PROMISED / self.lap)
             if self.speculates:
                 self._pause = self.PAUSE
             else:

@@ -16,9 +16,11 @@ class Line:
     """Weighted least squares over the recent past: seconds as a linear function of rows."""
 
     FORGET = 0.95
+    DOUBT = 2.0
+    """standard errors that are taken off the slope: what may be chance is not charged"""
 
     def __init__(self) -> None:
-        self._sums = np.zeros(5)  # of weight * [1, n, t, n n, n t]
+        self._sums = np.zeros(6)  # of weight * [1, n, t, n n, n t, t t]
 
     def observe(self, rows: int, seconds: float) -> None:
         self._sums = self.FORGET * self._sums + _moments(rows, seconds)
@@ -29,9 +31,8 @@ class Line:
 
     def _fit(self) -> tuple[float, float]:
         """(seconds at no row, seconds a row) of the line; the latter never below zero, 0 until rows of different number were seen."""
-        w, n, t, nn, nt = self._known().tolist()
-        spread = nn - n * n / w if w else 0.0
-        slope = max(0.0, (nt - n * t / w) / spread) if spread > 1e-9 else 0.0
+        w, n, t, slope, _ = _line(self._known())
+        slope = max(0.0, slope - self.DOUBT * _line(self._sums)[4])
         return (t - slope * n) / w if w else 0.0, slope
 
     @property
@@ -40,8 +41,19 @@ class Line:
         return self._fit()[1]
 
 
+def _line(sums: np.ndarray) -> tuple[float, float, float, float, float]:
+    """Of the sums of weight * [1, n, t, n n, n t, t t]: the first three, the slope of t over n, and its standard error."""
+    w, n, t, nn, nt, tt = sums.tolist()
+    spread = nn - n * n / w if w else 0.0
+    if spread < 1e-9:
+        return w, n, t, 0.0, 0.0
+    common = nt - n * t / w
+    scatter = max(0.0, tt - t * t / w - common * common / spread) / max(w - 2, 0.5)
+    return w, n, t, common / spread, math.sqrt(scatter / spread)
+
+
 def _moments(rows: float, seconds: float) -> np.ndarray:
-    return np.array([1.0, rows, seconds, rows * rows, rows * seconds])
+    return np.array([1.0, rows, seconds, rows * rows, rows * seconds, seconds * seconds])
 
 
 class LinearCost(Line):
@@ -49,6 +61,7 @@ class LinearCost(Line):
 
     The guess is one of shape, a row for a fiftieth of a forward: the first observation says how fast it all is."""
 
+    DOUBT = 1.0
     GUESS = (0.02, 0.0004)
     ROWS = (1.0, 32.0)
     """of a forward over which the guess says something"""
@@ -62,7 +75,8 @@ class LinearCost(Line):
 
     def observe(self, rows: int, seconds: float) -> None:
         if math.isinf(self._least):
-            self._guess[[2, 4]] *= seconds / (self.GUESS[0] + self.GUESS[1] * rows)
+            scale = seconds / (self.GUESS[0] + self.GUESS[1] * rows)
+            self._guess *= np.array([1, 1, scale, 1, scale, scale * scale])
         self._least = min(self._least, seconds)
         self._guess *= self.FADE
         super().observe(rows, seconds)
@@ -90,10 +104,12 @@ class Meter:
     def __init__(self) -> None:
         self.forward, self._hop = LinearCost(), Line()
         self._forwards = 0
+        self._first: float | None = None  # of the hops' seconds
 
     def hop(self, rows: int, seconds: float) -> None:
         """A message of so many rows took so long, by two clocks: only differences count."""
-        self._hop.observe(rows, seconds)
+        self._first = seconds if self._first is None else self._first
+        self._hop.observe(rows, seconds - self._first)
 
     def forward_over(self, rows: int, seconds: float) -> bool:
         """A forward took so long; True: tell rank 0."""

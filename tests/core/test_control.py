@@ -83,7 +83,7 @@ def test_speculation_that_loses_is_turned_off_and_tried_again():
 
 def test_speculation_that_pays_goes_on_and_what_it_is_compared_with_is_what_was_measured():
     control = ring(*[(0.05, 0.0)] * 2)
-    assert rates(control, (16, 9.0), (16, 7.0), (16, 9.0), (16, 7.5)) == [False, True, True, True], "plain decoding has shown 7, not 10"
+    assert rates(control, (16, 8.5), (16, 7.0), (16, 9.0), (16, 7.5)) == [False, True, True, True], "plain decoding has shown 7, not 10"
 
 
 def test_it_says_what_it_chose():

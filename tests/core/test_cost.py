@@ -1,8 +1,10 @@
 """The measured cost of a forward."""
 
+import random
+
 import pytest
 
-from flowspec.core.cost import LinearCost
+from flowspec.core.cost import Line, LinearCost
 
 
 def test_a_straight_line_is_found():
@@ -19,3 +21,15 @@ def test_the_first_forward_says_how_fast_it_is_and_no_row_is_free_yet(seconds):
     cost.observe(6, seconds)
     assert cost.predict(6) == pytest.approx(seconds, rel=0.01)
     assert 0.005 < cost.slope / cost.base < 0.05
+
+
+def test_what_may_be_chance_is_not_charged_to_rows():
+    """Delays of a busy machine, the same for any number of rows."""
+    line, rng = Line(), random.Random(3)
+    for _ in range(200):
+        line.observe(rng.randint(1, 6), 0.001 + rng.expovariate(1 / 0.004))
+        assert line.slope < 0.001
+    for _ in range(200):
+        n = rng.randint(1, 30)
+        line.observe(n, 0.004 + 0.0005 * n + rng.gauss(0, 0.0005))
+    assert line.slope == pytest.approx(0.0005, rel=0.15), "what is no chance is found"
