@@ -61,12 +61,13 @@ class LinearCost(Line):
 
     The guess is one of shape, a row for a fiftieth of a forward: the first observation says how fast it all is."""
 
-    DOUBT = 1.0
     GUESS = (0.02, 0.0004)
     ROWS = (1.0, 32.0)
     """of a forward over which the guess says something"""
     FADE = 0.6
     """of the guess, with each observation"""
+    STAYS = 0.004
+    """of the guess: nothing where rows vary, but where all forwards are of one or two rows it says more than a chance delay"""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +79,7 @@ class LinearCost(Line):
             scale = seconds / (self.GUESS[0] + self.GUESS[1] * rows)
             self._guess *= np.array([1, 1, scale, 1, scale, scale * scale])
         self._least = min(self._least, seconds)
-        self._guess *= self.FADE
+        self._guess *= max(self.FADE, self.STAYS / self._guess[0])
         super().observe(rows, seconds)
 
     def _known(self) -> np.ndarray:

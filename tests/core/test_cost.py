@@ -33,3 +33,12 @@ def test_what_may_be_chance_is_not_charged_to_rows():
         n = rng.randint(1, 30)
         line.observe(n, 0.004 + 0.0005 * n + rng.gauss(0, 0.0005))
     assert line.slope == pytest.approx(0.0005, rel=0.15), "what is no chance is found"
+
+
+def test_one_slow_forward_of_two_rows_does_not_make_rows_dear():
+    """Else segments stay at one row, and nothing would ever show that it was chance."""
+    cost = LinearCost()
+    cost.observe(10, 0.006)
+    for rows in (1, 2, *[1] * 12):
+        cost.observe(rows, 0.009 if rows == 2 else 0.004)
+    assert cost.slope < 0.0005 and cost.base == pytest.approx(0.004, rel=0.2)
