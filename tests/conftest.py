@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from flowspec.draft.eagle import EagleDrafter
 from flowspec.models.split import main as split
 
 TEXT = ["def add(a, b):\n    return a + b\n", "for i in range(10):\n    print(i, 'é', '語')\n"] * 4
@@ -176,3 +177,21 @@ def pair(tmp_path_factory):
 def deep(tmp_path_factory):
     """Of enough layers for an EAGLE-3 head: it reads what enters layers 2, 4 and 5."""
     return TinyPair(tmp_path_factory.mktemp("deep"), layers=8)
+
+
+def features_given(monkeypatch, by: str) -> list:
+    """All features that EAGLE drafters are given from now on, by `begin` (which starts the list anew) and by `commit` or `learn`."""
+    got: list = []
+    told, begun = getattr(EagleDrafter, by), EagleDrafter.begin
+
+    def noted(self, *given):
+        got.append(given[-1])
+        told(self, *given)
+
+    def began(self, request, noise, features=None):
+        got[:] = [features]
+        begun(self, request, noise, features)
+
+    monkeypatch.setattr(EagleDrafter, by, noted)
+    monkeypatch.setattr(EagleDrafter, "begin", began)
+    return got

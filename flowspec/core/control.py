@@ -20,8 +20,8 @@ class Controller:
     def __init__(self, pipe: Pipe, stages: int, fixed_rows: int | None):
         self._pipe, self._stages, self._fixed_rows = pipe, stages, fixed_rows
         self.speculates = True
-        self._mark: tuple[int, float] | None = None  # tokens and time at which the present window began
-        self._tokens = 0
+        self._begun: float | None = None  # when the present window began
+        self._done = 0  # tokens in it
         self._pause = self.PAUSE
         self.rate: float | None = None  # tokens/s with speculation, of the last window
         self.plain_rate: float | None = None  # without, once it was tried
@@ -57,15 +57,14 @@ class Controller:
 
     def decided(self, tokens: int, now: float) -> None:
         """So many more tokens are text. At the end of a window: was it worth it?"""
-        self._tokens += tokens
-        if self._mark is None:
-            self._mark = (self._tokens, now)
+        if self._begun is None:
+            self._begun = now
             return
-        done, span = self._tokens - self._mark[0], now - self._mark[1]
-        if done < (self.WINDOW if self.speculates else self._pause) or span <= 0:
+        self._done += tokens
+        if self._done < (self.WINDOW if self.speculates else self._pause) or now <= self._begun:
             return
-        self._judge(done / span)
-        self._mark = (self._tokens, now)
+        self._judge(self._done / (now - self._begun))
+        self._begun, self._done = now, 0
 
     def _judge(self, rate: float) -> None:
         """Go on with what is faster. Plain decoding is tried when it promises more, and speculation tried again after it."""

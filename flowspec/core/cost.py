@@ -29,7 +29,7 @@ class Line:
         """What the line is fitted to."""
         return self._sums
 
-    def _fit(self) -> tuple[float, float]:
+    def fit(self) -> tuple[float, float]:
         """(seconds at no row, seconds a row) of the line; the latter never below zero, 0 until rows of different number were seen."""
         w, n, t, slope, _ = _line(self._known())
         slope = max(0.0, slope - self.DOUBT * _line(self._sums)[4])
@@ -38,7 +38,7 @@ class Line:
     @property
     def slope(self) -> float:
         """Seconds a row."""
-        return self._fit()[1]
+        return self.fit()[1]
 
 
 def _line(sums: np.ndarray) -> tuple[float, float, float, float, float]:
@@ -85,14 +85,19 @@ class LinearCost(Line):
     def _known(self) -> np.ndarray:
         return self._sums + self._guess
 
+    def fit(self) -> tuple[float, float]:
+        """As of any line, with at least a tenth of the quickest forward at no row."""
+        base, slope = super().fit()
+        return max(base, 0.0 if math.isinf(self._least) else 0.1 * self._least), slope
+
     @property
     def base(self) -> float:
-        """Seconds of a forward over no row; at least a tenth of the quickest."""
-        floor = 0.0 if math.isinf(self._least) else 0.1 * self._least
-        return max(floor, self._fit()[0])
+        """Seconds of a forward over no row."""
+        return self.fit()[0]
 
     def predict(self, rows: int) -> float:
-        return self.base + self.slope * rows
+        base, slope = self.fit()
+        return base + slope * rows
 
 
 class Meter:
@@ -119,7 +124,7 @@ class Meter:
         return self._forwards <= self.OFTEN or self._forwards % self.EVERY == 0
 
     def cost(self, stage: int) -> Cost:
-        return Cost(stage, self.forward.base, self.forward.slope, self._hop.slope)
+        return Cost(stage, *self.forward.fit(), self._hop.slope)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -232,8 +232,8 @@ class Worker:
     def _report(self, live: _Live | None) -> wire.Report:
         if live is None:
             return wire.Report(0.0, 0, 0, 0.0, 0.0, 0.0, peak_memory(), [])
-        cost = live.meter.forward
-        return wire.Report(live.busy, live.rows, live.segments, live.overhead, cost.base, cost.slope, peak_memory(), live.log.spans)
+        cost = live.meter.forward.fit()
+        return wire.Report(live.busy, live.rows, live.segments, live.overhead, *cost, peak_memory(), live.log.spans)
 
     def _on_ping(self, message: Message) -> None:
         self.transport.send_control(0, wire.pong(message))

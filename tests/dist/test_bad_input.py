@@ -240,22 +240,23 @@ def test_a_world_of_the_wrong_size_is_named_by_both_numbers(pair, command):
     assert "wrong world size" in line and "3 ranks" in line and "started 2" in line
 
 
+def with_copy_of(head, kind, pair, folder):
+    copy, config = folder / head.name, folder / f"{kind}.yaml"
+    shutil.copytree(head, copy)
+    config.write_text(f"stages: {pair.split(2)}\ndrafter: {{kind: {kind}, path: {copy.name}}}\n")
+    return config, copy
+
+
 @pytest.fixture
 def eagle(pair, tmp_path):
     """A configuration with a copy of the pair's EAGLE head: (config, head), free to be damaged."""
-    shutil.copytree(pair.head, tmp_path / "head")
-    config = tmp_path / "eagle.yaml"
-    config.write_text(f"stages: {pair.split(2)}\ndrafter: {{kind: eagle, path: head}}\n")
-    return config, tmp_path / "head"
+    return with_copy_of(pair.head, "eagle", pair, tmp_path)
 
 
 @pytest.fixture
 def eagle3(deep, tmp_path):
     """The same with an EAGLE-3 head of the deep pair."""
-    shutil.copytree(deep.head3, tmp_path / "head3")
-    config = tmp_path / "eagle3.yaml"
-    config.write_text(f"stages: {deep.split(2)}\ndrafter: {{kind: eagle3, path: head3}}\n")
-    return config, tmp_path / "head3"
+    return with_copy_of(deep.head3, "eagle3", deep, tmp_path)
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ from flowspec.runtime.drafting import DraftThread, Joined
 from flowspec.runtime.tracing import Log
 from flowspec.runtime.worker import Worker
 from flowspec.sampling import NoiseRows
-from tests.conftest import KNOWN, eagle3
+from tests.conftest import KNOWN, eagle3, features_given
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROMPT = (5, 6, 7, 8)
@@ -633,18 +633,7 @@ def wait_for_the_drafter(engine):
 @pytest.mark.parametrize("verify_on", ["coordinator", "last"])
 def test_the_features_at_commits_are_the_targets_own(pair, monkeypatch, verify_on):
     """Whatever came back when, the drafter gets for each token of the text what transformers computes there."""
-    got = []
-
-    def noted(self, commit, features=None, told=EagleDrafter.commit):
-        got.append(features)
-        told(self, commit, features)
-
-    def began(self, request, noise, features=None, told=EagleDrafter.begin):
-        got[:] = [features]
-        told(self, request, noise, features)
-
-    monkeypatch.setattr(EagleDrafter, "commit", noted)
-    monkeypatch.setattr(EagleDrafter, "begin", began)
+    got = features_given(monkeypatch, "commit")
     monkeypatch.setattr(driver, "PREFILL_ROWS", 4)
     prompt = list(range(40, 50))
     with Engine.from_config(pair.config(3, None, "eagle"), [f"verify_on={verify_on}", "emulate.stage_ms=2"]) as engine:
@@ -662,18 +651,7 @@ def test_the_features_at_commits_are_the_targets_own(pair, monkeypatch, verify_o
 @pytest.mark.parametrize("stages,layers", [(1, None), (2, None), (3, "2,2,4"), slow(3, None), slow(4, "3,1,1,3")])
 def test_what_an_eagle3_head_learns_is_what_enters_the_targets_layers(deep, monkeypatch, stages, layers):
     """Each layer's features come from the stage that holds it, whenever they like; side by side they are the text's, in its order."""
-    got = []
-
-    def learnt(self, features, told=EagleDrafter.learn):
-        got.append(features)
-        told(self, features)
-
-    def began(self, request, noise, features=None, told=EagleDrafter.begin):
-        got[:] = [features]
-        told(self, request, noise, features)
-
-    monkeypatch.setattr(EagleDrafter, "learn", learnt)
-    monkeypatch.setattr(EagleDrafter, "begin", began)
+    got = features_given(monkeypatch, "learn")
     monkeypatch.setattr(driver, "PREFILL_ROWS", 4)
     prompt = list(range(40, 75))
     with Engine.from_config(deep.config(stages, layers, "eagle3"), ["emulate.stage_ms=2"]) as engine:

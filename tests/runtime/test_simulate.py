@@ -16,7 +16,7 @@ from flowspec.config import load_config
 from flowspec.core.cost import Emulate
 from flowspec.core.policy import METHODS
 from flowspec.core.request import Request, Sampling
-from flowspec.draft.eagle import EagleDrafter
+from tests.conftest import features_given
 
 BOARD = "emulate={stage_ms: 20, token_ms: 0.2, draft_ms: 3, link_ms: 1, link_mbps: 50}"
 SMALL = ["--prompt", "def add(a, b):", "--max-new-tokens", "16"]
@@ -162,18 +162,7 @@ def test_a_simulation_says_which_file_of_the_target_it_lacks(pair, tmp_path, cap
 
 def test_the_simulated_head_reads_what_the_target_makes_of_the_text(pair, monkeypatch):
     """As in a real run: all features of prompt and text, each once and in order."""
-    got = []
-
-    def noted(self, commit, features=None, told=EagleDrafter.commit):
-        got.append(features)
-        told(self, commit, features)
-
-    def began(self, request, noise, features=None, told=EagleDrafter.begin):
-        got[:] = [features]
-        told(self, request, noise, features)
-
-    monkeypatch.setattr(EagleDrafter, "commit", noted)
-    monkeypatch.setattr(EagleDrafter, "begin", began)
+    got = features_given(monkeypatch, "commit")
     config = load_config(pair.config(3, None, "eagle"), [BOARD])
     forecaster = Forecaster(config, Models.of(config))
     prompt = tuple(range(40, 50))
