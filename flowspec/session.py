@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from flowspec.core.request import need
 from flowspec.engine import Engine, Generation, Result
@@ -95,6 +95,8 @@ def _json_lines(path: str | None) -> Iterator[Callable[[Result], None]]:
                 file.write(json.dumps(dataclasses.asdict(result)) + "\n")
                 file.flush()
             except OSError as error:  # a full disk
+                with suppress(OSError):  # which refuses what is buffered once more
+                    file.close()
                 raise UserError(f"--json: cannot write {beside}: {error.strerror}; what it holds so far is kept") from None
 
         yield write

@@ -95,3 +95,10 @@ def test_a_device_is_written_to_as_it_is_and_keeps_its_place(tmp_path):
     with replacing(pipe) as beside:
         assert beside == pipe
     assert pipe.is_fifo() and [p.name for p in tmp_path.iterdir()] == ["pipe"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_device_that_is_full_is_named_in_one_line(pair):
+    """A real one: what stays buffered fails again when the file is closed."""
+    with Engine.from_config(pair.config(1)) as engine, pytest.raises(UserError, match="--json: cannot write /dev/full: No space left"):
+        session.run(engine, ["def"], [], "/dev/full", chat=False)
