@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from flowspec.draft.eagle import EagleDrafter
+from flowspec.models.cache import RowCache
 from flowspec.models.split import main as split
 
 TEXT = ["def add(a, b):\n    return a + b\n", "for i in range(10):\n    print(i, 'é', '語')\n"] * 4
@@ -166,6 +167,14 @@ class TinyPair:
         ids = torch.tensor([list(tokens)])
         out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False, pad_token_id=0)
         return out[0, ids.shape[1] :].tolist()
+
+
+@pytest.fixture(params=[None, 1], ids=["wide", "tight"])
+def cache_step(request, monkeypatch):
+    """Row caches that grow as in production, and such that have a single row to spare: nearly every forward grows all buffers."""
+    if request.param:
+        monkeypatch.setattr(RowCache, "STEP", request.param)
+        monkeypatch.setattr(RowCache, "SHARE", 0.0)
 
 
 @pytest.fixture(scope="session")

@@ -12,26 +12,38 @@ from flowspec.models.device import placed
 class RowCache:
     """Rows [0, length) of every layer; which row holds which token is core/stage.py's business.
 
-    `update` has the signature that transformers' attention layers call."""
+    A forward over n rows begins with `extend(n)`, which makes room in every layer at once and counts the rows: in layers that an
+    abandoned forward never came to they are there, unwritten, and seen by nobody. `update` has the signature that transformers'
+    attention layers call."""
 
     STEP = 256
     """rows by which the buffers grow at least"""
+    SHARE = 0.5
+    """and of the rows needed"""
 
     def __init__(self) -> None:
-        self.length = 0
+        self.length = self.capacity = 0
         self._keys: dict[int, Tensor] = {}  # layer -> [1, kv_heads, capacity, head_dim]
         self._values: dict[int, Tensor] = {}
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
-        """Write n new rows ([1, kv_heads, n, head_dim]) behind the last; all rows up to them. `advance` makes them count."""
-        end = self.length + keys.shape[2]
-        for buffers, new in ((self._keys, keys), (self._values, values)):
-            buffers[layer] = _room(buffers.get(layer), new, self.length, end)
-            buffers[layer][:, :, self.length : end] = new
-        return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
+    @torch.inference_mode()
+    def extend(self, rows: int) -> None:
+        """So many rows more, at the end of every layer: the one place where a cache becomes longer, and where its buffers grow."""
+        held, self.length = self.length, self.length + rows
+        if self.length > self.capacity:
+            self.capacity = self.length + max(self.STEP, int(self.SHARE * self.length))
+            for buffers in (self._keys, self._values):
+                for layer, buffer in buffers.items():
+                    buffers[layer] = _zeros(buffer, self.capacity)
+                    buffers[layer][:, :, :held] = buffer[:, :, :held]
 
-    def advance(self, rows: int) -> None:
-        self.length += rows
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
+        """Write the n newest rows of a layer ([1, kv_heads, n, head_dim]); all its rows up to them."""
+        for buffers, new in ((self._keys, keys), (self._values, values)):
+            if layer not in buffers:
+                buffers[layer] = _zeros(new, self.capacity)
+            buffers[layer][:, :, self.length - new.shape[2] : self.length] = new
+        return self._keys[layer][:, :, : self.length], self._values[layer][:, :, : self.length]
 
     @torch.inference_mode()
     def gather(self, gather: Gather) -> None:
@@ -44,12 +56,6 @@ class RowCache:
         self.length = end
 
 
-def _room(buffer: Tensor | None, like: Tensor, length: int, end: int) -> Tensor:
-    """A buffer of at least `end` rows that keeps the first `length`."""
-    if buffer is not None and buffer.shape[2] >= end:
-        return buffer
-    rows = max(end + RowCache.STEP, 0 if buffer is None else buffer.shape[2] * 3 // 2)
-    grown = like.new_zeros(1, like.shape[1], rows, like.shape[3])  # rows that an abandoned forward left unwritten: masked, but finite
-    if buffer is not None:
-        grown[:, :, :length] = buffer[:, :, :length]
-    return grown
+def _zeros(like: Tensor, rows: int) -> Tensor:
+    """[1, kv_heads, rows, head_dim]; zeros, because rows left unwritten are masked, and must be finite for that."""
+    return like.new_zeros(1, like.shape[1], rows, like.shape[3])

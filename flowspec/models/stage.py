@@ -78,7 +78,8 @@ class StageModel(nn.Module):
         None and None once they are not `needed` (asked between layers).
 
         rows: token ids int [n] for a first stage, else features [n, hidden]; positions: int64 [n];
-        hidden: bool [n, cache.length + n], True where a row must not see another."""
+        hidden: bool [n, the cache's rows + n], True where a row must not see another."""
+        cache.extend(len(rows))
         device = self.device
         rows = placed(rows, device)
         x = self.embed_tokens(rows.long())[None] if self.embed_tokens is not None else rows.to(self.dtype)[None]
@@ -88,12 +89,10 @@ class StageModel(nn.Module):
         entered = {}
         for k, layer in enumerate(self.layers):
             if k and not needed():
-                cache.advance(len(rows))
                 return None, None
             if k in taps:
                 entered[k] = x[0]
             x = layer(x, attention_mask=mask, position_embeddings=turns, past_key_values=cache, use_cache=True)
-        cache.advance(len(rows))
         tapped = torch.cat([entered[k] for k in taps], -1) if taps else None
         return (x if self.norm is None else self.norm(x))[0], tapped
 

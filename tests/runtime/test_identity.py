@@ -11,6 +11,8 @@ METHODS = [*(m for m in ALL_METHODS if m != "ar"), "ar"]
 PROMPTS = [[5], [7, 8, 9, 10, 11], list(range(40, 75))]
 SAMPLED = [dict(temperature=0.8, top_p=0.9, seed=1), dict(temperature=1.2, top_k=20, min_p=0.02, seed=4)]
 
+TIGHT = pytest.mark.parametrize("cache_step", [1], indirect=True, ids=["tight"])
+
 
 def text(engine, prompt, **settings):
     return [t.id for t in engine.generate(prompt, **settings)]
@@ -55,8 +57,9 @@ def test_every_method_writes_the_same_sampled_text(pair, stages, verify_on, coup
                 assert_same(text(engine, PROMPTS[1], method=method, **settings), want)
 
 
+@TIGHT
 @pytest.mark.parametrize("seed", [0, 1, *map(slow, range(2, 8))])
-def test_any_tree_and_segment(pair, seed):
+def test_any_tree_and_segment(pair, cache_step, seed):
     r = random.Random(seed)
     tree = dict(
         budget=r.choice([1, 2, 7, 40, 200]), segment=r.choice([1, 2, 16, 64]), top_k=r.choice([1, 4, 16]), depth=r.choice([1, 3, 9])
@@ -83,7 +86,8 @@ def test_any_delay(pair, emulate):
             assert engine._running.result.emulated
 
 
-def test_dead_rows_left_in_place_or_gathered_at_once(pair, monkeypatch):
+@TIGHT
+def test_dead_rows_left_in_place_or_gathered_at_once(pair, monkeypatch, cache_step):
     from flowspec.core.stage import StageState
 
     for limit in (-1, 10_000):

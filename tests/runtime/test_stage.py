@@ -92,7 +92,7 @@ def test_a_tree_in_segments_of_any_size(family, size):
             close(logits, reference(model, prompt + path[::-1])[-1])
 
 
-def test_a_pruned_and_gathered_cache(family, monkeypatch):
+def test_a_pruned_and_gathered_cache(family, monkeypatch, cache_step):
     model, stages, head, _ = family
     for limit in (-1, 64):  # gather at once, or leave the dead rows in place
         monkeypatch.setattr(StageState, "COMPACT", limit)
@@ -114,7 +114,7 @@ def test_a_pruned_and_gathered_cache(family, monkeypatch):
         close(head(x)[0], reference(model, [1, 2, 3, 20, 22, 23, 24])[-1])
 
 
-def test_an_abandoned_forward_leaves_no_trace(family, monkeypatch):
+def test_an_abandoned_forward_leaves_no_trace(family, monkeypatch, cache_step):
     """Its rows are never read, and a gather that is due meanwhile waits until it is over."""
     model, stages, head, _ = family
     monkeypatch.setattr(StageState, "COMPACT", -1)  # gather at every prune
@@ -136,6 +136,28 @@ def test_an_abandoned_forward_leaves_no_trace(family, monkeypatch):
     _, positions, out = second.verify([5], [2], x)
     assert positions.tolist() == [5]
     close(head(out)[0], reference(model, [1, 2, 3, 20, 22, 25])[-1])
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_forward_can_be_abandoned_at_any_layer_and_any_number_of_times(family, cache_step, rows):
+    """Also where its rows cross the capacity: what comes after it has room in every layer."""
+    model, stages, head, _ = family
+    sequences = [Sequence(s) for s in stages]
+    x = torch.tensor([1, 2, 3])
+    for s in sequences:
+        x = s.prefill(x)
+    for k in range(3):
+        ids = [100 + rows * k + j for j in range(rows)]
+        for s in sequences:
+            last = s.model.norm is not None
+            x = torch.zeros(rows, 32) if last else torch.full((rows,), 9)
+            *_, out = s.verify(ids, [0] * rows, x, drop=False, needed=lambda: False)
+            assert (out is None) == last, "a stage of one layer is never asked"
+            assert s.cache.length == s.state.length <= s.cache.capacity
+    x = torch.tensor([20, 21, 22])
+    for s in sequences:
+        *_, x = s.verify([0, 1, 2], [-1, 0, 1], x)
+    close(head(x), reference(model, [1, 2, 3, 20, 21, 22])[3:])
 
 
 def test_dead_rows_may_be_computed_but_are_never_seen(family):
