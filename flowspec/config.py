@@ -23,7 +23,7 @@ from flowspec.core.request import Sampling, need
 from flowspec.draft.config import DrafterConfig
 from flowspec.errors import UserError
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")
+DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 VERIFY_ON = ("auto", "coordinator", "last")
 LATER = ("tp", "galaxy", "dsi", "si")
 
@@ -42,7 +42,7 @@ class Config:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     emulate: Emulate = field(default_factory=Emulate)
     dtype: str = "auto"
-    """The computing dtype; auto: float32 on a CPU, the stored one elsewhere."""
+    """Of the weights (int8: a scale for each output, on a CPU); auto: float32 on a CPU, the stored one elsewhere."""
     device: str | tuple[str, ...] = "cpu"
     """cpu, cuda (the ranks of a host take its GPUs in turn) or cuda:N: one for all ranks, or one a rank."""
     threads: int | None = None

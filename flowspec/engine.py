@@ -375,7 +375,7 @@ def _work(config: Config, manifest: Manifest, transport: Transport) -> None:
 
     model = load_stage(manifest, rank, dtype, device, progress)
     head = load_head(manifest, rank, dtype, device) if manifest.is_last(rank) and config.verifies_last else None
-    size = sum(p.nbytes for p in model.parameters()) / 1e6
+    size = model.size / 1e6
     a, b = manifest.ranks[rank].layers
     transport.send_control(0, wire.loaded(size, time.monotonic() - begun, f"layers {a} to {b - 1}"))
     Worker(transport, model, head, config.emulate, a).run()

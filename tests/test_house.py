@@ -125,7 +125,7 @@ def offences(tree: ast.Module) -> list[str]:
     found = []
     for node in ast.walk(tree):
         name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
-        if re.search(r"_object(_list)?$", name):
+        if re.search(r"(gather|scatter|broadcast|send|recv)_object(_list)?$", name):
             found.append(name)
         if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.system", "os.popen"):
             found.append(ast.unparse(node))

@@ -27,16 +27,24 @@ class Admitted(NamedTuple):
     """indices into the segment, n of them"""
     positions: np.ndarray
     """int64 [n]: absolute positions of their tokens"""
+    base: int
+    """cache rows [0, base) are seen by all of them"""
     hidden: np.ndarray
-    """bool [n, length]: cache rows (the new ones included) that each must not see"""
+    """bool [n, length - base]: of the other rows (the new ones included) those that each must not see"""
+
+    def sees(self, k: int) -> list[int]:
+        """The cache rows that the k-th sees."""
+        return [*range(self.base), *(self.base + np.flatnonzero(~self.hidden[k])).tolist()]
 
     def then(self, next: Admitted) -> Admitted:
         """Both in one forward; `next` was admitted right after this."""
-        hidden = np.ones((len(self.hidden) + len(next.hidden), next.hidden.shape[1]), dtype=bool)
+        settled = next.base - self.base  # rows that became base in between
+        hidden = np.ones((len(self.hidden) + len(next.hidden), settled + next.hidden.shape[1]), dtype=bool)
         hidden[: len(self.hidden), : self.hidden.shape[1]] = self.hidden
-        hidden[len(self.hidden) :] = next.hidden
+        hidden[len(self.hidden) :, :settled] = False
+        hidden[len(self.hidden) :, settled:] = next.hidden
         kept = self.kept + [len(self.kept) + k for k in next.kept]
-        return Admitted(kept, np.concatenate([self.positions, next.positions]), hidden)
+        return Admitted(kept, np.concatenate([self.positions, next.positions]), self.base, hidden)
 
 
 class Gather(NamedTuple):
@@ -86,11 +94,11 @@ class StageState:
         del self.tail[at - self.base :]
         rows = np.arange(self.length, self.length + n)
         self.length += n
-        hidden = self._hidden(n)
-        hidden[:, rows] = rows[None, :] > rows[:, None]
+        base, hidden = self.base, self._hidden(n)
+        hidden[:, rows - base] = rows[None, :] > rows[:, None]
         self.tail += [*rows.tolist(), *behind]
         self._settle()
-        return Admitted(list(range(n)), np.arange(at, at + n), hidden)
+        return Admitted(list(range(n)), np.arange(at, at + n), base, hidden)
 
     def worth(self, ids: Sequence[int], parents: Sequence[int]) -> list[int]:
         """Indices of the nodes that may still be needed: the root, and children of nodes that hold a row or will."""
@@ -113,9 +121,9 @@ class StageState:
         positions = np.empty(len(kept), dtype=np.int64)
         for k, i in enumerate(ids[k] for k in kept):
             chain = self._chain(i)
-            hidden[k, [self.row[a] for a in chain]] = False
+            hidden[k, [self.row[a] - self.base for a in chain]] = False
             positions[k] = max(0, self.context + len(chain) - 1)
-        return Admitted(kept, positions, hidden)
+        return Admitted(kept, positions, self.base, hidden)
 
     def decided(self, prune: Prune) -> list[int]:
         """The nodes that `prune` makes text here, oldest first, at the positions from `context` on. Ask before it is applied."""
@@ -139,10 +147,9 @@ class StageState:
         return self._compact() if self.dead > self.COMPACT else None
 
     def _hidden(self, n: int) -> np.ndarray:
-        """For n new rows: all but the committed rows, as bool [n, length]."""
-        hidden = np.ones((n, self.length), dtype=bool)
-        hidden[:, : self.base] = False
-        hidden[:, self.tail] = False
+        """For n new rows: all but the committed rows, as bool [n, length - base]."""
+        hidden = np.ones((n, self.length - self.base), dtype=bool)
+        hidden[:, np.array(self.tail, dtype=np.int64) - self.base] = False
         return hidden
 
     def _settle(self) -> None:

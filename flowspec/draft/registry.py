@@ -40,6 +40,7 @@ def _one(config: DrafterConfig, folder: Path, manifest: Manifest, head: Head | N
         from flowspec.draft.eagle import EagleDrafter
         from flowspec.models.eagle import load_eagle
 
+        dtype = torch.float32 if device == "cpu" else dtype  # fc and embedding are no packed matrices, and halves are slow there
         return EagleDrafter(load_eagle(config.kind, config.checkpoint(folder), manifest, head, dtype, device))
     if config.kind == "ngram":
         from flowspec.draft.ngram import NgramDrafter

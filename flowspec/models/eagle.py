@@ -112,7 +112,7 @@ def load_eagle(kind: str, folder: Path, manifest: Manifest, head: Head | None, d
     fixed = {name: _taken(tensors, name, shape, folder, kind).to(device) for name, shape in shapes.items()}
     fc, bias = fixed[EAGLE_FC], fixed.get(EAGLE_BIAS)
     embedding = fixed[EAGLE_EMBEDDING] if own else target_embedding(folder, manifest, head, dtype, device)
-    layer = decoder_layer(config, tensors, device, str(folder), beside=kind == "eagle3")
+    layer = decoder_layer(config, tensors, device, str(folder), dtype, beside=kind == "eagle3")
     if kind == "eagle":
         assert head is not None, "an EAGLE-1/2 head needs the target's lm_head"
         return EagleHead(embedding, fc, bias, layer, head, nn.Identity())
@@ -134,7 +134,7 @@ def _names(offsets: Tensor, vocabulary: int, folder: Path) -> Tensor:
 def target_embedding(folder: Path, manifest: Manifest, head: Head | None, dtype: torch.dtype, device: str) -> Tensor:
     """The target's embedding [vocabulary, hidden]: its lm_head if they are tied and it is here, else out of the first stage's file."""
     if manifest.tied and head is not None:
-        return head.weight
+        return head.weight.to(dtype)
     path = manifest.path(manifest.ranks[1])
     if not path.exists():
         raise UserError(f"{folder} has no {EAGLE_EMBEDDING}, so the target's is needed: copy {path} to rank 0's machine")
@@ -156,7 +156,9 @@ def _read(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read as weights ({type(error).__name__}): download it again") from None
 
 
-def decoder_layer(config: dict, tensors: dict[str, Tensor], device: str, source: str, beside: bool = False) -> StageModel:
+def decoder_layer(
+    config: dict, tensors: dict[str, Tensor], device: str, source: str, dtype: torch.dtype, beside: bool = False
+) -> StageModel:
     """The decoder layer, of EAGLE-3 if `beside`. Files tell which biases a head has; EAGLE-1/2 heads as published leave out the norm
     before attention."""
     config = {**config, "num_hidden_layers": 1}
@@ -172,7 +174,7 @@ def decoder_layer(config: dict, tensors: dict[str, Tensor], device: str, source:
         model.layers[0] = Beside(model.layers[0], norm)
     elif LAYER + "input_layernorm.weight" not in own:
         model.layers[0].input_layernorm = nn.Identity()
-    return model.load(own.items(), device, source)
+    return model.load(own.items(), device, source, dtype)
 
 
 def _taken(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], folder: Path, kind: str) -> Tensor:

@@ -1,8 +1,6 @@
 """A run of consecutive decoder layers of a transformers model, alone: the target's stages and the draft model.
 
-The layers, rotary embedding and norms are transformers' own classes; rows, masks and positions are ours. Masks
-are always additive and four-dimensional: a boolean mask is wrong with eager attention, and none at all means causal
-to one implementation and full to another.
+The layers, rotary embedding and norms are transformers' own classes; rows, positions and attention (attention.py) are ours.
 """
 
 from __future__ import annotations
@@ -21,9 +19,11 @@ from flowspec.core.messages import Prune
 from flowspec.core.request import need
 from flowspec.core.stage import Admitted, Gather, StageState, Waiting
 from flowspec.errors import UserError
+from flowspec.models import attention, kernels
 from flowspec.models.cache import RowCache
 from flowspec.models.device import on_host, placed
 from flowspec.models.families import HEAD, family_of, module_tensors, read_config
+from flowspec.models.kernels import PackedLinear
 from flowspec.models.manifest import Manifest
 from flowspec.models.weights import Checkpoint, TensorFile
 
@@ -37,7 +37,7 @@ class StageModel(nn.Module):
     def __init__(self, config: dict, layers: int, first: bool, last: bool):
         super().__init__()
         classes = family_of(config).classes()
-        self.config = classes.config.from_dict({**config, "attn_implementation": "sdpa"})
+        self.config = classes.config.from_dict({**config, "attn_implementation": attention.implementation()})
         with torch.device("meta"):
             self.embed_tokens = nn.Embedding(self.config.vocab_size, self.config.hidden_size) if first else None
             self.layers = nn.ModuleList(classes.layer(self.config, k) for k in range(layers))
@@ -45,25 +45,43 @@ class StageModel(nn.Module):
         self.rotary = classes.rotary(self.config)  # its frequencies are in no file: never on meta
         self.eval()
 
-    def load(self, tensors: Iterable[tuple[str, Tensor]], device: str, source: str) -> StageModel:
-        """Take each tensor as it comes (the caller holds one at a time); UserError if some are missing or misshapen."""
+    def load(self, tensors: Iterable[tuple[str, Tensor]], device: str, source: str, dtype: torch.dtype) -> StageModel:
+        """Take each tensor as it comes (the caller holds one at a time); UserError if some are missing or misshapen.
+
+        On a CPU that has kernels for `dtype` the matrices are packed as they come, and everything else is float32 (kernels.py)."""
         waiting = dict(self.named_parameters())
+        packs = self.packs(dtype, device)
+        self.dtype = torch.float32 if packs else dtype
         for name, tensor in tensors:
             expected = waiting.pop(name, None)
             if expected is None:
                 continue  # what a layer of this family does not know, such as stored rotary frequencies
             if expected.shape != tensor.shape:
                 raise UserError(f"{source}: {name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected.shape)}")
-            module, _, leaf = name.rpartition(".")
-            setattr(self.get_submodule(module), leaf, nn.Parameter(tensor.to(device), requires_grad=False))
+            path, _, leaf = name.rpartition(".")
+            module = self.get_submodule(path)
+            if packs and leaf == "weight" and isinstance(module, nn.Linear):
+                self.set_submodule(path, PackedLinear(tensor, module.bias, dtype))
+                continue
+            tensor = tensor.to(device) if not packs or module is self.embed_tokens else tensor.float()
+            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
         if waiting:
             raise UserError(f"{source}: {len(waiting)} tensors are missing, such as {next(iter(waiting))}")
         self.rotary.to(device)
         return self
 
+    def packs(self, dtype: torch.dtype, device: str) -> bool:
+        """Matrices of `dtype` are computed with by our own kernels there; UserError where nothing else can. Experts come fused, which
+        is no `nn.Linear`: with them only float32 can be both."""
+        whole = dtype == torch.float32 or not hasattr(self.config, "num_local_experts")
+        possible = device == "cpu" and kernels.available() and dtype in kernels.KINDS and whole
+        need(dtype != torch.int8 or possible, "dtype int8 works on a CPU with fused multiply-add, with llvmlite, without experts")
+        return possible
+
     @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+    def size(self) -> int:
+        """Bytes of the weights as they are held."""
+        return sum(t.nbytes for t in (*self.parameters(), *self.buffers()))
 
     @property
     def device(self) -> torch.device:
@@ -78,13 +96,12 @@ class StageModel(nn.Module):
         None and None once they are not `needed` (asked between layers).
 
         rows: token ids int [n] for a first stage, else features [n, hidden]; positions: int64 [n];
-        hidden: bool [n, the cache's rows + n], True where a row must not see another."""
+        hidden: bool [n, t], of the last t rows of the cache (these n included) those that each must not see."""
         cache.extend(len(rows))
         device = self.device
         rows = placed(rows, device)
-        x = self.embed_tokens(rows.long())[None] if self.embed_tokens is not None else rows.to(self.dtype)[None]
+        x = (self.embed_tokens(rows.long()) if self.embed_tokens is not None else rows).to(self.dtype)[None]
         unseen = placed(torch.from_numpy(hidden), device)
-        mask = x.new_zeros(hidden.shape).masked_fill_(unseen, torch.finfo(x.dtype).min)[None, None]
         turns = self.rotary(x, placed(torch.from_numpy(positions), device)[None])
         entered = {}
         for k, layer in enumerate(self.layers):
@@ -92,7 +109,7 @@ class StageModel(nn.Module):
                 return None, None
             if k in taps:
                 entered[k] = x[0]
-            x = layer(x, attention_mask=mask, position_embeddings=turns, past_key_values=cache, use_cache=True)
+            x = layer(x, attention_mask=unseen, position_embeddings=turns, past_key_values=cache, use_cache=True)
         tapped = torch.cat([entered[k] for k in taps], -1) if taps else None
         return (x if self.norm is None else self.norm(x))[0], tapped
 
@@ -205,8 +222,13 @@ def load_stage(
     config, entry = read_config(manifest.folder(rank)), manifest.ranks[rank]
     path = manifest.path(entry)
     model = StageModel(config, entry.num_layers, manifest.is_first(rank), manifest.is_last(rank))
-    tensors = module_tensors(TensorFile(path), family_of(config), entry.layers[0], dtype)
-    return model.load(_counted(tensors, progress), device, str(path))
+    tensors = module_tensors(TensorFile(path), family_of(config), entry.layers[0], stored_as(dtype))
+    return model.load(_counted(tensors, progress), device, str(path), dtype)
+
+
+def stored_as(dtype: torch.dtype) -> torch.dtype | None:
+    """What to read for computing with `dtype`: None, for what is made of the stored numbers, reads them as they are."""
+    return None if dtype == torch.int8 else dtype
 
 
 def _counted(tensors: Iterable[tuple[str, Tensor]], progress: Callable[[int], None]) -> Iterator[tuple[str, Tensor]]:
@@ -221,7 +243,7 @@ def load_head(manifest: Manifest, rank: int, dtype: torch.dtype, device: str) ->
     """The lm_head that lies beside rank 0 and beside the last stage."""
     entry = manifest.ranks[rank].lm_head
     assert entry is not None, f"the split has no head beside rank {rank}"
-    return Head(TensorFile(manifest.path(entry)).read(HEAD, dtype).to(device))
+    return Head(TensorFile(manifest.path(entry)).read(HEAD, stored_as(dtype)).to(device))
 
 
 def load_whole(folder: Path, dtype: torch.dtype, device: str) -> tuple[StageModel, Head]:
@@ -230,8 +252,9 @@ def load_whole(folder: Path, dtype: torch.dtype, device: str) -> tuple[StageMode
     family = family_of(config)
     model = StageModel(config, config["num_hidden_layers"], first=True, last=True)
     files = {checkpoint.file(name).path: checkpoint.file(name) for name in checkpoint.names}
-    model.load((pair for file in files.values() for pair in module_tensors(file, family, 0, dtype)), device, str(folder))
+    tensors = (pair for file in files.values() for pair in module_tensors(file, family, 0, stored_as(dtype)))
+    model.load(tensors, device, str(folder), dtype)
     tied = HEAD not in checkpoint.names
     need(not tied or bool(config.get("tie_word_embeddings")), f"{folder} has no {HEAD}, and config.json does not tie it to the embedding")
-    weight = model.get_parameter("embed_tokens.weight") if tied else checkpoint.file(HEAD).read(HEAD, dtype).to(device)
+    weight = model.get_parameter("embed_tokens.weight") if tied else checkpoint.file(HEAD).read(HEAD, stored_as(dtype)).to(device)
     return model, Head(weight)

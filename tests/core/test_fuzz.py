@@ -87,7 +87,7 @@ class Mutants:
     def tail_forgotten():  # committed rows that were not moved down yet
         def admit(good, self, *segment):
             admitted = good(self, *segment)
-            admitted.hidden[:, self.tail] = True
+            admitted.hidden[:, [row - self.base for row in self.tail]] = True
             return admitted
 
         return admit

@@ -68,8 +68,8 @@ class ToyStage:
         self.computed += len(kept)
         assert len(self.cache) == self.state.length
         seen = {}
-        for k, hidden in zip(admitted.kept, admitted.hidden, strict=True):
-            rows = sorted(self.cache[r] for r in np.flatnonzero(~hidden))
+        for row, k in enumerate(admitted.kept):
+            rows = sorted(self.cache[r] for r in admitted.sees(row))
             assert [p for p, _ in rows] == list(range(len(rows))), "rows that are not one path"
             seen[segment.ids[k]] = tuple(t for _, t in rows)
         return only(segment, admitted.kept), seen

@@ -143,7 +143,7 @@ def test_names_and_shapes_of_published_heads_fit(name):
     tensors = {f"layers.0.{k}.weight": torch.empty(shape, device="meta") for k, shape in shapes.items()}
     biased = {"q": hidden, "k": narrow, "v": narrow} if "qkv_bias" in more else {}
     tensors |= {f"layers.0.self_attn.{k}_proj.bias": torch.empty(n, device="meta") for k, n in biased.items()}
-    layer = decoder_layer(config, tensors, "meta", name)
+    layer = decoder_layer(config, tensors, "meta", name, torch.float32)
     assert {n: p.shape for n, p in layer.named_parameters()} == {n: t.shape for n, t in tensors.items()}
 
 
@@ -215,7 +215,7 @@ def test_names_and_shapes_of_published_eagle3_heads_fit(name):
     config, shapes = published3(name)
     check_config(config)
     tensors = {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}
-    layer = decoder_layer(config, tensors, "meta", name, beside=True)
+    layer = decoder_layer(config, tensors, "meta", name, torch.float32, beside=True)
     own = {k.replace("midlayer.", "layers.0."): t.shape for k, t in tensors.items() if k.startswith("midlayer.")}
     assert {n: p.shape for n, p in layer.named_parameters()} == own
 

@@ -1,0 +1,327 @@
+"""Products of a few rows with a large matrix on a CPU: what a stage does all day.
+
+One row is bound by memory: the weights are read once, at the speed of the memory. So are eight, if each weight that is read serves all
+of them; the libraries at hand take two to three times as long for eight rows as for one (docs/performance.md), because their kernels
+are made for many rows. Here weights lie in the order in which they are read, in blocks of WIDTH outputs,
+
+    packed[block, input, WIDTH]
+
+and a kernel holds up to ROWS x WIDTH sums in registers while it walks down a block. It is LLVM's vector code, written out below and
+compiled for the processor at hand by llvmlite when the first matrix of its kind is packed (0.3 s). Weights are float32,
+bfloat16, float16 or int8 (one scale an output, symmetric, weight only); rows, sums and results are float32.
+
+A sum runs over the inputs in their order, CHUNK at a time, whatever the number of rows: so a row's result is the same, to the bit,
+in a batch of any shape.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import mmap
+import platform
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LANES = 8
+"""of a vector: a 256-bit register, or two of 128"""
+VECTORS = 2
+WIDTH = LANES * VECTORS
+ROWS = 6
+"""at a time: 6 x VECTORS sums leave registers for the weights, of 16"""
+NARROW = 2
+"""rows, or fewer, that leave registers for two blocks at once, whose two streams of weights come faster than one"""
+CHUNK = 64
+"""inputs after which the next rows take their turn: a block's piece of so many stays in the nearest cache"""
+AHEAD = 2048
+"""bytes that are fetched before they are needed"""
+THREADED = 1 << 18
+"""weights, or more, that are worth waking other threads for"""
+KINDS = {torch.float32: "float", torch.bfloat16: "i16", torch.float16: "half", torch.int8: "i8"}
+"""of weights, and LLVM's type of a stored one"""
+
+
+@cache
+def available() -> bool:
+    """llvmlite is here, and the processor multiplies and adds in one instruction."""
+    if importlib.util.find_spec("llvmlite") is None:
+        return False
+    import llvmlite.binding as llvm
+
+    return platform.machine() in ("aarch64", "arm64") or bool(llvm.get_host_cpu_features().get("fma"))
+
+
+class PackedLinear(nn.Module):
+    """`nn.Linear` over packed weights: rows [.., inputs] float32 -> [.., outputs] float32."""
+
+    packed: Tensor
+    scale: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None = None, dtype: torch.dtype | None = None):
+        """weight [outputs, inputs], kept as `dtype` (float32, bfloat16, float16 or int8; None: its own)."""
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        scale = None
+        if dtype == torch.int8:
+            weight, scale = quantised(weight)
+        self.register_buffer("packed", packed(weight.to(dtype or weight.dtype)))
+        self.register_buffer("scale", scale)
+        self.bias = bias
+        self._run = kernel(self.packed.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        rows = rows if rows.stride(1) == 1 and rows.dtype == torch.float32 else rows.float().contiguous()
+        blocks = len(self.packed)
+        out = torch.empty(len(rows), blocks * WIDTH)
+        if len(rows):
+            self._run(rows, self.packed, out)
+        if blocks * WIDTH != self.out_features:
+            out = out[:, : self.out_features]
+        if self.scale is not None:
+            out *= self.scale
+        if self.bias is not None:
+            out += self.bias
+        return out.view(*x.shape[:-1], self.out_features) if out.is_contiguous() else out.reshape(*x.shape[:-1], self.out_features)
+
+
+def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [outputs, inputs] and float32 [outputs]: weight ~ int8 * scale, the largest of each output at 127."""
+    weight = weight.float()
+    scale = weight.abs().amax(1).clamp_(min=1e-12) / 127
+    return torch.round(weight / scale[:, None]).to(torch.int8), scale
+
+
+def packed(weight: Tensor) -> Tensor:
+    """[outputs, inputs] as [blocks, inputs, WIDTH], the last block filled up with zeros, in huge pages where there are any."""
+    outputs, inputs = weight.shape
+    blocks = -(-outputs // WIDTH)
+    out = _memory(blocks * inputs * WIDTH, weight.dtype).view(blocks, inputs, WIDTH)
+    whole = outputs // WIDTH
+    out[:whole] = weight[: whole * WIDTH].view(whole, WIDTH, inputs).transpose(1, 2)
+    if whole < blocks:
+        out[whole] = 0
+        out[whole, :, : outputs - whole * WIDTH] = weight[whole * WIDTH :].T
+    return out
+
+
+def unpacked(weights: Tensor, outputs: int) -> Tensor:
+    """What `packed` was made of."""
+    return weights.transpose(1, 2).reshape(-1, weights.shape[1])[:outputs]
+
+
+def _memory(count: int, dtype: torch.dtype) -> Tensor:
+    """Walking through a matrix in pages of 4 kB costs a tenth of the time."""
+    if not hasattr(mmap, "MADV_HUGEPAGE") or count * dtype.itemsize < 1 << 21:
+        return torch.empty(count, dtype=dtype)
+    area = mmap.mmap(-1, count * dtype.itemsize)
+    area.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(area, dtype=dtype, count=count)
+
+
+# ---- the kernels -----------------------------------------------------------------------------------
+class _Job(ctypes.Structure):
+    """What `product` below reads: x [rows, inputs] with x_stride floats from row to row, y [rows, blocks * WIDTH]."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p), ("rows", ctypes.c_int64), ("x_stride", ctypes.c_int64), ("w", ctypes.c_void_p),
+        ("y", ctypes.c_void_p), ("y_stride", ctypes.c_int64), ("inputs", ctypes.c_int64), ("blocks", ctypes.c_int64),
+    )  # fmt: skip
+
+
+_compiling = threading.Lock()
+_engines: list[Any] = []  # they own the code
+
+
+def kernel(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], None]:
+    """`run(x, w, y)`: y = x w^T for x [n, inputs], packed weights w of this dtype, y [n, blocks * WIDTH]; by torch's number of threads."""
+    with _compiling:
+        product, part = _compiled(dtype)
+    team = _team()
+
+    def run(x: Tensor, w: Tensor, y: Tensor) -> None:
+        blocks, inputs, _ = w.shape
+        job = _Job(x.data_ptr(), len(x), x.stride(0), w.data_ptr(), y.data_ptr(), y.stride(0), inputs, blocks)
+        threads = torch.get_num_threads()
+        if threads == 1 or team is None or w.numel() < THREADED:
+            product(ctypes.byref(job), 0, blocks)
+        else:
+            team(part, ctypes.byref(job), threads, 0)
+
+    return run
+
+
+@cache
+def _team() -> Callable | None:
+    """GOMP_parallel(function, data, threads, flags) of the OpenMP that torch brings: the threads that torch itself uses."""
+    found = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*")) + sorted(
+        (Path(torch.__file__).parent.parent / "torch.libs").glob("libgomp*")
+    )
+    if not found:
+        return None
+    import llvmlite.binding as llvm
+
+    library = ctypes.CDLL(str(found[0]))
+    for name in ("omp_get_thread_num", "omp_get_num_threads"):
+        llvm.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
+    library.GOMP_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    library.GOMP_parallel.restype = None
+    return library.GOMP_parallel
+
+
+@cache
+def _compiled(dtype: torch.dtype) -> tuple[Callable, int]:
+    """`product(job, first block, last)` of this kind of weights, and the address of a thread's part of it."""
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
+    )
+    module = llvm.parse_assembly(source(dtype, threads=_team() is not None))
+    module.verify()
+    builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+    builder.getModulePassManager().run(module, builder)
+    engine = llvm.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    _engines.append(engine)
+    product = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)(engine.get_function_address("product"))
+    return product, engine.get_function_address("part")
+
+
+# ---- their code ------------------------------------------------------------------------------------
+def source(dtype: torch.dtype, threads: bool) -> str:
+    """LLVM IR of the kernels over weights of `dtype`; `part` shares the blocks among OpenMP's threads, if there are any."""
+    shapes = [(rows, blocks) for rows in range(1, ROWS + 1) for blocks in ((1, 2) if rows <= NARROW else (1,))]
+    parts = [_DECLARATIONS, *(_piece(dtype, *shape) for shape in shapes), _product(dtype, shapes), _part(threads)]
+    return "\n".join(parts)
+
+
+_DECLARATIONS = f"""
+%job = type {{ ptr, i64, i64, ptr, ptr, i64, i64, i64 }}
+declare <{LANES} x float> @llvm.fma.v{LANES}f32(<{LANES} x float>, <{LANES} x float>, <{LANES} x float>)
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+"""
+
+
+def _piece(dtype: torch.dtype, rows: int, blocks: int) -> str:
+    """y += x w^T for `rows` rows, n inputs and `blocks` blocks of weights; y = at the first inputs.
+
+    A turn of its loop takes one input: the weights of all outputs from memory, each row's value in all lanes, their products added to
+    the sums, which are the loop's variables."""
+    vectors = blocks * VECTORS
+    vec, sums = f"<{LANES} x float>", [(r, v) for r in range(rows) for v in range(vectors)]
+    parameters = "ptr %x, i64 %x_stride, ptr %w, i64 %block, ptr %y, i64 %y_stride, i64 %n, i1 %first"
+    code = [f"define internal void @piece_{rows}_{blocks}({parameters}) {{"]
+    code += ["entry:"]
+    for r in range(rows):
+        code += [f"%xo{r} = mul i64 %x_stride, {r}", f"%x{r} = getelementptr float, ptr %x, i64 %xo{r}"]
+        code += [f"%yo{r} = mul i64 %y_stride, {r}", f"%y{r} = getelementptr float, ptr %y, i64 %yo{r}"]
+    code += [f"%w{b} = getelementptr i8, ptr %w, i64 {'0' if b == 0 else '%block'}" for b in range(blocks)]
+    code += ["br label %turn", "turn:", "%i = phi i64 [0, %entry], [%next, %turn]"]
+    code += [f"%s{r}_{v} = phi {vec} [zeroinitializer, %entry], [%t{r}_{v}, %turn]" for r, v in sums]
+    code += [f"%at = mul i64 %i, {WIDTH * dtype.itemsize}"]
+    for b in range(blocks):
+        code += [f"%p{b} = getelementptr i8, ptr %w{b}, i64 %at", f"%ahead{b} = getelementptr i8, ptr %p{b}, i64 {AHEAD}"]
+        code += [f"call void @llvm.prefetch.p0(ptr %ahead{b}, i32 0, i32 3, i32 1)"]
+        for v in range(VECTORS):
+            code += [f"%q{b}_{v} = getelementptr i8, ptr %p{b}, i64 {v * LANES * dtype.itemsize}"]
+            code += _load(dtype, f"%q{b}_{v}", f"v{b * VECTORS + v}")
+    for r in range(rows):
+        code += [f"%xp{r} = getelementptr float, ptr %x{r}, i64 %i", f"%xs{r} = load float, ptr %xp{r}"]
+        code += [f"%xi{r} = insertelement {vec} poison, float %xs{r}, i32 0"]
+        code += [f"%xv{r} = shufflevector {vec} %xi{r}, {vec} poison, <{LANES} x i32> zeroinitializer"]
+    fma = f"call {vec} @llvm.fma.v{LANES}f32"
+    code += [f"%t{r}_{v} = {fma}({vec} %v{v}, {vec} %xv{r}, {vec} %s{r}_{v})" for r, v in sums]
+    code += ["%next = add nuw i64 %i, 1", "%more = icmp ult i64 %next, %n", "br i1 %more, label %turn, label %end", "end:"]
+    code += [f"%z{r}_{v} = getelementptr float, ptr %y{r}, i64 {v * LANES}" for r, v in sums]
+    code += ["br i1 %first, label %set, label %add", "set:"]
+    code += [f"store {vec} %t{r}_{v}, ptr %z{r}_{v}, align 4" for r, v in sums]
+    code += ["ret void", "add:"]
+    for r, v in sums:
+        code += [f"%o{r}_{v} = load {vec}, ptr %z{r}_{v}, align 4", f"%u{r}_{v} = fadd {vec} %o{r}_{v}, %t{r}_{v}"]
+        code += [f"store {vec} %u{r}_{v}, ptr %z{r}_{v}, align 4"]
+    return "\n".join([*code, "ret void", "}"])
+
+
+def _load(dtype: torch.dtype, address: str, name: str) -> list[str]:
+    """%name = the vector of weights at an address, as float32."""
+    vec, align = f"<{LANES} x float>", dtype.itemsize
+    stored, ints = f"<{LANES} x {KINDS[dtype]}>", f"<{LANES} x i32>"
+    if dtype == torch.float32:
+        return [f"%{name} = load {vec}, ptr {address}, align {align}"]
+    code = [f"%{name}_raw = load {stored}, ptr {address}, align {align}"]
+    if dtype == torch.float16:
+        return [*code, f"%{name} = fpext {stored} %{name}_raw to {vec}"]
+    if dtype == torch.int8:
+        return [*code, f"%{name}_int = sext {stored} %{name}_raw to {ints}", f"%{name} = sitofp {ints} %{name}_int to {vec}"]
+    code += [f"%{name}_int = zext {stored} %{name}_raw to {ints}", f"%{name}_high = shl {ints} %{name}_int, splat (i32 16)"]
+    return [*code, f"%{name} = bitcast {ints} %{name}_high to {vec}"]
+
+
+def _product(dtype: torch.dtype, shapes: list[tuple[int, int]]) -> str:
+    """Blocks [begin, end) of a job: for each block (or two), for each CHUNK of inputs, for each group of rows."""
+    number = {shape: k for k, shape in enumerate(shapes)}
+    names = ("x", "rows", "x_stride", "w", "y", "y_stride", "inputs")
+    fields = []
+    for k, name in enumerate(names):
+        kind = "ptr" if name in "xwy" else "i64"
+        fields += [f"%{name}_at = getelementptr %job, ptr %job, i32 0, i32 {k}", f"%{name} = load {kind}, ptr %{name}_at"]
+    cases = " ".join(f"i64 {k}, label %case{k}" for k in number.values())
+    arguments = "ptr %xr, i64 %x_stride, ptr %wk, i64 %block, ptr %yr, i64 %y_stride, i64 %n, i1 %first"
+    calls = [f"case{k}:\ncall void @piece_{rows}_{blocks}({arguments})\nbr label %rows_next" for (rows, blocks), k in number.items()]
+    # the number of a shape: of one block 2(r - 1) up to NARROW rows, then NARROW + r - 1; of two blocks one more
+    return "\n".join([
+        "define void @product(ptr %job, i64 %begin, i64 %end) {", "entry:", *fields,
+        f"%block = mul i64 %inputs, {WIDTH * dtype.itemsize}",
+        f"%narrow = icmp ule i64 %rows, {NARROW}",
+        "%any = icmp ult i64 %begin, %end",
+        "br i1 %any, label %blocks, label %out",
+        "blocks:", "%b = phi i64 [%begin, %entry], [%b_next, %blocks_next]",
+        "%b_two = add i64 %b, 2", "%fits = icmp ule i64 %b_two, %end", "%two = and i1 %narrow, %fits", "%second = zext i1 %two to i64",
+        "%wo = mul i64 %b, %block", "%wb = getelementptr i8, ptr %w, i64 %wo",
+        f"%yo = mul i64 %b, {WIDTH}", "%yb = getelementptr float, ptr %y, i64 %yo",
+        "br label %chunks",
+        "chunks:", "%k = phi i64 [0, %blocks], [%k_next, %chunks_next]",
+        "%left = sub i64 %inputs, %k", f"%last = icmp ult i64 %left, {CHUNK}", f"%n = select i1 %last, i64 %left, i64 {CHUNK}",
+        f"%ko = mul i64 %k, {WIDTH * dtype.itemsize}", "%wk = getelementptr i8, ptr %wb, i64 %ko",
+        "%xk = getelementptr float, ptr %x, i64 %k", "%first = icmp eq i64 %k, 0",
+        "br label %groups",
+        "groups:", "%r = phi i64 [0, %chunks], [%r_next, %rows_next]", "%rest = sub i64 %rows, %r",
+        f"%full = icmp uge i64 %rest, {2 * ROWS}", f"%small = icmp ule i64 %rest, {ROWS}",
+        "%up = add i64 %rest, 1", "%half = lshr i64 %up, 1",  # seven to eleven rows are shared evenly by two groups
+        f"%some = select i1 %full, i64 {ROWS}, i64 %half", "%g = select i1 %small, i64 %rest, i64 %some",
+        "%xo = mul i64 %r, %x_stride", "%xr = getelementptr float, ptr %xk, i64 %xo",
+        "%yro = mul i64 %r, %y_stride", "%yr = getelementptr float, ptr %yb, i64 %yro",
+        f"%few = icmp ule i64 %g, {NARROW}", "%before = sub i64 %g, 1", "%twice = shl i64 %before, 1",
+        f"%beyond = add i64 %before, {NARROW}", "%one = select i1 %few, i64 %twice, i64 %beyond", "%number = add i64 %one, %second",
+        f"switch i64 %number, label %case0 [{cases}]",
+        *calls,
+        "rows_next:", "%r_next = add i64 %r, %g", "%r_more = icmp ult i64 %r_next, %rows",
+        "br i1 %r_more, label %groups, label %chunks_next",
+        "chunks_next:", f"%k_next = add i64 %k, {CHUNK}", "%k_more = icmp ult i64 %k_next, %inputs",
+        "br i1 %k_more, label %chunks, label %blocks_next",
+        "blocks_next:", "%b_one = add i64 %b, 1", "%b_next = add i64 %b_one, %second", "%b_more = icmp ult i64 %b_next, %end",
+        "br i1 %b_more, label %blocks, label %out", "out:", "ret void", "}",
+    ])  # fmt: skip
+
+
+def _part(threads: bool) -> str:
+    """A thread's blocks of a job: all if there is one thread only."""
+    if not threads:
+        return "define void @part(ptr %job) {\nret void\n}"
+    return "\n".join([
+        "declare i32 @omp_get_thread_num()", "declare i32 @omp_get_num_threads()",
+        "define void @part(ptr %job) {", "%blocks_at = getelementptr %job, ptr %job, i32 0, i32 7", "%blocks = load i64, ptr %blocks_at",
+        "%me32 = call i32 @omp_get_thread_num()", "%all32 = call i32 @omp_get_num_threads()",
+        "%me = zext i32 %me32 to i64", "%all = zext i32 %all32 to i64", "%after = add i64 %me, 1",
+        "%a = mul i64 %blocks, %me", "%begin = udiv i64 %a, %all", "%b = mul i64 %blocks, %after", "%end = udiv i64 %b, %all",
+        "call void @product(ptr %job, i64 %begin, i64 %end)", "ret void", "}",
+    ])  # fmt: skip
