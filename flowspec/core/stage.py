@@ -28,23 +28,34 @@ class Admitted(NamedTuple):
     positions: np.ndarray
     """int64 [n]: absolute positions of their tokens"""
     base: int
-    """cache rows [0, base) are seen by all of them"""
-    hidden: np.ndarray
-    """bool [n, length - base]: of the other rows (the new ones included) those that each must not see"""
+    """all of them see the cache rows [0, base)"""
+    behind: list[list[int]]
+    """and then each its own, in the order of positions: cache rows from base on, its own the last"""
+    length: int
+    """of the cache, the new rows included"""
+
+    @property
+    def hidden(self) -> np.ndarray:
+        """bool [n, length - base]: of the rows from base on those that each must not see."""
+        hidden = np.ones((len(self.kept), self.length - self.base), dtype=bool)
+        for row, seen in zip(hidden, self.behind, strict=True):
+            row[np.array(seen, dtype=np.int64) - self.base] = False
+        return hidden
 
     def sees(self, k: int) -> list[int]:
-        """The cache rows that the k-th sees."""
-        return [*range(self.base), *(self.base + np.flatnonzero(~self.hidden[k])).tolist()]
+        """The cache rows that the k-th sees, in the order of positions."""
+        return [*range(self.base), *self.behind[k]]
+
+    def only(self, k: int) -> Admitted:
+        """The k-th alone, when no other is in the cache behind it."""
+        return Admitted([0], self.positions[k : k + 1], self.base, self.behind[k : k + 1], self.length - (len(self.kept) - 1 - k))
 
     def then(self, next: Admitted) -> Admitted:
         """Both in one forward; `next` was admitted right after this."""
-        settled = next.base - self.base  # rows that became base in between
-        hidden = np.ones((len(self.hidden) + len(next.hidden), settled + next.hidden.shape[1]), dtype=bool)
-        hidden[: len(self.hidden), : self.hidden.shape[1]] = self.hidden
-        hidden[len(self.hidden) :, :settled] = False
-        hidden[len(self.hidden) :, settled:] = next.hidden
+        settled = range(self.base, next.base)  # rows that became base in between
+        behind = [*self.behind, *([*settled, *seen] for seen in next.behind)]
         kept = self.kept + [len(self.kept) + k for k in next.kept]
-        return Admitted(kept, np.concatenate([self.positions, next.positions]), self.base, hidden)
+        return Admitted(kept, np.concatenate([self.positions, next.positions]), self.base, behind, next.length)
 
 
 class Gather(NamedTuple):
@@ -92,13 +103,12 @@ class StageState:
             self.base, self.tail = at, [*range(at, self.base), *self.tail]
         behind = self.tail[at - self.base + n :]
         del self.tail[at - self.base :]
-        rows = np.arange(self.length, self.length + n)
+        rows = range(self.length, self.length + n)
         self.length += n
-        base, hidden = self.base, self._hidden(n)
-        hidden[:, rows - base] = rows[None, :] > rows[:, None]
-        self.tail += [*rows.tolist(), *behind]
+        admitted = Admitted([*range(n)], np.arange(at, at + n), self.base, [[*self.tail, *rows[: k + 1]] for k in range(n)], self.length)
+        self.tail += [*rows, *behind]
         self._settle()
-        return Admitted(list(range(n)), np.arange(at, at + n), base, hidden)
+        return admitted
 
     def worth(self, ids: Sequence[int], parents: Sequence[int]) -> list[int]:
         """Indices of the nodes that may still be needed: the root, and children of nodes that hold a row or will."""
@@ -117,13 +127,9 @@ class StageState:
             if k in live:
                 self.row[ids[k]], self.parent[ids[k]] = self.length, parents[k]
             self.length += 1
-        hidden = self._hidden(len(kept))
-        positions = np.empty(len(kept), dtype=np.int64)
-        for k, i in enumerate(ids[k] for k in kept):
-            chain = self._chain(i)
-            hidden[k, [self.row[a] - self.base for a in chain]] = False
-            positions[k] = max(0, self.context + len(chain) - 1)
-        return Admitted(kept, positions, self.base, hidden)
+        behind = [[*self.tail, *(self.row[a] for a in self._chain(ids[k]))] for k in kept]
+        positions = np.array([max(0, self.base + len(seen) - 1) for seen in behind], dtype=np.int64)
+        return Admitted(kept, positions, self.base, behind, self.length)
 
     def decided(self, prune: Prune) -> list[int]:
         """The nodes that `prune` makes text here, oldest first, at the positions from `context` on. Ask before it is applied."""
@@ -145,12 +151,6 @@ class StageState:
         self.parent = {i: self.parent[i] for i in self.row}
         self._settle()
         return self._compact() if self.dead > self.COMPACT else None
-
-    def _hidden(self, n: int) -> np.ndarray:
-        """For n new rows: all but the committed rows, as bool [n, length - base]."""
-        hidden = np.ones((n, self.length - self.base), dtype=bool)
-        hidden[:, np.array(self.tail, dtype=np.int64) - self.base] = False
-        return hidden
 
     def _settle(self) -> None:
         """Rows of the tail that are already in place belong to the base."""

@@ -2,49 +2,79 @@
 
 All rows see the committed rows of the cache, so only what lies behind them has a mask: a long context costs no mask.
 Query heads that share a key/value head stand above one another as rows of one product with it (grouped-query attention,
-arXiv 2305.13245), so no key or value is copied.
+arXiv 2305.13245), so no key or value is copied. On a CPU with float32 rows vector.py does the same without a mask at all.
 """
 
 from __future__ import annotations
 
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from flowspec.core.stage import Admitted
+from flowspec.models import jit, vector
+from flowspec.models.device import placed
 
 SCORES = 1 << 21
 """at a time: more would leave the processor's caches (elements)"""
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, scaling: float) -> Tensor:
+class Seen:
+    """What n new rows see of the cache, as attention reads it: in place of transformers' mask."""
+
+    def __init__(self, admitted: Admitted, device: torch.device):
+        self._admitted, self._device = admitted, device
+        self.base = admitted.base
+
+    @cache  # noqa: B019 (lives as long as a forward)
+    def hidden(self) -> Tensor:
+        """bool [n, length - base]"""
+        return placed(torch.from_numpy(self._admitted.hidden), self._device)
+
+    @cache  # noqa: B019
+    def slots(self) -> tuple[Tensor, Tensor]:
+        """Rows from base on, int64 [n, most], and how many of them count, int64 [n]."""
+        behind = self._admitted.behind
+        counts = [len(seen) for seen in behind]
+        slots = np.zeros((len(behind), max(counts, default=0)), dtype=np.int64)
+        for row, seen in zip(slots, behind, strict=True):
+            row[: len(seen)] = seen
+        return torch.from_numpy(slots), torch.tensor(counts)
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, seen: Seen, scaling: float) -> Tensor:
     """softmax(scaling * q k^T) v for n new rows over the whole cache; [n, heads, head_dim].
 
-    query: [heads, n, head_dim]; keys, values: [kv_heads, length, head_dim]; hidden: bool [n, t], of the last t rows of the cache those
-    that each must not see."""
-    n = query.shape[1]
-    size = max(1, SCORES // (len(query) * keys.shape[1]))
-    if n <= size:
-        return _attend(query, keys, values, hidden, scaling)
+    query: [heads, n, head_dim]; keys, values: [kv_heads, length, head_dim]."""
+    n, width = query.shape[1:]
+    if query.device.type == "cpu" and query.dtype == torch.float32 and vector.fits(width) and jit.available():
+        rows = query.transpose(0, 1)
+        rows = rows if rows.stride(1) == width and rows.stride(2) == 1 else rows.contiguous()
+        return vector.attend(rows, keys, values, seen.base, *seen.slots(), scaling)
+    hidden, size = seen.hidden(), max(1, SCORES // (len(query) * keys.shape[1]))
     parts = [slice(start, start + size) for start in range(0, n, size)]
     return torch.cat([_attend(query[:, part], keys, values, hidden[part], scaling) for part in parts])
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, scaling: float) -> Tensor:
+    """hidden: bool [n, t], of the last t rows of the cache those that each must not see."""
     heads, n, width = query.shape
     groups, length, _ = keys.shape
     stacked = (query * scaling).reshape(groups, heads // groups * n, width)
     scores = torch.bmm(stacked, keys.transpose(1, 2))
     masked = scores.view(heads, n, length)[:, :, length - hidden.shape[1] :]
     masked.masked_fill_(hidden, torch.finfo(scores.dtype).min)  # finite: a dead row that sees nothing stays a number
-    weights = torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype)
+    softmaxed = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    weights = torch.softmax(scores, -1, dtype=softmaxed).to(values.dtype)
     return torch.bmm(weights, values).view(heads, n, width).transpose(0, 1)
 
 
 def _interface(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: object
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Seen, scaling: float, **_: object
 ) -> tuple[Tensor, None]:
-    """What transformers' layers call: [1, heads, n, head_dim] in, [1, n, heads, head_dim] out; `attention_mask` is `hidden`."""
-    assert attention_mask is not None, "a stage always says what is hidden"
+    """What transformers' layers call: [1, heads, n, head_dim] in, [1, n, heads, head_dim] out."""
     return attend(query[0], key[0], value[0], attention_mask, scaling)[None], None
 
 

@@ -17,20 +17,14 @@ in a batch of any shape.
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import mmap
-import platform
-import threading
-from collections.abc import Callable
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-LANES = 8
-"""of a vector: a 256-bit register, or two of 128"""
+from flowspec.models.jit import LANES, Shared, compiled, part
+
 VECTORS = 2
 WIDTH = LANES * VECTORS
 ROWS = 6
@@ -45,16 +39,6 @@ THREADED = 1 << 18
 """weights, or more, that are worth waking other threads for"""
 KINDS = {torch.float32: "float", torch.bfloat16: "i16", torch.float16: "half", torch.int8: "i8"}
 """of weights, and LLVM's type of a stored one"""
-
-
-@cache
-def available() -> bool:
-    """llvmlite is here, and the processor multiplies and adds in one instruction."""
-    if importlib.util.find_spec("llvmlite") is None:
-        return False
-    import llvmlite.binding as llvm
-
-    return platform.machine() in ("aarch64", "arm64") or bool(llvm.get_host_cpu_features().get("fma"))
 
 
 class PackedLinear(nn.Module):
@@ -73,15 +57,16 @@ class PackedLinear(nn.Module):
         self.register_buffer("packed", packed(weight.to(dtype or weight.dtype)))
         self.register_buffer("scale", scale)
         self.bias = bias
-        self._run = kernel(self.packed.dtype)
+        self._product = _product(self.packed.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
         rows = rows if rows.stride(1) == 1 and rows.dtype == torch.float32 else rows.float().contiguous()
-        blocks = len(self.packed)
+        blocks, w = len(self.packed), self.packed
         out = torch.empty(len(rows), blocks * WIDTH)
         if len(rows):
-            self._run(rows, self.packed, out)
+            job = _Job(rows.data_ptr(), len(rows), rows.stride(0), w.data_ptr(), out.data_ptr(), out.stride(0), self.in_features, blocks)
+            self._product(job, blocks, worth_threads=w.numel() >= THREADED)
         if blocks * WIDTH != self.out_features:
             out = out[:, : self.out_features]
         if self.scale is not None:
@@ -89,6 +74,23 @@ class PackedLinear(nn.Module):
         if self.bias is not None:
             out += self.bias
         return out.view(*x.shape[:-1], self.out_features) if out.is_contiguous() else out.reshape(*x.shape[:-1], self.out_features)
+
+
+def stacked(layers: list[PackedLinear]) -> PackedLinear:
+    """One layer whose outputs are those of the given ones, side by side. Each must have whole blocks of outputs."""
+    assert all(layer.out_features % WIDTH == 0 for layer in layers), "a block of two matrices"
+    whole = PackedLinear.__new__(PackedLinear)
+    nn.Module.__init__(whole)
+    first = layers[0]
+    whole.in_features, whole.out_features = first.in_features, sum(layer.out_features for layer in layers)
+    memory = _memory(sum(layer.packed.numel() for layer in layers), first.packed.dtype).view(-1, first.in_features, WIDTH)
+    whole.register_buffer("packed", torch.cat([layer.packed for layer in layers], out=memory))
+    whole.register_buffer("scale", None if first.scale is None else torch.cat([layer.scale for layer in layers if layer.scale is not None]))
+    biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+    assert len(biases) in (0, len(layers)), "a bias for some of the outputs"
+    whole.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
+    whole._product = first._product
+    return whole
 
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,7 +129,7 @@ def _memory(count: int, dtype: torch.dtype) -> Tensor:
 
 # ---- the kernels -----------------------------------------------------------------------------------
 class _Job(ctypes.Structure):
-    """What `product` below reads: x [rows, inputs] with x_stride floats from row to row, y [rows, blocks * WIDTH]."""
+    """What `product` reads: x [rows, inputs] with x_stride floats from row to row, y [rows, blocks * WIDTH]."""
 
     _fields_ = (
         ("x", ctypes.c_void_p), ("rows", ctypes.c_int64), ("x_stride", ctypes.c_int64), ("w", ctypes.c_void_p),
@@ -135,72 +137,17 @@ class _Job(ctypes.Structure):
     )  # fmt: skip
 
 
-_compiling = threading.Lock()
-_engines: list[Any] = []  # they own the code
-
-
-def kernel(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], None]:
-    """`run(x, w, y)`: y = x w^T for x [n, inputs], packed weights w of this dtype, y [n, blocks * WIDTH]; by torch's number of threads."""
-    with _compiling:
-        product, part = _compiled(dtype)
-    team = _team()
-
-    def run(x: Tensor, w: Tensor, y: Tensor) -> None:
-        blocks, inputs, _ = w.shape
-        job = _Job(x.data_ptr(), len(x), x.stride(0), w.data_ptr(), y.data_ptr(), y.stride(0), inputs, blocks)
-        threads = torch.get_num_threads()
-        if threads == 1 or team is None or w.numel() < THREADED:
-            product(ctypes.byref(job), 0, blocks)
-        else:
-            team(part, ctypes.byref(job), threads, 0)
-
-    return run
-
-
 @cache
-def _team() -> Callable | None:
-    """GOMP_parallel(function, data, threads, flags) of the OpenMP that torch brings: the threads that torch itself uses."""
-    found = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*")) + sorted(
-        (Path(torch.__file__).parent.parent / "torch.libs").glob("libgomp*")
-    )
-    if not found:
-        return None
-    import llvmlite.binding as llvm
-
-    library = ctypes.CDLL(str(found[0]))
-    for name in ("omp_get_thread_num", "omp_get_num_threads"):
-        llvm.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
-    library.GOMP_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    library.GOMP_parallel.restype = None
-    return library.GOMP_parallel
-
-
-@cache
-def _compiled(dtype: torch.dtype) -> tuple[Callable, int]:
-    """`product(job, first block, last)` of this kind of weights, and the address of a thread's part of it."""
-    import llvmlite.binding as llvm
-
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    machine = llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
-    )
-    module = llvm.parse_assembly(source(dtype, threads=_team() is not None))
-    module.verify()
-    builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
-    builder.getModulePassManager().run(module, builder)
-    engine = llvm.create_mcjit_compiler(module, machine)
-    engine.finalize_object()
-    _engines.append(engine)
-    product = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)(engine.get_function_address("product"))
-    return product, engine.get_function_address("part")
+def _product(dtype: torch.dtype) -> Shared:
+    """y = x w^T over weights of this dtype, for the blocks [begin, end) of a job."""
+    return Shared(compiled(source(dtype)), "product")
 
 
 # ---- their code ------------------------------------------------------------------------------------
-def source(dtype: torch.dtype, threads: bool) -> str:
-    """LLVM IR of the kernels over weights of `dtype`; `part` shares the blocks among OpenMP's threads, if there are any."""
+def source(dtype: torch.dtype) -> str:
+    """LLVM code of the kernels over weights of `dtype`."""
     shapes = [(rows, blocks) for rows in range(1, ROWS + 1) for blocks in ((1, 2) if rows <= NARROW else (1,))]
-    parts = [_DECLARATIONS, *(_piece(dtype, *shape) for shape in shapes), _product(dtype, shapes), _part(threads)]
+    parts = [_DECLARATIONS, *(_piece(dtype, *shape) for shape in shapes), _blocks(dtype, shapes), part("product", "%job", 7)]
     return "\n".join(parts)
 
 
@@ -266,7 +213,7 @@ def _load(dtype: torch.dtype, address: str, name: str) -> list[str]:
     return [*code, f"%{name} = bitcast {ints} %{name}_high to {vec}"]
 
 
-def _product(dtype: torch.dtype, shapes: list[tuple[int, int]]) -> str:
+def _blocks(dtype: torch.dtype, shapes: list[tuple[int, int]]) -> str:
     """Blocks [begin, end) of a job: for each block (or two), for each CHUNK of inputs, for each group of rows."""
     number = {shape: k for k, shape in enumerate(shapes)}
     names = ("x", "rows", "x_stride", "w", "y", "y_stride", "inputs")
@@ -310,18 +257,4 @@ def _product(dtype: torch.dtype, shapes: list[tuple[int, int]]) -> str:
         "br i1 %k_more, label %chunks, label %blocks_next",
         "blocks_next:", "%b_one = add i64 %b, 1", "%b_next = add i64 %b_one, %second", "%b_more = icmp ult i64 %b_next, %end",
         "br i1 %b_more, label %blocks, label %out", "out:", "ret void", "}",
-    ])  # fmt: skip
-
-
-def _part(threads: bool) -> str:
-    """A thread's blocks of a job: all if there is one thread only."""
-    if not threads:
-        return "define void @part(ptr %job) {\nret void\n}"
-    return "\n".join([
-        "declare i32 @omp_get_thread_num()", "declare i32 @omp_get_num_threads()",
-        "define void @part(ptr %job) {", "%blocks_at = getelementptr %job, ptr %job, i32 0, i32 7", "%blocks = load i64, ptr %blocks_at",
-        "%me32 = call i32 @omp_get_thread_num()", "%all32 = call i32 @omp_get_num_threads()",
-        "%me = zext i32 %me32 to i64", "%all = zext i32 %all32 to i64", "%after = add i64 %me, 1",
-        "%a = mul i64 %blocks, %me", "%begin = udiv i64 %a, %all", "%b = mul i64 %blocks, %after", "%end = udiv i64 %b, %all",
-        "call void @product(ptr %job, i64 %begin, i64 %end)", "ret void", "}",
     ])  # fmt: skip

@@ -19,7 +19,8 @@ from flowspec.core.messages import Prune
 from flowspec.core.request import need
 from flowspec.core.stage import Admitted, Gather, StageState, Waiting
 from flowspec.errors import UserError
-from flowspec.models import attention, kernels
+from flowspec.models import attention, jit, kernels, native
+from flowspec.models.attention import Seen
 from flowspec.models.cache import RowCache
 from flowspec.models.device import on_host, placed
 from flowspec.models.families import HEAD, family_of, module_tensors, read_config
@@ -68,13 +69,16 @@ class StageModel(nn.Module):
         if waiting:
             raise UserError(f"{source}: {len(waiting)} tensors are missing, such as {next(iter(waiting))}")
         self.rotary.to(device)
+        for k, layer in enumerate(self.layers if packs else ()):
+            if native.suits(layer, self.config):
+                self.layers[k] = native.NativeLayer(layer, self.config)
         return self
 
     def packs(self, dtype: torch.dtype, device: str) -> bool:
         """Matrices of `dtype` are computed with by our own kernels there; UserError where nothing else can. Experts come fused, which
         is no `nn.Linear`: with them only float32 can be both."""
         whole = dtype == torch.float32 or not hasattr(self.config, "num_local_experts")
-        possible = device == "cpu" and kernels.available() and dtype in kernels.KINDS and whole
+        possible = device == "cpu" and jit.available() and dtype in kernels.KINDS and whole
         need(dtype != torch.int8 or possible, "dtype int8 works on a CPU with fused multiply-add, with llvmlite, without experts")
         return possible
 
@@ -89,27 +93,26 @@ class StageModel(nn.Module):
 
     @torch.inference_mode()
     def forward(
-        self, rows: Tensor, positions: np.ndarray, hidden: np.ndarray, cache: RowCache, taps: Seq[int] = (), needed: Needed = ALWAYS
+        self, rows: Tensor, admitted: Admitted, cache: RowCache, taps: Seq[int] = (), needed: Needed = ALWAYS
     ) -> tuple[Tensor | None, Tensor | None]:
         """Append n rows to the cache and return their outputs [n, hidden], and what enters the layers `taps`: [n, len(taps) * hidden].
 
         None and None once they are not `needed` (asked between layers).
 
-        rows: token ids int [n] for a first stage, else features [n, hidden]; positions: int64 [n];
-        hidden: bool [n, t], of the last t rows of the cache (these n included) those that each must not see."""
+        rows: token ids int [n] for a first stage, else features [n, hidden]; admitted: where they stand and what they see."""
         cache.extend(len(rows))
         device = self.device
         rows = placed(rows, device)
         x = (self.embed_tokens(rows.long()) if self.embed_tokens is not None else rows).to(self.dtype)[None]
-        unseen = placed(torch.from_numpy(hidden), device)
-        turns = self.rotary(x, placed(torch.from_numpy(positions), device)[None])
+        seen = Seen(admitted, device)
+        turns = self.rotary(x, placed(torch.from_numpy(admitted.positions), device)[None])
         entered = {}
         for k, layer in enumerate(self.layers):
             if k and not needed():
                 return None, None
             if k in taps:
                 entered[k] = x[0]
-            x = layer(x, attention_mask=unseen, position_embeddings=turns, past_key_values=cache, use_cache=True)
+            x = layer(x, attention_mask=seen, position_embeddings=turns, past_key_values=cache, use_cache=True)
         tapped = torch.cat([entered[k] for k in taps], -1) if taps else None
         return (x if self.norm is None else self.norm(x))[0], tapped
 
@@ -172,7 +175,7 @@ class Sequence:
     def _forward(self, rows: Tensor, admitted: Admitted, needed: Needed) -> Tensor | None:
         begun = time.thread_time()
         self._due = []
-        out, self._entered = self.model(rows, admitted.positions, admitted.hidden, self.cache, self._taps, needed)
+        out, self._entered = self.model(rows, admitted, self.cache, self._taps, needed)
         due, self._due = self._due, None
         for gather in due:
             self.cache.gather(gather)

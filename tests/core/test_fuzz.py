@@ -45,6 +45,11 @@ def mutant(method):
     return MutantStage
 
 
+def blind(admitted):
+    """To all masks."""
+    return admitted._replace(behind=[[*range(admitted.base, admitted.length)] for _ in admitted.kept])
+
+
 class Mutants:
     """Each breaks one rule of StageState."""
 
@@ -69,26 +74,21 @@ class Mutants:
 
     def siblings_visible():
         def admit(good, self, *segment):
-            admitted = good(self, *segment)
-            admitted.hidden[:] = False
-            return admitted
+            return blind(good(self, *segment))
 
         return admit
 
     def single_rows_unmasked():  # ALGORITHM 8.1 (1): a segment of one row must not lose its mask
         def admit(good, self, *segment):
             admitted = good(self, *segment)
-            if len(admitted.kept) == 1:
-                admitted.hidden[:] = False
-            return admitted
+            return blind(admitted) if len(admitted.kept) == 1 else admitted
 
         return admit
 
     def tail_forgotten():  # committed rows that were not moved down yet
         def admit(good, self, *segment):
             admitted = good(self, *segment)
-            admitted.hidden[:, [row - self.base for row in self.tail]] = True
-            return admitted
+            return admitted._replace(behind=[[row for row in seen if row not in self.tail] for seen in admitted.behind])
 
         return admit
 

@@ -14,7 +14,7 @@ def admit(state, *ids):
 
 
 def visible(admitted):
-    return [admitted.sees(k) for k in range(len(admitted.kept))]
+    return [sorted(admitted.sees(k)) for k in range(len(admitted.kept))]
 
 
 def prompted(n=10):

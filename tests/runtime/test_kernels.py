@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from flowspec.models import kernels
+from flowspec.models import jit, kernels
 from flowspec.models.kernels import PackedLinear
 
-if not kernels.available():
+if not jit.available():
     pytest.skip("no llvmlite, or a processor without fused multiply-add", allow_module_level=True)
 
 DTYPES = list(kernels.KINDS)

@@ -1,0 +1,341 @@
+"""What a decoder layer does between its matrix products, for a few rows on a CPU: norm, attention, activation, as LLVM code.
+
+As in kernels.py a row's result is the same, to the bit, in a batch of any shape: each row is computed by itself, vector after vector,
+and attention walks through the tokens in the order of their positions, wherever their rows lie in the cache. So what has been
+drafted around a token changes nothing, in any dtype.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowspec.models.jit import LANES, Shared, compiled, part
+
+TILE = 64
+"""tokens whose keys, or values, all queries of a group read before the next are fetched"""
+LOWEST = -1e30
+"""a score of no weight"""
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight for rows x [n, width] (RMSNorm, arXiv 1910.07467); a new tensor."""
+    out = torch.empty(x.shape)
+    job = _Norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.shape[1], x.stride(0), eps)
+    _functions()["norm"](job, len(x), worth_threads=False)
+    return out
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (SwiGLU, arXiv 2002.05202) for [n, width], each row by itself; into `gate`."""
+    job = _Gated(gate.data_ptr(), up.data_ptr(), gate.shape[1], gate.stride(0), up.stride(0))
+    _functions()["gated"](job, len(gate), worth_threads=False)
+    return gate
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, base: int, slots: Tensor, counts: Tensor, scaling: float) -> Tensor:
+    """Attention of n rows, each to the cache's rows [0, base) and then to those that its row of `slots` names; [n, heads, head_dim].
+
+    query: [n, heads, head_dim]; keys, values: [kv_heads, length, head_dim] with a stride between heads; slots: int64 [n, most];
+    counts: int64 [n], how many of a row's slots count."""
+    n, heads, width = query.shape
+    kv_heads = len(keys)
+    span = -(-(base + slots.shape[1]) // LANES) * LANES
+    out, scores = torch.empty(n, heads, width), torch.empty(heads, n, span)
+    job = _Attend(
+        query.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(), scores.data_ptr(), slots.data_ptr(), counts.data_ptr(),
+        n, heads, heads // kv_heads, query.stride(0), keys.stride(0), base, slots.shape[1], span, kv_heads, scaling,
+    )  # fmt: skip
+    _functions()[f"attend{width}"](job, kv_heads, worth_threads=n * heads * (base + 1) > 1 << 14)
+    return out
+
+
+def fits(width: int) -> bool:
+    """Rows of this width are whole vectors."""
+    return width % LANES == 0
+
+
+# ---- their arguments -------------------------------------------------------------------------------
+P, N, R = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (("x", P), ("weight", P), ("out", P), ("width", N), ("stride", N), ("eps", R))
+
+
+class _Gated(ctypes.Structure):
+    _fields_ = (("gate", P), ("up", P), ("width", N), ("stride", N), ("up_stride", N))
+
+
+class _Attend(ctypes.Structure):
+    _fields_ = (
+        ("query", P), ("keys", P), ("values", P), ("out", P), ("scores", P), ("slots", P), ("counts", P),
+        ("rows", N), ("heads", N), ("share", N), ("query_stride", N), ("head_stride", N), ("base", N), ("most", N), ("span", N),
+        ("kv_heads", N), ("scaling", R),
+    )  # fmt: skip
+
+
+class _Functions(dict):
+    """Compiled as they are asked for."""
+
+    def __missing__(self, name: str) -> Shared:
+        code = _Code()
+        if name == "norm":
+            _write_norm(code)
+        elif name == "gated":
+            _write_gated(code)
+        else:
+            _write_attend(code, int(name.removeprefix("attend")))
+        count = list(dict(_Attend._fields_)).index("kv_heads")
+        fields = "{ " + ", ".join({P: "ptr", N: "i64", R: "float"}[kind] for _, kind in _Attend._fields_) + " }"
+        function = self[name] = Shared(compiled(f"{code.module}\n{part('run', fields, count)}"), "run")
+        return function
+
+
+@cache
+def _functions() -> _Functions:
+    return _Functions()
+
+
+# ---- their code ------------------------------------------------------------------------------------
+class _Code:
+    """`run(job, begin, end)` as it is written: llvmlite's builder with names for what is used here. Numbers are float32 or int64."""
+
+    def __init__(self) -> None:
+        from llvmlite import ir
+
+        self.ir = ir
+        self.float, self.int, self.pointer = ir.FloatType(), ir.IntType(64), ir.PointerType()
+        self.vector, self.integers = ir.VectorType(self.float, LANES), ir.VectorType(ir.IntType(32), LANES)
+        self.module = ir.Module()
+        self.module.triple = self.module.data_layout = ""
+        kinds = [self.pointer, self.int, self.int]
+        function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), kinds), "run")
+        self.job, self.begin, self.end = function.args
+        self.entry = function.append_basic_block("entry")
+        self.b = ir.IRBuilder(function.append_basic_block("body"))
+
+    # numbers
+    def n(self, value: int) -> Any:
+        return self.ir.Constant(self.int, value)
+
+    def all(self, value: float) -> Any:
+        """A vector of one number."""
+        return self.ir.Constant(self.vector, [value] * LANES)
+
+    def spread(self, value: Any) -> Any:
+        """A float32 in every lane."""
+        one = self.b.insert_element(self.ir.Constant(self.vector, self.ir.Undefined), value, self.ir.Constant(self.ir.IntType(32), 0))
+        return self.b.shuffle_vector(one, one, self.ir.Constant(self.integers, [0] * LANES))
+
+    def call(self, name: str, *values: Any) -> Any:
+        """An intrinsic over values of one type, such as fma."""
+        kind = values[0].type
+        suffix = f"v{LANES}f32" if kind == self.vector else "f32"
+        name = f"llvm.{name}.{suffix}"
+        known = self.module.globals.get(name)
+        if known is None:
+            known = self.ir.Function(self.module, self.ir.FunctionType(kind, [kind] * len(values)), name)
+        return self.b.call(known, values)
+
+    def folded(self, operation: Any, vector: Any) -> Any:
+        """All lanes as one number: halves upon one another."""
+        for half in (4, 2, 1):
+            order = self.ir.Constant(self.integers, [(k + half) % LANES for k in range(LANES)])
+            vector = operation(vector, self.b.shuffle_vector(vector, vector, order))
+        return self.b.extract_element(vector, self.ir.Constant(self.ir.IntType(32), 0))
+
+    # memory
+    def field(self, structure: type, name: str) -> Any:
+        names = [field for field, *_ in structure._fields_]  # type: ignore[attr-defined]
+        kinds = {P: self.pointer, N: self.int, R: self.float}
+        types = [kinds[kind] for _, kind in structure._fields_]  # type: ignore[attr-defined]
+        at = [self.ir.Constant(self.ir.IntType(32), k) for k in (0, names.index(name))]
+        address = self.b.gep(self.job, at, source_etype=self.ir.LiteralStructType(types))
+        return self.b.load(address, typ=types[names.index(name)])
+
+    def at(self, pointer: Any, index: Any, kind: Any = None) -> Any:
+        return self.b.gep(pointer, [index], source_etype=kind or self.float)
+
+    def load(self, pointer: Any, kind: Any = None) -> Any:
+        kind = kind or self.vector
+        return self.b.load(pointer, typ=kind, align=8 if kind == self.int else 4)
+
+    def store(self, value: Any, pointer: Any) -> None:
+        self.b.store(value, pointer, align=4)
+
+    def variable(self, value: Any) -> Any:
+        """A place that LLVM makes a register of."""
+        with self.b.goto_block(self.entry):
+            place = self.b.alloca(value.type)
+        self.b.store(value, place)
+        return place
+
+    def get(self, place: Any, kind: Any = None) -> Any:
+        return self.b.load(place, typ=kind or self.vector)
+
+    # turns
+    @contextmanager
+    def turns(self, begin: Any, end: Any, step: int = 1) -> Iterator[Any]:
+        """The block under it for each number from `begin` on, below `end`."""
+        place = self.variable(begin)
+        test, body, after = (self.b.append_basic_block() for _ in range(3))
+        self.b.branch(test)
+        self.b.position_at_end(test)
+        number = self.get(place, self.int)
+        self.b.cbranch(self.b.icmp_signed("<", number, end), body, after)
+        self.b.position_at_end(body)
+        yield number
+        self.b.store(self.b.add(number, self.n(step)), place)
+        self.b.branch(test)
+        self.b.position_at_end(after)
+
+    def close(self) -> None:
+        self.b.ret_void()
+        self.ir.IRBuilder(self.entry).branch(self.job.parent.basic_blocks[1])
+
+    # arithmetic
+    def exp(self, x: Any) -> Any:
+        """e^x of a vector, for x from -87 to 88: 2^n 2^f with n whole and |f| <= 1/2, the latter by its Taylor polynomial of degree 7."""
+        b, whole_numbers = self.b, lambda value: self.ir.Constant(self.integers, [value] * LANES)
+        x = self.call("minnum", self.call("maxnum", x, self.all(-87.0)), self.all(88.0))
+        t = b.fmul(x, self.all(1.4426950408889634))
+        whole = self.call("rint", t)
+        f = self.call("fma", x, self.all(1.4426950408889634), b.fneg(whole))
+        terms = [1.0]
+        for k in range(1, 8):
+            terms.append(terms[-1] * 0.6931471805599453 / k)
+        power = self.all(terms[-1])
+        for term in terms[-2::-1]:
+            power = self.call("fma", power, f, self.all(term))
+        exponent = b.shl(b.add(b.fptosi(whole, self.integers), whole_numbers(127)), whole_numbers(23))
+        return b.fmul(power, b.bitcast(exponent, self.vector))
+
+
+def _write_norm(c: _Code) -> None:
+    b = c.b
+    x, weight, out, width, stride = (c.field(_Norm, name) for name in ("x", "weight", "out", "width", "stride"))
+    eps = c.field(_Norm, "eps")
+    with c.turns(c.begin, c.end) as row:
+        source, target = c.at(x, b.mul(row, stride)), c.at(out, b.mul(row, width))
+        total = c.variable(c.all(0.0))
+        with c.turns(c.n(0), width, LANES) as k:
+            value = c.load(c.at(source, k))
+            b.store(c.call("fma", value, value, c.get(total)), total)
+        mean = b.fdiv(c.folded(b.fadd, c.get(total)), b.sitofp(width, c.float))
+        factor = c.spread(b.fdiv(c.ir.Constant(c.float, 1.0), c.call("sqrt", b.fadd(mean, eps))))
+        with c.turns(c.n(0), width, LANES) as k:
+            c.store(b.fmul(c.load(c.at(weight, k)), b.fmul(c.load(c.at(source, k)), factor)), c.at(target, k))
+    c.close()
+
+
+def _write_gated(c: _Code) -> None:
+    b = c.b
+    gate, up, width, stride, up_stride = (c.field(_Gated, name) for name in ("gate", "up", "width", "stride", "up_stride"))
+    with c.turns(c.begin, c.end) as row:
+        gates, ups = c.at(gate, b.mul(row, stride)), c.at(up, b.mul(row, up_stride))
+        with c.turns(c.n(0), width, LANES) as k:
+            g = c.load(c.at(gates, k))
+            silu = b.fdiv(g, b.fadd(c.all(1.0), c.exp(b.fneg(g))))
+            c.store(b.fmul(silu, c.load(c.at(ups, k))), c.at(gates, k))
+    c.close()
+
+
+def _write_attend(c: _Code, width: int) -> None:
+    """Of key/value heads [begin, end). Three passes: scores, by tiles of tokens; their softmax; the weighted sum of values, by tiles."""
+    b, vectors = c.b, width // LANES
+    f = {name: c.field(_Attend, name) for name, _ in _Attend._fields_}
+    with c.turns(c.begin, c.end) as group:
+        keys, values = (c.at(f[name], b.mul(group, f["head_stride"])) for name in ("keys", "values"))
+        first = b.mul(group, f["share"])
+        last = b.add(first, f["share"])
+
+        @contextmanager
+        def queries() -> Iterator[tuple[Any, Any, Any, Any]]:
+            """For each row and each query head of this group: the row, its query, its output, its scores."""
+            with c.turns(c.n(0), f["rows"]) as row:
+                with c.turns(first, last) as head:
+                    within = b.mul(head, c.n(width))
+                    query = c.at(f["query"], b.add(b.mul(row, f["query_stride"]), within))
+                    out = c.at(f["out"], b.add(b.mul(b.mul(row, f["heads"]), c.n(width)), within))
+                    scores = c.at(f["scores"], b.mul(b.add(b.mul(head, f["rows"]), row), f["span"]))
+                    yield row, query, out, scores
+
+        def seen(row: Any) -> Any:
+            """How many tokens a row sees."""
+            return b.add(f["base"], c.load(c.at(f["counts"], row, c.int), c.int))
+
+        def slot(row: Any, place: Any) -> Any:
+            """The cache row of the place-th slot."""
+            return c.load(c.at(f["slots"], b.add(b.mul(row, f["most"]), place), c.int), c.int)
+
+        def score(query: list[Any], token: Any, to: Any) -> None:
+            key = c.at(keys, b.mul(token, c.n(width)))
+            total = b.fmul(query[0], c.load(key))
+            for v in range(1, vectors):
+                total = c.call("fma", query[v], c.load(c.at(key, c.n(v * LANES))), total)
+            c.store(b.fmul(c.folded(b.fadd, total), f["scaling"]), to)
+
+        def add(sums: list[Any], token: Any, weight: Any) -> None:
+            value, weight = c.at(values, b.mul(token, c.n(width))), c.spread(weight)
+            for v, place in enumerate(sums):
+                b.store(c.call("fma", weight, c.load(c.at(value, c.n(v * LANES))), c.get(place)), place)
+
+        def vectors_at(pointer: Any) -> list[Any]:
+            return [c.load(c.at(pointer, c.n(v * LANES))) for v in range(vectors)]
+
+        with c.turns(c.n(0), f["base"], TILE) as tile:
+            stop = b.add(tile, c.n(TILE))
+            stop = b.select(b.icmp_signed("<", stop, f["base"]), stop, f["base"])
+            with queries() as (row, query, _, scores):
+                q = vectors_at(query)
+                with c.turns(tile, stop) as token:
+                    score(q, token, c.at(scores, token))
+        with queries() as (row, query, out, scores):
+            q, count = vectors_at(query), c.load(c.at(f["counts"], row, c.int), c.int)
+            with c.turns(c.n(0), count) as place:
+                score(q, slot(row, place), c.at(scores, b.add(f["base"], place)))
+            with c.turns(seen(row), f["span"]) as token:
+                c.store(c.ir.Constant(c.float, LOWEST), c.at(scores, token))
+            _write_softmax(c, scores, f["span"])
+            for v in range(vectors):
+                c.store(c.all(0.0), c.at(out, c.n(v * LANES)))
+        with c.turns(c.n(0), f["base"], TILE) as tile:
+            stop = b.add(tile, c.n(TILE))
+            stop = b.select(b.icmp_signed("<", stop, f["base"]), stop, f["base"])
+            with queries() as (row, _, out, scores):
+                sums = [c.variable(value) for value in vectors_at(out)]
+                with c.turns(tile, stop) as token:
+                    add(sums, token, c.load(c.at(scores, token), c.float))
+                for v, place in enumerate(sums):
+                    c.store(c.get(place), c.at(out, c.n(v * LANES)))
+        with queries() as (row, _, out, scores):
+            sums, count = [c.variable(value) for value in vectors_at(out)], c.load(c.at(f["counts"], row, c.int), c.int)
+            with c.turns(c.n(0), count) as place:
+                add(sums, slot(row, place), c.load(c.at(scores, b.add(f["base"], place)), c.float))
+            for v, place in enumerate(sums):
+                c.store(c.get(place), c.at(out, c.n(v * LANES)))
+    c.close()
+
+
+def _write_softmax(c: _Code, scores: Any, span: Any) -> None:
+    """e^(s - max) over their sum, in place."""
+    b = c.b
+    most = c.variable(c.all(LOWEST))
+    with c.turns(c.n(0), span, LANES) as k:
+        b.store(c.call("maxnum", c.get(most), c.load(c.at(scores, k))), most)
+    highest = c.spread(c.folded(lambda x, y: c.call("maxnum", x, y), c.get(most)))
+    total = c.variable(c.all(0.0))
+    with c.turns(c.n(0), span, LANES) as k:
+        power = c.exp(b.fsub(c.load(c.at(scores, k)), highest))
+        c.store(power, c.at(scores, k))
+        b.store(b.fadd(c.get(total), power), total)
+    share = c.spread(b.fdiv(c.ir.Constant(c.float, 1.0), c.folded(b.fadd, c.get(total))))
+    with c.turns(c.n(0), span, LANES) as k:
+        c.store(b.fmul(c.load(c.at(scores, k)), share), c.at(scores, k))
