@@ -42,6 +42,7 @@ def peak_memory() -> float:
 
 Nodes = tuple[list[int], list[int], list[int]]
 """a segment's ids, parents and tokens"""
+Walked = tuple[list[int], list[int], list[float], Tensor | None]
 
 
 def _only(nodes: Nodes, kept: list[int]) -> Nodes:
@@ -168,7 +169,7 @@ class Worker:
         kept, positions, out = live.sequence.verify(ids, parents, message.tensors[1], live.drop_dead, needed)
         live.rows, live.segments = live.rows + len(kept), live.segments + 1
         nodes = _only(nodes, kept)
-        answer = None if out is None or self.head is None else self._walk(live, request, number, nodes, positions, out)
+        walked = self._walk(live, nodes, positions, out) if out is not None and self.head else None
         whole = out is not None and self._pretend(begun, len(kept), needed)
         self._account(live, len(kept), begun, whole, segment=number, ids=nodes[0])
         if out is None or not whole:
@@ -179,7 +180,8 @@ class Worker:
         alive = live.sequence.state.alive(nodes[0]) if live.drop_dead else list(range(len(kept)))
         if request in self._live and alive:
             some = slice(None) if len(alive) == len(kept) else alive
-            self.transport.send_next(answer or self._rows(request, number, _only(nodes, alive), positions[some], out[some]))
+            rows = _only(nodes, alive), positions[some], out[some]
+            self.transport.send_next(wire.choices(request, number, *walked) if walked else self._rows(request, number, *rows))
 
     def _rows(self, request: int, number: int, nodes: Nodes, positions: np.ndarray, out: Tensor) -> Message:
         """For the next stage, or for rank 0 if it verifies."""
@@ -187,8 +189,9 @@ class Worker:
             return wire.features(request, number, nodes[0], torch.from_numpy(positions), out)
         return wire.rows_of(request, number, *nodes, out)
 
-    def _walk(self, live: _Live, request: int, number: int, nodes: Nodes, positions: np.ndarray, out: Tensor) -> Message:
-        """The answer of a last stage that verifies: the target's tokens after those nodes that are text."""
+    def _walk(self, live: _Live, nodes: Nodes, positions: np.ndarray, out: Tensor) -> Walked:
+        """What a last stage that verifies finds out, as wire.choices takes it: of the nodes that are text their ids, the target's
+        tokens after them, how clear these were, and the rows if they are wanted."""
         assert self.head is not None
         ids, parents, tokens = nodes
         picks = Picks(self.head, live.sampling, live.noise, ids, parents, torch.from_numpy(positions), out, live.picked)
@@ -199,8 +202,7 @@ class Worker:
             return found[-1].token
 
         text = live.accepted.walk(ids, parents, tokens, choose)
-        rows = out[text] if live.features else None
-        return wire.choices(request, number, [ids[k] for k in text], [p.token for p in found], [p.gap for p in found], rows)
+        return [ids[k] for k in text], [p.token for p in found], [p.gap for p in found], out[text] if live.features else None
 
     # ---- beside the ring ---------------------------------------------------------------------------
     def _hear_control(self, wait: float = 0.0) -> bool:

@@ -69,7 +69,7 @@ def test_plain_decoding_takes_the_time_worked_out_by_hand():
     wanted, text = request(tokens=11), made_up_text(11)
     out = simulate("ar", wanted, text, None, Ring(stages=4, emulate=BOARD, hidden=256))
     row = 0.0505 + 0.001  # a stage over one row, and the latency of a hop
-    wire_seconds = (12 + 3 * (256 * 2 * 16 + 8) + 16) * 8 / 150e6  # ids out, rows between stages, a choice back
+    wire_seconds = (12 + 3 * (256 * 2 * 16 + 12) + 16) * 8 / 150e6  # ids out, rows between stages, a choice back
     token = 4 * row + 0.001 + wire_seconds
     assert out.last_token - out.first_token == pytest.approx(10 * token)
     assert out.tokens_per_second == pytest.approx(1 / token)
