@@ -3,6 +3,9 @@
 Gumbel-max (Gumbel 1954; Maddison et al. 2014): argmax of log p(t) + g(t) with independent Gumbel noise g is a draw
 from p. Here g is counter-based, a hash of (seed, position, token): the same on every rank, device and batch
 shape. So whatever was drafted and by whichever method the text was made, it is the same text.
+
+A pick costs about one pass over the logits: the filters sort few of them, and only tokens that can still win get exact noise. All
+that decides is computed in float64 of the logits as they are (float32 or wider), and of exact equals the lowest id wins.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import math
 from collections import OrderedDict
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,23 +34,38 @@ def _mix(x: int) -> int:
     return x ^ x >> 16
 
 
-def _mix_tensor(x: Tensor) -> Tensor:
-    """`_mix` over int32 (wrapping products; the masks make the shifts logical)."""
-    x = x ^ ((x >> 16) & 0xFFFF)
-    x = x * 0x7FEB352D
-    x = x ^ ((x >> 15) & 0x1FFFF)
-    x = x * (0x846CA68B - (1 << 32))
-    return x ^ ((x >> 16) & 0xFFFF)
+def _mix_all(x: np.ndarray) -> np.ndarray:
+    """`_mix` of each, uint32, in place (products wrap)."""
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    x ^= x >> 16
+    return x
+
+
+def _bits(seed: int, position: int, tokens: np.ndarray) -> np.ndarray:
+    """The hash of (seed, position, token) for these tokens (any int shape): uint32, of which b stands for a uniform of (b + 1/2) / 2^32."""
+    low, high = seed & _M32, seed >> 32
+    key = np.uint32(_mix(_mix(_mix(low) + high + 0x9E3779B9) + position))
+    x = tokens.astype(np.uint32)
+    x += key
+    x = _mix_all(x)
+    x ^= key
+    x = _mix_all(x)
+    x ^= np.uint32(1 << 31)
+    return x
+
+
+def _gumbel(bits: np.ndarray) -> np.ndarray:
+    """Standard Gumbel noise, float64, of uniform bits."""
+    uniform = torch.from_numpy((bits + 0.5) * 2.0**-32)  # in (0, 1); torch's logarithm is the same for one number and for many
+    return (-torch.log(-torch.log(uniform))).numpy()
 
 
 def gumbel(seed: int, position: int, tokens: Tensor) -> Tensor:
     """Standard Gumbel noise of these tokens (any int shape) at an absolute position: float64 of the same shape."""
-    low, high = seed & _M32, seed >> 32
-    key = _mix(_mix(_mix(low) + high + 0x9E3779B9) + position)
-    key = key - (1 << 32) if key >> 31 else key  # as int32
-    bits = _mix_tensor(_mix_tensor(tokens.to(torch.int32) + key) ^ key)
-    uniform = (bits.double() + 2147483648.5) * 2.0**-32  # in (0, 1)
-    return -torch.log(-torch.log(uniform))
+    return torch.from_numpy(_gumbel(_bits(seed, position, tokens.numpy())))
 
 
 class NoiseRows:
@@ -78,38 +97,72 @@ def noise_for(sampling: Sampling, vocabulary: int) -> NoiseRows | None:
 # ---- filters ---------------------------------------------------------------------------------------
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     """Log-probabilities after temperature, top-k, top-p, min-p: float64 [vocabulary], -inf where filtered out."""
-    logp = _tempered(logits, sampling)
-    return torch.log_softmax(logp.masked_fill(logp < _least(logp, sampling), -torch.inf), -1)
+    x = _exact(logits)
+    out = torch.from_numpy(x < _least(x, sampling))
+    return torch.log_softmax((logits.double() / sampling.temperature).masked_fill(out, -torch.inf), -1)
 
 
-def _tempered(logits: Tensor, sampling: Sampling) -> Tensor:
-    return torch.log_softmax(logits.double() / sampling.temperature, -1)
+def _exact(logits: Tensor) -> np.ndarray:
+    """The same numbers in float32, or wider if they are."""
+    return logits.numpy() if logits.dtype == torch.float64 else logits.float().numpy()
 
 
-def _least(logp: Tensor, sampling: Sampling) -> float:
-    """The smallest log-probability that passes all filters: each of them keeps the likeliest tokens, ties included.
+def _least(x: np.ndarray, sampling: Sampling) -> float:
+    """The smallest logit that passes all filters: each of them keeps the likeliest tokens, ties included.
 
     Top-p keeps a token while the mass strictly above it, of what top-k has left, is below p."""
-    least, mass = -math.inf, 1.0
-    if 0 < sampling.top_k < logp.numel():
-        least = logp.topk(sampling.top_k).values[-1].item()
-        mass = logp[logp >= least].exp().sum().item()
+    least, top = -math.inf, float(x.max())
+    if 0 < sampling.top_k < len(x):
+        least = float(_largest(x, sampling.top_k)[-1])
+        x = x[~(x < least)]
     if sampling.top_p < 1:
-        least = max(least, _least_of_mass(logp, sampling.top_p * mass))
+        least = _least_of_mass(x, top, sampling.temperature, sampling.top_p)
     if sampling.min_p > 0:
-        least = max(least, logp.max().item() + math.log(sampling.min_p))
+        least = max(least, top + sampling.temperature * math.log(sampling.min_p))
     return least
 
 
-def _least_of_mass(logp: Tensor, mass: float) -> float:
-    """The last of the likeliest tokens that together first reach `mass`. Sorts a few, and the whole vocabulary only if it must."""
-    for size in (64, 1024, logp.numel()):
-        values = logp.topk(min(size, logp.numel())).values
-        p = values.exp()
-        kept = int((p.cumsum(-1) - p < mass).sum())
-        if kept < len(values):
-            break
-    return values[kept - 1].item()
+def _mass(x: np.ndarray, top: float, temperature: float) -> np.ndarray:
+    """Probabilities of logits, times the same number for all: 1 at `top`. float64 of the same shape."""
+    return torch.from_numpy(x.astype(np.float64)).sub_(top).div_(temperature).exp_().numpy()
+
+
+BIN = 1 / 64
+"""in log-probability"""
+BINS = 64 * 64
+
+
+def _least_of_mass(x: np.ndarray, top: float, temperature: float, share: float) -> float:
+    """The last of the likeliest tokens that together first reach this share of the mass.
+
+    Where a few dozen do not: tokens are counted into bins by how far they lie below the top, and only the bin in which the
+    share is reached is sorted."""
+    p = _mass(x, top, temperature)
+    mass, before, values = share * float(p.sum()), 0.0, _largest(x, 64)
+    if _mass(values, top, temperature).sum() < mass:
+        fall = np.minimum((top - x) * (1 / (BIN * temperature)), BINS - 1).astype(np.int64)
+        sums = np.bincount(fall, weights=p)
+        above = sums.cumsum() - sums
+        border = np.flatnonzero(above < mass)[-1]
+        before, values = above[border], np.sort(x[fall == border])[::-1].copy()
+    p = _mass(values, top, temperature)
+    kept = int((before + p.cumsum() - p < mass).sum())
+    return float(values[kept - 1])
+
+
+def _largest(x: np.ndarray, k: int) -> np.ndarray:
+    """The k largest, from the top (all if there are fewer). k blocks hold something as large as the k-th largest of the blocks' maxima."""
+    width = len(x) // (4 * k)
+    if width > 1:
+        maxima = _blocks(x, width).max(1)
+        x = x[~(x < np.partition(maxima, -k)[-k])]
+    return np.sort(x)[::-1][:k].copy()
+
+
+def _blocks(x: np.ndarray, width: int) -> np.ndarray:
+    """[n, width], without what is left over at the end."""
+    n = len(x) // width
+    return x[: n * width].reshape(n, width)
 
 
 # ---- picks -----------------------------------------------------------------------------------------
@@ -121,13 +174,51 @@ class Pick(NamedTuple):
 
 
 def pick(logits: Tensor, sampling: Sampling, noise: NoiseRows | None, position: int) -> Pick:
-    """The token at `position` for these logits [vocabulary]: argmax without noise (greedy), else Gumbel-max after the filters."""
+    """The token at `position` for these logits [vocabulary]: argmax without noise (greedy), else Gumbel-max after the filters.
+
+    On the host, of any floating-point type. Of exactly equal scores the lowest token id wins."""
+    x = _exact(logits)
     if noise is None:
-        scores = logits
-    elif not sampling.filters:  # what normalises the distribution is the same for all tokens
-        scores = logits.double() / sampling.temperature + noise(position)
-    else:
-        logp = _tempered(logits, sampling)
-        scores = (logp + noise(position)).masked_fill(logp < _least(logp, sampling), -torch.inf)
-    values, tokens = scores.topk(2)
-    return Pick(int(tokens[0]), float(values[0] - values[1]))
+        return _best(x)
+    tokens: np.ndarray = np.arange(len(x))
+    if sampling.filters:
+        tokens = np.flatnonzero(~(x < _least(x, sampling)))
+        x = x[tokens]
+    bits = _bits(noise.seed, position, tokens)
+    if len(x) > SURE:
+        some = _contenders(x, sampling.temperature, bits)
+        tokens, x, bits = tokens[some], x[some], bits[some]
+    found = _best(_scores(x, sampling.temperature, bits))
+    return found._replace(token=int(tokens[found.token]))
+
+
+SURE = 256
+"""tokens to begin with, among which the winner is sought"""
+
+
+def _scores(x: np.ndarray, temperature: float, bits: np.ndarray) -> np.ndarray:
+    return x.astype(np.float64) / temperature + _gumbel(bits)  # what normalises the distribution is the same for all tokens
+
+
+def _contenders(x: np.ndarray, temperature: float, bits: np.ndarray) -> np.ndarray:
+    """Indices, in order, of all tokens whose score can be among the two highest, and of few others.
+
+    The highest logit of each of SURE blocks makes sure of two scores of at least s. A uniform u makes a score of s or more,
+    x / T - log(-log u) >= s, if -log u <= exp(x / T - s); and 1 - u <= -log u. So 1 - u, which needs no logarithm, is at most that.
+    In float32, with room for its rounding."""
+    width = len(x) // SURE
+    blocks = _blocks(x, width)
+    highest = blocks.argmax(1) + width * np.arange(len(blocks))
+    s = float(np.partition(_scores(x[highest], temperature, bits[highest]), -2)[-2])
+    top = x.max()
+    most = np.exp(np.minimum((x - top) / x.dtype.type(temperature) + x.dtype.type(float(top) / temperature - s), 0))
+    rest = (~bits).astype(np.float32)
+    rest *= np.float32(2.0**-32)
+    return np.flatnonzero(~(rest > most * x.dtype.type(1.001)))
+
+
+def _best(scores: np.ndarray) -> Pick:
+    """The index of the first of the highest, and its lead over the next."""
+    k = int(scores.argmax())  # numpy's is the first of equals
+    rest = max(scores[:k].max(initial=-np.inf), scores[k + 1 :].max(initial=-np.inf))
+    return Pick(k, float(scores[k] - rest))

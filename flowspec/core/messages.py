@@ -139,7 +139,9 @@ def _drafters(proposal: Proposal) -> int:
 
 
 class Returned(NamedTuple):
-    """A segment came back; `choices[id]` is the token the target picks after that node (looked up on the walk only)."""
+    """A segment came back; `choices[id]` is the token the target picks after that node (looked up on the walk only).
+
+    A last stage that picks walks itself: `ids` are those of its nodes that are text, often none. When rank 0 picks, all that live."""
 
     number: int
     ids: tuple[int, ...]

@@ -10,7 +10,7 @@ still tree rows here. So prune k+1 repairs a lost prune k, and a stage that neve
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -194,18 +194,21 @@ class Waiting(Generic[T]):
 
 
 class Accepted:
-    """Which rows become text, as a last stage that picks the tokens can tell: the first root, and whoever carries its parent's choice.
+    """Which nodes become text, as a last stage that picks the tokens can tell: the walk, by which it also knows which rows to pick at.
 
-    Nobody needs to ask for the feature rows of accepted nodes, then: they travel with the picks."""
+    They are one path: the first root, whose parent is -1, then whoever carries the choice after the newest of them, its parent. A
+    new root after a miss does that too, since its parent is the last committed node. The ring is first in, first out, so a node comes
+    after its parent, and the newest node with its choice is all that need be known."""
 
     def __init__(self) -> None:
-        self._choice: dict[int, int] = {}  # accepted node -> the target's token after it
+        self._newest = -1
+        self._choice: int | None = None  # before the first root, whatever its token is
 
-    def among(self, ids: Sequence[int], parents: Sequence[int], tokens: Sequence[int], choices: Sequence[int]) -> list[int]:
-        """Indices of the accepted nodes of a segment; `choices` are the target's tokens after each."""
+    def walk(self, ids: Sequence[int], parents: Sequence[int], tokens: Sequence[int], choose: Callable[[int], int]) -> list[int]:
+        """Indices of a segment's nodes that become text. `choose(k)`, the target's token after node k, is asked of these alone."""
         found = []
         for k, (i, parent) in enumerate(zip(ids, parents, strict=True)):
-            if parent == -1 or self._choice.get(parent) == tokens[k]:
-                self._choice[i] = choices[k]
+            if parent == self._newest and self._choice in (None, tokens[k]):
+                self._newest, self._choice = i, choose(k)
                 found.append(k)
         return found

@@ -17,12 +17,12 @@ from flowspec.core.policy import Policy, PolicyConfig
 from flowspec.core.request import Request
 from flowspec.core.scheduler import Scheduler
 from flowspec.errors import RankLost
-from flowspec.models.device import on_host
 from flowspec.models.stage import Head
 from flowspec.runtime import wire
 from flowspec.runtime.drafting import DraftThread, Local
+from flowspec.runtime.picking import Picks
 from flowspec.runtime.tracing import Log, merged
-from flowspec.sampling import NoiseRows, Pick, noise_for, pick
+from flowspec.sampling import Pick, noise_for
 from flowspec.trace import Fates, Span
 
 log = logging.getLogger(__name__)
@@ -86,32 +86,6 @@ class _Choices(Mapping):
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._picks)
-
-
-class _Verifier(Mapping):
-    """Picks from feature rows when asked: lm_head over the segment at the first look, one pick a node; `took` hears the CPU seconds."""
-
-    def __init__(self, head: Head, request: Request, noise: NoiseRows | None, message: Message, took: Callable[[float], None]):
-        self._took = took
-        ids, self._positions, self._rows = message.tensors
-        self._index = {id: k for k, id in enumerate(ids.tolist())}
-        self._head, self._sampling, self._noise = head, request.sampling, noise
-        self._logits: torch.Tensor | None = None
-
-    def __getitem__(self, id: int) -> Pick:
-        begun = time.thread_time()
-        if self._logits is None:
-            self._logits = on_host(self._head(self._rows))
-        k = self._index[id]
-        found = pick(self._logits[k], self._sampling, self._noise, int(self._positions[k]) + 1)
-        self._took(time.thread_time() - begun)
-        return found
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._index)
 
 
 class Driver:
@@ -262,17 +236,27 @@ class Driver:
         if self._reads_features:
             nodes, rows = wire.read_features(message)
             self._features.update((id, (rows, k)) for k, id in enumerate(nodes))
+        number, head = message.meta["number"], self._head
         if message.kind == "choices":
-            table, gaps, *_ = message.tensors
-            ids, tokens = table.tolist()
-            picks: Mapping = dict(zip(ids, map(Pick, tokens, gaps.tolist()), strict=True))
+            (ids, tokens), gaps = message.tensors[0].tolist(), message.tensors[1].tolist()
+            picks: Mapping[int, Pick] = dict(zip(ids, map(Pick, tokens, gaps), strict=True))
+            came = self._scheduler.pipe.out.get(number, ())
         else:
-            assert self._head is not None, f"a {message.kind} message, but this rank does not verify"
-            picks = _Verifier(self._head, request, self._noise, message, self._took)
+            assert head is not None, f"a {message.kind} message, but this rank does not verify"
+            picks = self._to_pick(request, head, *message.tensors)
+            came = tuple(message.tensors[0].tolist())
         choices = _Choices(picks)
         choices.looked_up = self._picks
-        self._log.arrived(message, self._transport.world_size - 1, 0, self._transport.inbox.since, time.monotonic(), tuple(picks))
-        return Returned(message.meta["number"], tuple(picks), choices)
+        self._log.arrived(message, self._transport.world_size - 1, 0, self._transport.inbox.since, time.monotonic(), came)
+        return Returned(number, tuple(picks), choices)
+
+    def _to_pick(self, request: Request, head: Head, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Picks:
+        """The picks of those nodes that live: nobody asks for others."""
+        nodes = self._scheduler.tree.nodes
+        alive = [k for k, id in enumerate(ids.tolist()) if id in nodes]
+        ids, positions, rows = ids[alive], positions[alive], rows[alive]
+        parents = [nodes[id].parent for id in ids.tolist()]
+        return Picks(head, request.sampling, self._noise, ids.tolist(), parents, positions, rows, self._took)
 
     # ---- the end -----------------------------------------------------------------------------------
     def _end(self, request: Request) -> None:

@@ -46,26 +46,22 @@ def _numbered(request: int, number: int) -> dict[str, Any]:
 
 
 def segment(request: int, segment: Segment) -> Message:
-    return rows_of(request, segment.number, segment.ids, segment.parents, torch.tensor(segment.tokens, dtype=torch.int32))
+    """A segment on its first hop: per node its id, its parent and its token."""
+    nodes, tokens = torch.tensor([segment.ids, segment.parents], dtype=torch.int32), torch.tensor(segment.tokens, dtype=torch.int32)
+    return Message("segment", _numbered(request, segment.number), (nodes, tokens))
 
 
-def rows_of(request: int, number: int, ids: Sequence[int], parents: Sequence[int], rows: Tensor, tokens: Sequence[int] = ()) -> Message:
-    """A segment on its way: per node its id, its parent, and a token (first hop) or a feature row.
-
-    `tokens` go along with feature rows if the last stage is to tell which nodes became text."""
-    nodes = torch.tensor([ids, parents, *([tokens] if tokens else [])], dtype=torch.int32)
-    return Message("segment", _numbered(request, number), (nodes, rows))
+def rows_of(request: int, number: int, ids: Sequence[int], parents: Sequence[int], tokens: Sequence[int], rows: Tensor) -> Message:
+    """A segment on its way between stages: per node its id, its parent, its token (by which a last stage knows whether the node
+    became text) and a feature row."""
+    return Message("segment", _numbered(request, number), (torch.tensor([ids, parents, tokens], dtype=torch.int32), rows))
 
 
-def read_nodes(message: Message) -> tuple[list[int], list[int]]:
-    ids, parents = message.tensors[0][:2].tolist()
-    return ids, parents
-
-
-def read_tokens(message: Message) -> list[int]:
-    """The tokens of a segment's nodes: its rows on the first hop, else those that went along (none if they did not)."""
+def read_nodes(message: Message) -> tuple[list[int], list[int], list[int]]:
+    """Of a segment's nodes the ids, parents and tokens, which are its rows on the first hop."""
     nodes, rows = message.tensors
-    return rows.tolist() if rows.ndim == 1 else nodes[2].tolist() if len(nodes) > 2 else []
+    ids, parents, *tokens = nodes.tolist()
+    return ids, parents, tokens[0] if tokens else rows.tolist()
 
 
 def features(request: int, number: int, ids: list[int], positions: Tensor, rows: Tensor) -> Message:
@@ -73,22 +69,20 @@ def features(request: int, number: int, ids: list[int], positions: Tensor, rows:
     return Message("features", _numbered(request, number), (torch.tensor(ids, dtype=torch.int32), positions, rows))
 
 
-def choices(
-    request: int, number: int, ids: list[int], tokens: list[int], gaps: list[float], accepted: tuple[list[int], Tensor] | None = None
-) -> Message:
-    """A segment back from a last stage that verifies: the target's token after each node, and how clear it was.
+def choices(request: int, number: int, ids: list[int], tokens: list[int], gaps: list[float], rows: Tensor | None = None) -> Message:
+    """A segment back from a last stage that verifies: which of its nodes became text (often none), the target's token after each, and
+    how clear it was.
 
-    `accepted`: ids and feature rows of those nodes that became text, for a drafter that reads features."""
+    rows: their feature rows, for a drafter that reads features."""
     table = torch.tensor([ids, tokens], dtype=torch.int32)
-    more = () if accepted is None else (torch.tensor(accepted[0], dtype=torch.int32), accepted[1])
+    more = () if rows is None else (rows,)
     return Message("choices", _numbered(request, number), (table, torch.tensor(gaps, dtype=torch.float64), *more))
 
 
 def read_features(message: Message) -> tuple[list[int], Tensor]:
     """Of a segment that came back: the nodes whose feature rows came along, and these rows [n, hidden]."""
-    *_, rows = message.tensors
-    ids = message.tensors[0] if message.kind == "features" else message.tensors[2]
-    return ids.tolist(), rows
+    nodes, *_, rows = message.tensors
+    return (nodes if message.kind == "features" else nodes[0]).tolist(), rows
 
 
 # ---- beside the ring -------------------------------------------------------------------------------

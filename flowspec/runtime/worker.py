@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,11 +19,11 @@ from flowspec.core.cost import Emulate, Meter
 from flowspec.core.messages import Started
 from flowspec.core.request import Sampling
 from flowspec.core.stage import Accepted
-from flowspec.models.device import on_host
 from flowspec.models.stage import ALWAYS, Head, Needed, Sequence, StageModel, Tapped
 from flowspec.runtime import wire
+from flowspec.runtime.picking import Picks
 from flowspec.runtime.tracing import Log
-from flowspec.sampling import NoiseRows, noise_for, pick
+from flowspec.sampling import NoiseRows, Pick, noise_for
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,17 @@ def peak_memory() -> float:
     if found:  # ru_maxrss would carry over what the parent had before exec
         return int(found[1]) * 1024 / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # macOS counts in bytes
+
+
+Nodes = tuple[list[int], list[int], list[int]]
+"""a segment's ids, parents and tokens"""
+Walked = tuple[list[int], list[int], list[float], Tensor | None]
+
+
+def _only(nodes: Nodes, kept: list[int]) -> Nodes:
+    """The part of a segment at these indices."""
+    ids, parents, tokens = ([column[k] for k in kept] for column in nodes)
+    return ids, parents, tokens
 
 
 @dataclass
@@ -64,6 +76,9 @@ class _Live:
     """CPU seconds of this thread for segments, beside the following"""
     picking: float = 0.0
     """CPU seconds in lm_head and sampling"""
+
+    def picked(self, seconds: float) -> None:
+        self.picking += seconds
 
     @property
     def apart(self) -> float:
@@ -135,14 +150,15 @@ class Worker:
         live = self._live.get(message.meta["request"])
         if live is None:
             return
-        ids, parents = wire.read_nodes(message)
+        nodes = wire.read_nodes(message)
         apart = live.apart
-        self._arrived(live, message, taken, ids)
-        self._verify(live, message, ids, parents, taken)
+        self._arrived(live, message, taken, nodes[0])
+        self._verify(live, message, nodes, taken)
         live.overhead += time.thread_time() - begun - (live.apart - apart)
 
-    def _verify(self, live: _Live, message: Message, ids: list[int], parents: list[int], taken: float) -> None:
+    def _verify(self, live: _Live, message: Message, nodes: Nodes, taken: float) -> None:
         request, number = message.meta["request"], message.meta["number"]
+        ids, parents, _ = nodes
         worth = live.sequence.state.worth(ids, parents) if live.drop_dead else range(len(ids))
         if self._is_first:
             self._announce(live, message, len(worth), taken - self.transport.inbox.since)
@@ -152,43 +168,41 @@ class Worker:
         needed = self._needed(request, live, ids)
         kept, positions, out = live.sequence.verify(ids, parents, message.tensors[1], live.drop_dead, needed)
         live.rows, live.segments = live.rows + len(kept), live.segments + 1
+        nodes = _only(nodes, kept)
+        walked = self._walk(live, nodes, positions, out) if out is not None and self.head else None
         whole = out is not None and self._pretend(begun, len(kept), needed)
-        self._account(live, len(kept), begun, whole, segment=number, ids=[ids[k] for k in kept])
+        self._account(live, len(kept), begun, whole, segment=number, ids=nodes[0])
         if out is None or not whole:
             if self._is_first:
                 self.transport.send_control(0, wire.idle(request))
             return
-        tokens = wire.read_tokens(message) if live.features else []
-        columns = [[column[k] for k in kept] for column in (ids, parents, tokens) if column]
         self._hear_control()
-        state = live.sequence.state
-        alive = state.alive(columns[0]) if live.drop_dead else list(range(len(kept)))
+        alive = live.sequence.state.alive(nodes[0]) if live.drop_dead else list(range(len(kept)))
         if request in self._live and alive:
             some = slice(None) if len(alive) == len(kept) else alive
-            nodes = [[column[k] for k in alive] for column in columns]
-            self._pass_on(live, request, number, nodes, torch.from_numpy(positions)[some], out[some])
+            rows = _only(nodes, alive), positions[some], out[some]
+            self.transport.send_next(wire.choices(request, number, *walked) if walked else self._rows(request, number, *rows))
 
-    def _pass_on(self, live: _Live, request: int, number: int, nodes: list[list[int]], positions: Tensor, out: Tensor) -> None:
-        """`nodes`: ids and parents, and the tokens if rank 0 wants features."""
-        if not self._is_last:
-            ids, parents, *tokens = nodes
-            self.transport.send_next(wire.rows_of(request, number, ids, parents, out, *tokens))
-        elif self.head is None:
-            self.transport.send_next(wire.features(request, number, nodes[0], positions, out))
-        else:
-            begun = time.thread_time()
-            logits = on_host(self.head(out))
-            picks = [pick(row, live.sampling, live.noise, p + 1) for row, p in zip(logits, positions.tolist(), strict=True)]
-            live.picking += time.thread_time() - begun
-            choices, gaps = [p.token for p in picks], [p.gap for p in picks]
-            accepted = self._accepted(live, nodes, choices, out) if live.features else None
-            self.transport.send_next(wire.choices(request, number, nodes[0], choices, gaps, accepted))
+    def _rows(self, request: int, number: int, nodes: Nodes, positions: np.ndarray, out: Tensor) -> Message:
+        """For the next stage, or for rank 0 if it verifies."""
+        if self._is_last:
+            return wire.features(request, number, nodes[0], torch.from_numpy(positions), out)
+        return wire.rows_of(request, number, *nodes, out)
 
-    def _accepted(self, live: _Live, nodes: list[list[int]], choices: list[int], out: Tensor) -> tuple[list[int], Tensor]:
-        """Ids and rows of the nodes that became text with these choices."""
+    def _walk(self, live: _Live, nodes: Nodes, positions: np.ndarray, out: Tensor) -> Walked:
+        """What a last stage that verifies finds out, as wire.choices takes it: of the nodes that are text their ids, the target's
+        tokens after them, how clear these were, and the rows if they are wanted."""
+        assert self.head is not None
         ids, parents, tokens = nodes
-        found = live.accepted.among(ids, parents, tokens, choices)
-        return [ids[k] for k in found], out[found]
+        picks = Picks(self.head, live.sampling, live.noise, ids, parents, torch.from_numpy(positions), out, live.picked)
+        found: list[Pick] = []
+
+        def choose(k: int) -> int:
+            found.append(picks[ids[k]])
+            return found[-1].token
+
+        text = live.accepted.walk(ids, parents, tokens, choose)
+        return [ids[k] for k in text], [p.token for p in found], [p.gap for p in found], out[text] if live.features else None
 
     # ---- beside the ring ---------------------------------------------------------------------------
     def _hear_control(self, wait: float = 0.0) -> bool:
@@ -265,7 +279,7 @@ class Worker:
         return True
 
     def _account(self, live: _Live, rows: int, begun: float, whole: bool = True, **about) -> None:
-        """A forward over `rows` rows that began at `begun` is over."""
+        """A forward over `rows` rows that began at `begun` is over, and where this stage verifies, lm_head and picks as well."""
         spent = time.monotonic() - begun
         if whole and live.meter.forward_over(rows, spent):
             self.transport.send_control(0, wire.cost(live.request, live.meter.cost(self.transport.rank)))

@@ -70,17 +70,17 @@ class Ring:
     def hop_bytes(self, sender: int, rows: int, nodes: bool = True, accepted: int = 0) -> float:
         """Bytes that count of a message of `rows` rows from rank `sender` to the next (runtime/wire.py, comm/shaped.py).
 
-        `nodes`: a segment's (with ids and parents, answered at the end), else a chunk of the prompt's. `accepted`: of how many
-        rows the last stage sends the features along with its picks."""
+        `nodes`: a segment's (with ids, parents and tokens, answered at the end), else a chunk of the prompt's. `accepted`: how many of
+        its rows became text, as a last stage that verifies finds."""
         row = self.hidden * 2 * self.emulate.hidden_scale
         if sender == 0:
             return rows * (12 if nodes else 4)  # id, parent, token
         if not nodes:
             return rows * row
         if sender < self.stages:
-            return rows * ((12 if self.features else 8) + row)  # id, parent, token if the last stage needs it
+            return rows * (12 + row)  # id, parent, token, row
         if self.verify_last:
-            return rows * 16 + accepted * (4 + row)  # id, token, gap; id, row
+            return accepted * (16 + (row if self.features else 0))  # id, token, gap, row
         return rows * (12 + row)  # id, position, row
 
 
@@ -279,12 +279,11 @@ class World:
             self._at(arrival, self._on_prompt_features, rows)
 
     def _became_text(self, sender: int, segment: Segment | None) -> int:
-        """Nodes of a segment whose features the last stage (if that is the sender) ships along with its picks."""
-        if segment is None or sender < self.ring.stages or not self.ring.features:
+        """Nodes of a segment that the last stage (if that is the sender) finds to be text."""
+        if segment is None or sender < self.ring.stages:
             return 0
         choices = self._choices(segment)
-        tokens = [choices.get(id, -1) for id in segment.ids]
-        return len(self._accepted.among(segment.ids, segment.parents, segment.tokens, tokens))
+        return len(self._accepted.walk(*segment[1:], lambda k: choices.get(segment.ids[k], -1)))
 
     def _on_arrival(self, now: float, stage: _Stage, segment: Segment | None, rows: int) -> None:
         stage.queue.append((now, segment, rows))

@@ -69,7 +69,7 @@ def test_plain_decoding_takes_the_time_worked_out_by_hand():
     wanted, text = request(tokens=11), made_up_text(11)
     out = simulate("ar", wanted, text, None, Ring(stages=4, emulate=BOARD, hidden=256))
     row = 0.0505 + 0.001  # a stage over one row, and the latency of a hop
-    wire_seconds = (12 + 3 * (256 * 2 * 16 + 8) + 16) * 8 / 150e6  # ids out, rows between stages, a choice back
+    wire_seconds = (12 + 3 * (256 * 2 * 16 + 12) + 16) * 8 / 150e6  # ids out, rows between stages, a choice back
     token = 4 * row + 0.001 + wire_seconds
     assert out.last_token - out.first_token == pytest.approx(10 * token)
     assert out.tokens_per_second == pytest.approx(1 / token)
@@ -142,11 +142,11 @@ def test_the_simulated_bytes_are_those_of_the_real_messages(verify_last, accepte
     rows, positions = torch.zeros(3, hidden), torch.zeros(3, dtype=torch.int64)
     tokens = torch.zeros(3, dtype=torch.int32)
     if verify_last:
-        more = (accepted, rows[: len(accepted)]) if features else None
-        answer = wire.choices(1, 1, list(ids), [0, 0, 0], [0.0, 0.0, 0.0], more)
+        text = list(ids[: len(accepted or ())])
+        answer = wire.choices(1, 1, text, [0] * len(text), [0.0] * len(text), rows[: len(text)] if features else None)
     else:
         answer = wire.features(1, 1, list(ids), positions, rows)
-    real = [wire.rows_of(1, 1, ids, ids, tokens), wire.rows_of(1, 1, ids, ids, rows, [0, 0, 0] if features else []), answer]
+    real = [wire.segment(1, Segment(1, ids, ids, ids)), wire.rows_of(1, 1, ids, ids, ids, rows), answer]
     became_text = len(accepted or ())
     assert [wire_bytes(m, scale) for m in real] == [ring.hop_bytes(sender, 3, accepted=became_text) for sender in (0, 1, 2)]
     prompt = [wire.prefill(1, tokens), wire.prefill(1, rows), wire.prompt_features(1, rows)]
@@ -164,7 +164,7 @@ def test_every_row_of_prompt_and_text_comes_back_once_for_a_drafter_that_reads_f
     back = [s for s in out.spans if (s.rank, s.row) == (3, "send")]
     assert sum(s.facts["bytes"] for s in back if "segment" not in s.facts) == (prompt - 1) * row
     nodes = [(s.facts["rows"], s.facts["bytes"]) for s in back if "segment" in s.facts]
-    assert sum((size - 16 * rows) / (row + 4) for rows, size in nodes) == pytest.approx(len(text))
+    assert sum(size / (row + 16) for _, size in nodes) == pytest.approx(len(text))
 
 
 @pytest.mark.parametrize("method", ["flowspec", "flowspec-paper"])

@@ -1,6 +1,9 @@
 """A stage's books, with the worked example of the design and the defects of other implementations as vectors."""
 
+import random
+
 import numpy as np
+import pytest
 
 from flowspec.core.cost import Emulate, LinearCost
 from flowspec.core.messages import Prune
@@ -140,10 +143,42 @@ def test_nothing_admitted_beside_something():
 
 
 def test_a_last_stage_knows_what_becomes_text():
-    accepted = Accepted()
-    assert accepted.among([0, 1, 2], [-1, 0, 0], [5, 6, 7], [7, 1, 8]) == [0, 2], "the root, and the child with its choice"
-    assert accepted.among([3, 4, 5], [1, 2, 2], [1, 9, 3], [0, 0, 0]) == [], "3 carries the choice of a node that was refused"
-    assert accepted.among([6, 7], [2, 6], [8, 4], [4, 2]) == [0, 1], "a new root after a miss"
+    accepted, asked = Accepted(), []
+
+    def walk(ids, parents, tokens, choices):
+        asked.clear()
+        return accepted.walk(ids, parents, tokens, lambda k: asked.append(ids[k]) or choices[k])
+
+    assert walk([0, 1, 2], [-1, 0, 0], [5, 6, 7], [7, 1, 8]) == [0, 2], "the root, and the child with its choice"
+    assert asked == [0, 2], "the choice after a node that was refused is nobody's business"
+    assert walk([3, 4, 5], [1, 2, 2], [1, 9, 3], [0, 0, 0]) == asked == [], "3 carries the choice of a node that was refused"
+    assert walk([6, 7], [2, 6], [8, 4], [4, 2]) == [0, 1] and asked == [6, 7], "a new root after a miss"
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_walk_over_segments_is_the_one_over_the_whole_tree(seed):
+    """Random trees in random segments, parents before children; every now and then a new root where no child carries the choice."""
+    r = random.Random(seed)
+    parents, tokens, choices = [-1], [3], [r.randrange(4)]
+    while len(parents) < 120:
+        parents.append(r.randrange(max(0, len(parents) - 8), len(parents)))
+        used = {tokens[i] for i, p in enumerate(parents[:-1]) if p == parents[-1]}
+        tokens.append(r.choice([t for t in range(9) if t not in used]))
+        choices.append(r.randrange(4))
+    path = [0]
+    while (after := [i for i, p in enumerate(parents) if p == path[-1] and tokens[i] == choices[path[-1]]]) or len(parents) < 150:
+        if not after:  # a miss
+            parents, tokens, choices = [*parents, path[-1]], [*tokens, choices[path[-1]]], [*choices, r.randrange(4)]
+            after = [len(parents) - 1]
+        path += after
+    accepted, found, begin = Accepted(), [], 0
+    while begin < len(parents):
+        end = begin + r.randint(1, 20)
+        part = slice(begin, end)
+        text = accepted.walk(range(begin, len(parents))[: end - begin], parents[part], tokens[part], lambda k, at=begin: choices[at + k])
+        found += [begin + k for k in text]
+        begin = end
+    assert found == path, f"seed {seed}"
 
 
 def test_costs_are_learnt():

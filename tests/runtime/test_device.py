@@ -138,7 +138,7 @@ def test_no_tensor_reaches_the_transport_before_it_is_on_the_host(pair, monkeypa
     worker._on_start(wire.start(request, False, features, layers, PolicyConfig()))
     worker._on_prefill(wire.prefill(1, rows))
     segment = wire.segment(1, Segment(1, (0, 1), (-1, 0), (3, 4)))
-    worker._on_segment(segment if rank == 1 else wire.rows_of(1, 1, [0, 1], [-1, 0], rows, [3, 4]))
+    worker._on_segment(segment if rank == 1 else wire.rows_of(1, 1, [0, 1], [-1, 0], [3, 4], rows))
     worker._on_prune(wire.prune(1, Prune(1, 0, 1)))
     told = ["text_features"] * bool(layers)
     assert copied == 2 * [META, *[META] * bool(layers)]  # one copy a forward, and one of what entered the layers

@@ -90,6 +90,45 @@ def test_pick_is_the_argmax_of_the_filtered_distribution(settings):
         assert gap == pytest.approx(float(values[0] - values[1]))
 
 
+@pytest.mark.parametrize("settings", [*FILTERS, dict(temperature=3.0, top_p=0.99), dict(temperature=0.01), dict(temperature=50.0)])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 6.0])
+def test_tokens_that_are_left_out_unseen_could_not_have_won(settings, spread):
+    """A large vocabulary, where few get exact noise: winner and lead are those of all."""
+    sampling, noise = Sampling(**settings), NoiseRows(8, 20_000)
+    for position in range(12):
+        logits = spread * torch.randn(20_000, generator=torch.Generator().manual_seed(position))
+        values, tokens = (filtered(logits, sampling) + noise(position)).topk(2)
+        token, gap = pick(logits, sampling, noise, position)
+        assert token == int(tokens[0]) and gap == pytest.approx(float(values[0] - values[1])), f"position {position}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_lowest_id_wins_a_tie(dtype):
+    draw = torch.Generator().manual_seed(6)
+    for size in (3, 64, 1000, 32_000):
+        logits = torch.randn(size, generator=draw).clamp(max=0.5).to(dtype)
+        ties = (logits == logits.max()).nonzero().flatten()
+        token, gap = pick(logits, Sampling(), None, 0)
+        assert token == ties[0] and (gap == 0) == (len(ties) > 1)
+
+
+def test_a_pick_changes_none_of_the_logits():
+    logits = torch.randn(3000, dtype=torch.float64)
+    before = logits.clone()
+    for settings in FILTERS:
+        pick(logits, Sampling(**settings), NoiseRows(1, 3000), 5)
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_damaged_row_is_picked_from_all_the_same():
+    for bad in (math.nan, math.inf):
+        logits = torch.full((3000,), bad)
+        for settings in ({}, *FILTERS):
+            sampling = Sampling(**settings)
+            assert 0 <= pick(logits, sampling, NoiseRows(1, 3000) if settings else None, 5).token < 3000
+
+
 def test_noise_is_the_same_for_a_row_a_subset_and_a_batch():
     row = NoiseRows(5, 1000)(77)
     some = torch.tensor([3, 999, 3, 0])

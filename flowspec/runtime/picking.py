@@ -1,0 +1,68 @@
+"""The target's tokens after a segment's rows, made when they are asked for: whoever walks down the tree asks for few of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from flowspec.core.request import Sampling
+from flowspec.models.device import on_host
+from flowspec.models.stage import Head
+from flowspec.sampling import NoiseRows, Pick, pick
+
+
+class Picks(Mapping[int, Pick]):
+    """By node of one segment. A node's logits are made together with those of the first nodes below it, its filters and noise alone.
+
+    lm_head is bound by reading its weights: one row at a time reads them for every token of the text, several rows at once read them
+    once. So the walk's next nodes are guessed, in the segment's own order, in which the likeliest come first."""
+
+    ROWS = 4
+    """in one product with lm_head's weights. On a CPU each row beyond the first costs 0.35 (half precision) to 0.6 (float32) of a product
+    over one row, so a row is worth guessing if it is text with that probability: where drafts are good, two or three are."""
+
+    def __init__(
+        self,
+        head: Head,
+        sampling: Sampling,
+        noise: NoiseRows | None,
+        ids: Sequence[int],
+        parents: Sequence[int],
+        positions: Tensor,
+        rows: Tensor,
+        took: Callable[[float], None],
+    ):
+        """positions: int [n], absolute; rows: the last stage's features [n, hidden]; `took` hears the CPU seconds of each look-up."""
+        self._head, self._sampling, self._noise, self._took = head, sampling, noise, took
+        self._ids, self._parents, self._positions, self._rows = ids, parents, positions, rows
+        self._index = {id: k for k, id in enumerate(ids)}
+        self._logits: dict[int, Tensor] = {}
+
+    def __getitem__(self, id: int) -> Pick:
+        begun, k = time.thread_time(), self._index[id]
+        if k not in self._logits:
+            some = self._below(k)
+            self._logits.update(zip(some, self._head(self._rows[torch.tensor(some)]), strict=True))
+        found = pick(on_host(self._logits[k]), self._sampling, self._noise, int(self._positions[k]) + 1)
+        self._took(time.thread_time() - begun)
+        return found
+
+    def _below(self, k: int) -> list[int]:
+        """Node k's index and those of the first nodes below it, ROWS at most."""
+        found, inside = [k], {self._ids[k]}
+        for j in range(k + 1, len(self._ids)):
+            if len(found) == self.ROWS:
+                break
+            if self._parents[j] in inside:
+                inside.add(self._ids[j])
+                found.append(j)
+        return found
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._ids)
