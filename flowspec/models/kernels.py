@@ -75,6 +75,11 @@ class PackedLinear(nn.Module):
             out += self.bias
         return out.view(*x.shape[:-1], self.out_features) if out.is_contiguous() else out.reshape(*x.shape[:-1], self.out_features)
 
+    def weight(self) -> Tensor:
+        """[outputs, inputs], a copy; float32 of int8."""
+        weight = unpacked(self.packed, self.out_features)
+        return weight if self.scale is None else weight * self.scale[:, None]
+
 
 def stacked(layers: list[PackedLinear]) -> PackedLinear:
     """One layer whose outputs are those of the given ones, side by side. Each must have whole blocks of outputs."""

@@ -206,23 +206,33 @@ class Sequence:
 class Head:
     """lm_head: features [n, hidden] -> logits [n, vocabulary] in float32, or float64 if the weights are.
 
-    Products of half-precision numbers are exact in float32, and rounded back to half many logits would tie. Half-precision weights are
-    made float32 a piece at a time, which stays in the processor's cache: no copy of them all, and on a CPU no slower than a
-    product in half precision."""
+    Products of half-precision numbers are exact in float32, and rounded back to half many logits would tie. Where there is no
+    kernel for that (kernels.py), half-precision weights are made float32 a piece at a time, which stays in the processor's cache."""
 
     PIECE = 1 << 20
     """elements"""
 
-    def __init__(self, weight: Tensor):
-        self.weight = weight  # [vocabulary, hidden]
+    def __init__(self, weight: Tensor, dtype: torch.dtype | None = None):
+        """weight [vocabulary, hidden], computed with as `dtype` (None: its own)."""
+        dtype = dtype or weight.dtype
+        self.vocabulary, self.device = len(weight), weight.device
+        packs = self.device.type == "cpu" and dtype in kernels.KINDS and jit.available()
+        self._packed = PackedLinear(weight, dtype=dtype) if packs else None
+        self._weight = None if packs else weight
 
     @property
-    def vocabulary(self) -> int:
-        return self.weight.shape[0]
+    def weight(self) -> Tensor:
+        """[vocabulary, hidden]; a copy where it is packed."""
+        if self._packed is None:
+            assert self._weight is not None
+            return self._weight
+        return self._packed.weight()
 
     @torch.inference_mode()
     def __call__(self, features: Tensor) -> Tensor:
-        features, weight = placed(features, self.weight.device), self.weight
+        if self._packed is not None:
+            return self._packed(features.float())
+        features, weight = placed(features, self.device), self.weight
         if weight.dtype in (torch.float32, torch.float64):
             return (weight @ features.to(weight.dtype).T).T.contiguous()  # for few rows much quicker than the other way round
         features, logits = features.float(), weight.new_empty(len(features), len(weight), dtype=torch.float32)
@@ -261,7 +271,7 @@ def load_head(manifest: Manifest, rank: int, dtype: torch.dtype, device: str) ->
     """The lm_head that lies beside rank 0 and beside the last stage."""
     entry = manifest.ranks[rank].lm_head
     assert entry is not None, f"the split has no head beside rank {rank}"
-    return Head(TensorFile(manifest.path(entry)).read(HEAD, stored_as(dtype)).to(device))
+    return Head(TensorFile(manifest.path(entry)).read(HEAD, stored_as(dtype)).to(device), dtype)
 
 
 def load_whole(folder: Path, dtype: torch.dtype, device: str) -> tuple[StageModel, Head]:
@@ -275,4 +285,4 @@ def load_whole(folder: Path, dtype: torch.dtype, device: str) -> tuple[StageMode
     tied = HEAD not in checkpoint.names
     need(not tied or bool(config.get("tie_word_embeddings")), f"{folder} has no {HEAD}, and config.json does not tie it to the embedding")
     weight = model.get_parameter("embed_tokens.weight") if tied else checkpoint.file(HEAD).read(HEAD, stored_as(dtype)).to(device)
-    return model, Head(weight)
+    return model, Head(weight, dtype)

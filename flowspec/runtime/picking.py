@@ -20,9 +20,8 @@ class Picks(Mapping[int, Pick]):
     lm_head is bound by reading its weights: one row at a time reads them for every token of the text, several rows at once read them
     once. So the walk's next nodes are guessed, in the segment's own order, in which the likeliest come first."""
 
-    ROWS = 4
-    """in one product with lm_head's weights. On a CPU each row beyond the first costs 0.35 (half precision) to 0.6 (float32) of a product
-    over one row, so a row is worth guessing if it is text with that probability: where drafts are good, two or three are."""
+    ROWS = 6
+    """in one product with lm_head's weights: so many cost hardly more than one (models/kernels.py)"""
 
     def __init__(
         self,
