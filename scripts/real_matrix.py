@@ -45,7 +45,7 @@ AGREEMENT = {"good": None, "weak": 0.3, "useless": 0.0}
 LIMIT = 0.97
 """a cell whose median ratio is below this is listed"""
 WARM_UP_TOKENS = 8
-TEXTS = ("tarfile", "argparse", "inspect", "typing", "zipfile/__init__", "pickle", "subprocess", "ipaddress")
+TEXTS = ("tarfile", "argparse", "inspect", "typing", "optparse", "pickle", "subprocess", "ipaddress")
 """modules of the standard library whose sources are prompts, a pair each"""
 SKIPPED = 500
 """tokens at the beginning of each, mostly licences"""

@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 
 from flowspec.core.cost import Emulate, Meter
 from flowspec.core.messages import (
+    FRAME_BYTES,
     PREFILL_ROWS,
     Action,
     Commit,
@@ -74,14 +75,14 @@ class Ring:
         rows the last stage sends the features along with its picks."""
         row = self.hidden * 2 * self.emulate.hidden_scale
         if sender == 0:
-            return rows * (12 if nodes else 4)  # id, parent, token
+            return FRAME_BYTES + rows * (12 if nodes else 4)  # id, parent, token
         if not nodes:
-            return rows * row
+            return FRAME_BYTES + rows * row
         if sender < self.stages:
-            return rows * ((12 if self.features else 8) + row)  # id, parent, token if the last stage needs it
+            return FRAME_BYTES + rows * ((12 if self.features else 8) + row)  # id, parent, token if the last stage needs it
         if self.verify_last:
-            return rows * 16 + accepted * (4 + row)  # id, token, gap; id, row
-        return rows * (12 + row)  # id, position, row
+            return FRAME_BYTES + rows * 16 + accepted * (4 + row)  # id, token, gap; id, row
+        return FRAME_BYTES + rows * (12 + row)  # id, position, row
 
 
 class Link:

@@ -90,7 +90,7 @@ def test_a_weak_head_agrees_as_often_as_asked():
     for wanted in (0.7, 0.3, 0.0):
         made, found = weaken.weakened(head, features, chosen, wanted)
         assert abs(found - wanted) < 0.03 and found == weaken.agreement(made, features, chosen)
-    with pytest.raises(UserError, match="--agree 0.9: the draft agrees at 0.00 as it is"):
+    with pytest.raises(UserError, match=r"--agree 0\.9: the draft agrees at 0\.00 as it is"):
         weaken.weakened(-head, features, chosen, 0.9)
 
 
