@@ -73,6 +73,8 @@ class Matrix:
     temperatures: tuple[float, ...]
     pairs: int = 5
     new_tokens: int = 64
+    cells: int | None = None
+    """so many of the cells, drawn once and for all: fewer are among more; null: all"""
     model: Model = dataclasses.field(default_factory=Model)
 
     def __post_init__(self) -> None:
@@ -83,6 +85,7 @@ class Matrix:
         for name in ("contexts", "vocabularies", "stages"):
             need(all(value >= 1 for value in getattr(self, name)), f"{name}: each must be at least 1")
         need(self.pairs >= 1 and self.new_tokens >= 2, "pairs must be at least 1, new_tokens at least 2")
+        need(self.cells is None or self.cells >= 1, f"cells is {self.cells}: it must be at least 1")
         room = self.model.positions - self.new_tokens
         need(max(self.contexts) <= room, f"contexts: {max(self.contexts)} leaves no room for the new tokens (model.positions)")
 
@@ -143,9 +146,11 @@ def load_matrix(path: Path) -> Matrix:
 
 
 def cells(matrix: Matrix) -> list[Cell]:
-    """All of them, those of a ring side by side, short contexts first."""
+    """Those of a ring side by side, short contexts first."""
     axes = (matrix.vocabularies, matrix.dtypes, matrix.drafters, matrix.stages, matrix.temperatures, matrix.contexts)
-    return [Cell(*values) for values in itertools.product(*axes)]
+    found = [Cell(*values) for values in itertools.product(*axes)]
+    drawn = set(random.Random(0).sample(found, len(found))[: matrix.cells])
+    return [cell for cell in found if cell in drawn]
 
 
 def read_runs(path: Path) -> list[Run]:
@@ -361,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         need(options.matrix is not None, "which matrix? Give a YAML file, such as configs/real/full.yaml")
         matrix = load_matrix(options.matrix)
-        matrix = dataclasses.replace(matrix, **{k: v for k in ("pairs", "new_tokens") if (v := getattr(options, k)) is not None})
+        matrix = dataclasses.replace(matrix, **{k: v for k in ("pairs", "new_tokens", "cells") if (v := getattr(options, k)) is not None})
         output = options.output or ROOT / "build" / "bench" / f"real_{options.matrix.stem}"
         output.mkdir(parents=True, exist_ok=True)
         try:
@@ -386,6 +391,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     each.add_argument("matrix", nargs="?", type=Path, metavar="MATRIX", help="a YAML file of axes, as in configs/real/")
     each.add_argument("--pairs", type=int, metavar="N", help="of each cell (default: the matrix', or 5)")
     each.add_argument("--new-tokens", type=int, metavar="N", help="of each run (default: the matrix', or 64)")
+    each.add_argument("--cells", type=int, metavar="N", help="so many of the cells, drawn once and for all (default: the matrix', or all)")
     each.add_argument("--output", type=Path, metavar="FOLDER", help="default: build/bench/real_NAME")
     each.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     return each.parse_args(argv)

@@ -1,6 +1,7 @@
 """scripts/real_matrix.py and scripts/weaken.py: what is still to be measured, what the tables say, a draft as weak as asked."""
 
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -59,6 +60,13 @@ def test_what_was_measured_is_not_measured_again(tmp_path):
     wanted = real.missing(matrix, runs)
     assert (first, 1) not in wanted and (first, 2) in wanted and len(wanted) == 8 * 2 - 1
     assert real.read_runs(tmp_path / "none") == []
+
+
+def test_fewer_cells_are_among_more():
+    some = [real.cells(real.Matrix(**AXES, cells=n)) for n in (1, 3, 8, 100)]
+    assert [len(each) for each in some] == [1, 3, 8, 8]
+    assert all(set(a) <= set(b) for a, b in itertools.pairwise(some))
+    assert some[2] == some[3] == real.cells(real.Matrix(**AXES))
 
 
 def test_cells_of_a_ring_are_side_by_side():
