@@ -109,7 +109,9 @@ def test_a_token_beyond_the_drafts_padding_does_no_harm(whole):
 def test_after_a_pause_the_text_is_read_in_chunks(whole, monkeypatch):
     rows, begin = [], 600
     forward = type(whole[0]).forward
-    monkeypatch.setattr(type(whole[0]), "forward", lambda self, x, *more: (rows.append(len(x)), forward(self, x, *more))[1])
+    monkeypatch.setattr(
+        type(whole[0]), "forward", lambda self, x, *more, **named: (rows.append(len(x)), forward(self, x, *more, **named))[1]
+    )
     text = [random.Random(n).randrange(300) for n in range(begin)]
     drafter = LmDrafter(*whole, 320)
     drafter.begin(request(), None)
