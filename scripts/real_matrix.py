@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from flowspec.config import build
+from flowspec.config import DTYPES, build
 from flowspec.core.request import need
 from flowspec.errors import UserError
 from flowspec.files import replacing
@@ -81,7 +81,7 @@ class Matrix:
         for name in self.drafters:
             need(name in AGREEMENT, f"drafters: {name!r} is not known: choose among {', '.join(AGREEMENT)}")
         for name in self.dtypes:
-            need(name in ("float32", "float16", "bfloat16"), f"dtypes: {name!r} is not known")
+            need(name in DTYPES, f"dtypes: {name!r} is not known: choose among {', '.join(DTYPES)}")
         for name in ("contexts", "vocabularies", "stages"):
             need(all(value >= 1 for value in getattr(self, name)), f"{name}: each must be at least 1")
         need(self.pairs >= 1 and self.new_tokens >= 2, "pairs must be at least 1, new_tokens at least 2")
