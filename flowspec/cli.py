@@ -7,7 +7,6 @@ torchrun as each rank.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import importlib
 import logging
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 from flowspec.config import Config
 from flowspec.core.request import need
 from flowspec.errors import RankLost, UserError
-from flowspec.launcher import is_rank, launch
+from flowspec.launcher import QUIET, is_rank, launch
 from flowspec.models.split import Parser
 from flowspec.options import (
     DEMO,
@@ -36,6 +35,7 @@ from flowspec.options import (
     given_prompts,
     split_demo,
 )
+from flowspec.output import open_standard_streams, speaking
 from flowspec.version import __version__
 
 if TYPE_CHECKING:
@@ -97,22 +97,30 @@ predicts beside what was measured.""",
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
+    open_standard_streams()
+    code = QUIET
     try:
-        command = _top_parser().parse_args(argv[:1]).command
-        if command in ALONE:
-            return importlib.import_module(ALONE[command]).main(argv[1:])
-        options = _parser(command).parse_intermixed_args(argv[1:])
-        options.command, options.given = command, argv[1:]
-        if command == "bench":
-            need(options.words[:1] == ["compare"], "bench knows one thing to do: flowspec bench compare CONFIG ...")
-            options.words = options.words[1:]
-        return _rank(options) if is_rank() else _launch(options, argv)
+        with speaking():
+            code = _run(argv)
     except UserError as error:
         print(f"flowspec: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("flowspec: interrupted", file=sys.stderr)
         return 130
+    return code
+
+
+def _run(argv: list[str]) -> int:
+    command = _top_parser().parse_args(argv[:1]).command
+    if command in ALONE:
+        return importlib.import_module(ALONE[command]).main(argv[1:])
+    options = _parser(command).parse_intermixed_args(argv[1:])
+    options.command, options.given = command, argv[1:]
+    if command == "bench":
+        need(options.words[:1] == ["compare"], "bench knows one thing to do: flowspec bench compare CONFIG ...")
+        options.words = options.words[1:]
+    return _rank(options) if is_rank() else _launch(options, argv)
 
 
 # ---- as the launcher -------------------------------------------------------------------------------
@@ -137,7 +145,7 @@ def _launch(options: argparse.Namespace, argv: list[str]) -> int:
 
 def _prompts(options: argparse.Namespace, path: Path, config: Config) -> list[str]:
     if options.command == "bench":
-        return benchmark_prompts(options, config)
+        return benchmark_prompts(options)
     given = given_prompts(options)
     if given or getattr(options, "chat", False):
         return given
@@ -181,7 +189,9 @@ def _serve(options: argparse.Namespace) -> int:
     if engine.rank:
         engine.work()
     else:
-        code = _lead(engine, options, path, config)
+        code = QUIET
+        with speaking():
+            code = _lead(engine, options, path, config)
     engine.close()  # not after a failure: then nobody is to be told that all is well
     if config.trace and not engine.rank:
         print(f"timeline: {config.trace_path} (python -m flowspec trace FILE, or https://ui.perfetto.dev)", file=sys.stderr)
@@ -208,8 +218,7 @@ def _lead(engine: Engine, options: argparse.Namespace, path: Path, config: Confi
         if not same:
             report("speculation changed the text: see above", 1)
         return 0 if same else 1
-    with contextlib.suppress(BrokenPipeError):  # whoever reads the output has enough
-        session.run(engine, prompts, options.stop, options.json, options.chat, options.explain)
+    session.run(engine, prompts, options.stop, options.json, options.chat, options.explain)
     return 0
 
 

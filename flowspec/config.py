@@ -111,6 +111,22 @@ class Config:
         return devices[rank] if len(devices) > 1 else devices[0]
 
 
+class _Duplicate(yaml.MarkedYAMLError):
+    """A key that stands twice in one mapping."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses what YAML forbids and PyYAML takes: a second value for a key."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise _Duplicate(problem=f"the key {key.value} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _choice(name: str, value: str, allowed: tuple[str, ...], note: str = "") -> None:
     near = difflib.get_close_matches(str(value), allowed, 1)
     hint = f"did you mean {near[0]}? " if near and not note else ""
@@ -121,12 +137,13 @@ def load_config(path: str | os.PathLike[str], overrides: typing.Iterable[str] = 
     """Read a YAML file, apply `a.b=c` overrides (c is YAML), check everything. UserError names the key."""
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.load(path.read_text(), _Loader)
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:
         at = getattr(error, "problem_mark", None)
-        raise UserError(f"{path} is not valid YAML{f' (line {at.line + 1})' if at else ''}") from None
+        what = f": {error.problem}" if isinstance(error, _Duplicate) else " is not valid YAML"
+        raise UserError(f"{path}{what}{f' (line {at.line + 1})' if at else ''}") from None
     need(isinstance(tree, dict), f"{path} holds no configuration: it must be a YAML mapping with at least `stages`")
     for override in overrides:
         _apply(tree, override)
@@ -137,7 +154,9 @@ def _apply(tree: dict, override: str) -> None:
     key, sign, text = override.partition("=")
     need(bool(sign) and bool(key), f"{override!r} is not understood: overrides are written key=value, such as tree.budget=64")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
+    except _Duplicate as error:
+        raise UserError(f"{override!r}: {error.problem}") from None
     except (yaml.YAMLError, ValueError):
         raise UserError(f"{override!r}: the value is not valid YAML") from None
     *parents, leaf = key.split(".")

@@ -20,6 +20,15 @@ def beside_of(path: str | os.PathLike[str]) -> Path:
     return target if special else target.with_name(target.name + PARTIAL)
 
 
+def claimed(path: str | os.PathLike[str]) -> Path:
+    """`beside_of`, with an empty file of our own there, whatever had that name: a link that somebody laid is not followed. OSError."""
+    beside = beside_of(path)
+    if beside.name.endswith(PARTIAL):
+        beside.unlink(missing_ok=True)
+        os.close(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    return beside
+
+
 def settle(beside: Path) -> None:
     """What was written beside is whole: it gets its name."""
     if beside.name.endswith(PARTIAL):
@@ -29,8 +38,8 @@ def settle(beside: Path) -> None:
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """The path to write to; it becomes `path` afterwards. UserError when the disk or the folder does not allow it."""
-    beside = beside_of(path)
     try:
+        beside = claimed(path)
         yield beside
         settle(beside)
     except OSError as error:

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+QUIET = 128 + signal.SIGPIPE
+"""exit code when whoever read standard output had enough, as of a tool that the signal ends"""
 
 
 def launch(argv: Sequence[str], world_size: int) -> int:
@@ -70,6 +72,8 @@ def _obituary(error: Exception, last_words: Path) -> int:
         return _say(f"the ranks could not be started: {error}", 1)
     from flowspec.runtime.process import rank_name
 
+    if any(failure.exitcode == QUIET for failure in failures.values()):
+        return QUIET
     rank, failure = min(failures.items(), key=lambda item: (item[1].exitcode == -signal.SIGTERM, item[1].timestamp))
     how = f"killed by signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
     return _say(f"{rank_name(rank, socket.gethostname())} died: {how}", 1)

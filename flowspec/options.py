@@ -112,12 +112,9 @@ def given_prompts(options: argparse.Namespace) -> list[str]:
     return options.prompt + (read_prompts(options.prompt_file) if options.prompt_file else [])
 
 
-def benchmark_prompts(options: argparse.Namespace, config: Config) -> list[str]:
-    """As given; for the demo model its own. The first --prompts of them."""
-    prompts = given_prompts(options)
-    if not prompts:
-        need(demo_stages(config) is not None, "no prompt: give --prompt TEXT or --prompt-file FILE")
-        prompts = read_prompts(str(DEMO_PROMPTS))
+def benchmark_prompts(options: argparse.Namespace) -> list[str]:
+    """As given, else the demo's. The first --prompts of them."""
+    prompts = given_prompts(options) or read_prompts(str(DEMO_PROMPTS))
     most = number(options.prompts, int, "--prompts")
     need(most >= 1, f"--prompts is {most}: use at least one")
     return prompts[: int(most)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -102,9 +103,9 @@ def check_writable(path: str | None, name: str = "--json") -> None:
         return
     need(not Path(path).is_dir(), f"{name}: {path} is a folder")
     beside = beside_of(path)
-    known = beside.exists()
+    known = os.path.lexists(beside)
     try:
-        beside.open("a").close()
+        os.close(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666))
     except OSError as error:
         raise UserError(f"{name}: cannot write {beside}: {error.strerror}") from None
     if not known:

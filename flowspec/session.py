@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from flowspec.core.request import need
 from flowspec.engine import Engine, Generation, Result
 from flowspec.errors import UserError
-from flowspec.files import beside_of, settle
+from flowspec.files import claimed, settle
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
 TIES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
@@ -87,7 +87,7 @@ def _json_lines(path: str | None) -> Iterator[Callable[[Result], None]]:
     if path is None:
         yield lambda result: None
         return
-    beside = beside_of(path)
+    beside = claimed(path)
     with open(beside, "w") as file:
 
         def write(result: Result) -> None:

@@ -2,6 +2,8 @@
 
     python scripts/inflate.py --model demo/target --output /tmp/big --size-gb 2 --check
     python scripts/inflate.py --model demo/target --output /tmp/big --check          # of one that is there already
+    python scripts/inflate.py --model demo/target --output /tmp/real --hidden 4096 --layers 12 --heads 32/8 --head-dim 128 \\
+        --vocab 128256 --positions 16384
 
 The big model costs what its size costs, in arithmetic, memory and transport, and still writes the small model's text, so
 a benchmark sees real acceptance. What makes it the same function:
@@ -9,10 +11,16 @@ a benchmark sees real acceptance. What makes it the same function:
 - width k: the residual stream holds k copies of the small one. A mean square over copies is the mean square of one, so
   norms, their weights repeated, need no other epsilon and no rounding. Matrices that read the stream read the first copy
   (other columns zero), matrices that write it write every copy (rows repeated).
-- heads: k times as many query and key-value heads of the same size, in the same groups; the new ones are random, and
-  o_proj ignores them (zero columns). Likewise neurons and down_proj.
+- heads: a small head's query, key and value become those of one of the big heads, in whatever groups these are, as long as there
+  are enough; the new ones are random, and o_proj ignores them (zero columns). Likewise neurons and down_proj.
+- head size: m times as large, dimension i is i * m of its half, which turns by the same angle; q_proj's rows grow by sqrt(m), since
+  scores are divided by sqrt(head size), and its new ones are zero. Exact where m is a power of 4, others are refused.
 - head: the final norm keeps the first copy only (other weights zero), which serves tied and untied heads alike.
 - depth: layers are appended whose o_proj and down_proj are zero.
+- positions: nothing changes but the limit; where the rotary embedding depends on it, that is refused.
+- vocabulary: see `Constant`. What the new tokens need is a place in the stream, so there are fewer copies than the width holds, the
+  rest is zero, and norms' weights shrink by sqrt(copies / k): by half where k is a multiple of 4, else by what is rounded as stored
+  (3e-8 of it in float32, 2e-4 in float16, so near ties of the text may fall otherwise).
 
 Every new weight that may be anything is random, so that no kernel meets blocks of zeros it could skip.
 """
@@ -23,6 +31,7 @@ import argparse
 import itertools
 import json
 import math
+import re
 import signal
 import sys
 import zlib
@@ -30,13 +39,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from flowspec.errors import UserError
 from flowspec.launcher import ROOT
-from flowspec.models.families import EMBEDDING, HEAD, NORM
+from flowspec.models.families import EMBEDDING, HEAD, NORM, rope_types
 from flowspec.models.split import CONFIG, COORDINATOR_FILES, DTYPES, Parser, Source, read_bytes, staged_folder
 from flowspec.models.weights import INDEX, Checkpoint, Entry, write_file, write_tensors
 from flowspec.preflight import read_prompts
@@ -45,14 +55,14 @@ from flowspec.text import load_tokenizer
 NEURONS = 32  # the MLP grows by multiples of this
 SHARD_BYTES = 500_000_000
 SPREAD = 0.02  # standard deviation of random weights
-READS_STREAM = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+ROPE_OF_ANY_LENGTH = ("default", "linear", "llama3")
 WRITES_STREAM = ("o_proj", "down_proj")
 CHECKED_PROMPTS, CHECKED_TOKENS = 4, 32
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a Llama that matter here. `head_dim` and the group size never change."""
+    """The sizes of a Llama that matter here."""
 
     vocab: int
     hidden: int
@@ -61,6 +71,7 @@ class Shape:
     kv_heads: int
     head_dim: int
     neurons: int
+    positions: int
     tied: bool
 
     @classmethod
@@ -70,11 +81,16 @@ class Shape:
         return cls(
             config["vocab_size"], config["hidden_size"], config["num_hidden_layers"], heads,
             config.get("num_key_value_heads") or heads, config.get("head_dim") or config["hidden_size"] // heads,
-            config["intermediate_size"], source.tied,
+            config["intermediate_size"], config["max_position_embeddings"], source.tied,
         )  # fmt: skip
 
     def wider(self, k: int) -> Shape:
         return replace(self, hidden=k * self.hidden, heads=k * self.heads, kv_heads=k * self.kv_heads, neurons=k * self.neurons)
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key and a value head."""
+        return self.heads // self.kv_heads
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
@@ -100,20 +116,81 @@ class Shape:
         return self.layers * self.layer_weights + (1 if self.tied else 2) * self.vocab * self.hidden + self.hidden
 
 
-def grown(small: Shape, weights: int) -> Shape:
-    """The shape of about `weights` weights: first wide (while twice the layers would still fit), then deep, the rest in the MLP.
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked for; None: as the rest makes it."""
 
-    UserError when the model is larger already.
-    """
-    if weights < small.weights:
-        raise UserError(f"--size-gb: the model has {small.weights} weights already, {weights} were asked for")
-    k = 1
-    while replace(small.wider(k + 1), layers=2 * small.layers).weights <= weights:
-        k += 1
-    wide = small.wider(k)
-    deep = replace(wide, layers=small.layers + (weights - wide.weights) // wide.layer_weights)
-    per_neuron = 3 * deep.hidden * deep.layers
-    return replace(deep, neurons=deep.neurons + (weights - deep.weights) // per_neuron // NEURONS * NEURONS)
+    weights: int | None = None
+    hidden: int | None = None
+    layers: int | None = None
+    vocab: int | None = None
+    positions: int | None = None
+    heads: tuple[int, int] | None = None
+    """query and key-value heads"""
+    head_dim: int | None = None
+
+    def shape(self, small: Shape) -> Shape:
+        """UserError, by the option's name, for a shape that cannot compute the small model's function."""
+        hidden, layers = self.hidden or small.hidden, self.layers or small.layers
+        if hidden % small.hidden or hidden < small.hidden:
+            raise UserError(f"--hidden {hidden}: it must be a multiple of the model's {small.hidden}")
+        if layers < small.layers:
+            raise UserError(f"--layers {layers}: the model has {small.layers} already")
+        if self.weights is None:
+            return replace(self._wide(small, hidden // small.hidden), layers=layers)
+        if self.hidden or self.layers:
+            raise UserError("--size-gb chooses --hidden and --layers: give either")
+        return self._grown(small, self.weights)
+
+    def _wide(self, small: Shape, k: int) -> Shape:
+        wide = small.wider(k)
+        heads, kv_heads = self.heads or (wide.heads, wide.kv_heads)
+        chosen = dict(vocab=self.vocab or small.vocab, positions=self.positions or small.positions)
+        big = replace(wide, heads=heads, kv_heads=kv_heads, head_dim=self.head_dim or small.head_dim, **chosen)
+        for name, value in chosen.items():
+            if value < getattr(small, name):
+                raise UserError(f"--{name} {value}: the model has {getattr(small, name)} already")
+        if heads % kv_heads or kv_heads < small.kv_heads or big.group < small.group:
+            raise UserError(f"--heads {heads}/{kv_heads}: the model's {small.heads}/{small.kv_heads} do not fit into these groups")
+        times = big.head_dim / small.head_dim
+        if times < 1 or not math.log(times, 4).is_integer():
+            raise UserError(f"--head-dim {big.head_dim}: it must be the model's {small.head_dim} times a power of 4")
+        if big.vocab > small.vocab and k == 1:
+            raise UserError(f"--vocab {big.vocab}: new tokens need a wider stream, give --hidden {2 * small.hidden} or more")
+        return big
+
+    def _grown(self, small: Shape, weights: int) -> Shape:
+        """The shape of about so many weights: first wide (while twice the layers would still fit), then deep, the rest in the MLP."""
+        k = 2 if self.vocab and self.vocab > small.vocab else 1
+        wide = self._wide(small, k)
+        if weights < wide.weights:
+            raise UserError(f"--size-gb: the least is a model of {wide.weights} weights, {weights} were asked for")
+        while replace(self._wide(small, k + 1), layers=2 * small.layers).weights <= weights:
+            k += 1
+        wide = self._wide(small, k)
+        deep = replace(wide, layers=small.layers + (weights - wide.weights) // wide.layer_weights)
+        per_neuron = 3 * deep.hidden * deep.layers
+        return replace(deep, neurons=deep.neurons + (weights - deep.weights) // per_neuron // NEURONS * NEURONS)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The last place of the stream, which is the same for every token of the small model, and what makes new tokens lose by it.
+
+    The embedding holds `value` there, nothing writes it, and what it adds to a mean square is taken off the norms' epsilon. Behind
+    the final norm it is KEPT * value / rms, rms being the stream's. New tokens' rows of the head have LOSING there, so their
+    logits are about LOSING * KEPT * value / rms: for a value of 2^-5 minus 1,000 and less at any rms up to 1,000, far below all
+    others, also under noise and without filters. The others' rows have 0, or in a tied head `value` itself, which adds the same
+    KEPT * value^2 / rms, about 1 / rms, to all of them."""
+
+    value: float
+    KEPT: ClassVar = 2.0**10
+    LOSING: ClassVar = -(2.0**15)
+
+    @classmethod
+    def below(cls, square: float) -> Constant:
+        """A power of two whose square is at most half of `square`."""
+        return cls(2.0 ** math.floor(math.log2(square / 2) / 2))
 
 
 # ---- tensors ---------------------------------------------------------------------------------------
@@ -130,10 +207,30 @@ class Inflation:
     checkpoint: Checkpoint
     small: Shape
     big: Shape
+    small_epsilon: float
 
     @property
     def copies(self) -> int:
-        return self.big.hidden // self.small.hidden
+        """Of the small stream in the big one. New tokens need a place beside them."""
+        k = self.big.hidden // self.small.hidden
+        if self.constant is None:
+            return k
+        return k - 1 if k % 4 else k // 4
+
+    @property
+    def shrink(self) -> float:
+        """The norms' weights by this much: the stream's rms is as much smaller than the small one's."""
+        return math.sqrt(self.copies * self.small.hidden / self.big.hidden)
+
+    @property
+    def constant(self) -> Constant | None:
+        return Constant.below(self.small_epsilon * self.small.hidden) if self.big.vocab > self.small.vocab else None
+
+    @property
+    def epsilon(self) -> float:
+        """Of the big model's norms."""
+        used = self.constant.value**2 if self.constant else 0.0
+        return (self.small_epsilon * self.copies * self.small.hidden - used) / self.big.hidden
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the big model, in the order of a forward."""
@@ -149,34 +246,101 @@ class Inflation:
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         kind, old = name.split(".")[-2], self._old(name)
         if name == EMBEDDING:
-            return old.repeat(1, self.copies)
+            assert old is not None
+            return self._embedding(old, shape)
+        if name == HEAD:
+            return self._losing(self._reader(name, old, slice(self.small.vocab), shape))
         if name == NORM:
-            return torch.cat([old, torch.zeros(shape[0] - len(old))])
+            assert old is not None
+            return self._final_norm(old)
         if kind.endswith("layernorm"):
-            return torch.ones(shape) if old is None else old.repeat(self.copies)
+            return self._norm(old)
         if kind in WRITES_STREAM:
-            return self._writer(old, shape)
-        return self._reader(name, old, shape)
+            return self._writer(old, self._places(kind), shape)
+        return self._attention_reader(name, kind, old, shape)
 
     def _old(self, name: str) -> torch.Tensor | None:
         """The small model's tensor; None in the layers it does not have."""
         return self.checkpoint.file(name).read(name, torch.float32) if name in self.checkpoint.names else None
 
-    def _reader(self, name: str, old: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
-        """Old rows see the first copy of the stream, new rows are random. The head has no new rows."""
-        new = random_matrix(name, shape)
+    # ---- the stream
+    def _embedding(self, old: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        new = random_matrix(EMBEDDING, shape)
+        new[: len(old)] = 0
+        new[: len(old), : self.copies * self.small.hidden] = old.repeat(1, self.copies)
+        if self.constant is not None:
+            new[:, -1] = self.constant.value
+        return self._losing(new) if self.big.tied else new
+
+    def _losing(self, head: torch.Tensor) -> torch.Tensor:
+        """With rows of new tokens that never win."""
+        head[self.small.vocab :, -1] = Constant.LOSING
+        return head
+
+    def _norm(self, old: torch.Tensor | None) -> torch.Tensor:
+        new = torch.ones(self.big.hidden)
         if old is not None:
-            rows, columns = old.shape
-            new[:rows, :columns] = old
-            new[:rows, columns:] = 0
+            new[: self.copies * len(old)] = old.repeat(self.copies)
+        return new * self.shrink
+
+    def _final_norm(self, old: torch.Tensor) -> torch.Tensor:
+        new = torch.zeros(self.big.hidden)
+        new[: len(old)] = old * self.shrink
+        if self.constant is not None:
+            new[-1] = Constant.KEPT
         return new
 
-    def _writer(self, old: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
+    # ---- the matrices
+    def _reader(self, name: str, old: torch.Tensor | None, places: torch.Tensor | slice, shape: tuple[int, ...]) -> torch.Tensor:
+        """Old rows, at their places, see the first copy of the stream; new rows are random."""
+        new = random_matrix(name, shape)
+        if old is not None:
+            new[places] = torch.cat([old, torch.zeros(len(old), shape[1] - old.shape[1])], 1)
+        return new
+
+    def _attention_reader(self, name: str, kind: str, old: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
+        """As `_reader`; what is new in a head that is in use must not add to its scores."""
+        new = self._reader(name, old, self._places(kind), shape)
+        if kind == "q_proj" and old is not None:
+            rows = new.view(self.big.heads, self.big.head_dim, -1)
+            rows[self._heads] *= math.sqrt(self.big.head_dim / self.small.head_dim)
+            rows[self._heads[:, None], self._unused_dims] = 0
+        return new
+
+    def _writer(self, old: torch.Tensor | None, places: torch.Tensor | slice, shape: tuple[int, ...]) -> torch.Tensor:
         """Every copy of the stream gets what the old columns give; new columns are ignored."""
         new = torch.zeros(shape)
         if old is not None:
-            new[:, : old.shape[1]] = old.repeat(self.copies, 1)
+            new[: self.copies * len(old), places] = old.repeat(self.copies, 1)
         return new
+
+    # ---- where small heads lie in the big ones
+    @property
+    def _heads(self) -> torch.Tensor:
+        """The big query head of each small one, int64 [heads]; the first key-value heads are the small ones."""
+        old = torch.arange(self.small.heads)
+        return old // self.small.group * self.big.group + old % self.small.group
+
+    @property
+    def _turned(self) -> torch.Tensor:
+        """The dimension of a big head that turns as each of a small one's does, int64 [head_dim]: the pairs are i and i + half."""
+        half, times = self.small.head_dim // 2, self.big.head_dim // self.small.head_dim
+        first = torch.arange(half) * times
+        return torch.cat([first, first + self.big.head_dim // 2])
+
+    @property
+    def _unused_dims(self) -> torch.Tensor:
+        unused = torch.ones(self.big.head_dim, dtype=torch.bool)
+        unused[self._turned] = False
+        return unused.nonzero()[:, 0]
+
+    def _places(self, kind: str) -> torch.Tensor | slice:
+        """Of an old matrix the rows (o_proj, down_proj: the columns) in the new one."""
+        if kind in ("gate_proj", "up_proj", "down_proj"):
+            return slice(self.small.neurons)
+        heads = self._heads if kind in ("q_proj", "o_proj") else torch.arange(self.small.kv_heads)
+        dims = self._turned if kind in ("q_proj", "k_proj") else torch.arange(self.small.head_dim)
+        return (heads[:, None] * self.big.head_dim + dims).flatten()
 
     def entry(self, name: str, shape: tuple[int, ...], dtype: str) -> Entry:
         return Entry(name, DTYPES[dtype], shape, partial(self._chunks, name, shape, getattr(torch, dtype)))
@@ -212,32 +376,34 @@ def write_json(path: Path, value: dict) -> None:
     write_file(path, [text], len(text))
 
 
-def big_config(config: dict, big: Shape, dtype: str) -> dict:
+def big_config(config: dict, inflation: Inflation, dtype: str) -> dict:
+    big = inflation.big
     rest = {key: value for key, value in config.items() if key not in ("torch_dtype", "layer_types")}
     return rest | {
-        "hidden_size": big.hidden, "num_hidden_layers": big.layers, "num_attention_heads": big.heads,
+        "vocab_size": big.vocab, "hidden_size": big.hidden, "num_hidden_layers": big.layers, "num_attention_heads": big.heads,
         "num_key_value_heads": big.kv_heads, "head_dim": big.head_dim, "intermediate_size": big.neurons,
-        "tie_word_embeddings": big.tied, "dtype": dtype,
+        "max_position_embeddings": big.positions, "rms_norm_eps": inflation.epsilon, "tie_word_embeddings": big.tied, "dtype": dtype,
     }  # fmt: skip
 
 
-def inflate(model: Path, output: Path, size_gb: float, dtype: str, shard_bytes: int = SHARD_BYTES) -> Shape:
-    """Write the big checkpoint of about `size_gb` (10^9 bytes) and return its shape. UserError for bad input."""
+def inflate(model: Path, output: Path, wanted: Wanted, dtype: str, shard_bytes: int = SHARD_BYTES) -> Shape:
+    """Write the big checkpoint and return its shape. UserError for bad input."""
     source = Source.open(model)
     config = source.config
     if config["model_type"] != "llama" or config.get("attention_bias") or config.get("mlp_bias"):
         raise UserError(f"--model {model}: only a Llama without biases can be inflated")
-    if not 0 < size_gb < math.inf:
-        raise UserError(f"--size-gb is {size_gb}, it must be a positive number")
+    small = Shape.of(source)
+    big = wanted.shape(small)
+    rotary = {kind for kind in rope_types(config) if kind not in ROPE_OF_ANY_LENGTH}
+    if big.positions > small.positions and rotary:
+        raise UserError(f"--positions {big.positions}: rope type {', '.join(sorted(rotary))} may depend on it")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} exists and is not an empty folder")
-    small = Shape.of(source)
-    big = grown(small, int(size_gb * 1e9 / getattr(torch, dtype).itemsize))
-    inflation = Inflation(source.checkpoint, small, big)
+    inflation = Inflation(source.checkpoint, small, big, config.get("rms_norm_eps", 1e-6))
     entries = [inflation.entry(name, shape, dtype) for name, shape in inflation.shapes().items()]
     with staged_folder(output.resolve(), sum(entry.nbytes for entry in entries)) as folder:
         write_shards(folder, entries, shard_bytes)
-        write_json(folder / CONFIG, big_config(config, big, dtype))
+        write_json(folder / CONFIG, big_config(config, inflation, dtype))
         for name in COORDINATOR_FILES:
             if (model / name).is_file():
                 (folder / name).write_bytes(read_bytes(model / name))
@@ -290,17 +456,39 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     each.add_argument("--model", required=True, type=Path, metavar="DIR")
     each.add_argument("--output", required=True, type=Path, metavar="DIR")
     each.add_argument("--size-gb", type=float, metavar="GB", help="of weights as stored, in 10^9 bytes")
+    each.add_argument("--hidden", type=int, metavar="N", help="width of the stream; or --size-gb chooses it")
+    each.add_argument("--layers", type=int, metavar="N", help="decoder layers; or --size-gb chooses them")
+    each.add_argument("--heads", metavar="Q/KV", help="query and key-value heads, such as 32/8 (default: they grow with the width)")
+    each.add_argument("--head-dim", type=int, metavar="N", help="size of a head (default: the model's)")
+    each.add_argument("--vocab", type=int, metavar="N", help="tokens, such as 32000 or 128256; new ones never win (default: the model's)")
+    each.add_argument("--positions", type=int, metavar="N", help="the longest text (default: the model's)")
     each.add_argument("--dtype", default="float16", choices=("float16", "float32"), help="as stored (default: float16)")
     each.add_argument("--check", action="store_true", help="replay demo prompts with both models; alone: of an output made before")
-    args = each.parse_args(argv)
-    if args.size_gb is None and not args.check:
-        raise UserError("--size-gb is missing: how large is the model to be?")
-    return args
+    return each.parse_args(argv)
+
+
+def wanted_of(args: argparse.Namespace) -> Wanted | None:
+    """None when nothing is asked for."""
+    sizes = {name: getattr(args, name) for name in ("hidden", "layers", "vocab", "positions", "head_dim")}
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    if args.size_gb is not None and not 0 < args.size_gb < math.inf:
+        raise UserError(f"--size-gb is {args.size_gb}, it must be a positive number")
+    heads = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", args.heads) if args.heads is not None else None
+    if args.heads is not None and not heads:
+        raise UserError(f"--heads is {args.heads!r}: it must be query/key-value heads, such as 32/8")
+    weights = None if args.size_gb is None else int(args.size_gb * 1e9 / getattr(torch, args.dtype).itemsize)
+    wanted = Wanted(weights, heads=(int(heads[1]), int(heads[2])) if heads else None, **sizes)
+    return None if wanted == Wanted() else wanted
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.size_gb is not None:
-        big = inflate(args.model, args.output, args.size_gb, args.dtype)
+    wanted = wanted_of(args)
+    if wanted is None and not args.check:
+        raise UserError("--size-gb is missing: how large is the model to be? (Or give --hidden, --layers, --vocab ...)")
+    if wanted is not None:
+        big = inflate(args.model, args.output, wanted, args.dtype)
         stored, computed = (big.weights * getattr(torch, name).itemsize / 1e6 for name in (args.dtype, "float32"))
         sizes = f"{stored:.0f} MB as stored ({args.dtype}), {computed:.0f} MB as computed with on a CPU (float32)"
         print(f"{args.output}: {big.weights / 1e6:.0f} M weights, {sizes}, {big}", file=sys.stderr)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = sorted((ROOT / "flowspec").rglob("*.py"))
 SHIPPED = [*PACKAGE, *sorted((ROOT / "scripts").rglob("*.py")), *sorted((ROOT / "launch").rglob("*.py")), ROOT / "split_models.py"]
 LAYERS = [
-    {"core", "errors", "version", "files", "trace"},
+    {"core", "errors", "version", "files", "output", "trace"},
     {"models", "sampling", "text", "comm", "sim"},
     {"draft"},
     {"runtime"},
@@ -25,6 +25,7 @@ SIDEWAYS = {  # (room, room of the same layer that it may import); everything el
     ("trace", "errors"),
     ("trace", "files"),
     ("files", "errors"),
+    ("output", "errors"),
     ("preflight", "config"),
     ("engine", "config"),
     ("engine", "preflight"),

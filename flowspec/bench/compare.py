@@ -30,7 +30,7 @@ from flowspec.core.request import Request
 from flowspec.draft.recorded import Tape
 from flowspec.engine import Engine, Result
 from flowspec.errors import UserError
-from flowspec.files import beside_of, replacing
+from flowspec.files import claimed, replacing
 from flowspec.launcher import ROOT
 from flowspec.options import methods, temperatures_of, without
 
@@ -75,7 +75,7 @@ def compare(engine: Engine, prompts: Sequence[str], options: argparse.Namespace)
     seed = 0
     chosen = _variants(config.policy, methods(options.methods, METHODS), without(options))
     measured = _runs(engine, prompts, chosen, temperatures, int(options.repeats), random.Random(seed))
-    runs = list(_kept(measured, beside_of(folder / "records.jsonl")))
+    runs = list(_kept(measured, claimed(folder / "records.jsonl")))
     forecasters = {coupled: _forecaster(config, coupled) for coupled in {config.policy.coupled, *(v.policy.coupled for v in chosen)}}
     predicted = _predictions(runs, forecasters, stages)
     records = [_record(run, predicted[_cell(run)]) for run in runs]

@@ -131,7 +131,7 @@ def _forecaster(options: argparse.Namespace, config: Config, temperatures: list[
     need(not options.offline or bool(forecaster.tapes), "--offline needs --drafts FILE, an existing file")
     if not options.offline:
         wanted = [dataclasses.replace(config.sampling, temperature=t) for t in temperatures]
-        _record(forecaster, config, benchmark_prompts(options, config), wanted)
+        _record(forecaster, config, benchmark_prompts(options), wanted)
     return forecaster
 
 

@@ -7,11 +7,13 @@ import time
 
 from flowspec.comm.base import DUE, Message, Transport
 from flowspec.core.cost import Emulate
+from flowspec.core.messages import FRAME_BYTES
 
 
 def wire_bytes(message: Message, hidden_scale: float) -> float:
-    """Bytes that count: feature rows (floating-point, [n, hidden]) as 2-byte elements times hidden_scale, everything else as it is."""
-    return sum(t.numel() * 2 * hidden_scale if t.is_floating_point() and t.ndim == 2 else t.nbytes for t in message.tensors)
+    """Bytes that count: feature rows (floating-point, [n, hidden]) as 2-byte elements times hidden_scale, other tensors as they are, and
+    a frame around them."""
+    return FRAME_BYTES + sum(t.numel() * 2 * hidden_scale if t.is_floating_point() and t.ndim == 2 else t.nbytes for t in message.tensors)
 
 
 class _Link:

@@ -14,6 +14,10 @@ import numpy as np
 
 PREFILL_ROWS = 128
 """of the prompt in a message"""
+FRAME_BYTES = 160
+"""of a message beside its tensors, about: header, kind, facts, dtypes and shapes (comm/codec.py)"""
+KEPT = 20
+"""candidates that a drafter names for a node at most, if it knows a distribution"""
 
 
 # ---- rank 0 to the stages --------------------------------------------------------------------------

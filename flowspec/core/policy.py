@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from flowspec.core.control import Controller
-from flowspec.core.messages import Drafted
+from flowspec.core.messages import KEPT, Drafted
 from flowspec.core.pipe import Pipe
 from flowspec.core.request import need
 from flowspec.core.score import Scorer
@@ -43,6 +43,7 @@ class TreeConfig:
         for name in ("budget", "top_k", "depth", "segment"):
             value = getattr(self, name)
             need(value is None or value >= 1, f"tree.{name} is {value}: it must be at least 1, or auto")
+        need((self.top_k or 1) <= KEPT, f"tree.top_k is {self.top_k}: drafters name {KEPT} candidates for a node")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,13 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowspec.core.messages import Commit, Drafted, DraftNode
+from flowspec.core.messages import KEPT, Commit, Drafted, DraftNode
 from flowspec.core.request import Request
 
 Noise = Callable[[int], Tensor]
 """position -> the target's keyed Gumbel noise, float64 [vocabulary]"""
-KEPT = 20
-"""candidates kept for a node, by drafters that know a distribution"""
 COVERAGE = 0.97
 """how often the target's choice is among them"""
 

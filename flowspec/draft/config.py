@@ -15,9 +15,9 @@ NEED_FILES = {"lm": "a checkpoint", "eagle": "the folder of a head", "eagle3": "
 
 @dataclass(frozen=True, kw_only=True)
 class DrafterConfig:
-    kind: str = "none"
+    kind: str = ""
     """lm (a small language model with the target's vocabulary), eagle (an EAGLE-1/2 head made for the target), eagle3 (an EAGLE-3
-    head), ngram (look-up in prompt and output), none"""
+    head), ngram (look-up in prompt and output), none (also if nothing is said)"""
     path: str | None = None
     """The draft model's checkpoint, for lm; the head's folder, for eagle and eagle3. Or its name on the Hugging Face hub."""
     where: str = field(default="drafter", compare=False, metadata={"internal": True})
@@ -44,6 +44,8 @@ class DrafterConfig:
         return local_folder(self.path, f"{self.where}.path", HEAD_FILES if self.reads_features else MODEL_FILES, folder)
 
     def __post_init__(self) -> None:
+        need(bool(self.kind) or self.path is None, f"{self.where}.kind is missing beside {self.where}.path: name one of {', '.join(KINDS)}")
+        object.__setattr__(self, "kind", self.kind or "none")
         near = difflib.get_close_matches(self.kind, KINDS, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         need(self.kind in KINDS, f"{self.where}.kind is {self.kind}: {hint}choose one of {', '.join(KINDS)}")

@@ -2,7 +2,7 @@
 
 It is a pipeline of one stage: the same books (core/stage.py) and the same cache as the target's. What is drafted
 and still alive stays in the cache; a forward computes the frontier only, and the committed tokens that the drafter
-itself had not expected.
+itself had not expected: these are text, no tree, and after a pause there may be many of them.
 """
 
 from __future__ import annotations
@@ -38,32 +38,37 @@ class LmDrafter(Drafter):
         for chunk in prompt.split(PREFILL_ROWS) if len(prompt) else ():
             self._sequence.prefill(chunk)
         self._lineage = Lineage.of(request)
-        self._missing: list[DraftNode] = []  # committed tokens that hold no row here yet
+        self._missing: list[int] = []  # the text's last tokens, as far as they have no row here yet
         self._version = 0
 
     def propose(self, nodes: Sequence[DraftNode]) -> Drafted:
-        batch = [*self._missing, *nodes]
-        tokens = self._tokens([n.token for n in batch])
-        kept, positions, rows = self._sequence.verify([n.id for n in batch], [n.parent for n in batch], tokens)
-        assert rows is not None, "nobody abandons a draft"
-        skip, self._missing = len(self._missing), []
-        wanted = [row for row, k in enumerate(kept) if k >= skip]
-        if not wanted:
+        nodes = [nodes[k] for k in self._sequence.state.worth([n.id for n in nodes], [n.parent for n in nodes])]
+        if not nodes:
             return Drafted.pack((), ())
-        logits = self._head(rows[wanted])[:, : self._vocabulary].float()
+        positions, rows = self._forward(nodes)
+        logits = self._head(rows)[:, : self._vocabulary].float()
         logq = torch.log_softmax(logits / self._temperature, -1).cpu()
-        candidates = best(logq, (positions[wanted] + 1).tolist(), self._noise)
-        return Drafted(tuple(nodes[kept[row] - skip].id for row in wanted), *candidates, np.full(len(wanted), COVERAGE))
+        candidates = best(logq, (positions + 1).tolist(), self._noise)
+        return Drafted(tuple(n.id for n in nodes), *candidates, np.full(len(nodes), COVERAGE))
 
     def commit(self, commit: Commit, features: Tensor | None = None) -> None:
         path = self._lineage.path(commit)
         held = [n for n in path if n.id in self._sequence.state.row]
-        self._missing += path[len(held) :]
+        self._missing += [n.token for n in path[len(held) :]]
         self._lineage = self._lineage.after(commit)
         self._version += 1
-        anchor = held[-1].id if held else -1
-        root = self._missing[0].id if self._missing else commit.root
-        self._sequence.prune(Prune(self._version, anchor, root))
+        self._sequence.prune(Prune(self._version, held[-1].id if held else -1, commit.root))
+
+    def _forward(self, nodes: Sequence[DraftNode]) -> tuple[np.ndarray, Tensor]:
+        """The text's tokens that have no row yet, in chunks, and behind the last of them the nodes: their positions and features."""
+        *before, text = self._tokens(self._missing).split(PREFILL_ROWS)
+        for chunk in before:
+            self._sequence.prefill(chunk)
+        self._missing = []
+        rows = torch.cat([text, self._tokens([n.token for n in nodes])])
+        at = self._sequence.state.context
+        positions, features = self._sequence.extend_and_verify(rows, at, [n.id for n in nodes], [n.parent for n in nodes])
+        return positions[len(text) :], features[len(text) :]
 
     def _tokens(self, tokens: Sequence[int]) -> Tensor:
         return torch.tensor(tokens, dtype=torch.long).clamp(max=self._last_token)

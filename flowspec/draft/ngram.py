@@ -29,7 +29,8 @@ class NgramDrafter(Drafter):
         for token in request.prompt:
             self._append(token)
         self._lineage = Lineage.of(request)
-        self._ending = {0: self._last_tokens()}  # node -> the last tokens up to it
+        self._ending = {0: self._last_tokens()}  # live node -> the last tokens up to it, parents before children
+        self._parent: dict[int, int] = {}
 
     def propose(self, nodes: Sequence[DraftNode]) -> Drafted:
         return Drafted.pack([node.id for node in nodes], [self._continue(node) for node in nodes])
@@ -38,7 +39,10 @@ class NgramDrafter(Drafter):
         for token in commit.tokens:
             self._append(token)
         self._lineage = self._lineage.after(commit)
-        self._ending.setdefault(commit.root, self._last_tokens())
+        live = {commit.root}
+        live.update(id for id in self._ending if self._parent.get(id) in live)
+        self._parent = {id: self._parent[id] for id in live if id in self._parent}
+        self._ending = {commit.root: self._last_tokens(), **{id: ending for id, ending in self._ending.items() if id in live}}
 
     def _append(self, token: int) -> None:
         for n in self.LENGTHS:
@@ -55,7 +59,10 @@ class NgramDrafter(Drafter):
 
     def _continue(self, node: DraftNode) -> Proposal | None:
         if node.id not in self._ending:
+            if node.parent not in self._ending:  # its branch is dead
+                return None
             self._ending[node.id] = (*self._ending[node.parent], node.token)[-max(self.LENGTHS) :]
+            self._parent[node.id] = node.parent
         ending = self._ending[node.id]
         for n, share in self.LENGTHS.items():
             followers = self._followers.get(ending[-n:]) if len(ending) >= n else None

@@ -93,7 +93,7 @@ def check_config(config: dict) -> None:
         if type(config.get(key)) is not int or config[key] < 1:
             raise UserError(f"config.json: {key} must be a positive integer, it is {config.get(key)!r}")
     _check_window(family, config)
-    for kind in _rope_types(config):
+    for kind in rope_types(config):
         if kind in LENGTH_DEPENDENT_ROPE:
             raise UserError(f"config.json: rope type {kind} changes with the length of the text and is not supported")
     if config.get("quantization_config"):
@@ -122,7 +122,7 @@ def _check_window(family: Family, config: dict) -> None:
         raise UserError(f"config.json: sliding_window is {window}{absent}; sliding-window attention is not supported")
 
 
-def _rope_types(config: dict) -> Iterator[str]:
+def rope_types(config: dict) -> Iterator[str]:
     """Every rope type named by the old `rope_scaling` or the new `rope_parameters`, the latter perhaps one per kind of layer."""
     for key in ("rope_scaling", "rope_parameters"):
         outer = config.get(key)

@@ -279,7 +279,8 @@ def write_file(path: str | os.PathLike[str], pieces: Iterable[bytes | memoryview
     beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     digest, written = hashlib.sha256(), 0
     try:
-        with open(beside, "wb", buffering=0) as file:
+        beside.unlink(missing_ok=True)
+        with open(beside, "xb", buffering=0) as file:  # anew: a link that somebody laid is not followed
             for piece in pieces:
                 _write_all(file, piece)
                 digest.update(piece)

@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 
 from flowspec.core.cost import Emulate, Meter
 from flowspec.core.messages import (
+    FRAME_BYTES,
     PREFILL_ROWS,
     Action,
     Commit,
@@ -74,14 +75,14 @@ class Ring:
         its rows became text, as a last stage that verifies finds."""
         row = self.hidden * 2 * self.emulate.hidden_scale
         if sender == 0:
-            return rows * (12 if nodes else 4)  # id, parent, token
+            return FRAME_BYTES + rows * (12 if nodes else 4)  # id, parent, token
         if not nodes:
-            return rows * row
+            return FRAME_BYTES + rows * row
         if sender < self.stages:
-            return rows * (12 + row)  # id, parent, token, row
+            return FRAME_BYTES + rows * (12 + row)  # id, parent, token, row
         if self.verify_last:
-            return accepted * (16 + (row if self.features else 0))  # id, token, gap, row
-        return rows * (12 + row)  # id, position, row
+            return FRAME_BYTES + accepted * (16 + (row if self.features else 0))  # id, token, gap, row
+        return FRAME_BYTES + rows * (12 + row)  # id, position, row
 
 
 class Link:

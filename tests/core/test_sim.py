@@ -11,7 +11,7 @@ import torch
 
 from flowspec.comm.shaped import wire_bytes
 from flowspec.core.cost import Emulate
-from flowspec.core.messages import Commit, Drafted, DraftNode, Proposal, Prune, Segment
+from flowspec.core.messages import FRAME_BYTES, Commit, Drafted, DraftNode, Proposal, Prune, Segment
 from flowspec.core.policy import METHODS, PolicyConfig, TreeConfig, make_policy
 from flowspec.core.request import Request, Sampling
 from flowspec.draft.recorded import LiveDrafter, RecordedDrafter, SyntheticDrafter, Tape, load, made_up_text, save
@@ -69,7 +69,7 @@ def test_plain_decoding_takes_the_time_worked_out_by_hand():
     wanted, text = request(tokens=11), made_up_text(11)
     out = simulate("ar", wanted, text, None, Ring(stages=4, emulate=BOARD, hidden=256))
     row = 0.0505 + 0.001  # a stage over one row, and the latency of a hop
-    wire_seconds = (12 + 3 * (256 * 2 * 16 + 12) + 16) * 8 / 150e6  # ids out, rows between stages, a choice back
+    wire_seconds = (5 * FRAME_BYTES + 12 + 3 * (256 * 2 * 16 + 12) + 16) * 8 / 150e6  # ids out, rows between stages, a choice back
     token = 4 * row + 0.001 + wire_seconds
     assert out.last_token - out.first_token == pytest.approx(10 * token)
     assert out.tokens_per_second == pytest.approx(1 / token)
@@ -162,9 +162,9 @@ def test_every_row_of_prompt_and_text_comes_back_once_for_a_drafter_that_reads_f
     assert out.tokens == text
     row = 256 * 2 * 16
     back = [s for s in out.spans if (s.rank, s.row) == (3, "send")]
-    assert sum(s.facts["bytes"] for s in back if "segment" not in s.facts) == (prompt - 1) * row
-    nodes = [(s.facts["rows"], s.facts["bytes"]) for s in back if "segment" in s.facts]
-    assert sum(size / (row + 16) for _, size in nodes) == pytest.approx(len(text))
+    assert sum(s.facts["bytes"] - FRAME_BYTES for s in back if "segment" not in s.facts) == (prompt - 1) * row
+    nodes = [s.facts["bytes"] - FRAME_BYTES for s in back if "segment" in s.facts]
+    assert sum(size / (row + 16) for size in nodes) == pytest.approx(len(text))
 
 
 @pytest.mark.parametrize("method", ["flowspec", "flowspec-paper"])

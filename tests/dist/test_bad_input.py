@@ -1,13 +1,17 @@
 """Bad input is one line that names the field or the file, and exit code 2, before any rank is started."""
 
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from flowspec import cli
+from tests.dist.conftest import PATIENCE, PATIENT, ROOT
 
 
 @pytest.fixture
@@ -51,6 +55,9 @@ def test_what_is_right_is_not_refused(pair, monkeypatch):
         (["drafter.kind=oracle"], ["drafter.kind", "oracle", "ngram"]),
         (["drafter.path=no/where"], ["drafter.path", "no/where"]),
         (["drafter={kind: lm}"], ["drafter.path"]),
+        (["drafter={path: demo/draft}"], ["drafter.kind", "missing", "eagle3"]),
+        (["sampling={seed: 1, top_k: 2, seed: 3}"], ["sampling=", "seed is given twice"]),
+        (["tree.top_k=21"], ["tree.top_k is 21", "20"]),
         (["drafter=lm"], ["drafter"]),
         (["drafter=[{kind: ngram}]", "drafter.path=x"], ["drafter.path=x", "drafter is a list"]),
         (["stages=no/where"], ["no/where"]),
@@ -376,3 +383,58 @@ def test_an_eagle_head_needs_the_lm_head_beside_rank_0(damaged, pair, refused, v
         flip_a_byte(split / folder / "lm_head.safetensors")
         assert f"{folder}/lm_head.safetensors" in refused(*words)
         flip_a_byte(split / folder / "lm_head.safetensors")
+
+
+def test_a_key_given_twice_is_refused_by_name_and_line(pair, refused, tmp_path):
+    text = pair.config(2).read_text()
+    for more, named in (("method: ar\nmethod: flowspec\n", "method"), ("sampling:\n  seed: 1\n  seed: 2\n", "seed")):
+        rest = "".join(line for line in text.splitlines(True) if not line.startswith((more.split(":")[0], " ")))
+        path = tmp_path / "twice.yaml"
+        path.write_text(rest + more)
+        line = refused(path, "--prompt", "a")
+        assert f"{path}: the key {named} is given twice (line {len((rest + more).splitlines())})" in line
+
+
+# ---- standard output ---------------------------------------------------------------------------------
+def said(words, stdout, closed: bool = False) -> tuple[int, str]:
+    """Exit code and stderr of `python -m flowspec *words`."""
+    start = [sys.executable, "-m", "flowspec", *map(str, words)]
+    if closed:
+        start = ["sh", "-c", 'exec "$@" >&-', "sh", *start]
+    env = {**os.environ, **PATIENT, "PYTHONUNBUFFERED": ""}  # argparse does not mind that its help cannot be written
+    done = subprocess.run(start, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=PATIENCE, env=env)
+    return done.returncode, done.stderr
+
+
+@pytest.fixture
+def unread():
+    """The writing end of a pipe that nobody reads."""
+    read, write = os.pipe()
+    os.close(read)
+    yield write
+    os.close(write)
+
+
+def ring_words(pair):
+    return ["run", pair.config(1), "--prompt", "for", "--max-new-tokens", "4"]
+
+
+def test_output_that_nobody_reads_ends_a_command_quietly(pair, unread):
+    assert said(["--help"], unread) == (141, "")
+    code, err = said(ring_words(pair), unread)
+    assert code == 141 and "Traceback" not in err and "died" not in err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_output_that_takes_no_more_is_one_line(pair):
+    line = "flowspec: cannot write the output: No space left on device\n"
+    with open("/dev/full", "w") as full:
+        assert said(["--help"], full) == (2, line)
+        code, err = said(ring_words(pair), full)
+        assert code == 2 and err.endswith(line) and "Traceback" not in err
+
+
+def test_output_that_was_closed_before_is_no_matter(pair):
+    assert said(["--help"], None, closed=True) == (0, "")
+    code, err = said(ring_words(pair), None, closed=True)
+    assert code == 0 and "Traceback" not in err and "4 new" in err

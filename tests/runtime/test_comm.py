@@ -22,7 +22,9 @@ from flowspec.comm.codec import decode, encode, payload_size
 from flowspec.comm.heartbeat import Heartbeat
 from flowspec.comm.shaped import ShapedTransport, shaped, wire_bytes
 from flowspec.core.cost import Emulate
+from flowspec.core.messages import FRAME_BYTES, Cost, Prune, Started
 from flowspec.errors import UserError
+from flowspec.runtime import wire
 from flowspec.runtime.process import check_world
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -268,8 +270,25 @@ def test_a_peer_of_another_version_is_lost_by_name_and_not_silently(gloo_world):
 def test_hidden_rows_weigh_two_bytes_an_element_times_the_scale_and_numbers_as_they_are(scale):
     ids = tensor(torch.int32, (2, 5))
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        assert wire_bytes(Message("rows", {}, (ids, tensor(dtype, (5, 48)))), scale) == 2 * 5 * 4 + 5 * 48 * 2 * scale
-    assert wire_bytes(Message("none"), scale) == 0
+        assert wire_bytes(Message("rows", {}, (ids, tensor(dtype, (5, 48)))), scale) == FRAME_BYTES + 2 * 5 * 4 + 5 * 48 * 2 * scale
+    assert wire_bytes(Message("none"), scale) == FRAME_BYTES
+
+
+def test_a_frame_weighs_about_what_is_sent_beside_the_tensors():
+    ids = list(range(1000, 1016))
+    tokens, rows = torch.zeros(16, dtype=torch.int32), torch.zeros(16, 64)
+    for message in (
+        wire.prune(1, Prune(57, 990, 1005)),
+        wire.rows_of(1, 77, ids, ids, tokens),
+        wire.rows_of(1, 77, ids, ids, rows),
+        wire.choices(1, 77, ids, ids, [0.5] * 16),
+        wire.started(1, Started(77, 16, 0.0123456789, 0.0)),
+        wire.cost(1, Cost(1, 0.00123456789, 0.00123456789, 0.00123456789)),
+        wire.prefill(1, tokens),
+    ):
+        header, payload = encode(message)
+        beside = header.nbytes + payload.nbytes - sum(t.nbytes for t in message.tensors)
+        assert abs(beside - FRAME_BYTES) <= 40, (message.kind, beside)
 
 
 def test_only_a_network_that_is_emulated_is_shaped():

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from flowspec.core.messages import Commit, DraftNode
+from flowspec.core.messages import KEPT, Commit, DraftNode
 from flowspec.core.request import Request, Sampling
-from flowspec.draft.base import KEPT
-from flowspec.draft.lm import LmDrafter
+from flowspec.draft.lm import PREFILL_ROWS, LmDrafter
 from flowspec.draft.ngram import NgramDrafter
 from flowspec.models.stage import Sequence, load_whole
 from flowspec.sampling import NoiseRows
@@ -105,6 +104,41 @@ def test_a_token_beyond_the_drafts_padding_does_no_harm(whole):
     drafter.begin(Request(id=1, prompt=(5, 399, 6), sampling=Sampling()), None)
     proposal = drafter.propose([DraftNode(0, -1, 350)])
     assert proposal.tokens.max() < 320
+
+
+def test_after_a_pause_the_text_is_read_in_chunks(whole, monkeypatch):
+    rows, begin = [], 600
+    forward = type(whole[0]).forward
+    monkeypatch.setattr(
+        type(whole[0]), "forward", lambda self, x, *more, **named: (rows.append(len(x)), forward(self, x, *more, **named))[1]
+    )
+    text = [random.Random(n).randrange(300) for n in range(begin)]
+    drafter = LmDrafter(*whole, 320)
+    drafter.begin(request(), None)
+    drafter.propose([DraftNode(0, -1, PROMPT[-1])])
+    rows.clear()
+    for n, token in enumerate(text):  # nobody drafts
+        drafter.commit(Commit((n,), (token,), (False,), n + 1))
+    answer = drafter.propose([DraftNode(begin, begin - 1, text[-1])])
+    assert rows == [PREFILL_ROWS, PREFILL_ROWS, begin - 1 - 2 * PREFILL_ROWS + 1]  # the first root has its row, the last is the node
+    want = from_scratch(whole, [*PROMPT, *text])
+    np.testing.assert_allclose(answer.z[0, :, 0], want[answer.tokens[0]].double().numpy(), atol=2e-4)
+    child = DraftNode(begin + 1, begin, int(answer.tokens[0, 0]))
+    want = from_scratch(whole, [*PROMPT, *text, child.token])
+    np.testing.assert_allclose(drafter.propose([child]).z[0, :, 0], want.topk(KEPT).values.double().numpy(), atol=2e-4)
+
+
+def test_the_memory_of_a_look_up_forgets_with_the_tree():
+    drafter = NgramDrafter()
+    drafter.begin(request(), None)
+    for n in range(0, 300, 3):
+        drafter.propose([DraftNode(n, n - 3, 8), DraftNode(n + 1, n, 20), DraftNode(n + 2, n, 21)])
+        drafter.commit(Commit((n,), (22,), (False,), n + 3))
+    assert len(drafter._ending) == 1 and not drafter._parent
+    assert drafter.propose([DraftNode(301, 298, 5)]).nodes == ()  # below a dead node
+    drafter.propose([DraftNode(300, 297, 22), DraftNode(302, 300, 23), DraftNode(303, 300, 24), DraftNode(304, 302, 25)])
+    drafter.commit(Commit((300,), (23,), (True,), 302))
+    assert set(drafter._ending) == {302, 304}
 
 
 def test_look_up_proposes_what_followed_before_longest_match_first():

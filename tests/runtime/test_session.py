@@ -9,6 +9,7 @@ import pytest
 
 from flowspec import Engine, UserError, session
 from flowspec.files import beside_of, replacing
+from flowspec.models.weights import write_file
 from flowspec.preflight import check_writable
 
 
@@ -102,3 +103,22 @@ def test_a_device_that_is_full_is_named_in_one_line(pair):
     """A real one: what stays buffered fails again when the file is closed."""
     with Engine.from_config(pair.config(1)) as engine, pytest.raises(UserError, match="--json: cannot write /dev/full: No space left"):
         session.run(engine, ["def"], [], "/dev/full", chat=False)
+
+
+def test_a_link_at_the_partial_name_is_not_followed(tmp_path):
+    mine, theirs = tmp_path / "results.jsonl", tmp_path / "theirs"
+    theirs.write_text("precious")
+    for path, writes in ((mine, lambda: _replace(mine)), (tmp_path / "weights", lambda: write_file(tmp_path / "weights", [b"new"], 3))):
+        for ending in (".partial", f".tmp-{os.getpid()}"):
+            path.with_name(path.name + ending).symlink_to(theirs)
+        writes()
+        assert theirs.read_text() == "precious" and path.read_text() == "new" and not path.is_symlink()
+    beside_of(mine).symlink_to(tmp_path / "nothing yet")
+    with pytest.raises(UserError, match="cannot write"):
+        check_writable(str(mine))
+    assert not (tmp_path / "nothing yet").exists()
+
+
+def _replace(path) -> None:
+    with replacing(path) as beside:
+        beside.write_text("new")

@@ -16,6 +16,8 @@ from flowspec.config import load_config
 from flowspec.core.cost import Emulate
 from flowspec.core.policy import METHODS
 from flowspec.core.request import Request, Sampling
+from flowspec.options import DEMO_PROMPTS
+from flowspec.preflight import read_prompts
 from tests.conftest import features_given
 
 BOARD = "emulate={stage_ms: 20, token_ms: 0.2, draft_ms: 3, link_ms: 1, link_mbps: 50}"
@@ -93,6 +95,14 @@ def test_bad_words_are_answered_in_one_line(pair, capsys, words, said):
     assert main(["simulate", str(pair.config(2)), BOARD, *SMALL, *words]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("flowspec: ") and said in error
+
+
+def test_without_a_prompt_it_takes_those_of_bench(pair, tmp_path):
+    words = ["simulate", str(pair.config(2)), BOARD, "--prompts", "2", "--max-new-tokens", "4", "--methods", "ar"]
+    assert main([*words, "--json", str(tmp_path / "own")]) == 0
+    given = [word for prompt in read_prompts(str(DEMO_PROMPTS))[:2] for word in ("--prompt", prompt)]
+    assert main([*words, *given, "--json", str(tmp_path / "given")]) == 0
+    assert (tmp_path / "own").read_text() == (tmp_path / "given").read_text()
 
 
 def test_drafts_of_another_pair_are_refused(pair, tmp_path, capsys):

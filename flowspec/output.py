@@ -1,0 +1,49 @@
+"""Standard output that is closed, that nobody reads any more, or that takes no more."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from flowspec.errors import UserError
+
+TAKES_NO_MORE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def open_standard_streams() -> None:
+    """Those that were closed when the process began lead to the null device, so that no other file gets their numbers."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, number)
+            if null != number:
+                os.close(null)
+            os.set_inheritable(number, True)
+            setattr(sys, name, os.fdopen(number, mode))
+
+
+@contextmanager
+def speaking() -> Iterator[None]:
+    """Ends quietly what is done inside once whoever reads the output has enough; UserError if the output takes no more."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _give_up()
+    except OSError as error:
+        if error.errno not in TAKES_NO_MORE:
+            raise
+        _give_up()
+        raise UserError(f"cannot write the output: {error.strerror}") from None
+
+
+def _give_up() -> None:
+    """What is still buffered goes nowhere, so that it cannot fail again at the end."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)

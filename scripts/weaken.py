@@ -1,0 +1,120 @@
+"""Make a draft model that agrees with a target as seldom as asked, for benchmarks with a bad drafter.
+
+    python scripts/weaken.py --draft demo/draft --target demo/target --agree 0.3 --output build/weak
+
+Agreement: how often the draft's first choice is the target's, at each token of the target's own greedy continuations of the demo prompts.
+The draft's lm_head becomes a mixture of its own and of noise of the same size, so that logits stay as large as they were and the
+draft as sure of itself; how much noise is found by bisection. The output has a head of its own (untied); all else is the draft's. It may
+be inflated (scripts/inflate.py) to the target's vocabulary.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from flowspec.errors import UserError
+from flowspec.launcher import ROOT
+from flowspec.models.split import COORDINATOR_FILES, Parser, Source, read_bytes, staged_folder
+from flowspec.preflight import read_prompts
+from flowspec.text import check_same_tokens, load_tokenizer
+
+PROMPTS, NEW_TOKENS = 16, 48
+STEPS = 24
+CLOSE = 0.01
+"""an agreement so near the wanted one will do"""
+
+
+@torch.inference_mode()
+def seen(draft, target, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Of every token of the target's continuations the draft's features before it [n, hidden], and the token [n]."""
+    features, chosen = [], []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        text = target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
+        features.append(draft.model(text[:, :-1]).last_hidden_state[0, len(prompt) - 1 :])
+        chosen.append(text[0, len(prompt) :])
+    return torch.cat(features), torch.cat(chosen)
+
+
+def mixed(head: Tensor, noise: float) -> Tensor:
+    """A head [vocabulary, hidden] of which `noise` (0 to 1) is noise; always the same one."""
+    other = torch.randn(head.shape, generator=torch.Generator().manual_seed(1)) * head.std()
+    return (1 - noise) * head + noise * other
+
+
+def agreement(head: Tensor, features: Tensor, chosen: Tensor) -> float:
+    return (features @ head.T).argmax(-1).eq(chosen).float().mean().item()
+
+
+def weakened(head: Tensor, features: Tensor, chosen: Tensor, wanted: float) -> tuple[Tensor, float]:
+    """The head that agrees so often, and how often it really does. UserError when the draft is no better itself."""
+    own = agreement(head, features, chosen)
+    if own < wanted - CLOSE:
+        raise UserError(f"--agree {wanted:g}: the draft agrees at {own:.2f} as it is")
+    low, high = 0.0, 1.0
+    for _ in range(STEPS):
+        noise = (low + high) / 2
+        found = agreement(mixed(head, noise), features, chosen)
+        if abs(found - wanted) < CLOSE:
+            return mixed(head, noise), found
+        low, high = (noise, high) if found > wanted else (low, noise)
+    return mixed(head, high), agreement(mixed(head, high), features, chosen)
+
+
+def weaken(draft: Path, target: Path, wanted: float, output: Path) -> float:
+    """Write the weak draft and return its agreement. UserError for bad input."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    if not 0 <= wanted <= 1:
+        raise UserError(f"--agree is {wanted:g}: it must be between 0 and 1")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output} exists and is not an empty folder")
+    for folder in (draft, target):
+        Source.open(folder)  # a UserError for what is no checkpoint
+    tokenizer = load_tokenizer(target)
+    check_same_tokens(tokenizer, load_tokenizer(draft), str(draft))
+    small, large = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in (draft, target))
+    prompts = [tokenizer.encode(prompt).ids for prompt in read_prompts(str(ROOT / "demo" / "prompts.jsonl"))[:PROMPTS]]
+    with torch.inference_mode():
+        head, found = weakened(small.lm_head.weight.clone(), *seen(small, large, prompts), wanted)
+    small.config.tie_word_embeddings = False
+    small.lm_head.weight = torch.nn.Parameter(head.clone(), requires_grad=False)
+    with staged_folder(output.resolve(), sum(weight.nbytes for weight in small.parameters())) as folder:
+        small.save_pretrained(folder)
+        for name in COORDINATOR_FILES:
+            if (draft / name).is_file():
+                (folder / name).write_bytes(read_bytes(draft / name))
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
+    try:
+        each = Parser(prog="weaken.py", description="Make a draft model that agrees with a target as seldom as asked.")
+        each.add_argument("--draft", required=True, type=Path, metavar="DIR")
+        each.add_argument("--target", required=True, type=Path, metavar="DIR")
+        each.add_argument("--agree", required=True, type=float, metavar="RATE", help="0 to 1: first choice is the target's")
+        each.add_argument("--output", required=True, type=Path, metavar="DIR")
+        args = each.parse_args(argv)
+        found = weaken(args.draft, args.target, args.agree, args.output)
+    except UserError as error:
+        print(f"flowspec: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("flowspec: interrupted", file=sys.stderr)
+        return 130
+    print(f"{args.output}: agrees at {found:.3f}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a plain kill cleans up like Ctrl-C does
+    sys.exit(main())
