@@ -149,6 +149,7 @@ def commands(side: Side, folder: Path, models: Path, room: int, ports: Sequence[
     *remote, own = map(str, ports)
     servers = [[str(folder / RPC_SERVER), "--host", HOST, "--port", port, "--threads", str(side.threads)] for port in remote]
     words = ["--model", str(models / f"target-{side.precision}.gguf"), "--host", HOST, "--port", own, "--offline", "--fit", "off"]
+    words += ["--load-mode", "none"]  # weights are memory of its own, as ours are: pages of a mapped file leave while it waits
     words += ["--ctx-size", str(room), "--parallel", "1", "--cache-type-k", "f32", "--cache-type-v", "f32"]
     words += ["--threads", "1" if remote else str(side.threads)]
     if remote:
