@@ -79,7 +79,7 @@ def test_a_gguf_file_holds_the_checkpoint(pair, tmp_path, tied):
 def test_what_gguf_cannot_say_is_refused(pair, tmp_path):
     shutil.copytree(pair.target, tmp_path / "model")
     config = (tmp_path / "model" / "config.json").read_text()
-    for old, new in (('"rope_type": "default"', '"rope_type": "linear", "factor": 2.0'), ('"llama"', '"mistral"')):
+    for old, new in (('"rope_type": "default"', '"rope_type": "linear", "factor": 2.0'), ('"llama"', '"mistral", "sliding_window": null')):
         assert old in config
         (tmp_path / "model" / "config.json").write_text(config.replace(old, new))
         with pytest.raises(UserError, match="only a Llama"):
