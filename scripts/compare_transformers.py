@@ -123,14 +123,14 @@ def serve(answer: Ask, facts: dict) -> None:
             print(json.dumps(answer(json.loads(line))), file=out)
 
 
-def serve_ring(ranks: str, config: str) -> None:
+def serve_ring(ranks: str, config: str, *overrides: str) -> None:
     """torchrun, without its pages about a rank that fell."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.disable(logging.CRITICAL)
-    words = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}", __file__, "--rank", config]
+    words = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}", __file__, "--rank", config, *overrides]
     try:
         run.run(run.parse_args(words))
     except SignalException:
@@ -140,9 +140,9 @@ def serve_ring(ranks: str, config: str) -> None:
         sys.exit(f"flowspec: rank {rank} ended with exit code {failure.exitcode}")
 
 
-def serve_rank(config: str) -> None:
+def serve_rank(config: str, *overrides: str) -> None:
     """One rank of the ring; the first answers."""
-    with Engine.from_config(config) as engine:
+    with Engine.from_config(config, overrides) as engine:
         if engine.rank:
             return engine.work()
         engine.wait_until_loaded()
@@ -487,10 +487,10 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["--serve-ring", ranks, config]:
-            serve_ring(ranks, config)
-        case ["--rank", config]:
-            serve_rank(config)
+        case ["--serve-ring", ranks, config, *overrides]:
+            serve_ring(ranks, config, *overrides)
+        case ["--rank", config, *overrides]:
+            serve_rank(config, *overrides)
         case ["--serve-alone", *words]:
             serve_alone(*words)
         case words:
