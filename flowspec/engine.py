@@ -259,6 +259,8 @@ class Engine:
         config, manifest = self.config, self.manifest
         dtype, device = compute_dtype(config, manifest, 0), checked_device(config, 0)
         head = load_head(manifest, 0, dtype, device) if 0 in config.head_ranks(manifest.num_stages) else None
+        if head and config.deterministic:
+            head.alone = True
         drafter = make_drafter(config.drafters, config.folder, manifest, head, dtype, device)
         least = config.emulate.draft_ms / 1000 if config.computes else 0.0
         self._draft = DraftThread(drafter, self._transport.inbox, least) if drafter else None
@@ -376,6 +378,10 @@ def _work(config: Config, manifest: Manifest, transport: Transport) -> None:
     model = load_stage(manifest, rank, dtype, device, progress)
     head = load_head(manifest, rank, dtype, device) if manifest.is_last(rank) and config.verifies_last else None
     size = model.size / 1e6
+    if config.deterministic:
+        model.compute_alone()
+        if head:
+            head.alone = True
     a, b = manifest.ranks[rank].layers
     transport.send_control(0, wire.loaded(size, time.monotonic() - begun, f"layers {a} to {b - 1}"))
     Worker(transport, model, head, config.emulate, a).run()

@@ -24,14 +24,21 @@ SCORES = 1 << 21
 class Seen:
     """What n new rows see of the cache, as attention reads it: in place of transformers' mask."""
 
-    def __init__(self, admitted: Admitted, device: torch.device):
+    def __init__(self, admitted: Admitted, device: torch.device, in_order: bool = False):
         self._admitted, self._device = admitted, device
         self.base = admitted.base
+        self.in_order = in_order and len(admitted.kept) == 1
+        """lay keys and values out in the order of positions"""
 
     @cache  # noqa: B019 (lives as long as a forward)
     def hidden(self) -> Tensor:
         """bool [n, length - base]"""
         return placed(torch.from_numpy(self._admitted.hidden), self._device)
+
+    @cache  # noqa: B019
+    def order(self) -> Tensor:
+        """What the only row sees, int64 [tokens]."""
+        return placed(torch.tensor(self._admitted.sees(0)), self._device)
 
     @cache  # noqa: B019
     def slots(self) -> tuple[Tensor, Tensor]:
@@ -53,6 +60,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, seen: Seen, scaling: flo
         rows = query.transpose(0, 1)
         rows = rows if rows.stride(1) == width and rows.stride(2) == 1 else rows.contiguous()
         return vector.attend(rows, keys, values, seen.base, *seen.slots(), scaling)
+    if seen.in_order:
+        return _attend(query, keys[:, seen.order()], values[:, seen.order()], seen.hidden()[:, :0], scaling)
     hidden, size = seen.hidden(), max(1, SCORES // (len(query) * keys.shape[1]))
     parts = [slice(start, start + size) for start in range(0, n, size)]
     return torch.cat([_attend(query[:, part], keys, values, hidden[part], scaling) for part in parts])

@@ -52,19 +52,18 @@ class NativeLayer(nn.Module):
     ) -> Tensor:
         n, heads, kv, width = x.shape[1], self.heads, self.kv_heads, self.width
         entered = x[0]
-        rows = self.qkv(self._norm(self.before, entered)).view(n, heads + 2 * kv, width)
-        query, key, value = rows.split((heads, kv, kv), 1)
-        if self.q_norm is None or self.k_norm is None:
-            turned = _turned(rows[:, : heads + kv], *position_embeddings)
-        else:
-            query, key = self._norm(self.q_norm, query), self._norm(self.k_norm, key)
-            turned = _turned(torch.cat((query, key), 1), *position_embeddings)
-        query, key = turned.split((heads, kv), 1)
-        keys, values = past_key_values.update(key.transpose(0, 1)[None], value.transpose(0, 1)[None], self.index)
-        seen = attend(query.transpose(0, 1), keys[0], values[0], attention_mask, self.scaling)
-        middle = self.out(seen.view(n, heads * width)).add_(entered)
-        gate, up = self.gate_up(self._norm(self.between, middle)).chunk(2, 1)
-        return self.down(vector.gated(gate, up)).add_(middle)[None]
+        rows = self.qkv.forward(self._norm(self.before, entered)).view(n, heads + 2 * kv, width)
+        both = rows[:, : heads + kv]
+        if self.q_norm is not None and self.k_norm is not None:
+            both = torch.cat((self._norm(self.q_norm, both[:, :heads]), self._norm(self.k_norm, both[:, heads:])), 1)
+        turned = _turned(both, *position_embeddings)
+        key, value = turned[:, heads:].transpose(0, 1)[None], rows[:, heads + kv :].transpose(0, 1)[None]
+        keys, values = past_key_values.update(key, value, self.index)
+        seen = attend(turned[:, :heads].transpose(0, 1), keys[0], values[0], attention_mask, self.scaling)
+        middle = self.out.forward(seen.view(n, heads * width)).add_(entered)
+        wide = self.gate_up.forward(self._norm(self.between, middle))
+        half = wide.shape[1] // 2
+        return self.down.forward(vector.gated(wide[:, :half], wide[:, half:])).add_(middle)[None]
 
     def _norm(self, norm: nn.Module, x: Tensor) -> Tensor:
         """Over the last dimension."""
@@ -74,6 +73,13 @@ class NativeLayer(nn.Module):
 
 
 def _turned(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (arXiv 2104.09864) on rows [n, heads, width], halves as in Llama; cos, sin: [1, n, width]."""
-    first, second = rows.chunk(2, -1)
-    return rows * cos[0][:, None] + torch.cat((-second, first), -1) * sin[0][:, None]
+    """Rotary positions (arXiv 2104.09864) on rows [n, heads, width], by halves as in Llama; cos, sin: [n, 1, width], the first half of
+    sin with its sign turned."""
+    half = rows.shape[2] // 2
+    return (rows * cos).add_(torch.cat((rows[..., half:], rows[..., :half]), -1).mul_(sin))
+
+
+def turns(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """What `NativeLayer` takes, of what transformers' rotary embedding gives: [1, n, width] each."""
+    half = sin.shape[2] // 2
+    return cos[0][:, None], torch.cat((-sin[0, :, :half], sin[0, :, half:]), 1)[:, None]

@@ -19,7 +19,7 @@ from flowspec.core.messages import Prune
 from flowspec.core.request import need
 from flowspec.core.stage import Admitted, Gather, StageState, Waiting
 from flowspec.errors import UserError
-from flowspec.models import attention, jit, kernels, native
+from flowspec.models import attention, jit, kernels, native, vector
 from flowspec.models.attention import Seen
 from flowspec.models.cache import RowCache
 from flowspec.models.device import on_host, placed
@@ -43,6 +43,8 @@ class StageModel(nn.Module):
             self.embed_tokens = nn.Embedding(self.config.vocab_size, self.config.hidden_size) if first else None
             self.layers = nn.ModuleList(classes.layer(self.config, k) for k in range(layers))
             self.norm = classes.norm(self.config.hidden_size, eps=self.config.rms_norm_eps) if last else None
+        self.alone = False
+        self.native = False
         self.rotary = classes.rotary(self.config)  # its frequencies are in no file: never on meta
         self.eval()
 
@@ -69,10 +71,16 @@ class StageModel(nn.Module):
         if waiting:
             raise UserError(f"{source}: {len(waiting)} tensors are missing, such as {next(iter(waiting))}")
         self.rotary.to(device)
-        for k, layer in enumerate(self.layers if packs else ()):
-            if native.suits(layer, self.config):
-                self.layers[k] = native.NativeLayer(layer, self.config)
+        self.native = packs and all(native.suits(layer, self.config) for layer in self.layers)
+        if self.native:
+            self.layers = nn.ModuleList(native.NativeLayer(layer, self.config) for layer in self.layers)
         return self
+
+    def compute_alone(self) -> None:
+        """From now on a row of a tree has the same result, to the bit, whatever is in its batch or between its ancestors in the cache.
+
+        Native layers are like that anyway; others take each row by itself, with keys and values laid out in the order of positions."""
+        self.alone = not self.native
 
     def packs(self, dtype: torch.dtype, device: str) -> bool:
         """Matrices of `dtype` are computed with by our own kernels there; UserError where nothing else can. Experts come fused, which
@@ -104,8 +112,9 @@ class StageModel(nn.Module):
         device = self.device
         rows = placed(rows, device)
         x = (self.embed_tokens(rows.long()) if self.embed_tokens is not None else rows).to(self.dtype)[None]
-        seen = Seen(admitted, device)
+        seen = Seen(admitted, device, in_order=self.alone)
         turns = self.rotary(x, placed(torch.from_numpy(admitted.positions), device)[None])
+        turns = native.turns(*turns) if self.native else turns
         entered = {}
         for k, layer in enumerate(self.layers):
             if k and not needed():
@@ -114,7 +123,11 @@ class StageModel(nn.Module):
                 entered[k] = x[0]
             x = layer(x, attention_mask=seen, position_embeddings=turns, past_key_values=cache, use_cache=True)
         tapped = torch.cat([entered[k] for k in taps], -1) if taps else None
-        return (x if self.norm is None else self.norm(x))[0], tapped
+        return (x[0] if self.norm is None else self._normed(x[0])), tapped
+
+    def _normed(self, x: Tensor) -> Tensor:
+        assert self.norm is not None
+        return vector.norm(x, self.norm.weight, self.config.rms_norm_eps) if self.native else self.norm(x)
 
 
 class Tapped(NamedTuple):
@@ -154,7 +167,7 @@ class Sequence:
         if not admitted.kept:
             return [], admitted.positions, rows[:0]
         rows = rows if len(admitted.kept) == len(ids) else rows[admitted.kept]
-        out = self._forward(rows, admitted, needed)
+        out = self._forward(rows, admitted, needed, alone=True)
         if self._entered is not None:
             self._waiting.hold((ids[k] for k in admitted.kept), self._entered)
         return admitted.kept, admitted.positions, out
@@ -172,10 +185,11 @@ class Sequence:
         assert out is not None
         return out
 
-    def _forward(self, rows: Tensor, admitted: Admitted, needed: Needed) -> Tensor | None:
+    def _forward(self, rows: Tensor, admitted: Admitted, needed: Needed, alone: bool = False) -> Tensor | None:
         begun = time.thread_time()
         self._due = []
-        out, self._entered = self.model(rows, admitted, self.cache, self._taps, needed)
+        forward = self._in_parts if alone and self.model.alone else self._through
+        out, self._entered = forward(rows, admitted, needed)
         due, self._due = self._due, None
         for gather in due:
             self.cache.gather(gather)
@@ -183,6 +197,21 @@ class Sequence:
             out, self._entered = (made if made is None else on_host(made) for made in (out, self._entered))
         self.model_cpu += time.thread_time() - begun
         return out
+
+    def _through(self, rows: Tensor, admitted: Admitted, needed: Needed) -> tuple[Tensor | None, Tensor | None]:
+        return self.model(rows, admitted, self.cache, self._taps, needed)
+
+    def _in_parts(self, rows: Tensor, admitted: Admitted, needed: Needed) -> tuple[Tensor | None, Tensor | None]:
+        """A forward for each row. (Chunks of the prompt are the same in every method, and go through whole.)"""
+        outs, entered = [], []
+        for k in range(len(rows)):
+            out, tapped = self._through(rows[k : k + 1], admitted.only(k), needed)
+            if out is None:
+                self.cache.extend(len(rows) - 1 - k)  # the books count them
+                return None, None
+            outs.append(out)
+            entered += [] if tapped is None else [tapped]
+        return torch.cat(outs), torch.cat(entered) if entered else None
 
     def prefilled(self) -> Tapped | None:
         """The taps of the prompt's rows that went through last; None without taps."""
@@ -217,6 +246,8 @@ class Head:
         dtype = dtype or weight.dtype
         self.vocabulary, self.device = len(weight), weight.device
         packs = self.device.type == "cpu" and dtype in kernels.KINDS and jit.available()
+        self.alone = False
+        """each row by itself, so that its logits are the same in any batch"""
         self._packed = PackedLinear(weight, dtype=dtype) if packs else None
         self._weight = None if packs else weight
 
@@ -232,6 +263,8 @@ class Head:
     def __call__(self, features: Tensor) -> Tensor:
         if self._packed is not None:
             return self._packed(features.float())
+        if self.alone and len(features) > 1:
+            return torch.cat([self(row) for row in features.split(1)])
         features, weight = placed(features, self.device), self.weight
         if weight.dtype in (torch.float32, torch.float64):
             return (weight @ features.to(weight.dtype).T).T.contiguous()  # for few rows much quicker than the other way round
