@@ -173,8 +173,8 @@ def test_the_first_draft_waits_for_the_features_of_the_prompt(method):
     rings = [Ring(stages=2, emulate=BOARD, hidden=256, features=features) for features in (False, True)]
     without, waiting = (simulate(method, wanted, text, SyntheticDrafter(wanted, text, [0.9]), ring) for ring in rings)
     first = [min(s.begin for s in out.spans if s.row == "draft") for out in (without, waiting)]
-    stage, hop = 0.05 + 9 * 0.0005, 9 * 256 * 2 * 16 * 8 / 150e6 + 0.001
-    back = 0.001 + 9 * 4 * 8 / 150e6 + 2 * (stage + hop)
+    stage, hop = 0.05 + 9 * 0.0005, (FRAME_BYTES + 9 * 256 * 2 * 16) * 8 / 150e6 + 0.001
+    back = 0.001 + (FRAME_BYTES + 9 * 4) * 8 / 150e6 + 2 * (stage + hop)
     assert first == pytest.approx([0.008, back + 0.008])
 
 

@@ -22,7 +22,7 @@ from flowspec.comm.codec import decode, encode, payload_size
 from flowspec.comm.heartbeat import Heartbeat
 from flowspec.comm.shaped import ShapedTransport, shaped, wire_bytes
 from flowspec.core.cost import Emulate
-from flowspec.core.messages import FRAME_BYTES, Cost, Prune, Started
+from flowspec.core.messages import FRAME_BYTES, Cost, Prune, Segment, Started
 from flowspec.errors import UserError
 from flowspec.runtime import wire
 from flowspec.runtime.process import check_world
@@ -279,8 +279,8 @@ def test_a_frame_weighs_about_what_is_sent_beside_the_tensors():
     tokens, rows = torch.zeros(16, dtype=torch.int32), torch.zeros(16, 64)
     for message in (
         wire.prune(1, Prune(57, 990, 1005)),
-        wire.rows_of(1, 77, ids, ids, tokens),
-        wire.rows_of(1, 77, ids, ids, rows),
+        wire.segment(1, Segment(77, tuple(ids), tuple(ids), tuple(ids))),
+        wire.rows_of(1, 77, ids, ids, ids, rows),
         wire.choices(1, 77, ids, ids, [0.5] * 16),
         wire.started(1, Started(77, 16, 0.0123456789, 0.0)),
         wire.cost(1, Cost(1, 0.00123456789, 0.00123456789, 0.00123456789)),
