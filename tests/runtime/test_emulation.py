@@ -12,7 +12,7 @@ from flowspec.comm import inproc, shaped
 from flowspec.comm.base import Inbox, Message
 from flowspec.comm.shaped import ShapedTransport
 from flowspec.core.cost import Emulate
-from flowspec.core.messages import Commit, Draft, Drafted, DraftNode, Proposal, Prune, Woke
+from flowspec.core.messages import FRAME_BYTES, Commit, Draft, Drafted, DraftNode, Proposal, Prune, Woke
 from flowspec.core.policy import PolicyConfig
 from flowspec.core.request import Request, Sampling
 from flowspec.engine import Engine
@@ -71,7 +71,7 @@ class Stage:
         """Seconds that it took; `meanwhile`: (seconds from its beginning, message beside the ring)."""
         for after, message in meanwhile:
             self.end.inbox.put((0, message), urgent=True, due=self.clock.now() + after)
-        return self._took(self.worker._on_segment, wire.rows_of(REQUEST.id, 1, ids, parents, self._rows(len(ids))))
+        return self._took(self.worker._on_segment, wire.rows_of(REQUEST.id, 1, ids, parents, ids, self._rows(len(ids))))
 
     def _rows(self, n: int) -> torch.Tensor:
         return torch.ones(n, dtype=torch.int32) if self.model.embed_tokens is not None else torch.ones(n, 48)
@@ -160,8 +160,9 @@ class Checks:
         for _ in range(4):
             due.append((second.inbox.get()[1].kind, clock.now() - begun))
             assert second.inbox.since == clock.now()
-        rows = [("rows", exactly(t)) for t in (0.026, 0.026, 0.030)]
-        assert due == [("control", exactly(0.020)), *rows], "one after the other, each link by itself"
+        frame = FRAME_BYTES / 1e6  # around each
+        rows = [("rows", exactly(t)) for t in (0.026 + frame, 0.026 + 2 * frame, 0.030 + 3 * frame)]
+        assert due == [("control", exactly(0.020 + frame)), *rows], "one after the other, each link by itself"
 
     def rank_0_wakes_when_it_is_time(model):
         end = Ring(0)
