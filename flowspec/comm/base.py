@@ -30,6 +30,21 @@ DUE = "due"
 """fact of a message on an emulated link: not to be seen before this time (monotonic seconds of the machine that all ranks share)"""
 
 
+class Clock:
+    """The time in seconds, and what passes it: this machine's monotonic clock. Whatever shares an inbox shares its clock."""
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Not at all if there is nothing left to sleep."""
+        time.sleep(max(0.0, seconds))
+
+    def wait(self, ready: threading.Condition, seconds: float | None) -> None:
+        """Until it is notified (we hold it) or the time is up."""
+        ready.wait(seconds)
+
+
 class _Entry(NamedTuple):
     due: float
     number: int
@@ -41,19 +56,20 @@ class _Entry(NamedTuple):
 class Inbox:
     """A queue with two doors: urgent items (control) leave before the others (data). Nothing leaves before it is due."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock | None = None) -> None:
+        self.clock = clock or Clock()
         self._ready = threading.Condition()
         self._urgent: list[_Entry] = []
         self._normal: list[_Entry] = []
         self._count = 0
         self._failure: BaseException | None = None
         self.since = 0.0
-        """when the item that `get` gave last had arrived (monotonic seconds)"""
+        """when the item that `get` gave last had arrived (by the clock)"""
 
     def put(self, item: object, urgent: bool = False, due: float = 0.0) -> None:
         with self._ready:
             self._count += 1
-            heapq.heappush(self._urgent if urgent else self._normal, _Entry(due, self._count, time.monotonic(), item))
+            heapq.heappush(self._urgent if urgent else self._normal, _Entry(due, self._count, self.clock.now(), item))
             self._ready.notify()
 
     def fail(self, error: BaseException) -> None:
@@ -75,19 +91,19 @@ class Inbox:
         return found and found.item
 
     def _first(self, doors: tuple[list[_Entry], ...], timeout: float | None) -> _Entry | None:
-        end = math.inf if timeout is None else time.monotonic() + timeout
+        end = math.inf if timeout is None else self.clock.now() + timeout
         with self._ready:
             while True:
                 if self._failure:
                     raise self._failure
-                now = time.monotonic()
+                now = self.clock.now()
                 for queue in doors:
                     if queue and queue[0].due <= now:
                         return heapq.heappop(queue)
                 if now >= end:
                     return None
                 soonest = min([end, *(queue[0].due for queue in doors if queue)])
-                self._ready.wait(None if math.isinf(soonest) else soonest - now)
+                self.clock.wait(self._ready, None if math.isinf(soonest) else soonest - now)
 
 
 class Transport(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flowspec.comm.base import DUE, Inbox, Message
+from flowspec.comm.base import DUE, Clock, Inbox, Message
 
 
 class InprocTransport:
@@ -22,6 +22,6 @@ class InprocTransport:
         """Nothing to stop: there are no threads and no sockets."""
 
 
-def ring(world_size: int) -> list[InprocTransport]:
-    inboxes = [Inbox() for _ in range(world_size)]
+def ring(world_size: int, clock: Clock | None = None) -> list[InprocTransport]:
+    inboxes = [Inbox(clock) for _ in range(world_size)]
     return [InprocTransport(rank, inboxes) for rank in range(world_size)]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 
-from flowspec.comm.base import DUE, Message, Transport
+from flowspec.comm.base import DUE, Clock, Message, Transport
 from flowspec.core.cost import Emulate
 from flowspec.core.messages import FRAME_BYTES
 
@@ -19,14 +18,14 @@ def wire_bytes(message: Message, hidden_scale: float) -> float:
 class _Link:
     """One direction between two ranks: it carries one message at a time, and a message is seen link_ms after its last byte."""
 
-    def __init__(self, emulate: Emulate):
-        self._emulate = emulate
+    def __init__(self, emulate: Emulate, clock: Clock):
+        self._emulate, self._clock = emulate, clock
         self._free_at = 0.0
 
     def due(self, message: Message) -> Message:
         """The message with the time at which it may be seen."""
         size = wire_bytes(message, self._emulate.hidden_scale)
-        self._free_at = max(self._free_at, time.monotonic()) + self._emulate.wire_seconds(size)
+        self._free_at = max(self._free_at, self._clock.now()) + self._emulate.wire_seconds(size)
         return dataclasses.replace(message, meta={**message.meta, DUE: self._free_at + self._emulate.link_ms / 1000})
 
 
@@ -42,8 +41,8 @@ class ShapedTransport:
     def __init__(self, inner: Transport, emulate: Emulate):
         self._inner = inner
         self.rank, self.world_size, self.inbox = inner.rank, inner.world_size, inner.inbox
-        self._next = _Link(emulate)
-        self._control = {to: _Link(emulate) for to in (range(1, self.world_size) if self.rank == 0 else [0])}
+        self._next = _Link(emulate, inner.inbox.clock)
+        self._control = {to: _Link(emulate, inner.inbox.clock) for to in (range(1, self.world_size) if self.rank == 0 else [0])}
 
     def send_next(self, message: Message) -> None:
         self._inner.send_next(self._next.due(message))

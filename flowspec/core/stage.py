@@ -152,6 +152,17 @@ class StageState:
         self._settle()
         return self._compact() if self.dead > self.COMPACT else None
 
+    def validate(self) -> None:
+        """Assert what must hold between calls."""
+        held = [*self.tail, *self.row.values()]
+        assert len({*held}) == len(held), "two tokens in a row"
+        assert all(self.base <= row < self.length for row in held), "a row beyond the cache, or one of the base"
+        assert self.dead >= 0 and self.base not in self.tail[:1]
+        assert self.row.keys() == self.parent.keys()
+        assert [*self.row.values()] == sorted(self.row.values()), "not in the order of arrival"
+        for node, parent in self.parent.items():
+            assert node == self.root or self.row.get(parent, self.length) < self.row[node], "a node that hangs below nothing"
+
     def _settle(self) -> None:
         """Rows of the tail that are already in place belong to the base."""
         settled = 0

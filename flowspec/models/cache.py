@@ -26,7 +26,6 @@ class RowCache:
         self._keys: dict[int, Tensor] = {}  # layer -> [1, kv_heads, capacity, head_dim]
         self._values: dict[int, Tensor] = {}
 
-    @torch.inference_mode()
     def extend(self, rows: int) -> None:
         """So many rows more, at the end of every layer: the one place where a cache becomes longer, and where its buffers grow."""
         held, self.length = self.length, self.length + rows

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -53,6 +52,7 @@ class DraftThread:
 
     def __init__(self, drafter: Drafter, inbox: Inbox, least: float = 0.0):
         self._drafter, self._inbox, self._least = drafter, inbox, least
+        self._clock = inbox.clock
         self.features = drafter.features
         """it reads the target's last rows: those of the prompt come by `learn`, the others with each commit"""
         self.layers = drafter.layers
@@ -121,8 +121,8 @@ class DraftThread:
         self._inbox.put(Local(request.id, self._at_least(log, lambda: self._drafter.propose(draft.nodes))))
 
     def _at_least(self, log: Log, work: Callable):
-        begun = time.monotonic()
+        begun = self._clock.now()
         result = work()
-        time.sleep(max(0.0, begun + self._least - time.monotonic()))
-        log.add(0, "draft", "draft", begun, time.monotonic())
+        self._clock.sleep(begun + self._least - self._clock.now())
+        log.add(0, "draft", "draft", begun, self._clock.now())
         return result

@@ -95,6 +95,7 @@ class Driver:
         self, transport: Transport, draft: DraftThread | None, vocabulary: int, head: Head | None = None, hidden_scale: float = 1.0
     ):
         self._transport, self._thread, self._head, self._vocabulary = transport, draft, head, vocabulary
+        self._clock = transport.inbox.clock
         self._hidden_scale = hidden_scale  # of emulated links, for the bytes in a trace
 
     def generate(
@@ -109,7 +110,7 @@ class Driver:
         self._picks: dict[int, Pick] = {}
         self._verifying = 0.0
         self._log, self._fates = Log(trace, request.id, self._hidden_scale), Fates()
-        stats.begun = time.monotonic()
+        stats.begun = self._clock.now()
         broken = True
         try:
             self._begin(request, switches)
@@ -121,7 +122,7 @@ class Driver:
             broken = False
             raise
         finally:
-            stats.ended = time.monotonic()
+            stats.ended = self._clock.now()
             stats.drafted, stats.returned_segments = scheduler.tree.drafted, scheduler.returned_segments
             stats.segments, stats.explanation = scheduler.segments, policy.explain()
             self._end(request)
@@ -131,12 +132,12 @@ class Driver:
 
     def _step(self, request: Request, event: Event | None, stats: Stats) -> list[Committed]:
         """One event, or the beginning: everything that leaves this rank does so before the caller sees a token."""
-        begun, cpu, verifying = time.monotonic(), time.thread_time(), self._verifying
+        begun, cpu, verifying = self._clock.now(), time.thread_time(), self._verifying
         scheduler = self._scheduler
         actions = scheduler.handle(event, begun) if event else scheduler.start(begun)
         committed = self._perform(request, actions, stats)
         stats.bookkeeping += time.thread_time() - cpu - (self._verifying - verifying)
-        self._log.add(0, "compute", "schedule", begun, time.monotonic(), event=type(event).__name__)
+        self._log.add(0, "compute", "schedule", begun, self._clock.now(), event=type(event).__name__)
         return committed
 
     def _begin(self, request: Request, switches: PolicyConfig) -> None:
@@ -175,7 +176,7 @@ class Driver:
     def _commit(self, commit: Commit, stats: Stats) -> list[Committed]:
         if self._draft:
             self._draft.commit(commit, self._features_of(commit.path) if self._reads_features else None)
-        stats.last_token = time.monotonic()
+        stats.last_token = self._clock.now()
         if self._log.on:
             self._fates.decided(commit.path, commit.root, stats.last_token)
         stats.first_token = stats.first_token or stats.last_token
@@ -193,9 +194,9 @@ class Driver:
     def _next_event(self, request: Request) -> Event:
         """The next event of this request; what is left of earlier ones is dropped."""
         while True:
-            deadline = time.monotonic() + STALL
+            deadline = self._clock.now() + STALL
             until = deadline if self._wake_at is None else min(deadline, self._wake_at)
-            item = self._transport.inbox.get(max(0.0, until - time.monotonic()))
+            item = self._transport.inbox.get(max(0.0, until - self._clock.now()))
             if item is None:
                 if until == deadline:
                     raise RankLost(f"nothing came back for {STALL:g} s although every rank is alive")
@@ -229,7 +230,7 @@ class Driver:
 
     def _prompt_features(self, message: Message) -> None:
         assert self._draft is not None, "features that nobody asked for"
-        self._log.arrived(message, self._transport.world_size - 1, 0, self._transport.inbox.since, time.monotonic(), None)
+        self._log.arrived(message, self._transport.world_size - 1, 0, self._transport.inbox.since, self._clock.now(), None)
         self._draft.learn(message.tensors[0])
 
     def _returned(self, request: Request, message: Message) -> Returned:
@@ -247,7 +248,7 @@ class Driver:
             came = tuple(message.tensors[0].tolist())
         choices = _Choices(picks)
         choices.looked_up = self._picks
-        self._log.arrived(message, self._transport.world_size - 1, 0, self._transport.inbox.since, time.monotonic(), came)
+        self._log.arrived(message, self._transport.world_size - 1, 0, self._transport.inbox.since, self._clock.now(), came)
         return Returned(number, tuple(picks), choices)
 
     def _to_pick(self, request: Request, head: Head, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Picks:
@@ -288,7 +289,7 @@ class Driver:
                 if item is None:
                     raise RankLost(f"a rank did not tell the time for {STALL:g} s")
                 if not isinstance(item, Local) and item[1].kind == "pong":
-                    sent, clock, now = item[1].meta["sent"], item[1].meta["clock"], time.monotonic()
+                    sent, clock, now = item[1].meta["sent"], item[1].meta["clock"], self._clock.now()
                     best[item[0]] = min(best.get(item[0], (math.inf, 0.0)), (now - sent, clock - (sent + now) / 2))
                     answers += 1
         return {0: 0.0} | {rank: offset for rank, (_, offset) in best.items()}

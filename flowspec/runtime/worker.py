@@ -98,6 +98,7 @@ class Worker:
     """of the model, as the target counts"""
 
     def __post_init__(self) -> None:
+        self._clock = self.transport.inbox.clock
         self._is_first = self.transport.rank == 1
         self._is_last = self.transport.rank == self.transport.world_size - 1
         self._live: dict[int, _Live] = {}
@@ -132,8 +133,8 @@ class Worker:
         if live is None:
             return
         rows = message.tensors[0]
-        self._arrived(live, message, time.monotonic(), None)
-        begun = time.monotonic()
+        self._arrived(live, message, self._clock.now(), None)
+        begun = self._clock.now()
         out = live.sequence.prefill(rows)
         self._pretend(begun, len(rows), ALWAYS)
         self._account(live, len(rows), begun)
@@ -145,7 +146,7 @@ class Worker:
             self.transport.send_next(wire.prompt_features(message.meta["request"], out))
 
     def _on_segment(self, message: Message) -> None:
-        taken, begun = time.monotonic(), time.thread_time()
+        taken, begun = self._clock.now(), time.thread_time()
         self._hear_control()
         live = self._live.get(message.meta["request"])
         if live is None:
@@ -164,7 +165,7 @@ class Worker:
             self._announce(live, message, len(worth), taken - self.transport.inbox.since)
         if not worth:
             return
-        begun = time.monotonic()
+        begun = self._clock.now()
         needed = self._needed(request, live, ids)
         kept, positions, out = live.sequence.verify(ids, parents, message.tensors[1], live.drop_dead, needed)
         live.rows, live.segments = live.rows + len(kept), live.segments + 1
@@ -269,18 +270,18 @@ class Worker:
         """Take the emulated time of a forward over `rows` rows that began at `begun`; False if it was abandoned on the way, at the
         end of the next of its layers."""
         seconds = self.emulate.stage_seconds(self.transport.rank, rows)
-        while (left := begun + seconds - time.monotonic()) > 0:
+        while (left := begun + seconds - self._clock.now()) > 0:
             if self._hear_control(left) and needed():
                 continue
             layer = seconds / self.emulate.LAYERS
-            spent = time.monotonic() - begun
-            time.sleep(max(0.0, min(seconds, math.ceil(spent / layer) * layer) - spent))
+            spent = self._clock.now() - begun
+            self._clock.sleep(min(seconds, math.ceil(spent / layer) * layer) - spent)
             return False
         return True
 
     def _account(self, live: _Live, rows: int, begun: float, whole: bool = True, **about) -> None:
         """A forward over `rows` rows that began at `begun` is over, and where this stage verifies, lm_head and picks as well."""
-        spent = time.monotonic() - begun
+        spent = self._clock.now() - begun
         if whole and live.meter.forward_over(rows, spent):
             self.transport.send_control(0, wire.cost(live.request, live.meter.cost(self.transport.rank)))
         live.log.add(self.transport.rank, "compute", "prefill", begun, begun + spent, **about)

@@ -7,19 +7,20 @@ read is checked against the true context, and the text against plain decoding.
 import heapq
 import itertools
 import random
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from flowspec.core.messages import Commit, Cost, Draft, Drafted, Finish, Idle, Proposal, Prune, Returned, Segment, Started, Wake, Woke
 from flowspec.core.policy import PolicyConfig, TreeConfig, make_policy
 from flowspec.core.request import Request, Sampling
 from flowspec.core.scheduler import Scheduler
-from flowspec.core.stage import Accepted, StageState, Waiting
+from flowspec.core.stage import Accepted, StageState
+from flowspec.models.stage import Sequence
 
 VOCABULARY = 40
-LOST = (-1, -1)
-"""a cache row that nobody may read"""
 
 
 def target(context: tuple[int, ...]) -> int:
@@ -37,42 +38,74 @@ def greedy(request: Request) -> list[int]:
     return out
 
 
-class ToyStage:
-    """A stage whose cache rows hold (position, token), and which hands over the token of each node that became text."""
+class ToyModel:
+    """In a model's place: each layer keeps (token, position + 1) of a row in the production cache, and each row reads what it may see."""
+
+    LAYERS = 2
 
     def __init__(self):
-        self.state, self.cache, self.computed = StageState(), [], 0
-        self.waiting, self.handed = Waiting(), []
+        self.seen: list[np.ndarray] = []
+        """of each row of the last forward: what it attends to in the last layer, int64 [k, 2] in the order of the cache"""
+
+    def __call__(self, rows, admitted, cache, taps, needed):
+        cache.extend(len(rows))
+        made = torch.stack([rows, torch.from_numpy(admitted.positions) + 1], -1)[None, None]  # so that rows never written are (0, 0)
+        for layer in range(self.LAYERS):
+            if layer and not needed():
+                return None, None
+            keys, _ = cache.update(made, made, layer)
+        held = keys[0, 0].numpy()
+        self.seen = [held[admitted.sees(k)] for k in range(len(rows))]
+        return rows, rows[:, None] if taps else None
+
+
+class ToyStage:
+    """The production books and cache around a toy model; hands over the token of each node that became text."""
+
+    STATE = StageState
+    COMPACT = StageState.COMPACT
+
+    def __init__(self):
+        self.model, self.computed, self.handed = ToyModel(), 0, []
+        self.sequence = Sequence(self.model, taps=[0])
+        self.sequence.state = self.STATE()
+        self.sequence.state.COMPACT = self.COMPACT
+
+    @property
+    def state(self) -> StageState:
+        return self.sequence.state
 
     def prefill(self, tokens):
-        admitted = self.state.extend(len(tokens))
+        self.sequence.prefill(torch.tensor(tokens))
         self.handed += tokens
-        self.cache += [(int(p), t) for p, t in zip(admitted.positions, tokens, strict=True)]
+        self.validate()
 
     def prune(self, prune):
-        at, text = self.state.context, self.state.decided(prune)
-        gather = self.state.prune(prune)
+        at = self.state.context
         assert at == len(self.handed), "something of the text was left out, or handed over twice"
-        self.handed += self.waiting.settle(text, self.state.row)
-        if gather:
-            self.cache[gather.base :] = [self.cache[r] for r in gather.rows]
-        needed = {*range(self.state.base), *self.state.tail, *self.state.row.values()}
-        self.cache = [row if r in needed else LOST for r, row in enumerate(self.cache)]  # as an abandoned forward leaves them
+        tapped = self.sequence.prune(prune)
+        if tapped:
+            assert tapped.at == at
+            self.handed += tapped.rows[:, 0].tolist()
 
-    def forward(self, segment, drop=True):
-        """The segment's surviving part and, for each row, the tokens it attends to in order of position."""
-        admitted = self.state.admit(segment.ids, segment.parents, drop)
-        kept = [segment.tokens[k] for k in admitted.kept]
-        self.cache += [(int(p), t) for p, t in zip(admitted.positions, kept, strict=True)]
-        self.waiting.hold((segment.ids[k] for k in admitted.kept), kept)
+    def forward(self, segment, drop=True, needed=lambda: True):
+        """The segment's surviving part and, for each row, the tokens it attends to in order of position; None if that was abandoned."""
+        self.model.seen = []  # should no row survive
+        kept, _, out = self.sequence.verify(list(segment.ids), list(segment.parents), torch.tensor(segment.tokens), drop, needed)
         self.computed += len(kept)
-        assert len(self.cache) == self.state.length
-        seen = {}
-        for row, k in enumerate(admitted.kept):
-            rows = sorted(self.cache[r] for r in admitted.sees(row))
-            assert [p for p, _ in rows] == list(range(len(rows))), "rows that are not one path"
-            seen[segment.ids[k]] = tuple(t for _, t in rows)
-        return only(segment, admitted.kept), seen
+        self.validate()
+        return only(segment, kept), None if out is None else {segment.ids[k]: path(s) for k, s in zip(kept, self.model.seen, strict=True)}
+
+    def validate(self) -> None:
+        self.state.validate()
+        assert self.sequence.cache.length == self.state.length <= self.sequence.cache.capacity
+
+
+def path(rows: np.ndarray) -> tuple[int, ...]:
+    """The tokens of cache rows [k, 2] by position."""
+    rows = rows[rows[:, 1].argsort(kind="stable")]
+    assert (rows[:, 1] == np.arange(1, len(rows) + 1)).all(), "rows that are not one path"
+    return tuple(rows[:, 0].tolist())
 
 
 def only(segment: Segment, kept) -> Segment:
@@ -120,21 +153,33 @@ class World:
         self.context = {-1: case.request.prompt[:-1]}  # node -> the text up to it, for the drafter and the checks
         self.out, self.reason = [], None
         self.heap, self.tick, self.last = [], itertools.count(), {}
+        self.prunes = [deque() for _ in self.stages]  # on their way to each
         self.busy = 0.0
         self.accepted, self.text_nodes = Accepted(), set()  # what the last stage takes to be text
 
     def run(self) -> list[int]:
-        now = 0.0
+        self.begin()
+        while self.reason is None:
+            now, _, event = heapq.heappop(self.heap)
+            self.happens(now, event)
+        return self.out
+
+    def begin(self, now: float = 0.0) -> None:
         for chunk in self._chunks():
             self._post("hop0", now, self.random.random(), ("prefill", 0, chunk))
         self._perform(self.scheduler.start(now), now)
-        while self.reason is None:
-            now, _, (kind, *what) = heapq.heappop(self.heap)
-            getattr(self, "_on_" + kind)(now, *what)
-            self.scheduler.validate()
+
+    def happens(self, now, event) -> None:
+        """One event, and what must hold after each."""
+        kind, *what = event
+        getattr(self, "_on_" + kind)(now, *what)
+        self.scheduler.validate()
         whole = [*self.case.request.prompt, *self.out]
         assert all(stage.handed == whole[: len(stage.handed)] for stage in self.stages), "what was handed over is not the text"
-        return self.out
+
+    def interrupted(self) -> bool:
+        """Does a prune come between two layers of a forward?"""
+        return self.random.random() < 0.3
 
     def _chunks(self):
         prompt, k = self.case.request.prompt[:-1], 0
@@ -156,7 +201,8 @@ class World:
             elif isinstance(action, Prune):
                 for k in range(len(self.stages)):
                     if self.random.random() >= self.case.lost:
-                        self._post(f"prune{k}", now, self.random.random() * self.case.slow_prunes, ("prune", k, action))
+                        self.prunes[k].append(action)
+                        self._post(f"prune{k}", now, self.random.random() * self.case.slow_prunes, ("prune", k))
             elif isinstance(action, Draft):
                 self._post("draft", now, self.random.random(), ("draft", action))
             elif isinstance(action, Commit):
@@ -174,21 +220,26 @@ class World:
             self._post(f"hop{k + 1}", now, self.random.random(), ("prefill", k + 1, tokens))
 
     def _on_segment(self, now, k, segment):
-        drop = self.case.switches.drop_dead
-        kept, seen = self.stages[k].forward(segment, drop)
-        assert drop or kept == segment, "a row was dropped"
-        for i, tokens in seen.items():
-            live = i in self.stages[k].state.row
-            assert tokens == self.context[i] or not (live or drop), "a stage attended to the wrong rows"
+        switches, state = self.case.switches, self.stages[k].state
+
+        def needed() -> bool:
+            if self.interrupted():
+                self._on_prune(now, k)
+            return not (switches.abort and state.all_dead(segment.ids))
+
+        kept, seen = self.stages[k].forward(segment, switches.drop_dead, needed)
+        assert switches.drop_dead or kept == segment, "a row was dropped"
+        for i, tokens in (seen or {}).items():
+            assert tokens == self.context[i] or not (i in state.row or switches.drop_dead), "a stage attended to the wrong rows"
         if k == 0:
             started = Started(segment.number, len(kept.ids), 0.5 if kept.ids else 0.0, 0.0)
             self._post("control", now, self.random.random(), ("news", started))
-            if self.random.random() < 0.1:
+            if seen is None or self.random.random() < 0.1:
                 self._post("control", now, self.random.random(), ("news", Idle()))
         if self.random.random() < 0.3:
             cost = Cost(k + 1, self.random.random(), 0.1 * self.random.random(), 0.1 * self.random.random())
             self._post("control", now, self.random.random(), ("news", cost))
-        if not kept.ids:
+        if seen is None or not kept.ids:
             return
         if k + 1 < len(self.stages):
             self._post(f"hop{k + 1}", now, 0.5 + self.random.random(), ("segment", k + 1, kept))
@@ -210,8 +261,9 @@ class World:
         assert all(target(self.context[kept.parents[j]]) == kept.tokens[j] for j in found if kept.parents[j] != -1)
         return Returned(kept.number, tuple(choices), choices)
 
-    def _on_prune(self, now, k, prune):
-        self.stages[k].prune(prune)
+    def _on_prune(self, now, k):
+        if self.prunes[k]:
+            self.stages[k].prune(self.prunes[k].popleft())
 
     def _on_draft(self, now, draft):
         proposals = []
