@@ -165,18 +165,20 @@ class Heartbeat:
             try:
                 self._store.set(f"beat/{self._rank}", self._own(number))
                 self._heard = (number, self._store.multi_get([f"beat/{r}" for r in self._others]))
-            except RuntimeError:  # DistNetworkError is one
+            except Exception:  # as a rule DistNetworkError; whatever it is, nobody would hear us any more
                 self._broken = True
                 return
 
-    def _watch(self) -> object:
+    def _watch(self) -> None:
         """The others' silence counts only while the store answers, and the store's only while we are awake."""
         awake, answering = Awake(2 * self._every), 0.0
         answered, at = 0, awake()
         while not self._stop.wait(self._every):
             now, (number, beats) = awake(), self._heard
-            if self._broken:  # at the end of a run its host may leave a moment before us
-                return self._stop.wait(_GRACE) or self._lost(-1, f"{GONE} (torch's store does not answer)")
+            if self._broken:
+                if not self._stop.wait(_GRACE):  # at the end of a run its host may leave a moment before us
+                    self._lost(-1, f"{GONE} (torch's store does not answer)")
+                return
             if number != answered:
                 answering += min(now - at, 2 * self._every)
                 answered, at = number, now
