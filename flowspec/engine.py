@@ -7,6 +7,7 @@ is a process; without it, `Engine.from_config` runs all ranks as threads of this
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import secrets
@@ -20,7 +21,7 @@ import torch
 
 from flowspec import trace
 from flowspec.comm import inproc
-from flowspec.comm.base import Transport
+from flowspec.comm.base import STILL, Transport
 from flowspec.comm.codec import Limits
 from flowspec.comm.shaped import shaped
 from flowspec.config import Config, load_config
@@ -167,7 +168,7 @@ class Engine:
         for thread in stages:
             thread.start()
         try:
-            engine = cls(config, manifest, first, [thread.join for thread in stages])
+            engine = cls(config, manifest, first, [functools.partial(thread.join, STILL) for thread in stages])
         except BaseException:
             for end in others:
                 first.send_control(end.rank, wire.STOP)

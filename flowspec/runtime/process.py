@@ -84,7 +84,8 @@ def check_world(world_size: int, one_clock: bool) -> None:
 
 def join_run(world_size: int, limits: Limits, emulate: Emulate) -> tuple[GlooTransport, Callable[[], None]]:
     """Connect to the other ranks; the transport, and what to call after it was closed. RankLost when one of them does not come in time."""
-    if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost", "::1"):
+    need({"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys(), "MASTER_ADDR and MASTER_PORT say where ranks meet: start them by torchrun")
+    if os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost", "::1"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")  # listen on loopback only
     rank, pulses, pace = int(os.environ["RANK"]), [Pulse() for _ in range(world_size)], _pace()
     with _Connecting(_seconds_to_connect()) as connecting:
