@@ -77,7 +77,7 @@ def test_a_stopped_rank_ends_the_run_and_is_named(pair, command, when, rank):
 
 @SLOW
 def test_a_launcher_that_stops_ends_every_rank_and_each_says_why(pair, command):
-    run = while_decoding(command, pair.config(2), env={"FLOWSPEC_HEARTBEAT": "0.5,5"})
+    run = while_idle(command, pair.config(2), env={"FLOWSPEC_HEARTBEAT": "0.5,5"})
     run.process.send_signal(signal.SIGSTOP)
     run.wait_until(lambda: set(run.alive().values()) == {None})
     for name in NAMES.values():
