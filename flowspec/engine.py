@@ -7,6 +7,7 @@ is a process; without it, `Engine.from_config` runs all ranks as threads of this
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import secrets
@@ -20,10 +21,11 @@ import torch
 
 from flowspec import trace
 from flowspec.comm import inproc
-from flowspec.comm.base import Transport
+from flowspec.comm.base import STILL, Transport
+from flowspec.comm.codec import Limits
 from flowspec.comm.shaped import shaped
 from flowspec.config import Config, load_config
-from flowspec.core.policy import PolicyConfig, make_policy
+from flowspec.core.policy import Continuous, PolicyConfig, make_policy
 from flowspec.core.request import Request, Sampling, need
 from flowspec.draft.registry import make_drafter
 from flowspec.models.families import family_of, read_config
@@ -33,6 +35,7 @@ from flowspec.preflight import check_prompt, check_run
 from flowspec.runtime import wire
 from flowspec.runtime.drafting import DraftThread
 from flowspec.runtime.driver import Driver, Stats
+from flowspec.runtime.waiting import receive
 from flowspec.runtime.worker import Worker
 from flowspec.text import Text, TextStream
 from flowspec.trace import Span
@@ -153,7 +156,7 @@ class Engine:
         manifest = check_run(config, [rank])
         set_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         warm_up(config, manifest, rank)
-        transport, leave = join_run(world_size)
+        transport, leave = join_run(world_size, wire_limits(config, manifest), config.emulate)
         return cls(config, manifest, transport, [leave])
 
     @classmethod
@@ -165,7 +168,7 @@ class Engine:
         for thread in stages:
             thread.start()
         try:
-            engine = cls(config, manifest, first, [thread.join for thread in stages])
+            engine = cls(config, manifest, first, [functools.partial(thread.join, STILL) for thread in stages])
         except BaseException:
             for end in others:
                 first.send_control(end.rank, wire.STOP)
@@ -179,10 +182,11 @@ class Engine:
 
     # ---- rank 0 ------------------------------------------------------------------------------------
     def wait_until_loaded(self, show: Callable[[int, dict], None] = lambda rank, facts: None) -> None:
-        """Until every stage holds its weights; `show(rank, {megabytes, seconds})` on the way, with `what` when it is done."""
+        """Until every stage holds its weights; `show(rank, {megabytes, seconds})` on the way, with `what` when it is done. RankLost
+        when one stands still."""
         waiting = self.world_size - 1
         while waiting:
-            rank, message = self._transport.inbox.get()
+            rank, message = receive(self._transport)
             show(rank, message.meta)
             waiting -= message.kind == "loaded"
 
@@ -339,6 +343,12 @@ def warm_up(config: Config, manifest: Manifest, rank: int) -> None:
             family_of(read_config(drafter.checkpoint(config.folder))).classes()
 
 
+def wire_limits(config: Config, manifest: Manifest) -> Limits:
+    """What messages of a run with this configuration can hold."""
+    tree = max(Continuous.CROWD, config.tree.budget or 0, config.tree.segment or 0)
+    return wire.limits(tree, manifest.hidden_size, manifest.num_layers, manifest.max_positions)
+
+
 def set_threads(config: Config, ranks_here: int) -> None:
     """CPU threads of a rank: as configured, or an equal share of the cores (torchrun alone would leave one)."""
     torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // ranks_here))
@@ -369,8 +379,12 @@ def _work(config: Config, manifest: Manifest, transport: Transport) -> None:
     dtype, device = compute_dtype(config, manifest, rank), checked_device(config, rank)
     said = begun
 
+    pulse = transport.pulses[rank]
+    pulse.at("loading its weights")
+
     def progress(size: int) -> None:
         nonlocal said
+        pulse.move()
         if time.monotonic() - said > 1.0:
             said = time.monotonic()
             transport.send_control(0, wire.loading(size / 1e6, said - begun))

@@ -13,6 +13,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +65,7 @@ def _obituary(error: Exception, last_words: Path) -> int:
     """What the ranks said, else what torchrun knows of the first that fell."""
     if hasattr(error, "sigval"):  # torchrun's SignalException: we were told to go
         return _say("interrupted", 130)
-    if last_words.exists():
+    with suppress(OSError, ValueError, IndexError):  # nobody said anything, or the disk was full
         said = json.loads(last_words.read_text().splitlines()[0])
         return _say(said["line"], said["code"])
     failures = getattr(error, "failures", None)  # ChildFailedError

@@ -26,6 +26,39 @@ class Message:
     tensors: tuple[Tensor, ...] = ()
 
 
+STILL = 120.0
+"""seconds after which a rank that is at work and does not move hangs: longer than a layer takes that comes from a slow disk"""
+
+
+class Pulse:
+    """What a rank's working thread is at: moved by that thread, read by all who watch it."""
+
+    def __init__(self) -> None:
+        self.moves = 0
+        self.doing = ""
+        """nothing: it waits for work, for days if need be"""
+
+    def at(self, doing: str = "") -> None:
+        self.doing = doing
+        self.moves += 1
+
+    def move(self) -> None:
+        """Still at it, and getting on."""
+        self.moves += 1
+
+
+class Awake:
+    """A clock (seconds) that stands still while this process does: no look at it is more than `step` after the last."""
+
+    def __init__(self, step: float):
+        self._step, self._seconds, self._last = step, 0.0, time.monotonic()
+
+    def __call__(self) -> float:
+        before, self._last = self._last, time.monotonic()
+        self._seconds += min(self._step, self._last - before)
+        return self._seconds
+
+
 DUE = "due"
 """fact of a message on an emulated link: not to be seen before this time (monotonic seconds of the machine that all ranks share)"""
 
@@ -112,6 +145,10 @@ class Transport(Protocol):
     rank: int
     world_size: int
     inbox: Inbox
+    pulses: list[Pulse]
+    """by rank: this rank's own, and what is known here of the others'"""
+    still: float
+    """seconds that a rank may be at work without moving"""
 
     def send_next(self, message: Message) -> None:
         """To the next rank of the ring."""

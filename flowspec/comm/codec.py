@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,7 +19,9 @@ from flowspec.comm.base import Message
 VERSION = 1
 HEADER = 2
 """int64 numbers in a header"""
-_LIMIT = 1 << 34
+_DIMENSIONS = 8
+_MOST = 1 << 40
+"""product of a shape's numbers, zeros aside: torch counts in int64"""
 _DTYPES = {
     str(d).removeprefix("torch."): d
     for d in (
@@ -36,6 +40,18 @@ _DTYPES = {
 _NAMES = {d: name for name, d in _DTYPES.items()}
 
 
+class Limit(NamedTuple):
+    """The most that a message of one kind can hold, in bytes."""
+
+    facts: int
+    """of JSON"""
+    tensors: int
+
+
+Limits = Mapping[str, Limit]
+"""by kind: what is in here is all that there is"""
+
+
 def _padded(n: int) -> int:
     return -(-n // 8) * 8
 
@@ -44,7 +60,7 @@ def encode(message: Message) -> tuple[Tensor, Tensor]:
     """(header int64 [2], payload uint8 [n])"""
     tensors = [t.detach().cpu().contiguous() for t in message.tensors]
     specs = [[_NAMES[t.dtype], list(t.shape)] for t in tensors]
-    about = json.dumps({"version": VERSION, "kind": message.kind, "meta": message.meta, "tensors": specs}).encode()
+    about = json.dumps({"version": VERSION, "kind": message.kind, "meta": message.meta, "tensors": specs}, allow_nan=False).encode()
     at = _padded(len(about))
     payload = torch.zeros(at + sum(_padded(t.nbytes) for t in tensors), dtype=torch.uint8)
     payload[: len(about)] = torch.frombuffer(bytearray(about), dtype=torch.uint8)
@@ -54,22 +70,62 @@ def encode(message: Message) -> tuple[Tensor, Tensor]:
     return torch.tensor([len(payload), len(about)]), payload
 
 
-def payload_size(header: Tensor) -> int:
-    """Bytes of the payload that follows; ValueError for a header that no encoder of ours wrote."""
+def payload_size(header: Tensor, limits: Limits) -> int:
+    """Bytes of the payload that follows; ValueError for a header that no encoder wrote, or that promises more than any kind holds."""
     total, about = header.tolist()
-    if not 0 < about <= total <= _LIMIT:
+    facts, tensors = (max(numbers) for numbers in zip(*limits.values(), strict=True))
+    if not (0 < about <= facts and _padded(about) <= total <= _padded(about) + tensors):
         raise ValueError(f"not a flowspec frame (header {total}, {about})")
     return total
 
 
-def decode(header: Tensor, payload: Tensor) -> Message:
-    """The message; its tensors share the payload's memory. ValueError for what no encoder of this version wrote."""
-    about = json.loads(payload[: int(header[1])].numpy().tobytes())
-    if about.get("version") != VERSION:
-        raise ValueError(f"a peer speaks version {about.get('version')} of the wire format, this is version {VERSION}")
-    at, tensors = _padded(int(header[1])), []
-    for name, shape in about["tensors"]:
-        size = math.prod(shape) * _DTYPES[name].itemsize
-        tensors.append(payload[at : at + size].view(_DTYPES[name]).reshape(shape))
+def decode(header: Tensor, payload: Tensor, limits: Limits) -> Message:
+    """The message of a header that `payload_size` let pass; its tensors share the payload's memory. ValueError for what no encoder of
+    this version wrote, and for more than its kind can hold."""
+    about, at = int(header[1]), _padded(int(header[1]))
+    kind, meta, specs = _facts(payload[:about].numpy().tobytes())
+    if kind not in limits:
+        raise ValueError(f"a message of the unknown kind {kind[:40]!r}")
+    most = limits[kind]
+    if about > most.facts or len(payload) - at > most.tensors:
+        raise ValueError(f"a {kind} message of {about} + {len(payload) - at} bytes: {most.facts} + {most.tensors} is the most")
+    tensors = []
+    for spec in specs:
+        dtype, shape, size = _spec(spec)
+        if at + size > len(payload):
+            raise ValueError(f"a {kind} message whose tensors are longer than itself")
+        tensors.append(payload[at : at + size].view(dtype).reshape(shape))
         at += _padded(size)
-    return Message(about["kind"], about["meta"], tuple(tensors))
+    if at != len(payload):
+        raise ValueError(f"a {kind} message with {len(payload) - at} bytes of no tensor")
+    return Message(kind, meta, tuple(tensors))
+
+
+def _facts(text: bytes) -> tuple[str, dict[str, Any], list[Any]]:
+    """Kind, facts and the tensors' descriptions."""
+    try:
+        about = json.loads(text, parse_constant=_not_finite)
+    except (ValueError, RecursionError):
+        raise ValueError("facts that are no JSON") from None
+    about = about if isinstance(about, dict) else {}
+    if about.get("version") != VERSION:
+        raise ValueError(f"a peer speaks version {str(about.get('version'))[:20]} of the wire format, this is version {VERSION}")
+    kind, meta, specs = (about.get(name) for name in ("kind", "meta", "tensors"))
+    if not (isinstance(kind, str) and isinstance(meta, dict) and isinstance(specs, list)):
+        raise ValueError("a frame without a kind, facts or tensors")
+    return kind, meta, specs
+
+
+def _not_finite(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+def _spec(spec: Any) -> tuple[torch.dtype, list[int], int]:
+    """A tensor's dtype, shape and bytes from [dtype's name, shape]."""
+    name, shape = spec if isinstance(spec, list) and len(spec) == 2 else ("", [])
+    if not (isinstance(name, str) and name in _DTYPES):
+        raise ValueError("a tensor of a dtype that is none")
+    sound = isinstance(shape, list) and len(shape) <= _DIMENSIONS and all(type(n) is int and n >= 0 for n in shape)
+    if not (sound and math.prod(max(1, n) for n in shape) < _MOST):
+        raise ValueError("a tensor of a shape that is none")
+    return _DTYPES[name], shape, math.prod(shape) * _DTYPES[name].itemsize

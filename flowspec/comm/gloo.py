@@ -14,11 +14,14 @@ import threading
 import torch
 import torch.distributed as dist
 
-from flowspec.comm.base import DUE, Inbox, Lost, Message
-from flowspec.comm.codec import HEADER, decode, encode, payload_size
+from flowspec.comm.base import Inbox, Lost, Message, Pulse
+from flowspec.comm.codec import HEADER, Limit, Limits, decode, encode, payload_size
+from flowspec.comm.shaped import Arrivals
+from flowspec.core.cost import Emulate
 
 FOREVER = datetime.timedelta(days=30)
 _BYE = Message("bye")
+_BYE_LIMIT = Limit(64, 0)
 
 
 class _Sender:
@@ -48,43 +51,58 @@ class _Sender:
 
 
 class _Receiver:
-    """Puts what one peer sends into the inbox, in order."""
+    """Puts what one peer sends into the inbox, in order. Whatever it cannot take in is the peer's end."""
 
-    def __init__(self, source: int, group: dist.ProcessGroup, inbox: Inbox, urgent: bool, lost: Lost):
+    def __init__(self, source: int, group: dist.ProcessGroup, inbox: Inbox, urgent: bool, limits: Limits, arrivals: Arrivals, lost: Lost):
         self._source, self._group, self._inbox, self._urgent, self._lost = source, group, inbox, urgent, lost
+        self._limits, self._arrivals = limits, arrivals
         self.thread = threading.Thread(target=self._run, name=f"receive from {source}", daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
+        try:
+            while (message := self._receive()).kind != _BYE.kind:
+                self._inbox.put((self._source, message), self._urgent, self._arrivals.due(message))
+        except ConnectionError as error:
+            self._lost(self._source, str(error))
+        except ValueError as error:
+            self._lost(self._source, f"its message was refused: {error}")
+        except Exception as error:  # a thread that falls silent would hang the run
+            self._lost(self._source, f"its message could not be read: {type(error).__name__}: {error}")
+
+    def _receive(self) -> Message:
+        """ConnectionError when the link broke, ValueError for what is no message."""
         header = torch.empty(HEADER, dtype=torch.int64)
-        while True:
-            try:
-                dist.recv(header, self._source, group=self._group)
-                payload = torch.empty(payload_size(header), dtype=torch.uint8)
-                dist.recv(payload, self._source, group=self._group)
-                message = decode(header, payload)
-            except RuntimeError:
-                return self._lost(self._source, "the connection broke")
-            except ValueError as error:
-                return self._lost(self._source, str(error))
-            if message.kind == _BYE.kind:
-                return
-            self._inbox.put((self._source, message), self._urgent, message.meta.pop(DUE, 0.0))
+        self._fill(header)
+        payload = torch.empty(payload_size(header, self._limits), dtype=torch.uint8)
+        self._fill(payload)
+        return decode(header, payload, self._limits)
+
+    def _fill(self, part: torch.Tensor) -> None:
+        try:
+            dist.recv(part, self._source, group=self._group)
+        except RuntimeError:
+            raise ConnectionError("the connection broke") from None
 
 
 class GlooTransport:
-    """One rank's end of the ring over two process groups of its own. Needs torch.distributed to be initialised."""
+    """One rank's end of the ring over two process groups of its own. Needs torch.distributed to be initialised.
 
-    def __init__(self, lost: Lost):
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+    limits: what messages of each kind can hold; emulate: what links may delay; pulses: those that the heartbeat keeps."""
+
+    def __init__(self, lost: Lost, limits: Limits, emulate: Emulate, pulses: list[Pulse], still: float):
+        self.rank, self.world_size, self.pulses, self.still = dist.get_rank(), dist.get_world_size(), pulses, still
         self.inbox = Inbox()
         self._closing = False
         self._lost_peer = lost
         ring, control = (dist.new_group(backend="gloo", timeout=FOREVER) for _ in range(2))
         after, before = (self.rank + 1) % self.world_size, (self.rank - 1) % self.world_size
         peers = range(1, self.world_size) if self.rank == 0 else [0]
-        self._receivers = [_Receiver(before, ring, self.inbox, False, self._lost)]
-        self._receivers += [_Receiver(p, control, self.inbox, True, self._lost) for p in peers]
+        limits = {**limits, _BYE.kind: _BYE_LIMIT}
+        links = [(before, ring, False), *((peer, control, True) for peer in peers)]
+        self._receivers = [
+            _Receiver(peer, group, self.inbox, urgent, limits, Arrivals(emulate), self._lost) for peer, group, urgent in links
+        ]
         self._next = _Sender(after, ring, self._lost)
         self._control = {p: _Sender(p, control, self._lost) for p in peers}
 

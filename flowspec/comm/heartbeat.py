@@ -1,7 +1,11 @@
-"""Who is alive: every rank bumps a counter in torch's store, and watches the others'. A channel of its own.
+"""Who is alive and moves: every rank tells torch's store a number and what its working thread is at, and watches the others'.
 
 A killed process breaks its connections at once; a stopped one (SIGSTOP, a swapping box) breaks nothing, so silence is
-the only sign. An idle ring beats on for days. If the store itself is gone, its host or launcher is.
+the only sign; one that hangs in a read beats on, so its beat tells how often its working thread has moved. A rank that waits for work
+need not move: an idle ring beats on for days. If the store itself is gone or silent, its host or launcher is. Calls to a silent store
+block, so one thread speaks with the store and another one watches.
+
+The store asks nobody who he is: what comes from it is shown, compared and checked, never obeyed.
 """
 
 from __future__ import annotations
@@ -12,12 +16,19 @@ import os
 import signal
 import socket
 import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch.distributed as dist
 
-from flowspec.comm.base import Lost
+from flowspec.comm.base import STILL, Awake, Lost, Pulse
+
+GONE = "the launcher or the first rank's host is gone"
+_GRACE = 1.0
+"""seconds between the store's end and the conclusion that nobody told us to leave"""
+RUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+"""what the environment of a rank says of it and of its run"""
 
 
 def machine() -> list[str]:
@@ -28,56 +39,166 @@ def machine() -> list[str]:
     return [boot.read_text().strip(), os.readlink(ids)]
 
 
-class Heartbeat:
-    """Beats every `every` seconds; calls `lost(rank, reason)` once when a rank was silent for `limit` seconds."""
+def is_rank_of_this_run(pid: object, rank: int) -> bool:
+    """Is this the id of a process of ours that was started as that rank of the run that we are in? Only where /proc tells."""
+    if type(pid) is not int or pid <= 1 or pid == os.getpid():
+        return False
+    process = Path("/proc") / str(pid)
+    try:
+        if process.stat().st_uid != os.getuid():
+            return False
+        started = dict(fact.partition(b"=")[::2] for fact in (process / "environ").read_bytes().split(b"\0"))
+    except OSError:
+        return False
+    wanted = {name: os.environ.get(name) for name in RUN} | {"RANK": str(rank)}
+    return all(started.get(name.encode()) == (value and value.encode()) for name, value in wanted.items())
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, lost: Lost, every: float = 0.5, limit: float = 3.0):
+
+def _told(text: bytes, types: list[type]) -> list:
+    """What stands in the store for a rank: a list of these types."""
+    with contextlib.suppress(ValueError, RecursionError):
+        told = json.loads(text)
+        if isinstance(told, list) and [type(part) for part in told] == types:
+            return told
+    raise ValueError(f"its heartbeat is none of ours: {_shown(repr(text[:40]))}")
+
+
+class _Who(NamedTuple):
+    host: str
+    machine: list[str]
+    pid: int
+
+
+def _who(text: bytes) -> _Who:
+    """ValueError for what no rank of ours announces."""
+    host, where, pid = _told(text, [str, list, int])
+    return _Who(_shown(host), where, pid)
+
+
+def _shown(text: str) -> str:
+    """Fit for a line of a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text[:80])
+
+
+class _Beat(NamedTuple):
+    number: int
+    moves: int
+    doing: str
+
+
+def _beat(text: bytes) -> _Beat:
+    """ValueError for what no rank of ours tells."""
+    number, moves, doing = _told(text, [int, int, str])
+    return _Beat(number, moves, _shown(doing))
+
+
+class _Unchanged:
+    """How long things have been what they are, by a clock that the caller reads."""
+
+    def __init__(self) -> None:
+        self._since: dict[object, tuple[object, float]] = {}
+
+    def seconds(self, thing: object, value: object, now: float) -> float:
+        if thing not in self._since or self._since[thing][0] != value:
+            self._since[thing] = (value, now)
+        return now - self._since[thing][1]
+
+
+class Heartbeat:
+    """Beats every `every` seconds; calls `lost(rank, reason)` once when a rank was silent for `limit` seconds or stood still at its work
+    for `still` seconds, with rank -1 when the store was silent for `limit` seconds or is gone.
+
+    pulses: by rank; this rank's own is told, the others' become what they tell."""
+
+    def __init__(
+        self, store: dist.Store, rank: int, pulses: list[Pulse], lost: Lost, every: float = 0.5, limit: float = 3.0, still: float = STILL
+    ):
         self._store = dist.PrefixStore("flowspec/heartbeat", store)
-        self._rank, self._others = rank, [r for r in range(world_size) if r != rank]
-        self._lost, self._every, self._limit = lost, every, limit
+        self._rank, self._pulses, self._others = rank, pulses, [r for r in range(len(pulses)) if r != rank]
+        self._lost, self._every, self._limit, self._still = lost, every, limit, still
+        self._unchanged = _Unchanged()
+        self._who: dict[int, _Who] = {}
+        self._heard: tuple[int, list[bytes]] = (0, [])  # how often the store has answered, and what it said
+        self._broken = False
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._threads = [threading.Thread(target=run, name="heartbeat", daemon=True) for run in (self._speak, self._watch)]
 
     def announce(self) -> None:
-        self._store.set(f"beat/{self._rank}", "0")
-        self._store.set(f"who/{self._rank}", json.dumps([socket.gethostname(), machine(), os.getpid()]))
+        self._store.set(f"beat/{self._rank}", self._own(0))
+        self._store.set(f"who/{self._rank}", json.dumps(_Who(socket.gethostname(), machine(), os.getpid())))
 
-    def start(self) -> None:
-        """Waits until every rank has announced itself (the store's own timeout bounds that), then beats."""
-        self._who = {r: json.loads(self._store.get(f"who/{r}")) for r in self._others}
-        self._thread.start()
+    def start(self, awaits: Callable[[int], None] = lambda rank: None) -> None:
+        """Waits until every rank has announced itself (`awaits` hears for which it does), then beats. Whatever the store's client raises,
+        ValueError for an announcement of nobody of ours."""
+        for rank in self._others:
+            awaits(rank)
+            self._who[rank] = _who(self._store.get(f"who/{rank}"))
+        for thread in self._threads:
+            thread.start()
 
     def host(self, rank: int) -> str:
-        return socket.gethostname() if rank == self._rank else self._who[rank][0]
+        return socket.gethostname() if rank == self._rank else self._who[rank].host
 
     def kill_if_here(self, rank: int) -> None:
-        """A stopped process does not hear SIGTERM; end it if it runs on this machine."""
-        _, where, pid = self._who[rank]
-        if where == machine():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+        """A stopped process does not hear SIGTERM; end it if it runs on this machine and is what it says."""
+        who = self._who[rank]
+        if who.machine == machine() and is_rank_of_this_run(who.pid, rank):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(who.pid, signal.SIGKILL)
 
     def stop(self) -> None:
+        """Waits for the threads, but for no store that is silent."""
         self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(self._limit)
 
-    def _run(self) -> None:
-        count = 0
-        heard: dict[int, tuple[bytes, float]] = {}
-        begun = time.monotonic()
+    def _own(self, number: int) -> str:
+        pulse = self._pulses[self._rank]
+        return json.dumps(_Beat(number, pulse.moves, pulse.doing))
+
+    def _speak(self) -> None:
+        """The only thread that calls the store."""
+        number = 0
         while not self._stop.wait(self._every):
-            now = time.monotonic()
-            if now - begun > self._limit:  # it was we who slept: give the others their time again
-                heard = {r: (beat, now) for r, (beat, _) in heard.items()}
-            begun, count = now, count + 1
+            number += 1
             try:
-                self._store.set(f"beat/{self._rank}", str(count))
-                beats = self._store.multi_get([f"beat/{r}" for r in self._others])
-            except RuntimeError:  # DistNetworkError is one
-                return self._lost(-1, "the launcher or the first rank's host is gone (torch's store does not answer)")
-            for r, beat in zip(self._others, beats, strict=True):
-                if r not in heard or heard[r][0] != beat:
-                    heard[r] = (beat, now)
-                elif now - heard[r][1] > self._limit:
-                    return self._lost(r, f"no heartbeat for {self._limit:g} s")
+                self._store.set(f"beat/{self._rank}", self._own(number))
+                self._heard = (number, self._store.multi_get([f"beat/{r}" for r in self._others]))
+            except Exception:  # as a rule DistNetworkError; whatever it is, nobody would hear us any more
+                self._broken = True
+                return
+
+    def _watch(self) -> None:
+        """The others' silence counts only while the store answers, and the store's only while we are awake."""
+        awake, answering = Awake(2 * self._every), 0.0
+        answered, at = 0, awake()
+        while not self._stop.wait(self._every):
+            now, (number, beats) = awake(), self._heard
+            if self._broken:
+                if not self._stop.wait(_GRACE):  # at the end of a run its host may leave a moment before us
+                    self._lost(-1, f"{GONE} (torch's store does not answer)")
+                return
+            if number != answered:
+                answering += min(now - at, 2 * self._every)
+                answered, at = number, now
+                found = self._judge(beats, answering)
+                if found:
+                    return self._lost(*found)
+            elif now - at > self._limit:
+                return self._lost(-1, f"{GONE} (torch's store was silent for {self._limit:g} s)")
+
+    def _judge(self, beats: list[bytes], now: float) -> tuple[int, str] | None:
+        """The first rank that is lost, and why."""
+        for rank, text in zip(self._others, beats, strict=True):
+            try:
+                beat = _beat(text)
+            except ValueError as error:
+                return rank, str(error)
+            pulse = self._pulses[rank]
+            pulse.moves, pulse.doing = beat.moves, beat.doing
+            if self._unchanged.seconds(rank, beat.number, now) > self._limit:
+                return rank, f"no heartbeat for {self._limit:g} s"
+            if self._unchanged.seconds((rank, "moves"), beat.moves, now) > self._still and beat.doing:
+                return rank, f"it beats, but stood still for {self._still:g} s: {beat.doing}"
+        return None

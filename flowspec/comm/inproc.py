@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from flowspec.comm.base import DUE, Clock, Inbox, Message
+from flowspec.comm.base import DUE, STILL, Clock, Inbox, Message, Pulse
 
 
 class InprocTransport:
     """One end of a ring of threads; `ring(world_size)` makes all of them."""
 
-    def __init__(self, rank: int, inboxes: list[Inbox]):
-        self.rank, self.world_size = rank, len(inboxes)
+    still = STILL
+
+    def __init__(self, rank: int, inboxes: list[Inbox], pulses: list[Pulse]):
+        self.rank, self.world_size, self.pulses = rank, len(inboxes), pulses
         self.inbox, self._inboxes = inboxes[rank], inboxes
 
     def send_next(self, message: Message) -> None:
@@ -23,5 +25,5 @@ class InprocTransport:
 
 
 def ring(world_size: int, clock: Clock | None = None) -> list[InprocTransport]:
-    inboxes = [Inbox(clock) for _ in range(world_size)]
-    return [InprocTransport(rank, inboxes) for rank in range(world_size)]
+    inboxes, pulses = [Inbox(clock) for _ in range(world_size)], [Pulse() for _ in range(world_size)]
+    return [InprocTransport(rank, inboxes, pulses) for rank in range(world_size)]

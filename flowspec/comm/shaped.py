@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 from flowspec.comm.base import DUE, Clock, Message, Transport
 from flowspec.core.cost import Emulate
@@ -29,6 +30,23 @@ class _Link:
         return dataclasses.replace(message, meta={**message.meta, DUE: self._free_at + self._emulate.link_ms / 1000})
 
 
+class Arrivals:
+    """When the messages of one incoming link may be seen: as the sender says, but no later than the emulated link can have made it."""
+
+    def __init__(self, emulate: Emulate):
+        self._emulate = emulate
+        self._latest = 0.0
+
+    def due(self, message: Message) -> float:
+        """Takes the sender's word from the message. The bound follows from `_Link.due`, as the message cannot have left after now."""
+        asked = message.meta.pop(DUE, 0.0)
+        if not self._emulate.shapes_links or not isinstance(asked, int | float):
+            return 0.0
+        busy = self._emulate.wire_seconds(wire_bytes(message, self._emulate.hidden_scale))
+        self._latest = max(self._latest, time.monotonic() + self._emulate.link_ms / 1000) + busy
+        return asked if asked <= self._latest else self._latest
+
+
 def shaped(transport: Transport, emulate: Emulate) -> Transport:
     """`transport` itself when no link is emulated."""
     return ShapedTransport(transport, emulate) if emulate.shapes_links else transport
@@ -41,6 +59,7 @@ class ShapedTransport:
     def __init__(self, inner: Transport, emulate: Emulate):
         self._inner = inner
         self.rank, self.world_size, self.inbox = inner.rank, inner.world_size, inner.inbox
+        self.pulses, self.still = inner.pulses, inner.still
         self._next = _Link(emulate, inner.inbox.clock)
         self._control = {to: _Link(emulate, inner.inbox.clock) for to in (range(1, self.world_size) if self.rank == 0 else [0])}
 

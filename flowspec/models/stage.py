@@ -154,9 +154,9 @@ class Sequence:
         self.model_cpu = 0.0
         """CPU seconds that this thread spent in the model"""
 
-    def prefill(self, rows: Tensor) -> Tensor:
-        """Prompt rows (tokens or features [n, hidden]) through the model; features [n, hidden]."""
-        return self._whole(rows, self.state.extend(len(rows)))
+    def prefill(self, rows: Tensor, needed: Needed = ALWAYS) -> Tensor:
+        """Prompt rows (tokens or features [n, hidden]) through the model; features [n, hidden]. `needed` hears of each layer."""
+        return self._whole(rows, self.state.extend(len(rows)), needed)
 
     def verify(
         self, ids: list[int], parents: list[int], rows: Tensor, drop: bool = True, needed: Needed = ALWAYS
@@ -180,8 +180,8 @@ class Sequence:
         assert len(admitted.kept) == len(rows), "a row that is not worth it"
         return admitted.positions, self._whole(rows, admitted)
 
-    def _whole(self, rows: Tensor, admitted: Admitted) -> Tensor:
-        out = self._forward(rows, admitted, ALWAYS)
+    def _whole(self, rows: Tensor, admitted: Admitted, needed: Needed = ALWAYS) -> Tensor:
+        out = self._forward(rows, admitted, needed)
         assert out is not None
         return out
 

@@ -16,19 +16,17 @@ from flowspec.core.messages import PREFILL_ROWS, Action, Commit, Draft, Event, F
 from flowspec.core.policy import Policy, PolicyConfig
 from flowspec.core.request import Request
 from flowspec.core.scheduler import Scheduler
-from flowspec.errors import RankLost
 from flowspec.models.stage import Head
 from flowspec.runtime import wire
 from flowspec.runtime.drafting import DraftThread, Local
 from flowspec.runtime.picking import Picks
 from flowspec.runtime.tracing import Log, merged
+from flowspec.runtime.waiting import receive
 from flowspec.sampling import Pick, noise_for
 from flowspec.trace import Fates, Span
 
 log = logging.getLogger(__name__)
 
-STALL = 600.0
-"""seconds without any message after which a request is given up: a bug, since dead and hung ranks show earlier"""
 QUESTIONS = 5
 """of each stage's clock, after a traced request"""
 
@@ -194,12 +192,8 @@ class Driver:
     def _next_event(self, request: Request) -> Event:
         """The next event of this request; what is left of earlier ones is dropped."""
         while True:
-            deadline = self._clock.now() + STALL
-            until = deadline if self._wake_at is None else min(deadline, self._wake_at)
-            item = self._transport.inbox.get(max(0.0, until - self._clock.now()))
+            item = receive(self._transport, math.inf if self._wake_at is None else self._wake_at)
             if item is None:
-                if until == deadline:
-                    raise RankLost(f"nothing came back for {STALL:g} s although every rank is alive")
                 self._wake_at = None
                 return Woke()
             event = self._read(request, item)
@@ -268,9 +262,7 @@ class Driver:
     def _await_reports(self, request: Request, stats: Stats) -> None:
         stages = range(1, self._transport.world_size)
         while len(stats.reports) < len(stages):
-            item = self._transport.inbox.get(STALL)
-            if item is None:
-                raise RankLost(f"no report from rank {min(set(stages) - set(stats.reports))} for {STALL:g} s")
+            item = receive(self._transport)
             if not isinstance(item, Local) and item[1].kind == "report" and item[1].meta["request"] == request.id:
                 stats.reports[item[0]] = wire.read_report(item[1])
         if self._log.on:
@@ -285,9 +277,7 @@ class Driver:
                 self._transport.send_control(rank, wire.ping())
             answers = 0
             while answers < self._transport.world_size - 1:
-                item = self._transport.inbox.get(STALL)
-                if item is None:
-                    raise RankLost(f"a rank did not tell the time for {STALL:g} s")
+                item = receive(self._transport)
                 if not isinstance(item, Local) and item[1].kind == "pong":
                     sent, clock, now = item[1].meta["sent"], item[1].meta["clock"], self._clock.now()
                     best[item[0]] = min(best.get(item[0], (math.inf, 0.0)), (now - sent, clock - (sent + now) / 2))

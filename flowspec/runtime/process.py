@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
+import re
 import socket
 import sys
 import threading
@@ -15,9 +17,13 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from flowspec.comm.base import STILL, Pulse
+from flowspec.comm.codec import Limits
 from flowspec.comm.gloo import FOREVER, GlooTransport
 from flowspec.comm.heartbeat import Heartbeat
+from flowspec.core.cost import Emulate
 from flowspec.core.request import need
+from flowspec.errors import RankLost
 
 log = logging.getLogger(__name__)
 
@@ -40,19 +46,23 @@ def launched() -> bool:
     return REPORT in os.environ
 
 
-def report(line: str, code: int, speak: bool = True) -> None:
-    """Leave one line for the launcher to print; say it here if there is no launcher and `speak`."""
+def report(line: str, code: int, speak: bool = True, aloud: bool = False) -> None:
+    """Leave one line for the launcher to print; say it here if there is no launcher and `speak`, or in any case if `aloud`. Never fails."""
     path = os.environ.get(REPORT)
     if path:
-        with open(path, "a") as file:
-            file.write(json.dumps({"line": line, "code": code}) + "\n")
-    elif speak:
-        print(f"flowspec: {line}", file=sys.stderr, flush=True)
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps({"line": line, "code": code}) + "\n")
+        except OSError:  # a full disk
+            aloud = True
+    if aloud or (speak and not path):
+        with contextlib.suppress(OSError, ValueError):
+            print(f"flowspec: {line}", file=sys.stderr, flush=True)
 
 
 def leave(code: int) -> NoReturn:
     """End this process now, whatever its threads are waiting for."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
@@ -72,16 +82,23 @@ def check_world(world_size: int, one_clock: bool) -> None:
     )
 
 
-def join_run(world_size: int) -> tuple[GlooTransport, Callable[[], None]]:
-    """Connect to the other ranks; the transport, and what to call after it was closed."""
-    if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost", "::1"):
+def join_run(world_size: int, limits: Limits, emulate: Emulate) -> tuple[GlooTransport, Callable[[], None]]:
+    """Connect to the other ranks; the transport, and what to call after it was closed. RankLost when one of them does not come in time."""
+    need({"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys(), "MASTER_ADDR and MASTER_PORT say where ranks meet: start them by torchrun")
+    if os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost", "::1"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")  # listen on loopback only
-    store, rank, _ = next(dist.rendezvous("env://"))
-    heartbeat = Heartbeat(store.clone(), rank, world_size, lambda r, why: _mourn(heartbeat, rank, r, why), **_pace())
-    heartbeat.announce()
-    heartbeat.start()  # from here on a rank that fails to connect is noticed
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=FOREVER)
-    transport = GlooTransport(lambda r, why: _mourn(heartbeat, rank, r, why))
+    rank, pulses, pace = int(os.environ["RANK"]), [Pulse() for _ in range(world_size)], _pace()
+    with _Connecting(_seconds_to_connect()) as connecting:
+        store, another = _stores(rank, world_size)
+        heartbeat = Heartbeat(another, rank, pulses, lambda r, why: _mourn(heartbeat, rank, r, why, hung=True), **pace)
+        heartbeat.announce()
+        heartbeat.start(connecting.awaits)  # from here on a rank that fails to connect is noticed
+        pulses[rank].at(CONNECTING)
+        connecting.to = lambda: _unconnected(heartbeat, pulses, rank)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=FOREVER)
+        lost = lambda r, why: _mourn(heartbeat, rank, r, why, hung=False)  # noqa: E731
+        transport = GlooTransport(lost, limits, emulate, pulses, pace.get("still", STILL))
+        pulses[rank].at()
     log.info("joined a run of %d ranks as %s", world_size, rank_name(rank, socket.gethostname()))
 
     def depart() -> None:
@@ -91,30 +108,91 @@ def join_run(world_size: int) -> tuple[GlooTransport, Callable[[], None]]:
     return transport, depart
 
 
+def address() -> str:
+    """Where the ranks of this run meet: torch's store."""
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+def _stores(rank: int, world_size: int) -> tuple[dist.Store, dist.Store]:
+    """Two connections to the run's store: torchrun's, or without one rank 0's."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    one, two = (dist.TCPStore(host, port, world_size, serving, FOREVER, wait_for_workers=False) for serving in (serves, False))
+    attempt = f"flowspec/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    return dist.PrefixStore(attempt, one), dist.PrefixStore(attempt, two)
+
+
+CONNECTING = "connecting to the other ranks"
+
+
+def _unconnected(heartbeat: Heartbeat, pulses: list[Pulse], me: int) -> str:
+    """Which ranks are not connected to all others."""
+    names = (rank_name(r, heartbeat.host(r)) for r, pulse in enumerate(pulses) if pulse.doing == CONNECTING or r == me)
+    return f"not all ranks that met at {address()} could connect to each other: {', '.join(names)} still try"
+
+
+class _Connecting:
+    """A context that must be over in time, else the process is, with a word about what it waited for. A thread of its own sees to that:
+    the calls that connect know no limit, or one that kills links later. What they raise becomes RankLost, with the same words."""
+
+    def __init__(self, seconds: float):
+        self.to: Callable[[], str] = lambda: f"{own_name()} could not connect to the run's store at {address()}"
+        self._seconds, self._timer = seconds, threading.Timer(seconds, self._give_up)
+        self._timer.daemon = True
+
+    def awaits(self, rank: int) -> None:
+        role = "coordinator" if rank == 0 else f"stage {rank}"
+        self.to = lambda: f"rank {rank} ({role}) did not come to {address()}"
+
+    def _give_up(self) -> None:
+        with _last_words:
+            report(f"{self.to()} within {self._seconds:g} s (FLOWSPEC_CONNECT=SECONDS gives more time)", 1)
+            leave(1)
+
+    def __enter__(self) -> _Connecting:
+        self._timer.start()
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._timer.cancel()
+        if isinstance(error, RuntimeError | ValueError):
+            raise RankLost(f"{self.to()}: {str(error).splitlines()[0]}") from None
+
+
+def _seconds_to_connect() -> float:
+    """FLOWSPEC_CONNECT: for hosts that are started by hand, or check large files first."""
+    text = os.environ.get("FLOWSPEC_CONNECT", "60")
+    found = re.fullmatch(r"\d+(\.\d+)?", text)
+    need(found is not None and 0 < float(text) < threading.TIMEOUT_MAX, f"FLOWSPEC_CONNECT is {text!r}: it must be a number of seconds")
+    return float(text)
+
+
 def _pace() -> dict[str, float]:
-    """FLOWSPEC_HEARTBEAT=every,limit in seconds, for links or boxes that need more patience than the default."""
+    """FLOWSPEC_HEARTBEAT=every,limit[,still] in seconds, for links, boxes or disks that need more patience than the default."""
     text = os.environ.get("FLOWSPEC_HEARTBEAT")
     if not text:
         return {}
     try:
-        every, limit = (float(part) for part in text.split(","))
+        every, limit, still = map(float, text.split(",") if text.count(",") == 2 else f"{text},{STILL}".split(","))
     except ValueError:
-        every = limit = 0.0
-    need(0 < every < limit, f"FLOWSPEC_HEARTBEAT is {text!r}: it must be two numbers of seconds, such as 0.5,3")
-    return {"every": every, "limit": limit}
+        every = limit = still = 0.0
+    ok = 0 < every < limit < math.inf and still > 0
+    need(ok, f"FLOWSPEC_HEARTBEAT is {text!r}: it must be two or three numbers of seconds, such as 0.5,3 or 0.5,3,{STILL:g}")
+    return {"every": every, "limit": limit, "still": still}
 
 
-def _mourn(heartbeat: Heartbeat, me: int, rank: int, reason: str) -> NoReturn:
-    """A rank is lost, so the run is: say which and why, end a stopped process on this machine, go."""
-    hung = reason.startswith("no heartbeat")
+def _mourn(heartbeat: Heartbeat, me: int, rank: int, reason: str, hung: bool) -> NoReturn:
+    """A rank is lost (-1: the launcher), so the run is: say which and why, end a hung process on this machine, go, come what may."""
     if not hung:
         time.sleep(1.0)  # a local death is torchrun's to report: it knows the signal, and ends us before this is over
-    with _last_words:
-        if rank < 0:
-            report(reason, 1)
-        else:
-            line = f"{rank_name(rank, heartbeat.host(rank))} {'hung' if hung else 'died'}: {reason}"
-            report(line, 1, speak=me == (1 if rank == 0 else 0))
-            if hung:
-                heartbeat.kill_if_here(rank)
+    try:
+        with _last_words:
+            if rank < 0:  # nobody may be left to print what is reported
+                report(f"{own_name()} leaves: {reason}", 1, aloud=True)
+            else:
+                line = f"{rank_name(rank, heartbeat.host(rank))} {'hung' if hung else 'died'}: {reason}"
+                report(line, 1, speak=me == (1 if rank == 0 else 0))
+                if hung:
+                    heartbeat.kill_if_here(rank)
+    finally:
         leave(1)

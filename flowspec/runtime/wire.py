@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from flowspec.comm.base import Message
-from flowspec.core.messages import Cost, Idle, Prune, Segment, Started
+from flowspec.comm.codec import Limit, Limits
+from flowspec.core.messages import PREFILL_ROWS, Cost, Idle, Prune, Segment, Started
 from flowspec.core.policy import PolicyConfig
 from flowspec.core.request import Request, Sampling
 from flowspec.trace import Span
@@ -184,3 +185,28 @@ def loaded(megabytes: float, seconds: float, what: str) -> Message:
 
 STOP = Message("stop")
 """The run is over: leave."""
+
+
+# ---- how much each can hold ------------------------------------------------------------------------
+FACTS = 1 << 16
+"""bytes of JSON in any message but a traced report"""
+SPANS = 1 << 14
+"""bytes of JSON that a stage notes of a position of a traced text"""
+ELEMENT = 8
+"""bytes of the widest dtype"""
+
+
+def limits(tree: int, hidden: int, layers: int, positions: int) -> Limits:
+    """Every kind of message, and what it can hold in a run of a model with that many hidden units, layers and positions, whose trees
+    have at most so many nodes."""
+    rows = max(tree, PREFILL_ROWS)
+    numbers = 8 * ELEMENT * rows  # of each node: id, parent, token, position, gap, and room between tensors
+    features = ELEMENT * rows * hidden
+    ring = dict.fromkeys(("prefill", "segment", "features", "choices", "prompt_features"), Limit(FACTS, numbers + features))
+    words = ("start", "prune", "started", "cost", "idle", "prefilled", "end", "ping", "pong", "loading", "loaded", STOP.kind)
+    return {
+        **ring,
+        **dict.fromkeys(words, Limit(FACTS, 0)),
+        "text_features": Limit(FACTS, layers * features),
+        "report": Limit(FACTS + SPANS * positions, 0),
+    }

@@ -9,6 +9,7 @@ import resource
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from flowspec.core.cost import Emulate, Meter
 from flowspec.core.messages import Started
 from flowspec.core.request import Sampling
 from flowspec.core.stage import Accepted
-from flowspec.models.stage import ALWAYS, Head, Needed, Sequence, StageModel, Tapped
+from flowspec.models.stage import Head, Needed, Sequence, StageModel, Tapped
 from flowspec.runtime import wire
 from flowspec.runtime.picking import Picks
 from flowspec.runtime.tracing import Log
@@ -94,6 +95,8 @@ class Worker:
     model: StageModel
     head: Head | None = None
     emulate: Emulate = field(default_factory=Emulate)
+    LOOK: ClassVar = 1.0
+    """seconds of an emulated forward between signs that it goes on"""
     first_layer: int = 0
     """of the model, as the target counts"""
 
@@ -101,15 +104,18 @@ class Worker:
         self._clock = self.transport.inbox.clock
         self._is_first = self.transport.rank == 1
         self._is_last = self.transport.rank == self.transport.world_size - 1
+        self._pulse = self.transport.pulses[self.transport.rank]
         self._live: dict[int, _Live] = {}
         self._over: set[int] = set()  # ended before they began here
 
     def run(self) -> None:
         """Serve until rank 0 says stop."""
         while True:
+            self._pulse.at()
             _, message = self.transport.inbox.get()
             if message.kind == "stop":
                 return
+            self._pulse.at(f"at work on a {message.kind} message")
             getattr(self, "_on_" + message.kind)(message)
 
     # ---- round the ring ----------------------------------------------------------------------------
@@ -135,8 +141,8 @@ class Worker:
         rows = message.tensors[0]
         self._arrived(live, message, self._clock.now(), None)
         begun = self._clock.now()
-        out = live.sequence.prefill(rows)
-        self._pretend(begun, len(rows), ALWAYS)
+        out = live.sequence.prefill(rows, self._moves)
+        self._pretend(begun, len(rows), self._moves)
         self._account(live, len(rows), begun)
         self.transport.send_control(0, wire.prefilled(message.meta["request"]))
         self._hand_over(message, live, live.sequence.prefilled())
@@ -218,11 +224,16 @@ class Worker:
             getattr(self, "_on_" + message.kind)(message)
         return True
 
+    def _moves(self) -> bool:
+        """A layer is done; go on."""
+        self._pulse.move()
+        return True
+
     def _needed(self, request: int, live: _Live, ids: list[int]) -> Needed:
         """Whether to go on with a forward over these nodes: not when the request is over, nor when all of them are dead."""
 
         def needed() -> bool:
-            going = self._hear_control() and request in self._live
+            going = self._moves() and self._hear_control() and request in self._live
             return going and not (live.abort and live.sequence.state.all_dead(ids))
 
         return needed
@@ -271,7 +282,7 @@ class Worker:
         end of the next of its layers."""
         seconds = self.emulate.stage_seconds(self.transport.rank, rows)
         while (left := begun + seconds - self._clock.now()) > 0:
-            if self._hear_control(left) and needed():
+            if self._hear_control(min(left, self.LOOK)) and needed():
                 continue
             layer = seconds / self.emulate.LAYERS
             spent = self._clock.now() - begun

@@ -73,3 +73,27 @@ def test_a_stopped_rank_ends_the_run_and_is_named(pair, command, when, rank):
     run = when(command, pair.config(2), env={"FLOWSPEC_HEARTBEAT": "0.5,5"})  # 3 s by default: a busy box needs more to load
     run.signal(rank, signal.SIGSTOP)
     assert_ends_naming(run, rank, "hung: no heartbeat for 5 s")
+
+
+@SLOW
+def test_a_launcher_that_stops_ends_every_rank_and_each_says_why(pair, command):
+    run = while_idle(command, pair.config(2), env={"FLOWSPEC_HEARTBEAT": "0.5,5"})
+    run.process.send_signal(signal.SIGSTOP)
+    run.wait_until(lambda: set(run.alive().values()) == {None})
+    for name in NAMES.values():
+        assert f"flowspec: {name} leaves: the launcher or the first rank's host is gone (torch's store was silent for 5 s)" in run.err
+
+
+@pytest.mark.parametrize(
+    "rank,words",
+    [(0, "rank 1 (stage 1) did not come to {}"), pytest.param(1, f"{NAMES[1]} could not connect to the run's store at {{}}", marks=SLOW)],
+)
+def test_a_rank_that_waits_for_others_in_vain_names_them_and_leaves(pair, command, rank, words):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": rank, "WORLD_SIZE": 3, "LOCAL_WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "FLOWSPEC_CONNECT": 2}
+    run = command(pair.config(2), "--prompt", PROMPT, env={name: str(value) for name, value in alone.items()})
+    assert run.end() == 1
+    where = words.format(f"127.0.0.1:{port}")
+    assert run.err.splitlines()[-1] == f"flowspec: {where} within 2 s (FLOWSPEC_CONNECT=SECONDS gives more time)"

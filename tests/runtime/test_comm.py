@@ -6,6 +6,8 @@ world of three processes (this file as a program) runs all scenarios after one a
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
 import threading
@@ -17,14 +19,17 @@ import torch
 import torch.distributed as dist
 
 from flowspec.comm import gloo, inproc
-from flowspec.comm.base import Inbox, Message
-from flowspec.comm.codec import decode, encode, payload_size
-from flowspec.comm.heartbeat import Heartbeat
-from flowspec.comm.shaped import ShapedTransport, shaped, wire_bytes
+from flowspec.comm import heartbeat as beats
+from flowspec.comm.base import DUE, STILL, Inbox, Message, Pulse
+from flowspec.comm.codec import Limit, decode, encode, payload_size
+from flowspec.comm.heartbeat import Heartbeat, is_rank_of_this_run
+from flowspec.comm.shaped import Arrivals, ShapedTransport, shaped, wire_bytes
 from flowspec.core.cost import Emulate
-from flowspec.core.messages import FRAME_BYTES, Cost, Prune, Segment, Started
-from flowspec.errors import UserError
-from flowspec.runtime import wire
+from flowspec.core.messages import FRAME_BYTES, PREFILL_ROWS, Cost, Prune, Segment, Started
+from flowspec.core.policy import PolicyConfig
+from flowspec.core.request import Request, Sampling
+from flowspec.errors import RankLost, UserError
+from flowspec.runtime import process, waiting, wire
 from flowspec.runtime.process import check_world
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -38,6 +43,10 @@ DTYPES = [
 SHAPES = [(), (0,), (0, 8), (8, 0), (1,), (3, 5), (2, 3, 7)]
 
 
+KINDS = ("any", "number", "big", "all", "nothing", "answer", "question", "data", "control", "later")
+LIMITS = dict.fromkeys(KINDS, Limit(1 << 16, 1 << 23))
+
+
 def tensor(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 100, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -49,8 +58,8 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 # ---- frames ----------------------------------------------------------------------------------------
 def there_and_back(*tensors: torch.Tensor, **meta) -> Message:
     header, payload = encode(Message("any", meta, tensors))
-    assert payload_size(header) == len(payload)
-    return decode(header, payload)
+    assert payload_size(header, LIMITS) == len(payload)
+    return decode(header, payload, LIMITS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -74,10 +83,115 @@ def test_facts_travel_beside_tensors_and_without_them():
         assert (got.kind, got.meta, len(got.tensors)) == ("any", facts, len(tensors))
 
 
-@pytest.mark.parametrize("header", [[0, 0], [-8, 4], [16, 0], [16, -1], [16, 24], [1 << 60, 8], [0x7B22_6B69_6E64_223A, 32]])
+@pytest.mark.parametrize("header", [[0, 0], [-8, 4], [16, 0], [16, -1], [16, 24], [1 << 60, 8], [0x7B22_6B69_6E64_223A, 32], [20, 18]])
 def test_a_header_of_garbage_is_refused(header):
     with pytest.raises(ValueError, match="not a flowspec frame"):
-        payload_size(torch.tensor(header))
+        payload_size(torch.tensor(header), LIMITS)
+
+
+def test_no_frame_is_longer_than_its_kind_can_be():
+    limits = {"small": Limit(200, 0), "rows": Limit(200, 800)}
+    for message, refused in [
+        (Message("rows", {}, (torch.zeros(100),)), None),
+        (Message("rows", {}, (torch.zeros(200, dtype=torch.float64),)), "not a flowspec frame"),
+        (Message("small", {}, (torch.zeros(2),)), "a small message of .* 200 \\+ 0 is the most"),
+        (Message("small", {"text": "x" * 200}), "not a flowspec frame"),
+        (Message("rows", {}, (torch.zeros(0),)), None),
+        (Message("other"), "unknown kind 'other'"),
+    ]:
+        header, payload = encode(message)
+        if refused is None:
+            assert decode(header, payload[: payload_size(header, limits)], limits).kind == message.kind
+        else:
+            with pytest.raises(ValueError, match=refused):
+                payload_size(header, limits)
+                decode(header, payload, limits)
+
+
+def frame(about: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """Its facts are what is given (text as it is), behind them 16 bytes of tensors."""
+    text = about.encode() if isinstance(about, str) else json.dumps(about).encode()
+    payload = torch.zeros(-(-len(text) // 8) * 8 + 16, dtype=torch.uint8)
+    payload[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return torch.tensor([len(payload), len(text)]), payload
+
+
+GOOD = {"version": 1, "kind": "any", "meta": {}, "tensors": [["float32", [2, 2]]]}
+
+
+def test_the_frame_that_is_made_worse_is_good():
+    assert decode(*frame(GOOD), LIMITS).tensors[0].shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        "null", "7", "[]", '"any"', "{}", "[" * 3000, "\xff", '{"version": 1, "kind": "any", "meta": {"a": NaN}, "tensors": []}',
+        {**GOOD, "kind": None}, {**GOOD, "kind": ["any"]}, {**GOOD, "kind": "__init__"}, {**GOOD, "meta": []}, {**GOOD, "tensors": {}},
+        {**GOOD, "version": "1"}, {**GOOD, "version": [1]},
+        *({**GOOD, "tensors": tensors} for tensors in (
+            [], [7], [[]], ["float32"], [["float32"]], [["float", [2, 2]]], [[["float32"], [2, 2]]], [["float32", 4]], [["float32", "4"]],
+            [["float32", [2, 2, 1.0]]], [["float32", [-2, -2]]], [["float32", [2, True, 2]]], [["float32", [2, 3]]], [["float32", [1]]],
+            [["float32", [0, 1 << 62]]], [["float32", [1 << 62, 1 << 62]]], [["float32", [2, 2]]] * 2, [["float32", [1] * 70]],
+            [["float32", [2, 2]], ["float64", [1 << 50]]],
+        )),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_facts_that_no_encoder_writes_are_refused(about):
+    with pytest.raises(ValueError):
+        decode(*frame(about), LIMITS)
+
+
+def test_a_frame_with_bytes_changed_is_refused_or_a_message_and_nothing_else():
+    """Never another error, and never more memory than the frame has."""
+    seed = time.time_ns()
+    print("seed", seed)
+    rng = random.Random(seed)
+    good = Message("any", {"request": 3, "sent": 0.25, "list": [1, [2]]}, (tensor(torch.int32, (2, 3)), tensor(torch.bfloat16, (3, 5))))
+    clean = [part.numpy().tobytes() for part in encode(good)]
+    telling = b'0123456789[]{}",:-eE.tfn\\u\xff\x00 '
+    refused = 0
+    for _ in range(3000):
+        header, payload = (bytearray(part) for part in clean)
+        for _ in range(rng.choice([1, 1, 2, 8])):
+            where = header if rng.random() < 0.05 else payload
+            where[rng.randrange(len(where))] = rng.choice(telling) if rng.random() < 0.7 else rng.randrange(256)
+        try:
+            size = payload_size(frame_header := torch.frombuffer(header, dtype=torch.int64), LIMITS)
+            payload = (payload + bytes(size))[:size] if size != len(payload) else payload
+            message = decode(frame_header, torch.frombuffer(payload, dtype=torch.uint8), LIMITS)
+        except ValueError:
+            refused += 1
+        else:
+            assert message.kind in LIMITS and sum(t.nbytes for t in message.tensors) <= len(payload)
+    assert 0 < refused < 3000
+
+
+def test_all_that_a_ring_says_is_within_the_limits_of_its_kind():
+    tree, hidden, layers = 200, 64, 4
+    limits = wire.limits(tree, hidden, layers, 1000)
+    ids, rows = list(range(tree)), torch.zeros(tree, hidden, dtype=torch.float64)
+    request = Request(id=1, prompt=(1, 2), sampling=Sampling(seed=2**64 - 1))
+    said = [
+        wire.start(request, True, True, range(layers), PolicyConfig()),
+        wire.prefill(1, torch.zeros(PREFILL_ROWS, hidden, dtype=torch.float64)),
+        wire.prompt_features(1, rows),
+        wire.rows_of(1, 9, ids, ids, ids, rows),
+        wire.features(1, 9, ids, torch.arange(tree), rows),
+        wire.choices(1, 9, ids, ids, [0.5] * tree, (ids, rows)),
+        wire.text_features(1, range(layers), 0, rows.repeat(1, layers)),
+        wire.report(1, wire.Report(0.0, 0, 0, 0.0, 0.0, 0.0, 0.0, [])),
+        wire.pong(wire.ping()),
+        wire.loaded(1.0, 2.0, "layers 0 to 3"),
+        wire.STOP,
+    ]
+    for message in said:
+        header, payload = encode(message)
+        assert payload_size(header, limits) == len(payload)
+        assert decode(header, payload, limits).meta.keys() == message.meta.keys()
+    largest = sum(max(numbers) for numbers in zip(*limits.values(), strict=True))
+    assert largest < 64e6, "what a peer of this small run can make us allocate"
 
 
 def from_the_future(message: Message) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,12 +203,12 @@ def from_the_future(message: Message) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_a_frame_of_another_version_is_refused():
     with pytest.raises(ValueError, match="version 9"):
-        decode(*from_the_future(Message("any")))
+        decode(*from_the_future(Message("any")), LIMITS)
 
 
 def test_a_payload_of_garbage_is_refused():
     with pytest.raises(ValueError):
-        decode(torch.tensor([64, 40]), torch.full((64,), 200, dtype=torch.uint8))
+        decode(torch.tensor([64, 40]), torch.full((64,), 200, dtype=torch.uint8), LIMITS)
 
 
 # ---- the inbox -------------------------------------------------------------------------------------
@@ -262,7 +376,11 @@ def test_a_world_over_gloo_ends_without_losing_anyone_or_keeping_a_thread(gloo_w
 
 
 def test_a_peer_of_another_version_is_lost_by_name_and_not_silently(gloo_world):
-    assert gloo_world[2]["future"] == [[1, "a peer speaks version 9 of the wire format, this is version 1"]]
+    assert gloo_world[2]["future"] == [[1, "its message was refused: a peer speaks version 9 of the wire format, this is version 1"]]
+
+
+def test_whatever_goes_wrong_in_a_receiving_thread_is_told_by_name(gloo_world):
+    assert gloo_world[1]["odd"] == [[0, "its message could not be read: KeyError: 'nobody expected this'"]]
 
 
 # ---- an emulated network ---------------------------------------------------------------------------
@@ -319,6 +437,28 @@ def test_no_message_arrives_before_its_time_nor_out_of_order():
     assert [name for name in got if name != "control"] == [0, 1, 2, 3] and "control" in got
 
 
+def test_a_time_from_the_wire_hides_no_message():
+    """For longer than the link that is emulated can have taken."""
+    emulate = Emulate(link_ms=20.0, link_mbps=8.0)
+    for asked in (1e18, float("inf"), float("nan"), 2**80, "soon", None, [1]):
+        now = time.monotonic()
+        due = Arrivals(emulate).due(Message("any", {DUE: asked}, (torch.zeros(1000, dtype=torch.uint8),)))
+        most = (emulate.link_ms + (1000 + FRAME_BYTES) / 1000) / 1000  # 1000 bytes a millisecond
+        assert due <= time.monotonic() + most
+        assert not isinstance(asked, float | int) or due >= now + most
+        assert Arrivals(Emulate(stage_ms=3.0)).due(Message("any", {DUE: asked})) == 0.0
+
+
+def test_what_an_emulated_link_asks_for_is_what_it_gets():
+    emulate = Emulate(link_ms=20.0, link_mbps=8.0)
+    first, second = inproc.ring(2)
+    end, arrivals = ShapedTransport(first, emulate), Arrivals(emulate)
+    for _ in range(20):  # faster than the link carries them
+        end.send_next(Message("any", {}, (torch.zeros(1000, dtype=torch.uint8),)))
+    for entry in sorted(second.inbox._normal):
+        assert arrivals.due(Message("any", {DUE: entry.due}, entry.item[1].tensors)) == entry.due
+
+
 # ---- heartbeats ------------------------------------------------------------------------------------
 def test_a_silent_rank_is_named_once_and_those_that_beat_are_not():
     store, lost, told = dist.HashStore(), [], threading.Event()
@@ -327,11 +467,7 @@ def test_a_silent_rank_is_named_once_and_those_that_beat_are_not():
         lost.append((rank, reason))
         told.set()
 
-    hearts = [Heartbeat(store, rank, 3, note if rank == 0 else lambda *_: None, every=0.02, limit=1.0) for rank in range(3)]
-    for heart in hearts:
-        heart.announce()
-    for heart in hearts:
-        heart.start()
+    hearts = started_hearts(store, note)
     assert not told.wait(1.5)  # longer than the limit: nobody is lost while all beat
     hearts[2].stop()
     assert told.wait(PATIENCE)
@@ -340,20 +476,248 @@ def test_a_silent_rank_is_named_once_and_those_that_beat_are_not():
     assert lost == [(2, "no heartbeat for 1 s")]
 
 
+def started_hearts(store, note, **pace) -> list[Heartbeat]:
+    """Of three ranks; `note` hears what rank 0 finds. Each has pulses of its own, as processes do."""
+    pace = {"every": 0.02, "limit": 1.0} | pace
+    hearts = [Heartbeat(store, rank, [Pulse() for _ in range(3)], note if rank == 0 else lambda *_: None, **pace) for rank in range(3)]
+    for step in (Heartbeat.announce, Heartbeat.start):
+        for heart in hearts:
+            step(heart)
+    return hearts
+
+
+def heard(store=None, until=lambda hearts: None, **pace) -> list:
+    """What rank 0 says of three hearts once `until(hearts)` has been done to them."""
+    lost, told = [], threading.Event()
+
+    def note(*what):
+        lost.append(what)
+        told.set()
+
+    hearts = started_hearts(store or dist.HashStore(), note, **pace)
+    until(hearts)
+    assert told.wait(PATIENCE)
+    for heart in hearts:
+        heart.stop()
+    return lost
+
+
+def test_a_rank_that_beats_but_stands_still_at_work_is_named_and_one_that_waits_or_moves_is_not():
+    def work(hearts):
+        hearts[2]._pulses[2].at("at work on a segment message")
+        hearts[1]._pulses[1].at("loading its weights")
+        for _ in range(40):  # rank 1 takes longer than any limit, layer by layer
+            time.sleep(0.02)
+            hearts[1]._pulses[1].move()
+        hearts[1]._pulses[1].at()
+
+    assert heard(until=work, still=0.6) == [(2, "it beats, but stood still for 0.6 s: at work on a segment message")]
+
+
+class Silent(dist.HashStore):
+    """A store whose host is stopped: calls block, once it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.stopped, self.over = threading.Event(), threading.Event()
+
+    def set(self, *words):
+        if self.stopped.is_set():
+            self.over.wait(PATIENCE)
+        super().set(*words)
+
+
+def test_a_store_that_goes_silent_is_the_launcher_s_end_within_the_limit():
+    store = Silent()
+    begun = time.monotonic()
+    lost, told = [], threading.Event()
+
+    def note(*what):
+        lost.append(what)
+        told.set()
+
+    heart = Heartbeat(store, 0, [Pulse()], note, every=0.02, limit=0.3)
+    heart._store = store  # torch's prefix would not call what a class of ours overrides
+    heart.announce()
+    heart.start()
+    assert not told.wait(0.6)
+    store.stopped.set()
+    assert told.wait(PATIENCE)
+    assert lost == [(-1, "the launcher or the first rank's host is gone (torch's store was silent for 0.3 s)")]
+    heart.stop()
+    assert time.monotonic() - begun < PATIENCE, "nobody waited for the store"
+    store.over.set()
+
+
+def test_what_stands_in_the_store_for_a_rank_is_checked():
+    for told in (b"", b"[", b"[" * 9000, b"\xff", b"7", b"null", b"[1, 2]", b'[1, 2, "a", 3]', b'["1", 2, "a"]', b'[true, 2, "a"]'):
+        with pytest.raises(ValueError, match="none of ours"):
+            beats._beat(told)
+        with pytest.raises(ValueError, match="none of ours"):
+            beats._who(told)
+    assert beats._beat(b'[4, 5, "a\\u001b[31m\\n"]').doing == "a?[31m?"
+
+
+# ---- whom to kill ----------------------------------------------------------------------------------
+RUN = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999", "TORCHELASTIC_RUN_ID": "none"}
+
+
+@pytest.fixture
+def sleeper(monkeypatch):
+    """`sleeper(**environment)`: the id of a process with this run's environment, changed so."""
+    for name, value in RUN.items():
+        monkeypatch.setenv(name, value)
+    started = []
+
+    def start(**changed: str | None) -> int:
+        env = {name: value for name, value in {**os.environ, **changed}.items() if value is not None}
+        started.append(subprocess.Popen(["sleep", "60"], env=env))
+        name = Path(f"/proc/{started[-1].pid}/comm")
+        while name.read_text() != "sleep\n":  # the environment is exec's
+            time.sleep(0.01)
+        return started[-1].pid
+
+    yield start
+    for one in started:
+        one.kill()
+        one.wait()
+
+
+def test_only_a_process_that_was_started_as_that_rank_of_this_run_is_one_of_ours(sleeper):
+    pid = sleeper(RANK="2")
+    assert is_rank_of_this_run(pid, 2)
+    assert not is_rank_of_this_run(pid, 1)
+    for changed in ({"MASTER_PORT": "29998"}, {"TORCHELASTIC_RUN_ID": "other"}, {"WORLD_SIZE": None}, {"RANK": None}):
+        assert not is_rank_of_this_run(sleeper(**{"RANK": "2", **changed}), 2)
+    for other in (0, 1, -1, -pid, os.getpid(), os.getppid(), 2**40, True, 2.0, str(pid), None, [pid]):
+        assert not is_rank_of_this_run(other, 2)
+
+
+def test_a_process_id_that_somebody_else_wrote_into_the_store_is_not_killed(sleeper):
+    """What kill_if_here does to a stranger, and to a rank of ours."""
+    for changed, gone in (({"RANK": "1", "MASTER_PORT": "1"}, False), ({"RANK": "1"}, True)):
+        pid = sleeper(**changed)
+        heart = Heartbeat(dist.HashStore(), 0, [Pulse(), Pulse()], lambda *_: None)
+        heart._who = {1: beats._who(json.dumps(["host", beats.machine(), pid]).encode())}
+        heart.kill_if_here(1)
+        assert (os.waitpid(pid, 0 if gone else os.WNOHANG)[1] == signal.SIGKILL) == gone
+
+
+# ---- waiting ---------------------------------------------------------------------------------------
+def test_rank_0_waits_for_a_stage_that_moves_and_names_one_that_stands_still(monkeypatch):
+    monkeypatch.setattr(waiting, "_LOOK", 0.02)
+    ends = inproc.ring(3)
+    for end in ends:
+        end.still = 0.3
+    ends[0].inbox.put("here")
+    assert waiting.receive(ends[0]) == "here"
+    assert waiting.receive(ends[0], time.monotonic() + 0.05) is None
+    ends[0].pulses[1].at("loading its weights")
+    ends[0].pulses[2].at("at work on a segment message")
+    over = threading.Event()
+
+    def slow() -> None:
+        for _ in range(30):
+            time.sleep(0.05)
+            ends[1].pulses[1].move()
+            if over.is_set():
+                return
+
+    thread = threading.Thread(target=slow)
+    thread.start()
+    with pytest.raises(RankLost, match=r"rank 2 \(stage 2\) hung: it stood still for 0.3 s: at work on a segment message"):
+        waiting.receive(ends[0])
+    over.set()
+    thread.join()
+    for pulse in ends[0].pulses:
+        pulse.at()
+    monkeypatch.setattr(waiting, "STALL", 0.3)
+    with pytest.raises(RankLost, match="nothing came back"):
+        waiting.receive(ends[0])
+
+
+# ---- last words ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("path", ["/dev/full", "/nowhere/report"])
+def test_last_words_that_cannot_be_written_are_spoken(monkeypatch, capsys, path):
+    monkeypatch.setenv(process.REPORT, path)
+    process.report("rank 2 died", 1, speak=False)
+    assert capsys.readouterr().err == "flowspec: rank 2 died\n"
+
+
+def test_a_rank_that_mourns_leaves_whatever_its_words_meet(monkeypatch):
+    left = []
+    monkeypatch.setattr(process, "leave", left.append)
+    monkeypatch.setattr(process, "report", lambda *_, **__: 1 / 0)
+    heart = Heartbeat(dist.HashStore(), 0, [Pulse(), Pulse()], lambda *_: None)
+    for rank in (-1, 1):
+        with pytest.raises((ZeroDivisionError, KeyError)):
+            process._mourn(heart, 0, rank, "no heartbeat", hung=True)
+    assert left == [1, 1]
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "a", "inf", "nan", "1e3", "1,2"])
+def test_a_bound_that_is_no_number_of_seconds_is_refused(monkeypatch, text):
+    monkeypatch.setenv("FLOWSPEC_CONNECT", text)
+    with pytest.raises(UserError, match="FLOWSPEC_CONNECT"):
+        process._seconds_to_connect()
+
+
+@pytest.mark.parametrize("text", ["1", "3,1", "0,1", "a,b", "1,2,3,4", "1,inf", "1,2,0", "nan,1"])
+def test_a_pace_that_is_none_is_refused(monkeypatch, text):
+    monkeypatch.setenv("FLOWSPEC_HEARTBEAT", text)
+    with pytest.raises(UserError, match="FLOWSPEC_HEARTBEAT"):
+        process._pace()
+
+
+def test_the_pace_has_two_numbers_or_three(monkeypatch):
+    for text, pace in (("0.5,5", (0.5, 5.0, STILL)), ("1,2,300", (1.0, 2.0, 300.0))):
+        monkeypatch.setenv("FLOWSPEC_HEARTBEAT", text)
+        assert tuple(process._pace().values()) == pace
+
+
 # ---- a rank of the world of processes --------------------------------------------------------------
 def main(folder: Path, rank: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=gloo.FOREVER)
     lost: list = []
     seen = {}
     for name, scenario in SCENARIOS.items():
-        transport = gloo.GlooTransport(lambda *what: lost.append(what))
+        transport = make(lambda *what: lost.append(what))
         seen[name] = scenario(transport)
         transport.close()
         transport.close()
     threads = [t.name for t in threading.enumerate() if t.name.startswith(("send to", "receive from"))]
-    (folder / f"{rank}.json").write_text(json.dumps({"seen": seen, "lost": lost, "threads": threads, "future": future(rank)}))
+    facts = {"seen": seen, "lost": lost, "threads": threads, "future": future(rank), "odd": odd(rank)}
+    (folder / f"{rank}.json").write_text(json.dumps(facts))
     sys.stdout.flush()
     os._exit(0)  # a link that was broken on purpose still waits
+
+
+def make(lost) -> gloo.GlooTransport:
+    return gloo.GlooTransport(lost, LIMITS, Emulate(), [Pulse() for _ in range(WORLD)], STILL)
+
+
+def odd(rank: int) -> list:
+    """Rank 1 cannot read what rank 0 says, for a reason that nobody thought of."""
+    lost: list = []
+    told = threading.Event()
+
+    def decode(*frame):
+        raise KeyError("nobody expected this")
+
+    def note(*what):
+        lost.append(what)
+        told.set()
+
+    transport = make(note)
+    if rank == 1:
+        gloo.decode = decode
+    dist.barrier()
+    if rank == 0:
+        transport.send_next(Message("any"))
+    told.wait(10.0 if rank == 1 else 0.0)
+    found = list(lost)
+    dist.barrier()
+    return found
 
 
 def future(rank: int) -> list:
@@ -365,7 +729,7 @@ def future(rank: int) -> list:
         lost.append(what)
         told.set()
 
-    transport = gloo.GlooTransport(note)
+    transport = make(note)
     if rank == 1:
         gloo.encode = from_the_future
         transport.send_next(Message("later"))
