@@ -45,7 +45,7 @@ STRANGERS = {  # rooms below that a room has no business with
 }
 DISTRIBUTED = {
     *("flowspec/comm/gloo.py", "flowspec/comm/heartbeat.py"),
-    *("flowspec/runtime/process.py", "flowspec/launcher.py"),
+    *("flowspec/runtime/process.py", "flowspec/runtime/agreement.py", "flowspec/launcher.py"),
 }
 LIGHT = ["flowspec.cli", "flowspec.config", "flowspec.preflight", "flowspec.launcher", "flowspec.models.split"]
 LONGEST = 60

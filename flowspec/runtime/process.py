@@ -18,6 +18,8 @@ import torch.distributed as dist
 from flowspec.comm.gloo import FOREVER, GlooTransport
 from flowspec.comm.heartbeat import Heartbeat
 from flowspec.core.request import need
+from flowspec.errors import UserError
+from flowspec.runtime.agreement import Facts, agree
 
 log = logging.getLogger(__name__)
 
@@ -72,14 +74,20 @@ def check_world(world_size: int, one_clock: bool) -> None:
     )
 
 
-def join_run(world_size: int) -> tuple[GlooTransport, Callable[[], None]]:
-    """Connect to the other ranks; the transport, and what to call after it was closed."""
+def join_run(world_size: int, facts: Facts) -> tuple[GlooTransport, Callable[[], None]]:
+    """Connect to the other ranks; the transport, and what to call after it was closed. UserError when they do not run what this one
+    runs: `facts`, as runtime/agreement.py compares them."""
     if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost", "::1"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")  # listen on loopback only
     store, rank, _ = next(dist.rendezvous("env://"))
     heartbeat = Heartbeat(store.clone(), rank, world_size, lambda r, why: _mourn(heartbeat, rank, r, why), **_pace())
     heartbeat.announce()
     heartbeat.start()  # from here on a rank that fails to connect is noticed
+    try:
+        agree(store, rank, world_size, facts, lambda r: rank_name(r, heartbeat.host(r)))
+    except UserError:
+        heartbeat.stop()  # the others leave by themselves: nobody is to be called lost
+        raise
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=FOREVER)
     transport = GlooTransport(lambda r, why: _mourn(heartbeat, rank, r, why))
     log.info("joined a run of %d ranks as %s", world_size, rank_name(rank, socket.gethostname()))
