@@ -42,7 +42,9 @@ def tolerance(dtype: str, layers: int, hidden: int, largest: float = USUAL) -> f
     unit roundoff. What such a share of the hidden row is worth in a logit goes with the logits' size. MARGIN is for the rest: measured
     on the demo target (625 rows, a row a forward against all rows in one, the 20 likeliest tokens of each), the largest difference was
     1.3 times the bound without it in float32, 1.3 in bfloat16 and 1.8 in float16; the usual one (median) 0.4, 0.4 and 0.5."""
-    rounding = (torch.finfo(getattr(torch, dtype)).eps + torch.finfo(torch.float32).eps * math.sqrt(hidden / LANES)) / 2
+    stored = getattr(torch, dtype)
+    stored = stored if stored.is_floating_point else torch.float32  # int8 weights: all that is computed is float32
+    rounding = (torch.finfo(stored).eps + torch.finfo(torch.float32).eps * math.sqrt(hidden / LANES)) / 2
     return MARGIN * rounding * math.sqrt(2 * layers + 1) * largest
 
 

@@ -195,4 +195,5 @@ def test_a_token_at_a_filters_border_is_near_though_its_score_is_far():
 def test_rounding_may_do_more_in_deeper_models_and_shorter_numbers():
     one = lossless.tolerance("float32", 8, 256)
     assert one < lossless.tolerance("float32", 32, 256) < lossless.tolerance("float16", 8, 256) < lossless.tolerance("bfloat16", 8, 256)
+    assert lossless.tolerance("int8", 8, 256) == one
     assert lossless.tolerance("float32", 8, 256, 20.0) == pytest.approx(2 * one)
