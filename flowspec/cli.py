@@ -78,6 +78,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
     add_shared(parser)
     if command == "bench":
         add_bench(parser)
+    if command == "verify":
+        parser.add_argument("--reference", metavar="DIR", help="the unsplit model (it must fit in rank 0's memory): compare with it, too")
     if command == "run":
         parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
         parser.add_argument("--chat", action="store_true", help="hold a conversation in the terminal")
@@ -89,7 +91,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
 _ABOUT = {
     "run": "Generate text over the ring of stages.",
     "verify": """Replay prompts with the configured method and with plain decoding, greedy and sampled, and say whether the tokens are
-identical; at a divergence: where, which tokens, how close the target's choice was, and so whether it is a numeric tie or a bug.""",
+identical; at a divergence: where, which tokens, how close the target's choice was, and so whether it is a numeric tie or a bug. That
+compares the ring with itself. With --reference DIR the texts are also compared, token by token, with what the unsplit model says.""",
     "bench": """bench compare CONFIG: all methods on the same prompts, interleaved and in shuffled order, with what the simulator
 predicts beside what was measured.""",
 }
@@ -125,7 +128,7 @@ def _run(argv: list[str]) -> int:
 
 # ---- as the launcher -------------------------------------------------------------------------------
 def _launch(options: argparse.Namespace, argv: list[str]) -> int:
-    from flowspec.preflight import check_prompt, check_run, check_writable
+    from flowspec.preflight import check_prompt, check_reference, check_run, check_writable
     from flowspec.text import Text
 
     path, config = configuration(options)
@@ -138,6 +141,8 @@ def _launch(options: argparse.Namespace, argv: list[str]) -> int:
         need(prompt != "", f"prompt {number} is empty: give at least one token of text")
         need(not any("\ud800" <= c <= "\udfff" for c in prompt), f"prompt {number} is not valid UTF-8")
         check_prompt(text.encode(prompt), manifest, f"prompt {number}")
+    if getattr(options, "reference", None) is not None:
+        check_reference(options.reference, manifest)
     check_writable(getattr(options, "json", None))
     check_writable(str(config.trace_path) if config.trace else None, "trace")
     return launch(argv, manifest.num_stages + 1)
@@ -184,6 +189,8 @@ def _serve(options: argparse.Namespace) -> int:
     from flowspec.engine import Engine
 
     path, config = configuration(options)
+    if getattr(options, "reference", None) is not None and os.environ["RANK"] == "0":
+        from transformers import AutoModelForCausalLM  # noqa: F401 (takes seconds, in which a rank that has joined would be silent)
     engine = Engine.join(config)
     code = 0
     if engine.rank:
@@ -214,12 +221,24 @@ def _lead(engine: Engine, options: argparse.Namespace, path: Path, config: Confi
             report("methods wrote different tokens: see above", 1)
         return 0 if same else 1
     if options.command == "verify":
-        same = session.verify(engine, prompts, _settings(config))
-        if not same:
-            report("speculation changed the text: see above", 1)
-        return 0 if same else 1
+        return _verify(engine, options, prompts, config)
     session.run(engine, prompts, options.stop, options.json, options.chat, options.explain)
     return 0
+
+
+def _verify(engine: Engine, options: argparse.Namespace, prompts: Sequence[str], config: Config) -> int:
+    from flowspec import lossless
+    from flowspec.preflight import check_reference
+    from flowspec.runtime.process import report
+
+    reference = None
+    if options.reference is not None:
+        source, stored = check_reference(options.reference, engine.manifest), engine.manifest.dtype
+        reference = lossless.Reference(source.folder, engine.dtype_name, None if source.dtype == stored else stored)
+    same = lossless.verify(engine, prompts, _settings(config), reference)
+    if not same:
+        report("the text is not what it should be: see above", 1)
+    return 0 if same else 1
 
 
 def _settings(config: Config) -> list[dict]:

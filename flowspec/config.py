@@ -26,6 +26,9 @@ from flowspec.errors import UserError
 DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 VERIFY_ON = ("auto", "coordinator", "last")
 LATER = ("tp", "galaxy", "dsi", "si")
+OWN = {"stages", "drafter", "sampling", "dtype", "device", "threads", "trace", "folder", "name"}
+"""keys that may differ from rank to rank: places, what a rank computes on, and what only rank 0 decides with each request. (The
+dtype that they name or stand for is compared as such.)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +111,15 @@ class Config:
         """The ranks that load lm_head: where tokens are picked, and rank 0 if its drafter needs it."""
         picking = stages if self.verifies_last else 0
         return sorted({picking, 0}) if self.needs_lm_head else [picking]
+
+    def shared(self) -> dict[str, str]:
+        """What must be equal on all ranks of a run: key -> value as text."""
+        found = {"drafter": ", ".join(drafter.kind for drafter in self.drafters)}
+        for key in (f.name for f in dataclasses.fields(self) if f.name not in OWN):
+            value = getattr(self, key)
+            inner = {f"{key}.{name}": each for name, each in vars(value).items()} if dataclasses.is_dataclass(value) else {key: value}
+            found |= {name: "auto" if each is None else str(each) for name, each in inner.items()}
+        return found
 
     def device_of(self, rank: int) -> str:
         devices = (self.device,) if isinstance(self.device, str) else self.device

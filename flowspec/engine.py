@@ -148,6 +148,7 @@ class Engine:
     @classmethod
     def join(cls, config: Config) -> Engine:
         """The engine of this process's rank in a torchrun world."""
+        from flowspec.runtime.agreement import facts_of
         from flowspec.runtime.process import check_world, join_run
 
         rank = int(os.environ["RANK"])
@@ -156,7 +157,9 @@ class Engine:
         manifest = check_run(config, [rank])
         set_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         warm_up(config, manifest, rank)
-        transport, leave = join_run(world_size, wire_limits(config, manifest), config.emulate)
+        takes_part = rank > 0 or not config.verifies_last
+        facts = facts_of(config.shared(), manifest, dtype_name(config, manifest, rank) if takes_part else None)
+        transport, leave = join_run(world_size, facts, wire_limits(config, manifest), config.emulate)
         return cls(config, manifest, transport, [leave])
 
     @classmethod
@@ -256,7 +259,7 @@ class Engine:
     @property
     def dtype_name(self) -> str:
         """The computing dtype of the last stage."""
-        return str(compute_dtype(self.config, self.manifest, self.manifest.num_stages)).removeprefix("torch.")
+        return dtype_name(self.config, self.manifest, self.manifest.num_stages)
 
     # ---- inside ------------------------------------------------------------------------------------
     def _make_driver(self) -> Driver:
@@ -372,6 +375,11 @@ def compute_dtype(config: Config, manifest: Manifest, rank: int) -> torch.dtype:
     if name == "auto":
         name = "float32" if config.device_of(rank) == "cpu" else manifest.dtype
     return getattr(torch, name)
+
+
+def dtype_name(config: Config, manifest: Manifest, rank: int) -> str:
+    """The computing dtype of a rank, such as float32."""
+    return str(compute_dtype(config, manifest, rank)).removeprefix("torch.")
 
 
 def _work(config: Config, manifest: Manifest, transport: Transport) -> None:

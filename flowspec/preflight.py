@@ -13,12 +13,23 @@ from flowspec.draft.config import DrafterConfig
 from flowspec.errors import UserError
 from flowspec.files import beside_of
 from flowspec.models.families import CONFIG, EAGLE_FC, eagle3_layers, eagle_shapes, read_config
-from flowspec.models.manifest import Manifest, verify_files
+from flowspec.models.fingerprint import CARD, embedding_hash, told_by
+from flowspec.models.hub import MODEL_FILES, local_folder
+from flowspec.models.manifest import AGAIN, FILE_NAME, Manifest, verify_files
+from flowspec.models.split import Source
 from flowspec.models.weights import Checkpoint, pickled
 from flowspec.text import Text, check_same_tokens, load_tokenizer
 
 EAGLE3_VARIANTS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 EAGLE3_READS = "eagle_aux_hidden_state_layer_ids"
+MODEL_FACTS = {
+    "model_type": "model_type",
+    "hidden_size": "hidden_size",
+    "vocab_size": "vocab_size",
+    "num_layers": "num_hidden_layers",
+    "max_positions": "max_position_embeddings",
+}
+"""what the manifest says of the model -> where its config.json does"""
 
 
 def check_run(config: Config, ranks: Sequence[int] | None = None) -> Manifest:
@@ -34,10 +45,34 @@ def check_run(config: Config, ranks: Sequence[int] | None = None) -> Manifest:
     config.emulate.check_stages(manifest.num_stages)
     ranks = range(world_size) if ranks is None else ranks
     verify_files(manifest, ranks, lm_head=config.head_ranks(manifest.num_stages))
+    for rank in ranks:
+        folder = manifest.folder(rank)
+        check_same_model(manifest, read_config(folder), str(folder / CONFIG), AGAIN)
     if 0 in ranks:
         for drafter in config.drafters:
             check_drafter(drafter, config.folder, manifest)
     return manifest
+
+
+def check_same_model(manifest: Manifest, config: dict, where: str, advice: str) -> None:
+    """UserError, by field, unless the manifest is one of the model that this config.json (it lies at `where`) describes."""
+    for field, key in MODEL_FACTS.items():
+        said, found = getattr(manifest, field), config[key]
+        need(said == found, f"{where}: {key} is {found}, {manifest.root / FILE_NAME} says {said}: {advice}")
+
+
+def check_reference(reference: str, manifest: Manifest) -> Source:
+    """The unsplit model. UserError unless it is a whole checkpoint and, as far as can be known, the one that was split."""
+    option, advice = "--reference", "give the model that was split"
+    folder = local_folder(reference, option, MODEL_FILES)
+    try:
+        source = Source.open(folder)
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from None
+    check_same_model(manifest, source.config, f"{option}: {folder / CONFIG}", advice)
+    same = manifest.embedding is None or manifest.embedding == embedding_hash(source.checkpoint)
+    need(same, f"{option}: {folder} has another embedding than the model that {manifest.root / FILE_NAME} is a split of: {advice}")
+    return source
 
 
 def check_drafter(drafter: DrafterConfig, folder: Path, manifest: Manifest) -> None:
@@ -57,9 +92,12 @@ def check_eagle(kind: str, folder: Path, manifest: Manifest, setting: str) -> No
     """What can be known of an EAGLE head without reading its weights: that it is one of this kind, of this target's sizes."""
     config, where = read_config(folder), f"{setting}: {folder / CONFIG}"
     size = "target_hidden_size" if kind == "eagle3" and "target_hidden_size" in config else "hidden_size"
+    advice = "give the head that was trained for this target"
     for key, ours in ((size, manifest.hidden_size), ("vocab_size", manifest.vocab_size)):
-        advice = "give the head that was trained for this target"
         need(config[key] == ours, f"{where}: {key} is {config[key]}, the target's is {ours}: {advice}")
+    told, split = told_by(config, folder / CONFIG), manifest.embedding
+    same = told is None or split is None or told == split
+    need(same, f"{where}: {CARD} is {told}, the target's is {split}: {advice}")
     (_check_eagle3 if kind == "eagle3" else _check_eagle1)(config, where, manifest)
     if pickled(folder):
         return  # its names are known once torch has read it

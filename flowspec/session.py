@@ -1,4 +1,4 @@
-"""What rank 0 does for the person at the terminal: stream texts, hold a conversation, compare with plain decoding."""
+"""What rank 0 does for the person at the terminal: stream texts, hold a conversation."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from flowspec.core.request import need
 from flowspec.engine import Engine, Generation, Result
 from flowspec.errors import UserError
 from flowspec.files import claimed, settle
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
-TIES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-"""dtype -> lead below which two forwards of different shape may disagree (docs/architecture.md, "Ties")"""
 
 
 def show_loading(engine: Engine) -> None:
@@ -126,56 +123,3 @@ def _ask() -> str:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return ""
-
-
-# ---- lossless --------------------------------------------------------------------------------------
-@dataclasses.dataclass(frozen=True)
-class Divergence:
-    """Where two texts part: absolute position, the two tokens, and how clear plain decoding's choice was."""
-
-    position: int
-    speculative: int | None
-    plain: int | None
-    gap: float
-
-
-def verify(engine: Engine, prompts: Sequence[str], settings: Sequence[dict]) -> bool:
-    """Each prompt with the configured method and with plain decoding, at each sampling setting: the same tokens?
-
-    Prints a line each; True if all are identical or part at a numeric tie only."""
-    need(engine.config.method != "ar", "verify compares a method with plain decoding: choose another method than ar")
-    bugs = ties = 0
-    for number, prompt in enumerate(prompts, 1):
-        for setting in settings:
-            found, count = compare(engine, prompt, setting)
-            tie = found is not None and found.gap < TIES[engine.dtype_name]
-            bugs, ties = bugs + (found is not None and not tie), ties + tie
-            print(f"prompt {number}, {describe(setting)}: {verdict(engine, found, count, tie)}", flush=True)
-    runs = len(prompts) * len(settings)
-    print(f"{engine.config.method}: {runs - bugs - ties} of {runs} identical, {ties} parted at a numeric tie, {bugs} at a bug")
-    return bugs == 0
-
-
-def compare(engine: Engine, prompt: str, setting: dict) -> tuple[Divergence | None, int]:
-    """The first divergence, if any, and the number of tokens that agree."""
-    with_ids = [token.id for token in engine.generate(prompt, **setting)]
-    plain = list(engine.generate(prompt, method="ar", **setting))
-    without = [token.id for token in plain]
-    if with_ids == without:
-        return None, len(without)
-    at = next((i for i, (a, b) in enumerate(zip(with_ids, without, strict=False)) if a != b), min(len(with_ids), len(without)))
-    a, b = (ids[at] if at < len(ids) else None for ids in (with_ids, without))
-    gap = plain[at].gap if at < len(plain) else float("inf")
-    return Divergence(len(engine.text.encode(prompt)) + at, a, b, gap), at
-
-
-def verdict(engine: Engine, found: Divergence | None, count: int, tie: bool) -> str:
-    if found is None:
-        return f"identical ({count} tokens)"
-    a, b = (f"{t} {engine.text.decode([t])!r}" if t is not None else "nothing" for t in (found.speculative, found.plain))
-    kind = "a numeric tie" if tie else "a bug"
-    return f"differs at position {found.position}: {a} with speculation, {b} without; top-2 gap {found.gap:.2e}, so {kind}"
-
-
-def describe(setting: dict) -> str:
-    return "greedy" if setting["temperature"] == 0 else ", ".join(f"{name} {value}" for name, value in setting.items())

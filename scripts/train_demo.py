@@ -204,6 +204,7 @@ def about_head(folder: Path) -> list[str]:
         f"  {facts['steps']} steps, {facts['tokens']:,} tokens, {facts['minutes']} minutes on two shared cores. Held out: its first choice",
         f"  is the target's at **{held['first_choice_agreement']:.1%}** of positions, one of its best four at {held['in_top_4']:.1%},",
         f"  and one level deeper, on a feature that it guessed itself, the first again at {held['first_choice_one_deeper']:.1%}.",
+        "  Its config.json names the target by a hash of the embedding.",
     ]
 
 

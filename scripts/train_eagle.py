@@ -9,7 +9,8 @@ features, plus a share of the cross entropy between the distributions that the t
 that go in below the root are the head's own guesses: so they carry noise here, and with --levels above 1 guesses go in
 again, as many levels deep (110 steps for the demo target: first choice one level deeper .15, .23, .25 with 1, 2, 3 levels;
 at the root .26, .26, .27). --levels 1 is the paper's recipe. Interrupt it at any time: what was learnt is kept in
-OUT (config.json and model.safetensors, float16) and in OUT.state.pt, from which --resume goes on.
+OUT (config.json and model.safetensors, float16) and in OUT.state.pt, from which --resume goes on. config.json tells by a hash of the
+target's embedding which target the head was made for, so that a run with another one refuses it.
 """
 
 import argparse
@@ -28,6 +29,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from flowspec.models.fingerprint import CARD, embedding_hash
+from flowspec.models.weights import Checkpoint
 from scripts.train_demo import Muon, sources, tokens_of
 
 SUFFIXES = {".txt", ".md", ".py"}
@@ -41,6 +44,7 @@ class Target:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if device != "cpu" else torch.float32).to(device).eval()
         self.config, self.device = self.model.config, device
         self.tied = bool(self.config.tie_word_embeddings)
+        self.name = embedding_hash(Checkpoint(folder))
 
     @torch.no_grad()
     def features(self, ids: Tensor) -> Tensor:
@@ -136,10 +140,11 @@ def measure(eagle: Eagle, target: Target, held: Tensor, context: int, rows: int 
 class Training:
     """The head, its optimisers, and how far they are; on disk in OUT.state.pt."""
 
-    def __init__(self, eagle: Eagle, out: Path, lr: float):
+    def __init__(self, eagle: Eagle, out: Path, lr: float, target: str):
+        """`target`: the hash of its embedding, for the head's card."""
         matrices = [p for p in eagle.parameters() if p.ndim == 2]
         others = [p for p in eagle.parameters() if p.ndim != 2]
-        self.eagle, self.out, self.lr = eagle, out, lr
+        self.eagle, self.out, self.lr, self.target = eagle, out, lr, target
         self.optims = [Muon(matrices, lr=lr), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
         self.steps, self.seconds = 0, 0.0
         self.state_path = out.with_name(out.name + ".state.pt")
@@ -168,7 +173,7 @@ class Training:
         self.out.mkdir(parents=True, exist_ok=True)
         tensors = self.eagle.published() | ({} if embedding is None else {"embed_tokens.weight": embedding})
         half = {name: tensor.detach().half().cpu().contiguous() for name, tensor in tensors.items()}
-        config = self.eagle.config.to_dict() | {"architectures": ["EagleModel"], "dtype": "float16"}
+        config = self.eagle.config.to_dict() | {"architectures": ["EagleModel"], "dtype": "float16", CARD: self.target}
         config.pop("_name_or_path", None)
         replace(self.out / "model.safetensors", lambda path: save_file(half, path, metadata={"format": "pt"}))
         replace(self.out / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
@@ -241,7 +246,7 @@ def main() -> None:
         sys.exit(f"{len(data)} tokens to learn from and {len(held)} held out: too few for --context {args.context}")
     print(f"{len(data):,} tokens to learn from, {len(held):,} held out", flush=True)
     torch.manual_seed(0)
-    training = Training(Eagle(target.config).to(args.device), args.out, args.lr)
+    training = Training(Eagle(target.config).to(args.device), args.out, args.lr, target.name)
     if args.resume:
         training.resume()
     try:

@@ -16,7 +16,7 @@ LAYERS = [
     {"models", "sampling", "text", "comm", "sim"},
     {"draft"},
     {"runtime"},
-    {"config", "preflight", "engine"},
+    {"config", "preflight", "engine", "lossless"},
     {"cli", "options", "launcher", "session", "__main__", "serve", "bench", ""},  # "" is flowspec/__init__.py
 ]
 SIDEWAYS = {  # (room, room of the same layer that it may import); everything else goes down
@@ -29,6 +29,7 @@ SIDEWAYS = {  # (room, room of the same layer that it may import); everything el
     ("preflight", "config"),
     ("engine", "config"),
     ("engine", "preflight"),
+    ("lossless", "engine"),
     ("cli", "launcher"),
     ("cli", "session"),
     ("cli", "options"),
@@ -43,7 +44,10 @@ STRANGERS = {  # rooms below that a room has no business with
     "comm": {"errors", "version"},
     "draft": {"comm", "text", "sampling"},
 }
-DISTRIBUTED = {"flowspec/comm/gloo.py", "flowspec/comm/heartbeat.py", "flowspec/runtime/process.py", "flowspec/launcher.py"}
+DISTRIBUTED = {
+    *("flowspec/comm/gloo.py", "flowspec/comm/heartbeat.py"),
+    *("flowspec/runtime/process.py", "flowspec/runtime/agreement.py", "flowspec/launcher.py"),
+}
 LIGHT = ["flowspec.cli", "flowspec.config", "flowspec.preflight", "flowspec.launcher", "flowspec.models.split"]
 LONGEST = 60
 

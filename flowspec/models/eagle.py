@@ -12,6 +12,7 @@ an lm_head of its own make logits over the head's own vocabulary: token k there 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from flowspec.errors import UserError
 from flowspec.models.device import placed
 from flowspec.models.families import (
+    CONFIG,
     EAGLE_BIAS,
     EAGLE_EMBEDDING,
     EAGLE_FC,
@@ -35,9 +37,12 @@ from flowspec.models.families import (
     family_of,
     read_config,
 )
+from flowspec.models.fingerprint import CARD, embedding_hash, told_by
 from flowspec.models.manifest import Manifest
 from flowspec.models.stage import Head, StageModel
 from flowspec.models.weights import FLOATS, INTEGERS, Checkpoint, TensorFile, pickled
+
+log = logging.getLogger(__name__)
 
 LAYER, LAYER_3 = "layers.0.", "midlayer."
 
@@ -104,6 +109,9 @@ def load_eagle(kind: str, folder: Path, manifest: Manifest, head: Head | None, d
     """The `eagle` or `eagle3` head in `folder` for the target of `manifest`, whose lm_head is `head` (None if it is not here, which
     suits EAGLE-3). UserError names what does not fit."""
     tensors, config = _read(folder, dtype), read_config(folder)
+    doubt = doubtful(folder, config, manifest)
+    if doubt:
+        log.warning("%s: %s; a head made for another target drafts what is refused", folder, doubt)
     hidden = config["hidden_size"]
     shapes = eagle_shapes(kind, config, manifest.hidden_size)
     shapes |= {EAGLE_BIAS: (hidden,)} if EAGLE_BIAS in tensors else {}
@@ -120,6 +128,19 @@ def load_eagle(kind: str, folder: Path, manifest: Manifest, head: Head | None, d
     norm.weight = nn.Parameter(fixed[EAGLE_NORM], requires_grad=False)
     names = _names(tensors[EAGLE_NAMES], manifest.vocab_size, folder) if EAGLE_NAMES in shapes else None
     return EagleHead(embedding, fc, bias, layer, Head(fixed[HEAD]), norm, eagle3_layers(manifest.num_layers), names)
+
+
+def doubtful(folder: Path, config: dict, manifest: Manifest) -> str | None:
+    """Why it cannot be said that this head was made for this target; None where it can. (What is known not to be is refused before:
+    preflight.check_eagle.) Published heads tell no hash, but most carry the target's embedding."""
+    if manifest.embedding is None:
+        return "the split does not tell which model it was made from, so the head cannot be compared with it: split the model again"
+    if told_by(config, folder / CONFIG):
+        return None
+    if pickled(folder) or EAGLE_EMBEDDING not in (checkpoint := Checkpoint(folder)).names:
+        return f"its config.json has no {CARD}, so nothing tells for which target it was made"
+    same = embedding_hash(checkpoint, EAGLE_EMBEDDING) == manifest.embedding
+    return None if same else f"its {EAGLE_EMBEDDING} is not the target's embedding"
 
 
 def _names(offsets: Tensor, vocabulary: int, folder: Path) -> Tensor:

@@ -66,6 +66,8 @@ class Manifest:
     dtype: str
     tied: bool
     ranks: tuple[RankEntry, ...]
+    embedding: str | None = None
+    """which model was split (models/fingerprint.py); None: by a flowspec that did not tell"""
     format: int = FORMAT
     root: Path = field(default=Path(), compare=False)
 
@@ -111,7 +113,8 @@ def role_of(rank: int, num_stages: int) -> str:
 # ---- YAML ------------------------------------------------------------------------------------------
 def _plain(manifest: Manifest) -> dict:
     keys = ("format", "model_type", "vocab_size", "hidden_size", "num_layers", "max_positions", "dtype", "tied")
-    return {**{key: getattr(manifest, key) for key in keys}, "ranks": [_plain_rank(rank) for rank in manifest.ranks]}
+    told = {} if manifest.embedding is None else {"embedding": manifest.embedding}
+    return {**{key: getattr(manifest, key) for key in keys}, **told, "ranks": [_plain_rank(rank) for rank in manifest.ranks]}
 
 
 def _plain_rank(rank: RankEntry) -> dict:
@@ -169,7 +172,8 @@ def _parse(loaded: dict, path: Path) -> Manifest:
     ranks = tuple(_parse_rank(_Fields(entry, f"{path}: rank {i}")) for i, entry in enumerate(top.get("ranks", list)))
     _check_ranks(ranks, numbers["num_layers"], path)
     names = {key: top.get(key, str) for key in ("model_type", "dtype")}
-    return Manifest(**names, **numbers, tied=top.get("tied", bool), ranks=ranks, format=version, root=path.parent)
+    embedding = top.get("embedding", str) if "embedding" in loaded else None
+    return Manifest(**names, **numbers, tied=top.get("tied", bool), ranks=ranks, embedding=embedding, format=version, root=path.parent)
 
 
 def _parse_rank(entry: _Fields) -> RankEntry:

@@ -23,12 +23,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NoReturn
 
 from flowspec.errors import UserError
 from flowspec.models.families import CONFIG, EMBEDDING, HEAD, NORM, layer_of, layer_tensors, read_config
+from flowspec.models.fingerprint import embedding_hash
 from flowspec.models.hub import COORDINATOR_FILES, MODEL_FILES, local_folder
 from flowspec.models.manifest import CACHE_NAME, FILE_NAME, FileEntry, Manifest, RankEntry, role_of
 from flowspec.models.weights import (
@@ -175,6 +176,14 @@ class Source:
     def head(self) -> str:
         return EMBEDDING if self.tied else HEAD
 
+    @property
+    def dtype(self) -> str:
+        """That of most of its bytes, by torch's name."""
+        sizes: Counter[str] = Counter()
+        for name in (EMBEDDING, *self.layer_names(0, self.num_layers), NORM, self.head):
+            sizes[self.checkpoint.info(name).dtype] += self.checkpoint.info(name).nbytes
+        return TORCH_NAMES[sizes.most_common(1)[0][0]]
+
     def layer_names(self, start: int, stop: int) -> list[str]:
         stored = set(self.checkpoint.names)
         return [name for layer in range(start, stop) for name in layer_tensors(self.config, layer, stored)]
@@ -287,13 +296,11 @@ class Job:
 
     def _manifest(self, ranks: tuple[RankEntry, ...]) -> Manifest:
         config = self.source.config
-        sizes: Counter[str] = Counter()
-        for entry in chain(*self.stages, self.head):
-            sizes[entry.dtype] += entry.nbytes
         return Manifest(
             model_type=config["model_type"], vocab_size=config["vocab_size"], hidden_size=config["hidden_size"],
             num_layers=self.source.num_layers, max_positions=config["max_position_embeddings"],
-            dtype=TORCH_NAMES[sizes.most_common(1)[0][0]], tied=self.source.tied, ranks=ranks,
+            dtype=TORCH_NAMES[self.dtype] if self.dtype else self.source.dtype, tied=self.source.tied, ranks=ranks,
+            embedding=embedding_hash(self.source.checkpoint),
         )  # fmt: skip
 
 

@@ -23,7 +23,8 @@ from flowspec.comm.gloo import FOREVER, GlooTransport
 from flowspec.comm.heartbeat import Heartbeat
 from flowspec.core.cost import Emulate
 from flowspec.core.request import need
-from flowspec.errors import RankLost
+from flowspec.errors import RankLost, UserError
+from flowspec.runtime.agreement import Facts, agree
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +83,11 @@ def check_world(world_size: int, one_clock: bool) -> None:
     )
 
 
-def join_run(world_size: int, limits: Limits, emulate: Emulate) -> tuple[GlooTransport, Callable[[], None]]:
-    """Connect to the other ranks; the transport, and what to call after it was closed. RankLost when one of them does not come in time."""
+def join_run(world_size: int, facts: Facts, limits: Limits, emulate: Emulate) -> tuple[GlooTransport, Callable[[], None]]:
+    """Connect to the other ranks; the transport, and what to call after it was closed.
+
+    RankLost when one of them does not come in time, UserError when they do not run what this one runs: `facts`, as
+    runtime/agreement.py compares them."""
     need({"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys(), "MASTER_ADDR and MASTER_PORT say where ranks meet: start them by torchrun")
     if os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost", "::1"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")  # listen on loopback only
@@ -93,6 +97,11 @@ def join_run(world_size: int, limits: Limits, emulate: Emulate) -> tuple[GlooTra
         heartbeat = Heartbeat(another, rank, pulses, lambda r, why: _mourn(heartbeat, rank, r, why, hung=True), **pace)
         heartbeat.announce()
         heartbeat.start(connecting.awaits)  # from here on a rank that fails to connect is noticed
+        try:
+            agree(store, rank, world_size, facts, lambda r: rank_name(r, heartbeat.host(r)))
+        except UserError:
+            heartbeat.stop()  # the others leave by themselves: nobody is to be called lost
+            raise
         pulses[rank].at(CONNECTING)
         connecting.to = lambda: _unconnected(heartbeat, pulses, rank)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=FOREVER)

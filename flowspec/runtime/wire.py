@@ -17,6 +17,9 @@ from flowspec.core.policy import PolicyConfig
 from flowspec.core.request import Request, Sampling
 from flowspec.trace import Span
 
+FORMAT = 1
+"""of the messages below, by name and content: raise it with every change, and ranks that would misread each other do not start"""
+
 
 # ---- round the ring --------------------------------------------------------------------------------
 def start(request: Request, trace: bool, features: bool, layers: Sequence[int], switches: PolicyConfig) -> Message:

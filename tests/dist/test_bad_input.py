@@ -143,6 +143,17 @@ def test_a_wrong_configuration_file_is_refused_by_name(tmp_path, refused, text, 
     assert named in line and ("mine.yaml" in line or "stages" in named)
 
 
+@pytest.mark.parametrize("which,named", [("no/where", "no such folder"), ("empty", "config.json"), ("draft", "another embedding")])
+def test_a_wrong_reference_is_refused_by_name(pair, tmp_path, capsys, monkeypatch, which, named):
+    monkeypatch.setattr(cli, "launch", lambda *_: pytest.fail("ranks were about to be started"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder = {"empty": tmp_path, "draft": pair.draft}.get(which, which)
+    assert cli.main(["verify", str(pair.config(2)), "--prompt", "for", "--reference", str(folder)]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1) and err.startswith("flowspec: --reference") and str(folder) in err
+    assert named in err
+
+
 def test_a_folder_and_two_files_are_no_configuration(tmp_path, pair, refused):
     assert str(tmp_path) in refused(tmp_path, "--prompt", "for")
     assert "one configuration at a time" in refused(pair.config(2), pair.config(3), "--prompt", "for")

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flowspec import Engine, UserError, session
+from flowspec import Engine, UserError, lossless
 from flowspec.comm.base import Inbox
 from flowspec.comm.inproc import InprocTransport
 from flowspec.config import load_config
@@ -64,7 +64,7 @@ def test_a_gpu_that_is_not_there_is_named_before_the_ring_is_joined(pair, monkey
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_method_in_half_precision_parts_from_plain_decoding_at_ties_only(pair, capsys, dtype):
     with Engine.from_config(pair.config(2), [f"dtype={dtype}", "sampling.max_new_tokens=12"]) as engine:
-        assert session.verify(engine, ["def add"], [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "seed": 1}])
+        assert lossless.verify(engine, ["def add"], [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "seed": 1}])
         assert engine.dtype_name == dtype
 
 

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from flowspec.models.eagle import load_eagle
+from flowspec.models.fingerprint import CARD
 from flowspec.models.manifest import Manifest
 from flowspec.models.stage import Head, Sequence
 from scripts import train_eagle
@@ -38,12 +39,13 @@ def test_what_is_left_is_a_head_in_the_published_layout(pair, train):
     assert {t.dtype for t in tensors.values()} == {torch.float16}
     facts = json.loads((out / "training.json").read_text())
     assert facts["steps"] == 3 and set(facts["held_out"]) >= {"first_choice_agreement"}
+    assert json.loads((out / "config.json").read_text())[CARD] == Manifest.load(pair.split(1)).embedding
 
 
 def test_the_head_predicts_as_it_did_in_training(pair, train):
     out = train("--steps", "3")
     target = train_eagle.Target(pair.target, "cpu")
-    training = train_eagle.Training(train_eagle.Eagle(target.config), out, 1e-3)
+    training = train_eagle.Training(train_eagle.Eagle(target.config), out, 1e-3, target.name)
     training.resume()
     ids = torch.randint(0, 300, (1, 12))
     features = target.features(ids)

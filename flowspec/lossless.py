@@ -1,0 +1,306 @@
+"""Is it the same text, and if not: a numeric tie or a bug?
+
+Two comparisons. The ring with itself: the configured method against plain decoding. Whatever is wrong in both (a wrong split, a
+damaged weight) it cannot see. The ring with the unsplit model (`Reference`): transformers computes prompt and text in one forward, and
+at each position our `pick` with the same seed must give the token that the ring gave, by the same lead.
+
+Sums of numbers depend on their order, so logits of forwards of different shape differ in the last digits. `tolerance` says how far
+that can go. A choice that another one could have replaced within it is a tie, anything else is a bug; `distance` measures how far
+away the other choice was: from the best score, and from the borders of top-k, top-p and min-p, beyond which it is not kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Iterator, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowspec.core.request import Sampling, need
+from flowspec.engine import Engine, Token
+from flowspec.errors import UserError
+from flowspec.sampling import NoiseRows, noise_for, pick
+
+ROWS = 64
+"""rows of logits that are held at a time"""
+LANES, MARGIN = 16, 6.0
+USUAL = 10.0
+"""a row's largest logit, where it is not known: the demo target's is 9.9 at the median and 16.7 at most"""
+
+
+# ---- how far two computations of the same logits may lie apart --------------------------------------
+def tolerance(dtype: str, layers: int, hidden: int, largest: float = USUAL) -> float:
+    """How far the difference of two logits can lie from what a forward of another shape makes of it. `largest`: of the row's logits.
+
+    2 L + 1 sums (two a layer, the head) add an error of their own each, in directions of their own: sqrt(2 L + 1). Each is of storing
+    the result, the dtype's unit roundoff, and of adding `hidden` products in float32 in LANES partial sums: sqrt(hidden / LANES) of its
+    unit roundoff. What such a share of the hidden row is worth in a logit goes with the logits' size. MARGIN is for the rest: measured
+    on the demo target (625 rows, a row a forward against all rows in one, the 20 likeliest tokens of each), the largest difference was
+    1.3 times the bound without it in float32, 1.3 in bfloat16 and 1.8 in float16; the usual one (median) 0.4, 0.4 and 0.5. A small
+    target of random weights, whose layers rounded otherwise than transformers', reached 4.1: rows can be sensitive."""
+    stored = getattr(torch, dtype)
+    stored = stored if stored.is_floating_point else torch.float32  # int8 weights: all that is computed is float32
+    rounding = (torch.finfo(stored).eps + torch.finfo(torch.float32).eps * math.sqrt(hidden / LANES)) / 2
+    return MARGIN * rounding * math.sqrt(2 * layers + 1) * largest
+
+
+def tolerance_of(engine: Engine, largest: float = USUAL) -> float:
+    """That of this ring."""
+    return tolerance(engine.dtype_name, engine.manifest.num_layers, engine.manifest.hidden_size, largest)
+
+
+# ---- how far another choice was --------------------------------------------------------------------
+def distance(logits: Tensor, sampling: Sampling, noise: NoiseRows | None, position: int, token: int) -> float:
+    """By how much the logits [vocabulary] would have to shift against each other for `token` to be picked; 0 where it is.
+
+    For that it must be kept by the filters, and each token of a better score must fall behind it or be filtered out."""
+    if noise is None:
+        return float(logits.max() - logits[token])
+    logp = torch.log_softmax(logits.double() / sampling.temperature, -1)
+    scores, inside = logp + noise(position), margins(logp, sampling)
+    rivals = torch.minimum(scores - scores[token], inside.clamp(min=0.0)).clamp(min=0.0)
+    return sampling.temperature * max(float(rivals.max()), -float(inside[token]))
+
+
+def margins(logp: Tensor, sampling: Sampling) -> Tensor:
+    """How far each token is from the border of the filters: float64 [vocabulary], 0 or more where it is kept, negative where not.
+
+    In log-probabilities before filtering (logp), as the shift of one of them against the others that takes it across."""
+    inside = torch.full_like(logp, torch.inf)
+    values, order = logp.sort(descending=True)
+    kept = len(values)
+    if 0 < sampling.top_k < len(values):
+        kept = int((values >= values[sampling.top_k - 1]).sum())
+        inside = _from_rank(logp, values, sampling.top_k)
+    if sampling.top_p < 1:
+        p = torch.softmax(values[:kept], -1)
+        above = p.cumsum(-1) - p
+        fit = int((above < sampling.top_p).sum())
+        above = torch.cat([above, above.new_ones(len(values) - kept)]).clamp(0.0, 1.0)
+        # a shift by x multiplies the odds of the mass above a token by e^x at most
+        of_mass = torch.empty_like(logp).scatter_(0, order, math.log(sampling.top_p / (1 - sampling.top_p)) - torch.logit(above))
+        by_rank = _from_rank(logp, values, fit)
+        inside = torch.minimum(inside, torch.where(by_rank >= 0, torch.minimum(of_mass, by_rank), torch.maximum(of_mass, by_rank)))
+    if sampling.min_p > 0:
+        inside = torch.minimum(inside, logp - values[0] - math.log(sampling.min_p))
+    return inside
+
+
+def _from_rank(logp: Tensor, values: Tensor, k: int) -> Tensor:
+    """How far each is above the best of those beyond the k likeliest, or (negative) below the last of these."""
+    beyond = values[k] if k < len(values) else -torch.inf
+    return torch.where(logp >= values[k - 1], logp - beyond, logp - values[k - 1])
+
+
+def lead_is_certain(logits: Tensor, sampling: Sampling, noise: NoiseRows | None, position: int, allowed: float) -> bool:
+    """No shift within `allowed` makes a filter keep or drop a token that matters for the lead of the best over the second."""
+    if noise is None or not sampling.filters:
+        return True
+    logp, reach = torch.log_softmax(logits.double() / sampling.temperature, -1), allowed / sampling.temperature
+    scores, inside = logp + noise(position), margins(logp, sampling)
+    second = scores.masked_fill(inside < 0, -torch.inf).topk(2).values[1]
+    return not bool(((scores > second - reach) & (inside.abs() < reach)).any())
+
+
+# ---- the unsplit model -----------------------------------------------------------------------------
+class Reference:
+    """The model that was split, whole, as transformers computes it."""
+
+    def __init__(self, folder: Path, dtype: str, rounded: str | None = None):
+        """Takes as much memory as the whole model in `dtype`. UserError when transformers cannot load it.
+
+        `rounded`: the dtype that the split's weights were rounded to, where it is not the model's own: these are to be the same."""
+        import transformers
+        from transformers import AutoModelForCausalLM
+
+        need(getattr(torch, dtype).is_floating_point, f"--reference: the unsplit model cannot compute in {dtype}")
+        self._name = f"the unsplit model {folder} (transformers {transformers.__version__}, {dtype})"
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, rounded or dtype), local_files_only=True)
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:
+            raise UserError(f"--reference: transformers cannot load {folder}: {str(error).splitlines()[0]}") from None
+        for parameter in model.parameters():  # not the rotary frequencies
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+        self._model = model.eval()
+        self._last: tuple[list[int], Tensor] | None = None  # tokens, and their rows behind the final norm
+
+    def __str__(self) -> str:
+        return self._name
+
+    @torch.inference_mode()
+    def logits(self, prompt: Sequence[int], text: Sequence[int]) -> Iterator[Tensor]:
+        """Of each token of the text, the logits that it was picked from: float32 [vocabulary], in order."""
+        ids = [*prompt, *text[:-1]]
+        if self._last is None or self._last[0] != ids:  # two methods' texts are most often the same
+            self._last = ids, self._model.base_model(torch.tensor([ids]), use_cache=False).last_hidden_state[0]
+        for rows in self._last[1][len(prompt) - 1 :].split(ROWS):
+            yield from self._model.get_output_embeddings()(rows).float()
+
+
+class Doubt(NamedTuple):
+    """A token of the ring's text that the unsplit model did not pick there, or not as clearly."""
+
+    position: int
+    ours: int
+    """what the ring picked"""
+    theirs: int
+    apart: float
+    """how far the ring's token was from being picked (distance); where it is the same, how far the two leads lie apart"""
+    allowed: float
+
+    @property
+    def tie(self) -> bool:
+        return self.apart < self.allowed
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """What the unsplit model says to a text of the ring."""
+
+    tokens: int
+    doubts: list[Doubt]
+    worst: float
+    """how far two leads of the same token lay apart at most, as a share of what rounding may do"""
+
+    @property
+    def bugs(self) -> list[Doubt]:
+        return [doubt for doubt in self.doubts if not doubt.tie]
+
+    @property
+    def parted(self) -> bool:
+        return bool(self.doubts)
+
+    def verdict(self, engine: Engine) -> str:
+        """In words; of several doubts the first bug, else the first tie."""
+        if not self.doubts:
+            return f"identical ({self.tokens} tokens)"
+        first = (self.bugs or self.doubts)[0]
+        ours, theirs = (_named(engine, token) for token in (first.ours, first.theirs))
+        what = f"differs: {ours} by the ring, {theirs} by the model, {first.apart:.2e} apart"
+        if first.ours == first.theirs:
+            what = f"has another lead of {ours}, {first.apart:.2e} apart"
+        kind = "a numeric tie" if first.tie else "a bug"
+        more = f" (and {len(self.doubts) - 1} more)" if len(self.doubts) > 1 else ""
+        return f"position {first.position} {what} where rounding may do {first.allowed:.2e}, so {kind}{more}"
+
+
+def replay(engine: Engine, reference: Reference, prompt: str, text: Sequence[Token], setting: dict) -> Replay:
+    """A text of the ring by the unsplit model: what it picks at each position, after the same tokens."""
+    start, sampling = engine.text.encode(prompt), dataclasses.replace(engine.config.sampling, **setting)
+    noise, doubts, worst = noise_for(sampling, engine.manifest.vocab_size), [], 0.0
+    rows = reference.logits(start, [token.id for token in text])
+    for position, (token, logits) in enumerate(zip(text, rows, strict=True), len(start)):
+        allowed = tolerance_of(engine, float(logits.abs().max()))
+        chosen = pick(logits, sampling, noise, position)
+        if chosen.token != token.id:
+            doubts.append(Doubt(position, token.id, chosen.token, distance(logits, sampling, noise, position, token.id), allowed))
+        elif math.isfinite(chosen.gap) and lead_is_certain(logits, sampling, noise, position, allowed):
+            apart = abs(chosen.gap - token.gap) * (sampling.temperature or 1.0)
+            worst = max(worst, apart / allowed)
+            if not apart < allowed:
+                doubts.append(Doubt(position, token.id, token.id, apart, allowed))
+    return Replay(len(text), doubts, worst)
+
+
+# ---- verify ----------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """Where two texts part: absolute position, the two tokens, and how clear plain decoding's choice was."""
+
+    position: int
+    speculative: int | None
+    plain: int | None
+    gap: float
+
+
+class Count:
+    """Of texts."""
+
+    def __init__(self) -> None:
+        self.all = self.ties = self.bugs = 0
+
+    def add(self, parted: bool, bug: bool) -> None:
+        self.all, self.ties, self.bugs = self.all + 1, self.ties + (parted and not bug), self.bugs + bug
+
+    def __str__(self) -> str:
+        same = self.all - self.ties - self.bugs
+        return f"{same} of {self.all} identical, {self.ties} parted at a numeric tie, {self.bugs} at a bug"
+
+
+def verify(engine: Engine, prompts: Sequence[str], settings: Sequence[dict], reference: Reference | None = None) -> bool:
+    """Each prompt with the configured method and with plain decoding, at each sampling setting: the same tokens? With a reference
+    also: the unsplit model's?
+
+    Prints a line each, and at the end what was compared; True if all are identical or part at a numeric tie only."""
+    method = engine.config.method
+    plain = method == "ar" and reference is None
+    need(not plain, "verify compares a method with plain decoding: choose another method than ar, or give --reference DIR")
+    itself, unsplit, worst = Count(), Count(), 0.0
+    for number, prompt in enumerate(prompts, 1):
+        for setting in settings:
+            texts = {name: list(engine.generate(prompt, method=name, **setting)) for name in dict.fromkeys((method, "ar"))}
+            found = parting(texts[method], texts["ar"], len(engine.text.encode(prompt)))
+            replays = {name: replay(engine, reference, prompt, text, setting) for name, text in texts.items()} if reference else {}
+            bug = found is not None and not may_be_a_tie(engine, found, replays.values())
+            itself.add(found is not None, bug)
+            said = [verdict(engine, found, len(texts["ar"]), not bug)] if method != "ar" else []
+            for replayed in replays.values():
+                unsplit.add(replayed.parted, bool(replayed.bugs))
+                worst = max(worst, replayed.worst)
+            words = {name: replayed.verdict(engine) for name, replayed in replays.items()}
+            for each in dict.fromkeys(words.values()):  # of both texts most often the same
+                said.append(f"{', '.join(n for n in words if words[n] == each)} and the unsplit model: {each}")
+            print(f"prompt {number}, {describe(setting)}: {'; '.join(said)}", flush=True)
+    if method != "ar":
+        print(f"{method}: {itself}")
+    print(f"{reference}: {unsplit}; {_leads(worst)}" if reference else _alone(itself))
+    return itself.bugs + unsplit.bugs == 0
+
+
+def _alone(itself: Count) -> str:
+    """What verify has shown without a reference."""
+    finding = "speculation changed the text" if itself.bugs else "speculation changes nothing"
+    return f"compared: the ring with itself: {finding}; give --reference DIR to compare with the unsplit model"
+
+
+def _leads(worst: float) -> str:
+    return f"where the token is the same, its lead differs by at most {worst:.0%} of what rounding may do"
+
+
+def parting(speculative: Sequence[Token], plain: Sequence[Token], start: int) -> Divergence | None:
+    """Where these continuations of `start` tokens part, if they do."""
+    for at, pair in enumerate(zip_longest(speculative, plain)):
+        ours, theirs = (token and token.id for token in pair)
+        if ours != theirs:
+            return Divergence(start + at, ours, theirs, pair[1].gap if pair[1] else math.inf)
+    return None
+
+
+def may_be_a_tie(engine: Engine, found: Divergence, replays: Collection[Replay]) -> bool:
+    """Can rounding explain it? Judged by the unsplit model where that was asked of both texts, else by the lead of plain decoding."""
+    if found.speculative is None or found.plain is None:  # one text ends where the other goes on
+        return False
+    return not any(replayed.bugs for replayed in replays) if replays else found.gap < tolerance_of(engine)
+
+
+def verdict(engine: Engine, found: Divergence | None, count: int, tie: bool) -> str:
+    """`count`: tokens of the text, if the two are the same."""
+    if found is None:
+        return f"identical ({count} tokens)"
+    a, b = (_named(engine, token) for token in (found.speculative, found.plain))
+    kind = "a numeric tie" if tie else "a bug"
+    return f"differs at position {found.position}: {a} with speculation, {b} without; top-2 gap {found.gap:.2e}, so {kind}"
+
+
+def _named(engine: Engine, token: int | None) -> str:
+    return "nothing" if token is None else f"{token} {engine.text.decode([token])!r}"
+
+
+def describe(setting: dict) -> str:
+    return "greedy" if setting["temperature"] == 0 else ", ".join(f"{name} {value}" for name, value in setting.items())
