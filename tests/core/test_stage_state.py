@@ -1,8 +1,7 @@
 """A stage's books, with the worked example of the design and the defects of other implementations as vectors."""
 
-import numpy as np
 
-from flowspec.core.cost import Emulate, LinearCost
+from flowspec.core.cost import Emulate
 from flowspec.core.messages import Prune
 from flowspec.core.stage import Accepted, Gather, StageState, Waiting
 
@@ -144,23 +143,6 @@ def test_a_last_stage_knows_what_becomes_text():
     assert accepted.among([0, 1, 2], [-1, 0, 0], [5, 6, 7], [7, 1, 8]) == [0, 2], "the root, and the child with its choice"
     assert accepted.among([3, 4, 5], [1, 2, 2], [1, 9, 3], [0, 0, 0]) == [], "3 carries the choice of a node that was refused"
     assert accepted.among([6, 7], [2, 6], [8, 4], [4, 2]) == [0, 1], "a new root after a miss"
-
-
-def test_costs_are_learnt():
-    cost = LinearCost()
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        n = int(rng.integers(1, 40))
-        cost.observe(n, 0.05 + 0.0005 * n)
-    assert abs(cost.base - 0.05) < 0.002 and abs(cost.slope - 0.0005) < 5e-5
-    assert abs(cost.predict(10) - 0.055) < 0.002
-
-
-def test_a_cost_without_variety_still_predicts():
-    cost = LinearCost()
-    for _ in range(300):
-        cost.observe(1, 0.01)
-    assert abs(cost.predict(1) - 0.01) < 1e-3 and cost.slope >= 0
 
 
 def test_emulated_times():

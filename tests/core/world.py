@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flowspec.core.curve import Curve
 from flowspec.core.messages import Commit, Cost, Draft, Drafted, Finish, Idle, Proposal, Prune, Returned, Segment, Started, Wake, Woke
 from flowspec.core.policy import PolicyConfig, TreeConfig, make_policy
 from flowspec.core.request import Request, Sampling
@@ -184,7 +185,8 @@ class World:
             if self.random.random() < 0.1:
                 self._post("control", now, self.random.random(), ("news", Idle()))
         if self.random.random() < 0.3:
-            cost = Cost(k + 1, self.random.random(), 0.1 * self.random.random(), 0.1 * self.random.random())
+            curve = Curve.line(self.random.random(), 0.1 * self.random.random())
+            cost = Cost(k + 1, curve, 0.1 * self.random.random())
             self._post("control", now, self.random.random(), ("news", cost))
         if not kept.ids:
             return
