@@ -25,6 +25,7 @@ from flowspec.comm.base import STILL, Transport
 from flowspec.comm.codec import Limits
 from flowspec.comm.shaped import shaped
 from flowspec.config import Config, load_config
+from flowspec.core.costs import Costs
 from flowspec.core.policy import Continuous, PolicyConfig, make_policy
 from flowspec.core.request import Request, Sampling, need
 from flowspec.draft.registry import make_drafter
@@ -86,8 +87,8 @@ class Result:
     """rank 0's own CPU time a segment sent: neither drafting, lm_head, sampling nor waiting"""
     stage_overhead_ms: list[float]
     """each stage's own CPU time a segment: neither the model's forward, lm_head, sampling nor waiting"""
-    stage_cost_ms: list[tuple[float, float]]
-    """each stage's measured cost of a forward: of no row, and of each row"""
+    costs: dict[str, Any]
+    """what was measured of the stages, the links and the drafter (core/costs.py): `simulate --costs` reads it"""
     stage_peak_mb: list[float]
     """most resident memory of each stage's process so far, MB"""
     world_size: int
@@ -323,12 +324,23 @@ class Engine:
             stage_utilisation=[min(1.0, report.busy / spent) for report in stages],
             bookkeeping_ms=stats.bookkeeping * 1000 / max(1, stats.segments),
             stage_overhead_ms=[report.overhead * 1000 / max(1, report.segments) for report in stages],
-            stage_cost_ms=[(report.base * 1000, report.slope * 1000) for report in stages],
+            costs=self._costs(stats, stages).to_json(),
             stage_peak_mb=[round(report.peak_mb, 1) for report in stages],
             world_size=self.world_size,
             seed=request.sampling.seed or 0,
             temperature=request.sampling.temperature,
             emulated=config.emulate.active,
+        )
+
+    def _costs(self, stats: Stats, stages: list[wire.Report]) -> Costs:
+        return Costs(
+            tuple(tuple(report.points) for report in stages),
+            tuple(report.overhead / max(1, report.segments) for report in stages),
+            tuple(report.row for report in stages),
+            stats.hop,
+            tuple(self._draft.cost.points()) if self._draft else (),
+            self._draft.read if self._draft else 0.0,
+            stats.bookkeeping / max(1, stats.segments),
         )
 
 

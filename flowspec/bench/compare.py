@@ -25,6 +25,7 @@ from flowspec.bench import report, timeline
 from flowspec.bench.forecast import Forecaster, Models, check_simulable, emulated, obstacle, rate
 from flowspec.config import METHODS, Config
 from flowspec.core.cost import Emulate
+from flowspec.core.costs import Costs, merged, read
 from flowspec.core.policy import PolicyConfig, TreeConfig
 from flowspec.core.request import Request
 from flowspec.draft.recorded import Tape
@@ -162,6 +163,7 @@ def _record(run: Run, simulated: float | None) -> report.Record:
         drafted_tokens=result.drafted_tokens,
         forwarded_tokens=result.forwarded_tokens,
         simulated=simulated,
+        costs=result.costs,
         tokens_sha=hashlib.sha256(str(result.token_ids).encode()).hexdigest()[:16],
     )
 
@@ -190,23 +192,21 @@ def _predictions(runs: Sequence[Run], forecasters: Mapping[bool, Forecaster], st
             predicted[cell] = None
         elif cell not in predicted:
             tape = forecaster.add(run.request, run.result.token_ids)
-            emulate = completed(emulated(forecaster.config), [r for r in runs if _cell(r)[:2] == cell[:2]])
+            same = [r for r in runs if _cell(r)[:2] == cell[:2]]
+            emulate, costs = priced(emulated(forecaster.config), same)
             config = dataclasses.replace(forecaster.config, policy=run.variant.policy)
-            predicted[cell] = forecaster.run(tape, run.variant.method, stages, emulate, config).tokens_per_second
+            predicted[cell] = forecaster.run(tape, run.variant.method, stages, emulate, config, costs).tokens_per_second
     return predicted
 
 
-def completed(emulate: Emulate, runs: Sequence[Run]) -> Emulate:
-    """`emulate` with what it leaves out (zeros) as measured: medians over the runs."""
-    real: dict[str, Any] = {}
+def priced(emulate: Emulate, runs: Sequence[Run]) -> tuple[Emulate, Costs | None]:
+    """What the runs' like costs: as emulated (a drafter that is not, as measured), or all as measured where no stage is emulated."""
     if emulate.stage_ms == 0 and emulate.token_ms == 0:
-        costs = list(zip(*(run.result.stage_cost_ms for run in runs), strict=True))
-        real["stage_ms"] = tuple(statistics.median(base for base, _ in stage) for stage in costs)
-        real["token_ms"] = tuple(statistics.median(slope for _, slope in stage) for stage in costs)
+        return emulate, merged([read(run.result.costs, "this run") for run in runs])
     drafts = [run.draft_ms for run in runs if run.draft_ms is not None]
     if emulate.draft_ms == 0 and drafts:
-        real["draft_ms"] = statistics.median(drafts)
-    return dataclasses.replace(emulate, **real)
+        emulate = dataclasses.replace(emulate, draft_ms=statistics.median(drafts))
+    return emulate, None
 
 
 def _sweep(forecaster: Forecaster, chosen: Sequence[str], stages: int, temperatures: Sequence[float]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowspec.config import Config
 from flowspec.core.cost import Emulate
+from flowspec.core.costs import Costs
 from flowspec.core.policy import METHODS, make_policy
 from flowspec.core.request import Request, Sampling, need
 from flowspec.draft.base import Drafter
@@ -121,8 +122,17 @@ class Forecaster:
         """The tape of a request, new if it is not known yet."""
         return self.tapes.setdefault(_key(request), Tape(request, list(text)))
 
-    def run(self, tape: Tape, method: str, stages: int, emulate: Emulate | None = None, config: Config | None = None) -> Outcome:
-        """One request in virtual time. `config`: another tree, policy or verify_on than the forecaster's own."""
+    def run(
+        self,
+        tape: Tape,
+        method: str,
+        stages: int,
+        emulate: Emulate | None = None,
+        config: Config | None = None,
+        costs: Costs | None = None,
+    ) -> Outcome:
+        """One request in virtual time. `config`: another tree, policy or verify_on than the forecaster's own; `costs`: measured ones, which
+        count instead of what is emulated."""
         config = config or self.config
         features = self.profile is None and config.reads_features
         policy = None if method == PAPER else make_policy(method, config.tree, config.policy, stages, features)
@@ -133,6 +143,7 @@ class Forecaster:
             hidden=self.models.hidden,
             verify_last=config.verifies_last,
             features=guesser is not None and guesser.features,
+            costs=costs,
         )
         if policy is None:
             need(guesser is not None, f"{PAPER} needs a drafter")

@@ -72,6 +72,8 @@ class Record:
     """tokens/s that the simulation predicts for this prompt; None: not simulated"""
     tokens_sha: str
     """of the token ids: equal for all methods at one prompt and temperature"""
+    costs: dict[str, Any] | None = None
+    """what was measured of stages, links and drafter (core/costs.py): `simulate --costs` reads it"""
 
 
 class Spread(NamedTuple):

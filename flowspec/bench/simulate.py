@@ -21,8 +21,10 @@ from flowspec import trace
 from flowspec.bench import timeline
 from flowspec.bench.forecast import PAPER, SIMULATED, Forecaster, Models, check_simulable, is_taped, made_up
 from flowspec.config import Config, load_config
+from flowspec.core.costs import Costs, merged, read
 from flowspec.core.request import Request, Sampling, need
 from flowspec.draft.config import DrafterConfig
+from flowspec.errors import UserError
 from flowspec.files import replacing
 from flowspec.models.split import Parser
 from flowspec.options import add_shared, benchmark_prompts, configuration, methods, numbers, split_demo, temperatures_of
@@ -49,6 +51,7 @@ def main(argv: Sequence[str]) -> int:
     temperatures = temperatures_of(options, config)
     if config.sampling.seed is None:
         config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, seed=1))
+    costs = load_costs(Path(options.costs)) if options.costs else None
     cells = list(_cells(options, path, config, temperatures))
     for cell in cells:
         emulate = cell.config.emulate
@@ -56,12 +59,14 @@ def main(argv: Sequence[str]) -> int:
         same = cell.config.policy.coupled == config.policy.coupled or not is_taped(config)
         need(same, "--vary: drafts are remembered with the target's noise or without; run another simulation for policy.coupled")
         need(
-            all(emulate.stage_seconds(stage, 1) > 0 for stage in range(1, cell.stages + 1)),
-            "simulate needs the devices' times: give emulate.stage_ms, as configs/devices/ do, above 0 for each stage",
+            costs is not None or all(emulate.stage_seconds(stage, 1) > 0 for stage in range(1, cell.stages + 1)),
+            "simulate needs the devices' times: give emulate.stage_ms, as configs/devices/ do, above 0 for each stage, or --costs FILE",
         )
+        for found in costs.values() if costs else ():
+            need(cell.stages == len(found.stages), f"{options.costs} was measured over {len(found.stages)} stages, not {cell.stages}")
     forecaster = _forecaster(options, config, temperatures)
     chosen = methods(options.methods, SIMULATED) if options.methods else [config.method] if len(cells) == 1 else list(SIMULATED)
-    results = _run(forecaster, cells, chosen)
+    results = _run(forecaster, cells, chosen, costs)
     if options.drafts:
         forecaster.save(Path(options.drafts))
         if not (options.synthetic or is_taped(config)):
@@ -84,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--vary", action="append", default=[], metavar="KEY=A,B", help="values of a key, such as emulate.link_mbps=125,1000"
     )
+    parser.add_argument("--costs", metavar="FILE", help="measured costs instead of emulate: what run --json or bench compare wrote")
     parser.add_argument("--drafts", metavar="FILE", help="recorded drafts: made if absent, completed where it lacks some")
     parser.add_argument("--offline", action="store_true", help="use --drafts alone: load no model")
     parser.add_argument("--synthetic", metavar="P,P", help="no models: the target's token is the draft's k-th choice with this probability")
@@ -162,14 +168,34 @@ def _record(forecaster: Forecaster, config: Config, prompts: list[str], sampling
             forecaster.add(Request(id=0, prompt=text.encode(prompt), sampling=sampling, eos=text.eos), ids)
 
 
-def _run(forecaster: Forecaster, cells: list[Cell], chosen: list[str]) -> dict[tuple[int, str], list[Outcome]]:
-    """(cell's index, method) -> an outcome a prompt."""
+def load_costs(path: Path) -> dict[str, Costs]:
+    """What the runs of a file measured, by method, and of all of them as "". UserError says what is wrong with it."""
+    try:
+        found = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"--costs: cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"--costs: {path} is not JSON: give a file that run --json or bench compare wrote") from None
+    costs: dict[str, list[Costs]] = {"": []}
+    for number, line in enumerate(found, 1):
+        known = read(line.get("costs") if isinstance(line, dict) else None, f"--costs: line {number} of {path}")
+        for method in ("", str(line.get("method", ""))):
+            costs.setdefault(method, []).append(known)
+    need(bool(found), f"--costs: {path} is empty")
+    return {method: merged(several) for method, several in costs.items()}
+
+
+def _run(
+    forecaster: Forecaster, cells: list[Cell], chosen: list[str], costs: dict[str, Costs] | None
+) -> dict[tuple[int, str], list[Outcome]]:
+    """(cell's index, method) -> an outcome a prompt. `costs`: by method, those of all where a method has none."""
     results = {}
     for k, cell in enumerate(cells):
         tapes = [t for t in forecaster.tapes.values() if t.request.sampling.temperature == cell.temperature]
         need(bool(tapes), f"no text is recorded for temperature {cell.temperature:g}")
         for method in chosen:
-            results[k, method] = [forecaster.run(tape, method, cell.stages, config=cell.config) for tape in tapes]
+            own = costs.get(method, costs[""]) if costs else None
+            results[k, method] = [forecaster.run(tape, method, cell.stages, config=cell.config, costs=own) for tape in tapes]
     return results
 
 

@@ -3,97 +3,276 @@
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Sequence
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
 
 from flowspec.core.pipe import Pipe
 
 
-class Controller:
-    """Rows of a segment, the least probability of a row, segments in flight, and whether to speculate at all."""
+class Stretch:
+    """Tokens of a while in one mode, and what they took. Seconds are clipped: one long delay is the machine's."""
 
-    WINDOW = 16
-    """tokens over which a rate is measured"""
-    PROMISED = 0.9
-    """of the rate that costs promise for plain decoding, until it was tried: they leave out what lies between forwards and hops"""
-    PAUSE = 16
-    """tokens of the first attempt without speculation; each attempt that was right doubles the next"""
+    LATEST = 16
+    """tokens that count as lately"""
+
+    def __init__(self, now: float, clip: float):
+        """`clip`: times what is usual."""
+        self._clip = clip
+        self._last = now
+        self.tokens, self.seconds = 0, 0.0
+        self._lately: deque[tuple[int, float]] = deque()
+        self._count = 0  # tokens of these
+
+    def decided(self, tokens: int, now: float, usual: float) -> float:
+        """So many tokens more are text; the seconds that they took, clipped. `usual`: of a token without speculation."""
+        most = self._clip * max(usual, median(took for _, took in self._lately) if self._lately else 0.0)
+        seconds, self._last = min(now - self._last, most), now
+        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
+        self._lately.append((tokens, seconds))
+        self._count += tokens
+        while self._count - self._lately[0][0] >= self.LATEST:
+            self._count -= self._lately.popleft()[0]
+        return seconds
+
+    @property
+    def each(self) -> float:
+        """Seconds of a token, lately."""
+        return sum(seconds for _, seconds in self._lately) / self._count if self._count else math.inf
+
+
+class _Prices(NamedTuple):
+    """What rows cost, in seconds, links included."""
+
+    times: np.ndarray
+    """what they were made of"""
+    more: np.ndarray
+    """[MOST + 1]: what 0 (as good as 1), 1, ... rows add to a forward of one"""
+    forward: float
+    """a forward of one row"""
+    least: float
+    """what a row adds in the cheapest number of rows, as a share of a forward"""
+    most: int
+    """rows of which the second half adds a quarter of a forward"""
+    round: float
+    """a forward of one row on each stage"""
+    grown: float
+    """times what a round was when plain decoding was tried, as the context has grown; 1 if it was not"""
+
+    @classmethod
+    def of(cls, pipe: Pipe, stages: int) -> _Prices:
+        times, n = pipe.times, np.arange(pipe.MOST + 1)
+        more = times - times[1] + pipe.row * np.maximum(n - 1, 0)
+        half = np.interp(n / 2, n, more)
+        forward = pipe.base + pipe.row
+        most = np.flatnonzero(more - half <= 0.25 * pipe.base).max(initial=1)
+        least = float((more[2:] / n[1:-1]).min()) / forward
+        now, tried = pipe.forwards(stages, pipe.context), pipe.known.plain
+        return cls(times, more, forward, least, int(most), now, now / pipe.forwards(stages, tried[1]) if tried else 1.0)
+
+
+class Controller:
+    """Rows of a segment, which are worth it, segments in flight, and whether to speculate at all.
+
+    Whether to speculate is settled by trying, and trying is bounded: what was slower may cost SHARE of the text in all. Speculation begins.
+    A trial of plain decoding follows when it is in doubt (it brings less than DOUBT times what costs promise without it) and cheap, or
+    when speculation has lost a good part of what it may. What was slower rests, twice as long each time."""
+
+    CLIP = (1.5, 3.0)
+    """times what is usual, beyond which a delay does not count: without speculation, and with it, whose times vary by themselves"""
+    LEAST = 0.002
+    """of a node's probability"""
+    DOUBT = 1.5
+    """times the promised rate: what is faster needs no trial"""
+    FIRST = 4
+    """tokens after which there may be a first doubt"""
+    AGAIN = 16
+    """tokens of speculation, times two to the number of trials, after which there may be doubt again: by CLOSE"""
+    CLOSE = 1.25
+    """times the rate of plain decoding"""
+    TRIAL = (3, 8)
+    """tokens of a trial of plain decoding, at least and at most"""
+    SHARE = 0.02
+    """of the plain time of the text so far and of what is left, at most AHEAD tokens: what speculation may lose in all"""
+    AHEAD = 96
+    PRICE = 0.03
+    """of the time that is left: what a trial of plain decoding may cost"""
+    LOSS = (0.5, 2.0)
+    """tokens' plain time that an attempt at speculation may lose, at least and at most; between them PART of what is left to lose"""
+    PART = 0.6
+    LEAD = 4.0
+    """tokens' plain time of gains that are remembered against later losses"""
+    REST = 8
+    """tokens that the first rest from speculation lasts"""
+    CHANGED = 1.3
+    """times what it was: what the growing context makes of a plain token's time before it is tried anew, if in doubt"""
 
     def __init__(self, pipe: Pipe, stages: int, fixed_rows: int | None):
         self._pipe, self._stages, self._fixed_rows = pipe, stages, fixed_rows
+        self._prices = _Prices.of(pipe, stages)
         self.speculates = True
-        self._begun: float | None = None  # when the present window began
-        self._done = 0  # tokens in it
-        self._pause = self.PAUSE
-        self.rate: float | None = None  # tokens/s with speculation, of the last window
-        self.plain_rate: float | None = None  # without, once it was tried
-        self.attempts = 0  # windows without speculation
+        self.rests = 0  # times that speculation was stopped
+        self._now: Stretch | None = None
+        self._lead = 0.0  # seconds that this stretch of speculation has gained on plain decoding, of late
+        self._until = 0  # tokens that the present stretch of plain decoding lasts
+        self._lost = 0.0  # plain tokens' time that speculation has lost so far
+        self._begun = 0  # tokens that were left then
+        self._foreseen = 0  # tokens of the text so far and ahead
+        self._attempt: Stretch | None = None  # the last at speculation
+        self._draining = False  # what speculation sent is still on its way
+        self._counted = True  # what it lost is in `_lost`
+        self._trials = 0
+        self._trial = False  # the present stretch of plain decoding is one
+
+    # ---- rows --------------------------------------------------------------------------------------
+    def _priced(self) -> _Prices:
+        if self._prices.times is not self._pipe.times:
+            self._prices = _Prices.of(self._pipe, self._stages)
+        return self._prices
 
     @property
     def theta(self) -> float:
-        """A row is worth its cost while P >= (b + e) / (a + b + e), of the slowest stage and link: what it adds to a forward's time, as
-        a share of what a forward of its own would take."""
-        more = self._pipe.slope + self._pipe.row
-        return max(0.002, more / (self._pipe.base + more))
+        """The least probability of a node that can be worth a row: what a row adds, in the cheapest number of them, as a share of what a
+        forward of its own would take. On a line a + b n with links e n: (b + e) / (a + b + e)."""
+        return max(self.LEAST, self._priced().least)
 
     @property
     def rows(self) -> int:
-        """The rows of a segment should not add more than half a forward, links included: what is left out leaves in the next slot.
-        Where there is no other slot (one stage), theta alone decides. What a row costs is a guess at first, so the first
+        """The most rows of a segment: the second half of them adds at most a quarter of a forward, links included; else it leaves in the
+        next slot. Where there is no other slot (one stage), only their worth counts. What a row costs is a guess at first, so the first
         segments are short: two rows, and twice as many each time that the first stage has told its cost."""
         if self._fixed_rows:
             return self._fixed_rows
-        most = 0.5 * self._pipe.base / max(self._pipe.slope + self._pipe.row, 1e-9) if self._stages > 1 else math.inf
-        return int(min(96, max(1, most), 2.0 ** (1 + self._pipe.news)))
+        most = self._priced().most if self._stages > 1 else self._pipe.MOST
+        return int(min(most, 2.0 ** min(10, 1 + self._pipe.known.news)))
+
+    def worth(self, reaches: Sequence[float]) -> int:
+        """How many of a segment's nodes to send, given their probabilities to be needed, falling: as many as gain most. A node that is
+        needed saves a forward of its own; what it adds to this one delays everything."""
+        if len(reaches) < 2:
+            return len(reaches)
+        prices = self._priced()
+        gain = np.cumsum(reaches) * prices.forward - prices.more[1 : len(reaches) + 1]
+        return int(gain.argmax()) + 1
 
     @property
     def credits(self) -> int:
         """Segments that keep the slowest stage busy: as many of its forwards as one needs for the round, links included. One more
         would be decided too early: it leaves before the news that the one ahead of it brings."""
-        return max(1, round((self._pipe.forwards(self._stages) + (self._stages + 1) * self._pipe.known_hop) / self._pipe.base))
+        return max(1, round(self.lap / self._pipe.base))
 
     @property
     def lap(self) -> float:
-        """Seconds that the root alone needs for the round: a token's, without speculation."""
-        return self._pipe.forwards(self._stages, rows=1) + (self._stages + 1) * self._pipe.known_hop
+        """Seconds that the root alone needs for the round: a token's, without speculation, by these costs."""
+        return self._priced().round + (self._stages + 1) * self._pipe.known_hop
 
-    def decided(self, tokens: int, now: float) -> None:
-        """So many more tokens are text. At the end of a window: was it worth it?"""
-        if self._begun is None:
-            self._begun = now
-            return
-        self._done += tokens
-        if self._done < (self.WINDOW if self.speculates else self._pause) or now <= self._begun:
-            return
-        self._judge(self._done / (now - self._begun))
-        self._begun, self._done = now, 0
+    # ---- whether to speculate ----------------------------------------------------------------------
+    @property
+    def plain(self) -> float:
+        """Seconds of a token without speculation: as tried, and as the context has grown since; else by costs, which leave out what
+        lies between forwards, and hold what drafting takes from the same cores."""
+        tried = self._pipe.known.plain
+        return self.lap if tried is None else tried[0] * self._priced().grown
 
-    def _judge(self, rate: float) -> None:
-        """Go on with what is faster. Plain decoding is tried when it promises more, and speculation tried again after it."""
+    def decided(self, tokens: int, now: float, left: int) -> None:
+        """So many more tokens are text, and so many are left."""
+        if self._now is None:
+            self._now, self._begun = Stretch(now, self.CLIP[True]), left
+            return
+        self._foreseen = self._begun - left + min(left, self.AHEAD)
+        if self._draining and self._attempt is not None:  # what was on its way belongs to the attempt that has ended
+            self._attempt.decided(tokens, now, self.plain)
+            self._draining, self._now = tokens > 1, Stretch(now, self.CLIP[False])
+            return
+        took = self._now.decided(tokens, now, self.plain)
+        if not self._pipe.known.costs:
+            return
         if self.speculates:
-            self.rate = rate
-            self.speculates = rate >= (self.plain_rate or self.PROMISED / self.lap)
-            if self.speculates:
-                self._pause = self.PAUSE
-            else:
-                self.attempts += 1
-        else:
-            self.plain_rate, self.speculates = rate, True
-            self._pause *= 2
+            self._lead = min(self._lead + tokens * self.plain - took, self.LEAD * self.plain)
+            self._doubt(self._now, now, left)
+        elif self._now.tokens >= self._until:
+            self._settle(self._now, now)
+
+    @property
+    def _allowed(self) -> float:
+        """Plain tokens' time that is left to lose."""
+        return self.SHARE * self._foreseen - self._lost
+
+    def _doubt(self, stretch: Stretch, now: float, left: int) -> None:
+        """Is speculation to rest? If it has lost enough, or for a trial if that is cheap for what it may show."""
+        ratio, tried = self.plain / stretch.each, self._tried
+        least, most = self.LOSS
+        lost = -self._lead > self.plain * min(most, max(least, self.PART * self._allowed))
+        lost = lost or (tried and ratio < 1 and stretch.tokens >= stretch.LATEST)
+        trial = min(self.TRIAL[1], self.PRICE * left / max(ratio - 1, 1e-3))
+        doubt, after = (self.CLOSE, self.AGAIN * 2**self._trials) if tried else (self.DOUBT, self.FIRST)
+        unsure = ratio < doubt and stretch.tokens >= after and trial >= self.TRIAL[0]
+        if lost or unsure:
+            self._attempt, self._counted, self._trial = stretch, False, unsure or not tried
+            self._trials += self._trial
+            self._until = int(max(trial, self.TRIAL[0])) if self._trial else self._rest()
+            self._turn(now)
+
+    def _settle(self, stretch: Stretch, now: float) -> None:
+        """A stretch of plain decoding is over. After a trial: was it faster?"""
+        assert self._attempt is not None
+        self._pipe.known.plain = stretch.each, self._pipe.context
+        self._prices = self._prices._replace(grown=1.0)
+        if not self._counted:
+            self._lost += self._attempt.seconds / stretch.each - self._attempt.tokens
+            self._counted = True
+        slower = self._trial and stretch.each < self._attempt.each
+        self._trial = False
+        if slower:
+            self._until = stretch.tokens + self._rest()
+        elif self._allowed > self.LOSS[0]:
+            self._turn(now)
+
+    def _rest(self) -> int:
+        """Tokens of plain decoding: twice as many each time."""
+        self.rests += 1
+        return self.REST * 2 ** (self.rests - 1)
+
+    def _turn(self, now: float) -> None:
+        self.speculates = not self.speculates
+        self._draining = not self.speculates and bool(self._pipe.out)
+        self._now, self._lead = Stretch(now, self.CLIP[self.speculates]), 0.0
+
+    @property
+    def _tried(self) -> bool:
+        """Plain decoding was tried behind a context like this."""
+        return self._pipe.known.plain is not None and 1 / self.CHANGED < self._priced().grown < self.CHANGED
 
     def explain(self) -> list[str]:
         """What was chosen, and why; for people."""
         pipe = self._pipe
-        stages = ", ".join(f"{s}: {1000 * a:.2f} + {1000 * b:.3f} n" for s, (a, b) in sorted(pipe.costs.items()))
+        stages = "; ".join(f"{s}: {_forwards(c.over(_SHOWN, pipe.context))}" for s, c in sorted(pipe.known.costs.items()))
+        shown = ", ".join(f"{n:.0f}" for n in _SHOWN)
         lines = [
-            f"stages (ms of a forward over n rows): {stages}",
-            f"links: {1000 * pipe.known_hop:.2f} ms a hop, {1000 * pipe.row:.3f} ms a row; a draft takes {1000 * pipe.draft:.1f} ms",
+            f"stages (ms of a forward over {shown} rows, behind {pipe.context} tokens): {stages}",
+            f"links: {1000 * pipe.known_hop:.2f} ms a hop, {1000 * pipe.row:.3f} ms a row; a draft takes {1000 * pipe.known.draft:.1f} ms",
             f"a row must be needed with P >= {self.theta:.3f} (what it adds to the slowest stage and link, by what a forward costs)",
             f"at most {self.rows} rows a segment"
-            + (" (tree.segment)" if self._fixed_rows else " (half a forward's worth, on the slowest stage and link)"),
+            + (
+                " (tree.segment)"
+                if self._fixed_rows
+                else " (the second half of them adds a quarter of a forward, on the slowest stage and link)"
+            ),
             f"{self.credits} segments in flight (the slowest stage's forwards in one round of the ring)",
         ]
-        measured = "not measured (too short)" if self.rate is None else f"{self.rate:.2f} tok/s in the last {self.WINDOW} tokens"
-        plain = f"{1 / self.lap:.2f} tok/s by these costs" if self.plain_rate is None else f"{self.plain_rate:.2f} tok/s measured"
-        lines.append(
-            f"speculation {'on' if self.speculates else 'off'}: {measured}; without it {plain}; tried without {self.attempts} times"
-        )
+        attempt = self._now if self.speculates else self._attempt
+        each = math.inf if attempt is None else attempt.each
+        measured = "not measured (too short)" if math.isinf(each) else f"{1 / each:.2f} tok/s lately"
+        plain = f"{1 / self.plain:.2f} tok/s {'by these costs' if pipe.known.plain is None else 'measured'}"
+        lines.append(f"speculation {'on' if self.speculates else 'off'}: {measured}; without it {plain}; rested {self.rests} times")
         return lines
+
+
+_SHOWN = np.array([1.0, 2, 4, 8, 16, 32, 64])
+
+
+def _forwards(seconds: np.ndarray) -> str:
+    return " ".join(f"{1000 * s:.1f}" for s in seconds)

@@ -1,103 +1,198 @@
-"""Measured costs: a stage's forward over n rows takes base + slope * n seconds. Pure. What follows from them: core/control.py."""
+"""Measured costs: a stage's forward as a curve over rows, and what a row adds to a hop. Pure. What follows: core/control.py."""
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from flowspec.core.messages import Cost
+from flowspec.core.curve import SHAPE, Curve
+from flowspec.core.messages import PREFILL_ROWS, Cost
 from flowspec.core.request import need
 
 
 class Line:
     """Weighted least squares over the recent past: seconds as a linear function of rows."""
 
-    FORGET = 0.95
     DOUBT = 2.0
     """standard errors that are taken off the slope: what may be chance is not charged"""
 
-    def __init__(self) -> None:
+    def __init__(self, forget: float = 0.95) -> None:
+        self._forget = forget
         self._sums = np.zeros(6)  # of weight * [1, n, t, n n, n t, t t]
 
-    def observe(self, rows: int, seconds: float) -> None:
-        self._sums = self.FORGET * self._sums + _moments(rows, seconds)
-
-    def _known(self) -> np.ndarray:
-        """What the line is fitted to."""
-        return self._sums
-
-    def fit(self) -> tuple[float, float]:
-        """(seconds at no row, seconds a row) of the line; the latter never below zero, 0 until rows of different number were seen."""
-        w, n, t, slope, _ = _line(self._known())
-        slope = max(0.0, slope - self.DOUBT * _line(self._sums)[4])
-        return (t - slope * n) / w if w else 0.0, slope
+    def observe(self, rows: float, seconds: float) -> None:
+        self._sums = self._forget * self._sums + _moments(rows, seconds)
 
     @property
     def slope(self) -> float:
-        """Seconds a row."""
-        return self.fit()[1]
+        """Seconds a row; never below zero, 0 until rows of different number were seen."""
+        slope, doubt = _line(self._sums)
+        return max(0.0, slope - self.DOUBT * doubt)
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation of the rows seen."""
+        w, n, _, nn, *_ = self._sums.tolist()
+        return math.sqrt(max(0.0, nn / w - (n / w) ** 2)) if w else 0.0
 
 
-def _line(sums: np.ndarray) -> tuple[float, float, float, float, float]:
-    """Of the sums of weight * [1, n, t, n n, n t, t t]: the first three, the slope of t over n, and its standard error."""
+def _line(sums: np.ndarray) -> tuple[float, float]:
+    """Of the sums of weight * [1, n, t, n n, n t, t t]: the slope of t over n, and its standard error."""
     w, n, t, nn, nt, tt = sums.tolist()
     spread = nn - n * n / w if w else 0.0
     if spread < 1e-9:
-        return w, n, t, 0.0, 0.0
+        return 0.0, 0.0
     common = nt - n * t / w
     scatter = max(0.0, tt - t * t / w - common * common / spread) / max(w - 2, 0.5)
-    return w, n, t, common / spread, math.sqrt(scatter / spread)
+    return common / spread, math.sqrt(scatter / spread)
 
 
 def _moments(rows: float, seconds: float) -> np.ndarray:
     return np.array([1.0, rows, seconds, rows * rows, rows * seconds, seconds * seconds])
 
 
-class LinearCost(Line):
-    """A forward's, started from a guess that soon fades.
+class Point(NamedTuple):
+    """Forwards of about so many rows at about this context."""
 
-    The guess is one of shape, a row for a fiftieth of a forward: the first observation says how fast it all is."""
+    rows: float
+    context: float
+    seconds: float
+    """the median"""
+    times: int
+    """how often"""
 
-    GUESS = (0.02, 0.0004)
-    ROWS = (1.0, 32.0)
-    """of a forward over which the guess says something"""
-    FADE = 0.6
-    """of the guess, with each observation"""
-    STAYS = 0.004
-    """of the guess: nothing where rows vary, but where all forwards are of one or two rows it says more than a chance delay"""
+
+class _Bin:
+    """The latest forwards over rows between two powers of two."""
+
+    LATEST = 9
+    KEPT = 33
+    SPAN = 512
+    """tokens of context that a point for the report spans"""
 
     def __init__(self) -> None:
-        super().__init__()
-        self._least = math.inf  # the quickest forward
-        self._guess = 0.5 * np.sum([_moments(rows, self.GUESS[0] + self.GUESS[1] * rows) for rows in self.ROWS], axis=0)
+        self.latest: deque[tuple[int, float, float]] = deque(maxlen=self.LATEST)  # (rows, context, seconds)
+        self.by_context = Line(forget=1.0)
+        self.all: dict[int, deque[tuple[int, float, float]]] = {}
 
-    def observe(self, rows: int, seconds: float) -> None:
-        if math.isinf(self._least):
-            scale = seconds / (self.GUESS[0] + self.GUESS[1] * rows)
-            self._guess *= np.array([1, 1, scale, 1, scale, scale * scale])
-        self._least = min(self._least, seconds)
-        self._guess *= max(self.FADE, self.STAYS / self._guess[0])
-        super().observe(rows, seconds)
-
-    def _known(self) -> np.ndarray:
-        return self._sums + self._guess
-
-    def fit(self) -> tuple[float, float]:
-        """As of any line, with at least a tenth of the quickest forward at no row."""
-        base, slope = super().fit()
-        return max(base, 0.0 if math.isinf(self._least) else 0.1 * self._least), slope
+    def add(self, rows: int, context: float, seconds: float) -> None:
+        self.latest.append((rows, context, seconds))
+        self.all.setdefault(int(context) // self.SPAN, deque(maxlen=self.KEPT)).append((rows, context, seconds))
 
     @property
-    def base(self) -> float:
-        """Seconds of a forward over no row."""
-        return self.fit()[0]
+    def rows(self) -> float:
+        return sum(rows for rows, _, _ in self.latest) / len(self.latest)
 
-    def predict(self, rows: int) -> float:
-        base, slope = self.fit()
-        return base + slope * rows
+    def typical(self, slope: float, context: float, deep: tuple[float, float]) -> float:
+        """Seconds over `rows` rows at `context`: a low quantile (the least of three, the fourth of nine), since a delay only adds."""
+        middle = self.rows
+        moved = sorted(t + slope * (middle - n) + (context - at) * (deep[0] + deep[1] * n) for n, at, t in self.latest)
+        return max(moved[2 * (len(moved) - 1) // 5], 0.1 * min(t for _, _, t in self.latest))
+
+
+class RowCost:
+    """What forwards of a stage have shown so far: a curve over rows and context, robust to a busy machine.
+
+    A delay only makes a forward longer, and rows never make one shorter. So what is believed of a number of rows is a low quantile of
+    its latest forwards, no more than any larger number took, and as long as few were seen it is drawn to what its neighbours say.
+    Where nothing was measured, a row is guessed to add a fiftieth of a forward."""
+
+    SPREAD = 100.0
+    """tokens: the least standard deviation of the contexts that say what context costs"""
+    SHARED = 8.0
+    """rows whose arithmetic over the context costs what reading it does, until both were told apart"""
+
+    def __init__(self) -> None:
+        self._bins: dict[int, _Bin] = {}  # ceil(log2(rows)) -> what was seen
+        self._curve: Curve | None = None  # until there is more to know
+
+    def observe(self, rows: int, seconds: float, context: float = 0.0) -> bool:
+        """Take in a forward; True: one of the first of about so many rows."""
+        bin = self._bins.setdefault(min(7, max(0, rows - 1).bit_length()), _Bin())
+        bin.add(rows, context, seconds)
+        self._curve = None
+        if rows <= 32 or rows == PREFILL_ROWS:
+            bin.by_context.observe(context, seconds)
+        return len(bin.latest) <= 3
+
+    def curve(self, context: float = 0.0) -> Curve:
+        """What is believed now, with its knots about this context."""
+        self._curve = self._curve or self._fitted(context)
+        return self._curve
+
+    def _fitted(self, context: float) -> Curve:
+        bins = [self._bins[k] for k in sorted(self._bins)]
+        if not bins:
+            return Curve.line(0.02, 0.02 / SHAPE)
+        deep = self._deep(bins)
+        seen = [(b.rows, b.typical(0.0, context, deep)) for b in bins]
+        for _ in range(3):  # rows of a bin differ: the slope between its neighbours says what that makes
+            seen = [(b.rows, b.typical(_chord(seen, k), context, deep)) for k, b in enumerate(bins)]
+        knots: list[tuple[float, float]] = []
+        for k, bin in enumerate(bins):
+            above = (seen[k + 1][0], min(seconds for _, seconds in seen[k + 1 :])) if k + 1 < len(bins) else None
+            knots.append((seen[k][0], _believed(knots[-1] if knots else None, seen[k], above, len(bin.latest))))
+        first, last = knots[0], knots[-1]
+        if first[0] > 1:
+            knots.insert(0, (1.0, _guess(first, 1.0)))
+        if last[0] < PREFILL_ROWS:
+            knots.append((float(PREFILL_ROWS), _guess(last, PREFILL_ROWS)))
+        return Curve(tuple(knots), deep, context)
+
+    def _deep(self, bins: list[_Bin]) -> tuple[float, float]:
+        """Seconds of a token of context: of a forward, and of each row."""
+        known = [(b.rows, b.by_context.slope) for b in bins if b.by_context.spread >= self.SPREAD]
+        if not known:
+            return 0.0, 0.0
+        (n0, c0), (n1, c1) = known[0], known[-1]
+        if n1 == n0:
+            return self.SHARED * c0 / (self.SHARED + n0), c0 / (self.SHARED + n0)
+        row = min(max(0.0, (c1 - c0) / (n1 - n0)), c1 / n1)
+        return max(0.0, c0 - row * n0), row
+
+    def predict(self, rows: int, context: float = 0.0) -> float:
+        return self.curve(context).at(rows, context)
+
+    def points(self) -> list[Point]:
+        """All that was seen, for people and for the simulator."""
+        found = []
+        for bin in list(self._bins.values()):  # a drafter's thread may still be at it
+            for some in list(bin.all.values()):
+                rows, contexts, seconds = zip(*list(some), strict=True)
+                found.append(Point(statistics.mean(rows), statistics.mean(contexts), statistics.median(seconds), len(some)))
+        return sorted(found)
+
+
+def _guess(known: tuple[float, float], rows: float) -> float:
+    """Seconds over `rows` rows, by what is known of another number."""
+    n, seconds = known
+    return seconds * (SHAPE + rows) / (SHAPE + n)
+
+
+def _believed(below: tuple[float, float] | None, seen: tuple[float, float], above: tuple[float, float] | None, count: int) -> float:
+    """Seconds of a point (rows, seconds) that was seen so often, by what is believed below it and the least that was seen above it."""
+    rows, seconds = seen
+    if below is None:
+        return min(seconds, above[1]) if above else seconds
+    guess = _guess(below, rows)
+    if above:
+        guess = below[1] + (max(below[1], above[1]) - below[1]) * (rows - below[0]) / (above[0] - below[0])
+        seconds = min(seconds, above[1])
+    if seconds <= guess:
+        return max(seconds, below[1])
+    doubt = 2 * below[0] / rows / count**2  # a guess says little of many times the rows
+    return guess + (seconds - guess) / (1 + doubt)
+
+
+def _chord(points: list[tuple[float, float]], k: int) -> float:
+    """The slope between the neighbours of points[k]; never below zero."""
+    (n0, t0), (n1, t1) = points[max(0, k - 1)], points[min(len(points) - 1, k + 1)]
+    return max(0.0, (t1 - t0) / (n1 - n0)) if n1 > n0 else 0.0
 
 
 class Meter:
@@ -105,10 +200,10 @@ class Meter:
 
     OFTEN = 6
     EVERY = 8
-    """news after each of the first forwards, and then after every so many"""
+    """news after each of the first forwards, of the first of about so many rows, and after every so many"""
 
     def __init__(self) -> None:
-        self.forward, self._hop = LinearCost(), Line()
+        self.forward, self._hop = RowCost(), Line()
         self._forwards = 0
         self._first: float | None = None  # of the hops' seconds
 
@@ -117,14 +212,19 @@ class Meter:
         self._first = seconds if self._first is None else self._first
         self._hop.observe(rows, seconds - self._first)
 
-    def forward_over(self, rows: int, seconds: float) -> bool:
-        """A forward took so long; True: tell rank 0."""
-        self.forward.observe(rows, seconds)
+    def forward_over(self, rows: int, seconds: float, context: float = 0.0) -> bool:
+        """A forward behind this context took so long; True: tell rank 0."""
+        new = self.forward.observe(rows, seconds, context)
         self._forwards += 1
-        return self._forwards <= self.OFTEN or self._forwards % self.EVERY == 0
+        return new or self._forwards <= self.OFTEN or self._forwards % self.EVERY == 0
 
-    def cost(self, stage: int) -> Cost:
-        return Cost(stage, *self.forward.fit(), self._hop.slope)
+    def cost(self, stage: int, context: float = 0.0) -> Cost:
+        return Cost(stage, self.forward.curve(context), self.row)
+
+    @property
+    def row(self) -> float:
+        """Seconds that a row adds to the hop."""
+        return self._hop.slope
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flowspec.core.curve import Curve
+
 PREFILL_ROWS = 128
 """of the prompt in a message"""
 FRAME_BYTES = 160
@@ -164,11 +166,10 @@ class Started(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What a stage has measured: its forward over n rows takes base + slope * n seconds, and its hop `row` * n more than over none."""
+    """What a stage has measured: its forwards, and that its hop over n rows takes `row` * n seconds more than over none."""
 
     stage: int
-    base: float
-    slope: float
+    forward: Curve
     row: float
 
 

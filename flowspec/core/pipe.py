@@ -3,28 +3,50 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
+import numpy as np
+
+from flowspec.core.curve import SHAPE, Curve
 from flowspec.core.messages import Cost, Started
 from flowspec.core.tree import TokenTree
 
 
+@dataclass
+class Known:
+    """What a run knows of its ring (seconds). It is true beyond a request."""
+
+    costs: dict[int, Curve] = field(default_factory=dict)
+    """stage -> its forwards, once it has told of them"""
+    rows: dict[int, float] = field(default_factory=dict)
+    """stage -> what a row adds to the hop to it"""
+    hop: float = math.inf
+    """one hop: half of the first stage's quickest answer, less the wait in its queue"""
+    draft: float = 0.0
+    """a drafter's forward, once there was one"""
+    news: int = 0
+    """times that the first stage has told its cost"""
+    plain: tuple[float, int] | None = None
+    """a token's time without speculation, once it was tried, and the context behind which it was"""
+
+
 class Pipe:
-    """What rank 0 knows of the ring: segments out, when the first stage can take the next one, what things cost (seconds)."""
+    """Rank 0's view of the ring in one request: segments out, when the first stage can take the next one, what things cost (seconds)."""
 
     EARLY = 1 / 16
     """of a forward: a segment that is late by the wake-up of a thread costs more than one that knows a little less"""
+    MOST = 96
+    """rows of a segment"""
+    GUESS = Curve.line(0.02, 0.02 / SHAPE)
 
-    def __init__(self) -> None:
-        self.costs: dict[int, tuple[float, float]] = {}  # stage -> its forward over no row, and each row, once it was measured
-        self._rows: dict[int, float] = {}  # stage -> what a row adds to the hop to it
-        self.base, self.slope, self.row = 0.02, 0.0004, 0.0  # of the slowest stage and link each; a guess until it is measured
-        self.draft = 0.0  # a drafter's forward, once there was one
+    def __init__(self, known: Known | None = None) -> None:
+        self.known = known or Known()
+        self.context = 0
+        self._times: np.ndarray | None = None
         self.out: dict[int, tuple[int, ...]] = {}  # number -> ids, while a node of it is alive
         self.waiting: dict[int, float] = {}  # number -> when it was sent, until the first stage starts on it
         self._last = 0  # number of the newest segment
-        self.news = 0  # times that the first stage has told its cost
         self.free_at = -math.inf
-        self.hop = math.inf  # seconds of one hop: half of the first stage's quickest answer, less the wait in its queue
 
     def sent(self, number: int, ids: tuple[int, ...], now: float) -> None:
         self.out[number], self.waiting[number], self._last = ids, now, number
@@ -33,25 +55,48 @@ class Pipe:
         sent_at = self.waiting.pop(event.number, None)
         if sent_at is None:  # it came back before this news did
             return
-        self.hop = min(self.hop, (now - sent_at - event.waited) / 2)
+        self.known.hop = min(self.known.hop, (now - sent_at - event.waited) / 2)
         # the slowest stage or link sets the pace: what leaves sooner would only wait there
         self.free_at = now + (max(event.expected, self._pace(event.rows)) if event.rows else 0.0) - self.known_hop
 
     def measured(self, event: Cost) -> None:
-        self.costs[event.stage] = event.base, event.slope
-        self.news += event.stage == 1
-        self._rows[event.stage] = event.row
-        self.base, self.slope = (max(column) for column in zip(*self.costs.values(), strict=True))
-        self.row = max(self._rows.values())
+        self.known.costs[event.stage] = event.forward
+        self.known.rows[event.stage] = event.row
+        self.known.news += event.stage == 1
+        self._times = None
 
-    def forwards(self, stages: int, rows: int = 0) -> float:
-        """Seconds of a forward on each of the stages, one after the other; those not heard of are like the others."""
-        known = [base + slope * rows for base, slope in self.costs.values()] or [self.base + self.slope * rows]
-        return stages * sum(known) / len(known)
+    def deepened(self, context: int) -> None:
+        """The stages' caches hold so many tokens now."""
+        if self.context <= context <= 16 + self.context * 33 // 32:  # next to nothing changes
+            return
+        self.context, self._times = context, None
+
+    @property
+    def times(self) -> np.ndarray:
+        """Seconds of a forward over 0 (as good as 1), 1, ... MOST rows on the slowest stage, here and now; a guess until it is measured."""
+        if self._times is None:
+            rows = np.maximum(np.arange(self.MOST + 1.0), 1)
+            self._times = np.max([curve.over(rows, self.context) for curve in self.known.costs.values() or [self.GUESS]], 0)
+        return self._times
+
+    @property
+    def base(self) -> float:
+        """Seconds of a forward over one row on the slowest stage."""
+        return float(self.times[1])
+
+    @property
+    def row(self) -> float:
+        """What a row adds to a hop, on the slowest link."""
+        return max(self.known.rows.values(), default=0.0)
+
+    def forwards(self, stages: int, context: int) -> float:
+        """Seconds of a forward over one row on each of the stages, one after the other; those not heard of are like the others."""
+        seconds = [curve.at(1, context) for curve in self.known.costs.values() or [self.GUESS]]
+        return stages * sum(seconds) / len(seconds)
 
     def _pace(self, rows: int) -> float:
         """Seconds of a segment in the slowest of the stages and links."""
-        return max([base + slope * rows for base, slope in self.costs.values()] + [self.row * rows])
+        return max(float(self.times[min(rows, self.MOST)]) if self.known.costs else 0.0, self.row * rows)
 
     def idle(self, now: float) -> None:
         """The first stage has nothing to do, unless what was sent meanwhile has reached it."""
@@ -76,9 +121,9 @@ class Pipe:
     @property
     def known_hop(self) -> float:
         """Seconds of one hop; 0 until there was one to measure."""
-        return 0.0 if math.isinf(self.hop) else self.hop
+        return 0.0 if math.isinf(self.known.hop) else self.known.hop
 
     def drafted(self, seconds: float) -> None:
         """A drafter's forward took this long. The first may have waited for the prompt's features: a much shorter one tells."""
-        known = 0 < self.draft < 2 * seconds
-        self.draft += (seconds - self.draft) * (0.2 if known else 1.0)
+        known = self.known
+        known.draft += (seconds - known.draft) * (0.2 if 0 < known.draft < 2 * seconds else 1.0)

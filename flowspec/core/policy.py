@@ -194,7 +194,7 @@ class Continuous(_Attached):
 
     def decided(self, path: Sequence[int], tokens: Sequence[int], now: float) -> None:
         super().decided(path, tokens, now)
-        self.control.decided(len(tokens), now)
+        self.control.decided(len(tokens), now, self.levels_left() + 1)
 
     def explain(self) -> list[str]:
         return [*self.control.explain(), *self.scorer.explain()]
@@ -322,13 +322,18 @@ class Continuous(_Attached):
                     break
                 batch.append(node)
             heapq.heappop(self.unsent)
-        return batch
+        worth = self.control.worth([math.exp(node.score - root.score) for node in batch])
+        for node in batch[worth:]:
+            heapq.heappush(self.unsent, (-node.score, node.id))
+        return batch[:worth]
 
     def _worth_waiting(self) -> bool:
         """Hold a new root back for the draft under way? Its children would be verified with it rather than a forward later, which
-        saves a forward (`base`) with the probability that one of them is right; everything waits `draft` for it."""
+        saves a forward (`base`) with the probability that one of them is right, less what they add to this one; everything waits
+        for the draft."""
         reach = math.exp(min(0.0, self.drafting - self.tree.root.score)) * self.promise
-        return 0 < self.PATIENCE * self.pipe.draft < reach * self.pipe.base
+        more = float(self.pipe.times[2]) - self.pipe.base
+        return 0 < self.PATIENCE * self.pipe.known.draft < reach * self.pipe.base - more
 
     def verify_now(self, segments_out: int) -> bool:
         return True

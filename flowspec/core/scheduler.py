@@ -27,7 +27,7 @@ from flowspec.core.messages import (
     Wake,
     Woke,
 )
-from flowspec.core.pipe import Pipe
+from flowspec.core.pipe import Known, Pipe
 from flowspec.core.policy import Policy
 from flowspec.core.request import Request
 from flowspec.core.tree import Node, TokenTree
@@ -36,10 +36,12 @@ from flowspec.core.tree import Node, TokenTree
 class Scheduler:
     """One request. `handle(event, now) -> actions`; `now` is any clock in seconds that does not go back."""
 
-    def __init__(self, request: Request, policy: Policy, drafts: bool = True):
+    def __init__(self, request: Request, policy: Policy, drafts: bool = True, known: Known | None = None):
+        """`known`: of the ring, by earlier requests."""
         self.request, self.policy, self.drafts = request, policy, drafts
         self.tree = TokenTree(request.prompt[-1], request.prompt_length - 1)
-        self.pipe = Pipe()
+        self.pipe = Pipe(known)
+        self.pipe.deepened(self.tree.root.position)
         self.policy.attach(self.tree, self.pipe, request.prompt, lambda: self.remaining - 1)
         self.anchor = -1
         self.version = self.segments = self.returned_segments = 0
@@ -84,6 +86,7 @@ class Scheduler:
         path, tokens, accepted, child = self._walk()
         self.tokens += tokens
         self.anchor = path[-1].id
+        self.pipe.deepened(path[-1].position + 1)
         self.policy.decided([n.id for n in path], tokens, now)
         if child is not None and self.policy.keeps(child):
             self.tree.reroot(child)

@@ -36,7 +36,7 @@ class Weights:
         self.values = np.zeros(drafters + len(LENGTHS))
         self.values[:drafters] = 1 / drafters
         self._curvature = np.eye(len(self.values))
-        self._held = self._claimed = 6.0  # positions: a prior
+        self._held, self._claimed = (2.0, 3.0) if learns else (1.0, 1.0)  # positions: a prior that few decisions outweigh
 
     @property
     def trust(self) -> float:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flowspec.comm.base import Inbox
+from flowspec.core.cost import RowCost
 from flowspec.core.messages import Commit, Draft, Drafted
 from flowspec.core.request import Request
 from flowspec.draft.base import Drafter, Noise
@@ -60,6 +61,10 @@ class DraftThread:
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._held: list[Job] = []  # until the prompt's features are here
         self._awaited = 0  # rows of them
+        self.cost = RowCost()
+        """of forwards over nodes, in this request"""
+        self.read = 0.0
+        """seconds that it took to read a token of this request's prompt"""
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="draft", daemon=True)
         self._thread.start()
@@ -67,11 +72,11 @@ class DraftThread:
     def begin(self, request: Request, noise: Noise | None, log: Log) -> None:
         """Read the prompt: now, or once its features are here. What is asked for meanwhile is done after that."""
         self._log = log
-        self._held = []
+        self._held, self.cost, self.read = [], RowCost(), 0.0
         self._prompt = prompt = list[Tensor]()
         self._joined = Joined(self.layers)
         self._awaited = request.prompt_length - 1 if self.features or self.layers else 0
-        self._do(lambda: self._at_least(log, lambda: self._drafter.begin(request, noise, torch.cat(prompt) if prompt else None)))
+        self._do(lambda: self._begin(request, noise, torch.cat(prompt) if prompt else None, log))
 
     def layer_features(self, layers: Sequence[int], at: int, rows: Tensor) -> None:
         """What entered these layers at the text's tokens from position `at` on, [n, layers * hidden]."""
@@ -91,8 +96,8 @@ class DraftThread:
             self._do(lambda: self._drafter.learn(rest))
 
     def draft(self, request: Request, draft: Draft) -> None:
-        log = self._log  # the next request may have begun by the time this is done
-        self._do(lambda: self._propose(request, draft, log))
+        log, cost = self._log, self.cost  # the next request may have begun by the time this is done
+        self._do(lambda: self._propose(request, draft, log, cost))
 
     def commit(self, commit: Commit, features: Tensor | None) -> None:
         self._do(lambda: self._drafter.commit(commit, features))
@@ -117,12 +122,20 @@ class DraftThread:
                 self._inbox.fail(error)
                 return
 
-    def _propose(self, request: Request, draft: Draft, log: Log) -> None:
-        self._inbox.put(Local(request.id, self._at_least(log, lambda: self._drafter.propose(draft.nodes))))
+    def _begin(self, request: Request, noise: Noise | None, features: Tensor | None, log: Log) -> None:
+        _, seconds = self._at_least(log, lambda: self._drafter.begin(request, noise, features))
+        self.read = seconds / request.prompt_length
+
+    def _propose(self, request: Request, draft: Draft, log: Log, cost: RowCost) -> None:
+        drafted, seconds = self._at_least(log, lambda: self._drafter.propose(draft.nodes))
+        cost.observe(len(draft.nodes), seconds)
+        self._inbox.put(Local(request.id, drafted))
 
     def _at_least(self, log: Log, work: Callable):
+        """What comes of it, and its seconds."""
         begun = self._clock.now()
         result = work()
         self._clock.sleep(begun + self._least - self._clock.now())
-        log.add(0, "draft", "draft", begun, self._clock.now())
-        return result
+        ended = self._clock.now()
+        log.add(0, "draft", "draft", begun, ended)
+        return result, ended - begun

@@ -61,6 +61,8 @@ class Stats:
     returned_segments: int = 0
     bookkeeping: float = 0.0
     """CPU seconds of rank 0's main thread beside verification (lm_head and sampling) and waiting"""
+    hop: float = 0.0
+    """one hop, as far as it was measured"""
     reports: dict[int, wire.Report] = field(default_factory=dict)
     explanation: list[str] = field(default_factory=list)
     """what the policy chose, and why"""
@@ -122,7 +124,7 @@ class Driver:
         finally:
             stats.ended = self._clock.now()
             stats.drafted, stats.returned_segments = scheduler.tree.drafted, scheduler.returned_segments
-            stats.segments, stats.explanation = scheduler.segments, policy.explain()
+            stats.segments, stats.explanation, stats.hop = scheduler.segments, policy.explain(), scheduler.pipe.known_hop
             self._end(request)
             if not broken:
                 self._await_reports(request, stats)

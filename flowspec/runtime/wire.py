@@ -12,6 +12,8 @@ from torch import Tensor
 
 from flowspec.comm.base import Message
 from flowspec.comm.codec import Limit, Limits
+from flowspec.core.cost import Point
+from flowspec.core.curve import Curve
 from flowspec.core.messages import PREFILL_ROWS, Cost, Idle, Prune, Segment, Started
 from flowspec.core.policy import PolicyConfig
 from flowspec.core.request import Request, Sampling
@@ -112,11 +114,14 @@ def read_started(message: Message) -> Started:
 
 
 def cost(request: int, cost: Cost) -> Message:
-    return Message("cost", {"request": request, **cost._asdict()})
+    return Message("cost", {"request": request, **cost._asdict(), "forward": dataclasses.asdict(cost.forward)})
 
 
 def read_cost(message: Message) -> Cost:
-    return Cost(*(message.meta[name] for name in Cost._fields))
+    forward = message.meta["forward"]
+    knots = tuple((rows, seconds) for rows, seconds in forward["knots"])
+    curve = Curve(knots, (forward["deep"][0], forward["deep"][1]), forward["context"])
+    return Cost(message.meta["stage"], curve, message.meta["row"])
 
 
 def idle(request: int) -> Message:
@@ -149,9 +154,10 @@ class Report(NamedTuple):
     """forwards that they took"""
     overhead: float
     """CPU seconds of the stage's thread for them beside the model's forward, lm_head and sampling"""
-    base: float
-    slope: float
-    """measured cost of a forward: seconds for no row, and for each row"""
+    points: list[Point]
+    """measured costs of its forwards"""
+    row: float
+    """measured: seconds that a row adds to the hop to it"""
     peak_mb: float
     """the most memory that the process ever held, MB"""
     spans: list[Span]
@@ -164,7 +170,8 @@ def report(request: int, report: Report) -> Message:
 
 def read_report(message: Message) -> Report:
     fields = {name: message.meta[name] for name in Report._fields}
-    return Report(**{**fields, "spans": [Span(*span) for span in fields["spans"]]})
+    read = {"spans": [Span(*span) for span in fields["spans"]], "points": [Point(*point) for point in fields["points"]]}
+    return Report(**{**fields, **read})
 
 
 def ping() -> Message:

@@ -257,9 +257,9 @@ class Worker:
 
     def _report(self, live: _Live | None) -> wire.Report:
         if live is None:
-            return wire.Report(0.0, 0, 0, 0.0, 0.0, 0.0, peak_memory(), [])
-        cost = live.meter.forward.fit()
-        return wire.Report(live.busy, live.rows, live.segments, live.overhead, *cost, peak_memory(), live.log.spans)
+            return wire.Report(0.0, 0, 0, 0.0, [], 0.0, peak_memory(), [])
+        points, row = live.meter.forward.points(), live.meter.row
+        return wire.Report(live.busy, live.rows, live.segments, live.overhead, points, row, peak_memory(), live.log.spans)
 
     def _on_ping(self, message: Message) -> None:
         self.transport.send_control(0, wire.pong(message))
@@ -267,7 +267,7 @@ class Worker:
     # ---- time --------------------------------------------------------------------------------------
     def _announce(self, live: _Live, message: Message, rows: int, waited: float) -> None:
         """Tell rank 0 when this stage will be free, so that the next segment can arrive just then."""
-        expected = live.meter.forward.predict(rows) if rows else 0.0
+        expected = live.meter.forward.predict(rows, live.sequence.state.length) if rows else 0.0
         started = Started(message.meta["number"], rows, expected, waited)
         self.transport.send_control(0, wire.started(message.meta["request"], started))
 
@@ -293,8 +293,9 @@ class Worker:
     def _account(self, live: _Live, rows: int, begun: float, whole: bool = True, **about) -> None:
         """A forward over `rows` rows that began at `begun` is over, and where this stage verifies, lm_head and picks as well."""
         spent = self._clock.now() - begun
-        if whole and live.meter.forward_over(rows, spent):
-            self.transport.send_control(0, wire.cost(live.request, live.meter.cost(self.transport.rank)))
+        context = live.sequence.state.length - rows
+        if whole and live.meter.forward_over(rows, spent, context):
+            self.transport.send_control(0, wire.cost(live.request, live.meter.cost(self.transport.rank, context)))
         live.log.add(self.transport.rank, "compute", "prefill", begun, begun + spent, **about)
         log.debug("%d rows in %.2f ms", rows, spent * 1000)
         live.busy += spent

@@ -17,7 +17,7 @@ from flowspec.core.policy import TreeConfig, best_first
 from flowspec.core.request import Request
 from flowspec.core.score import Scorer
 from flowspec.core.tree import Node, TokenTree
-from flowspec.sim.world import Guesser, Link, Outcome, Ring
+from flowspec.sim.world import Guesser, Outcome, Ring
 from flowspec.trace import Fates, Span, untangled
 
 EXPANSION = 64
@@ -43,7 +43,7 @@ class LockStep:
         self.budget = tree.budget or 80
         self.tree = TokenTree(request.prompt[-1], request.prompt_length - 1)
         self.outcome = Outcome()
-        self._links = [Link(ring.emulate) for _ in range(ring.stages + 1)]  # by sender
+        self._links = [ring.link(sender) for sender in range(ring.stages + 1)]
         self._free = [0.0] * (ring.stages + 1)
         self._fates, self._spans = Fates(), list[Span]()
         self._segments = 0
@@ -72,11 +72,11 @@ class LockStep:
             rows, arrival = min(PREFILL_ROWS, self.request.prompt_length - 1 - begin), 0.0
             for rank in range(self.ring.stages + 1):
                 if rank:
-                    arrival = self._free[rank] = max(arrival, self._free[rank]) + self.ring.emulate.stage_seconds(rank, rows)
+                    arrival = self._free[rank] = max(arrival, self._free[rank]) + self.ring.seconds(rank, rows, begin)
                 if rank < self.ring.stages or self.ring.features:
                     arrival = self._links[rank].arrival(self.ring.hop_bytes(rank, rows, nodes=False), arrival)
             known = arrival if self.ring.features else 0.0
-        return known + self.ring.emulate.draft_ms / 1000
+        return known + self.ring.reading(self.request.prompt_length)
 
     def _round(self, now: float) -> float:
         """Fill the pipeline, then turns until the text is over or leaves the tree; when that was known."""
@@ -87,7 +87,7 @@ class LockStep:
             lost = bool(head.nodes) and not self._verify(head.nodes, decided)
             if lost or self._over:
                 return decided
-            told = decided + self.ring.emulate.link_ms / 1000
+            told = decided + self.ring.latency
             moved = [self._stage(rank, item, told) for rank, item in enumerate(waiting, 1)]
             waiting = [self._expand(decided) if head.nodes else self._send(0, [], decided), *moved]
 
@@ -146,7 +146,7 @@ class LockStep:
                 level += [self.tree.add(node, *child) for child in zip(tokens, scores, strict=True)]
             pool += level
             frontier = sorted(level, key=best_first)[: self.top_k]
-            begun, now = now, now + self.ring.emulate.draft_ms / 1000
+            begun, now = now, now + self.ring.draft_seconds(len(frontier))
             self._spans.append(Span(0, "draft", "draft", begun, now, {"request": self.request.id}))
             if not frontier:
                 break
@@ -163,7 +163,7 @@ class LockStep:
         begin = max(item.arrival, told, self._free[rank])
         if not nodes:
             return self._send(rank, [], begin)
-        end = self._free[rank] = begin + self.ring.emulate.stage_seconds(rank, len(nodes))
+        end = self._free[rank] = begin + self.ring.seconds(rank, len(nodes), self.tree.root.position)
         self._note(rank, "compute", begin, end, nodes, item.number)
         self.outcome.forwarded += len(nodes) if rank == 1 else 0
         return self._send(rank, nodes, end, item.number)

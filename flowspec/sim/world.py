@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from flowspec.core.cost import Emulate, Meter
+from flowspec.core.costs import Costs
 from flowspec.core.messages import (
     FRAME_BYTES,
     PREFILL_ROWS,
@@ -67,6 +68,32 @@ class Ring:
     """the last stage picks the tokens; else feature rows return to rank 0"""
     features: bool = False
     """rank 0's drafter reads the target's features of the prompt and of what becomes text"""
+    costs: Costs | None = None
+    """measured ones, instead of those of `emulate`"""
+
+    def seconds(self, stage: int, rows: int, context: int) -> float:
+        """A forward of stage 1.. over so many rows behind so many others."""
+        return self.emulate.stage_seconds(stage, rows) if self.costs is None else self.costs.seconds(stage, rows, context)
+
+    def draft_seconds(self, nodes: int) -> float:
+        """A forward of the drafter."""
+        return self.emulate.draft_ms / 1000 if self.costs is None else self.costs.draft_seconds(nodes)
+
+    @property
+    def latency(self) -> float:
+        """Seconds of a hop, beside what its bytes take."""
+        return self.emulate.link_ms / 1000 if self.costs is None else self.costs.hop
+
+    def reading(self, prompt: int) -> float:
+        """Seconds in which the drafter reads a prompt."""
+        return self.emulate.draft_ms / 1000 if self.costs is None else self.costs.read * prompt
+
+    def link(self, sender: int) -> Link:
+        """From rank `sender` to the next. What rank 0 does before a segment leaves counts as part of its way."""
+        if self.costs is None:
+            return Link(self.latency, self.emulate.wire_seconds(1))
+        row = self.costs.rows[sender % len(self.costs.rows)] / max(1.0, self.hop_bytes(sender, 1)) if sender < self.stages else 0.0
+        return Link(self.latency + (self.costs.coordinator if sender == 0 else 0.0), row)
 
     def hop_bytes(self, sender: int, rows: int, nodes: bool = True, accepted: int = 0) -> float:
         """Bytes that count of a message of `rows` rows from rank `sender` to the next (runtime/wire.py, comm/shaped.py).
@@ -86,14 +113,14 @@ class Ring:
 
 
 class Link:
-    """One direction between two ranks: carries one message at a time, delivers it link_ms after its last byte."""
+    """One direction between two ranks: carries one message at a time, delivers it `latency` after its last byte. Seconds."""
 
-    def __init__(self, emulate: Emulate):
-        self._emulate, self._free_at = emulate, 0.0
+    def __init__(self, latency: float, byte: float):
+        self._latency, self._byte, self._free_at = latency, byte, 0.0
 
     def arrival(self, size: float, now: float) -> float:
-        self._free_at = max(self._free_at, now) + self._emulate.wire_seconds(size)
-        return self._free_at + self._emulate.link_ms / 1000
+        self._free_at = max(self._free_at, now) + self._byte * size
+        return self._free_at + self._latency
 
 
 class _Forward(NamedTuple):
@@ -101,6 +128,7 @@ class _Forward(NamedTuple):
 
     segment: Segment | None
     rows: int
+    context: int
     begin: float
     end: float
 
@@ -171,11 +199,11 @@ class World:
         self.scheduler = Scheduler(request, policy, drafts=guesser is not None)
         self.outcome = Outcome()
         self._stages = [_Stage(rank) for rank in range(1, ring.stages + 1)]
-        self._links = [Link(ring.emulate) for _ in range(ring.stages + 1)]  # by sender
+        self._links = [ring.link(sender) for sender in range(ring.stages + 1)]
         self._fates, self._spans = Fates(), list[Span]()
         self._events: list[tuple[float, int, Callable, tuple]] = []
         self._order = itertools.count()
-        self._drafter_free = self._draft_seconds  # the drafter reads the prompt first
+        self._drafter_free = ring.reading(request.prompt_length)  # the drafter does so first
         self._awaited = request.prompt_length - 1 if ring.features else 0  # rows of the prompt's features
         self._held: list[Draft] = []  # until they are here
         self._accepted = Accepted()
@@ -210,7 +238,7 @@ class World:
                 self._send(0, action, len(action.ids), now)
             elif isinstance(action, Prune):
                 for stage in self._stages:
-                    self._at(now + self.ring.emulate.link_ms / 1000, self._on_prune, stage, action)
+                    self._at(now + self.ring.latency, self._on_prune, stage, action)
             elif isinstance(action, Draft):
                 self._draft(action, now)
             elif isinstance(action, Commit):
@@ -237,17 +265,13 @@ class World:
         if self.guesser:
             self.guesser.commit(commit)
 
-    @property
-    def _draft_seconds(self) -> float:
-        return self.ring.emulate.draft_ms / 1000
-
     def _draft(self, draft: Draft, now: float) -> None:
         assert self.guesser is not None
         if self._awaited:
             self._held.append(draft)
             return
         begin = max(now, self._drafter_free)
-        self._drafter_free = begin + self._draft_seconds
+        self._drafter_free = begin + self.ring.draft_seconds(len(draft.nodes))
         self._spans.append(Span(0, "draft", "draft", begin, self._drafter_free, {"request": self.request.id, "nodes": len(draft.nodes)}))
         self._at(self._drafter_free, self._handle, self.guesser.propose(draft.nodes))
 
@@ -255,7 +279,7 @@ class World:
         """As in runtime/drafting.py: once all are here the drafter reads them, and then does what it was asked for meanwhile."""
         self._awaited -= rows
         if not self._awaited:
-            self._drafter_free = now + self._draft_seconds
+            self._drafter_free = now + self.ring.reading(self.request.prompt_length)
             for draft in self._held:
                 self._draft(draft, now)
 
@@ -294,7 +318,7 @@ class World:
         stage.state.prune(prune)
         running = stage.running
         if running and running.segment and self.switches.abort and stage.state.all_dead(running.segment.ids):
-            layer = self.ring.emulate.stage_seconds(stage.rank, running.rows) / self.ring.emulate.LAYERS
+            layer = self.ring.seconds(stage.rank, running.rows, running.context) / self.ring.emulate.LAYERS
             end = running.begin + math.ceil((now - running.begin) / layer) * layer if layer else now
             if end < running.end:
                 stage.running = running._replace(end=end)
@@ -317,17 +341,18 @@ class World:
                     continue
                 stage.state.admit(segment.ids, segment.parents, self.switches.drop_dead)
                 stage.rows += rows
-            seconds = self.ring.emulate.stage_seconds(stage.rank, rows)
-            stage.running = _Forward(segment, rows, now, now + seconds)
+            context = stage.state.length - rows
+            seconds = self.ring.seconds(stage.rank, rows, context)
+            stage.running = _Forward(segment, rows, context, now, now + seconds)
             self._at(now + seconds, self._on_computed, stage, stage.running)
 
     def _announce(self, now: float, stage: _Stage, number: int, rows: int, waited: float) -> None:
-        expected = stage.meter.forward.predict(rows) if rows else 0.0
+        expected = stage.meter.forward.predict(rows, stage.state.length) if rows else 0.0
         self._tell(now, Started(number, rows, expected, waited))
 
     def _tell(self, now: float, event: Event) -> None:
         """A control message to rank 0."""
-        self._at(now + self.ring.emulate.link_ms / 1000, self._handle, event)
+        self._at(now + self.ring.latency, self._handle, event)
 
     def _on_abandoned(self, now: float, stage: _Stage, forward: _Forward) -> None:
         assert forward.segment is not None
@@ -340,10 +365,10 @@ class World:
     def _on_computed(self, now: float, stage: _Stage, forward: _Forward) -> None:
         if stage.running is not forward:  # it was abandoned
             return
-        stage.running, (segment, rows, begin, _) = None, forward
+        stage.running, (segment, rows, _, begin, _) = None, forward
         self._note(stage.rank, "compute", begin, now, segment)
-        if stage.meter.forward_over(rows, now - begin):
-            self._tell(now, stage.meter.cost(stage.rank))
+        if stage.meter.forward_over(rows, now - begin, forward.context):
+            self._tell(now, stage.meter.cost(stage.rank, forward.context))
         if segment is not None and self.switches.drop_dead:
             segment = _only(segment, stage.state.alive(segment.ids))
             rows = len(segment.ids)

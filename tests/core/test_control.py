@@ -1,26 +1,44 @@
 """What the controller makes of measured costs and rates."""
 
+import random
+
 import pytest
 
 from flowspec.core.control import Controller
+from flowspec.core.curve import Curve
 from flowspec.core.messages import Cost, Started
 from flowspec.core.pipe import Pipe
 
 
 def ring(*costs, row=0.0, hop=0.0, rows=None):
-    """A controller over stages of these (base, slope), all measured."""
+    """A controller over stages of these (base, slope) or curves, all measured."""
     pipe = Pipe()
-    for stage, (base, slope) in enumerate(costs, 1):
-        pipe.measured(Cost(stage, base, slope, row))
-    pipe.hop, pipe.news = hop, 9
+    for stage, cost in enumerate(costs, 1):
+        pipe.measured(Cost(stage, cost if isinstance(cost, Curve) else Curve.line(*cost), row))
+    pipe.known.hop, pipe.known.news = hop, 9
     return Controller(pipe, len(costs), rows)
 
 
+JUMP = Curve(((1.0, 0.05), (2.0, 0.08), (8.0, 0.082), (128.0, 0.9)))
+"""two rows take 1.6 times one, eight hardly more"""
+
+
 def test_the_marginal_rule_takes_the_dearest_row_of_stages_and_links():
-    assert ring((0.05, 0.0005), (0.02, 0.001)).theta == pytest.approx(0.001 / 0.051)
+    assert ring((0.05, 0.0005), (0.05, 0.001)).theta == pytest.approx(0.001 / 0.051)
     assert ring((0.05, 0.0005), (0.05, 0.0005), row=0.0005).theta == pytest.approx(0.001 / 0.051)
-    assert ring((0.05, 0.05)).theta == 0.5, "a row that costs a slot must be as likely as not"
+    assert ring((0.05, 0.05)).theta == pytest.approx(0.5), "a row that costs a slot must be as likely as not"
     assert ring((1.0, 0.0)).theta == 0.002
+    assert ring(JUMP).theta == pytest.approx(0.032 / 7 / 0.05), "a row among eight"
+
+
+def test_a_segment_takes_as_many_rows_as_gain_most():
+    line = ring((0.05, 0.005))
+    assert line.worth([1.0, 0.5, 0.3, 0.2, 0.09, 0.02]) == 4, "0.005 of 0.055: while P >= 0.091"
+    jump = ring(JUMP)
+    assert jump.worth([1.0, 0.5]) == 1, "a second row costs 0.6 of a forward"
+    assert jump.worth([1.0, 0.5, 0.1, 0.05]) == 4, "and two more next to nothing"
+    assert jump.worth([1.0, 0.3, 0.1, 0.05]) == 1
+    assert jump.worth([]) == 0 and jump.worth([0.1]) == 1
 
 
 def test_the_rows_of_a_segment_add_at_most_half_a_forward():
@@ -28,6 +46,7 @@ def test_the_rows_of_a_segment_add_at_most_half_a_forward():
     assert ring((0.05, 0.0005), (0.05, 0.0005), row=0.0005).rows == 25
     assert ring((0.05, 0.0), (0.05, 0.0)).rows == 96
     assert ring((0.05, 0.2), (0.05, 0.2)).rows == 1
+    assert ring(JUMP, JUMP).rows == 9, "the jump is paid once, by the first of them"
     assert ring((0.05, 0.2)).rows == 96, "one stage: there is no other slot"
     assert ring((0.05, 0.2), (0.05, 0.2), rows=7).rows == 7
 
@@ -37,8 +56,8 @@ def test_the_first_segments_are_short():
     control = Controller(pipe, 2, None)
     for _ in range(6):
         seen.append(control.rows)
-        pipe.measured(Cost(2, 0.05, 0.001, 0.0))  # says nothing of the first stage
-        pipe.measured(Cost(1, 0.05, 0.001, 0.0))
+        pipe.measured(Cost(2, Curve.line(0.05, 0.001), 0.0))  # says nothing of the first stage
+        pipe.measured(Cost(1, Curve.line(0.05, 0.001), 0.0))
     assert seen == [2, 4, 8, 16, 25, 25]
 
 
@@ -51,8 +70,8 @@ def test_as_many_segments_as_keep_the_slowest_stage_busy():
 
 def test_the_slowest_stage_sets_the_pace():
     pipe = Pipe()
-    pipe.measured(Cost(1, 0.1, 0.0, 0.0))
-    pipe.measured(Cost(2, 0.3, 0.01, 0.0))
+    pipe.measured(Cost(1, Curve.line(0.1, 0.0), 0.0))
+    pipe.measured(Cost(2, Curve.line(0.3, 0.01), 0.0))
     pipe.sent(1, (0,), 5.0)
     pipe.started(Started(1, 10, 0.1, 0.0), 5.0)
     assert pipe.free_at == pytest.approx(5.4), "the second stage needs 0.4 s for ten rows"
@@ -63,30 +82,89 @@ def test_the_slowest_stage_sets_the_pace():
     assert pipe.free_at == 5.25, "all of it was dead"
 
 
-def rates(control, *pieces, now=0.0):
+def rates(control, *pieces, now=0.0, total=1000):
     """Feed (tokens, tokens/s); whether it speculated after each."""
-    control.decided(1, now)
+    control.decided(1, now, total)
     seen = []
     for tokens, rate in pieces:
         for _ in range(tokens):
-            now += 1 / rate
-            control.decided(1, now)
+            now, total = now + 1 / rate, total - 1
+            control.decided(1, now, total)
         seen.append(control.speculates)
     return seen
 
 
-def test_speculation_that_loses_is_turned_off_and_tried_again():
+def test_what_is_much_faster_than_promised_needs_no_trial():
     control = ring(*[(0.05, 0.0)] * 2)  # 10 tok/s without speculation
-    assert rates(control, (16, 40.0), (16, 8.0), (16, 10.0), (16, 9.0), (16, 10.0), (16, 10.0)) == [True, False, True, False, False, True]
-    assert control.attempts == 2 and control.plain_rate == pytest.approx(10.0)
+    assert rates(control, (200, 16.0)) == [True] and control._trials == 0
 
 
-def test_speculation_that_pays_goes_on_and_what_it_is_compared_with_is_what_was_measured():
+def test_doubt_is_resolved_by_trial():
+    """Costs promise 10 tok/s, measured while drafts took a share of the cores; plain decoding has 14."""
     control = ring(*[(0.05, 0.0)] * 2)
-    assert rates(control, (16, 8.5), (16, 7.0), (16, 9.0), (16, 7.5)) == [False, True, True, True], "plain decoding has shown 7, not 10"
+    assert rates(control, (4, 12.0), (8, 14.0), (8, 14.0)) == [False, False, True], "a trial, and a rest of eight tokens"
+    assert 1 / control.plain == pytest.approx(14)
+    control = ring(*[(0.05, 0.0)] * 2)
+    assert rates(control, (4, 12.0), (8, 10.0), (20, 12.0)) == [False, True, True], "speculation has won"
+
+
+def test_what_speculation_sent_does_not_count_for_plain_decoding():
+    control = ring(*[(0.05, 0.0)] * 2)
+    control._pipe.sent(1, (7,), 0.0)
+    control.decided(1, 0.0, 100)
+    for k in range(1, 5):
+        control.decided(1, 0.1 * k, 100 - k)
+    assert not control.speculates, "no faster than plain decoding: a trial"
+    control.decided(5, 0.45, 91)  # of a segment that was on its way
+    assert control._attempt.tokens == 9 and control._attempt.each == pytest.approx(0.05)
+    for k in range(9):
+        control.decided(1, 0.5 + 0.1 * k, 90 - k)
+    assert control.speculates and control.plain == pytest.approx(0.1, rel=0.1)
+
+
+def test_a_trial_may_cost_only_a_share_of_what_is_left():
+    control = ring(*[(0.05, 0.0)] * 2)
+    assert rates(control, (30, 14.0), total=40) == [True], "three tokens at 10 instead of 14 tok/s cost 3 % of 40"
+
+
+def test_what_loses_is_stopped_and_rests_twice_as_long_each_time():
+    control = ring(*[(0.05, 0.0)] * 2)
+    seen = rates(control, *[(1, 10.0), *[(1, 5.0), (1, 10.0)] * 300], total=2000)
+    assert not seen[8] and control.rests >= 2
+    assert control._lost <= control.SHARE * 2000 + control.LOSS[1], "in all it may lose a share of the text"
+
+
+def test_in_a_short_text_speculation_that_loses_is_not_tried_often():
+    control = ring(*[(0.05, 0.0)] * 2)
+    now, left = 0.0, 64
+    control.decided(1, now, left)
+    while left:
+        now, left = now + (0.2 if control.speculates else 0.1), left - 1
+        control.decided(1, now, left)
+    assert now < 64 * 0.1 / 0.96
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_good_drafter_is_not_stopped_by_the_delays_of_a_busy_machine(seed):
+    rng, control, now, left = random.Random(seed), ring(*[(0.05, 0.0)] * 2), 0.0, 300
+    control.decided(1, now, left)
+    while left > 0:
+        tokens = rng.choice([1, 2, 3, 4]) if control.speculates else 1
+        now, left = now + (0.11 + rng.expovariate(50)) * (4 if rng.random() < 0.03 else 1), left - tokens
+        control.decided(tokens, now, max(0, left))
+    assert control.rests == 0, f"seed {seed}"
+
+
+def test_a_growing_context_is_in_what_plain_decoding_is_believed_to_take():
+    deep = Curve(((1.0, 0.05), (128.0, 0.06)), (1e-5, 0.0))
+    control = ring(deep, deep)
+    rates(control, (4, 12.0), (8, 10.0))
+    assert control.plain == pytest.approx(0.1) and control._tried
+    control._pipe.deepened(10000)
+    assert control.plain == pytest.approx(0.3) and not control._tried
 
 
 def test_it_says_what_it_chose():
     text = "\n".join(ring((0.05, 0.0005), (0.06, 0.001), row=0.0004, hop=0.001).explain())
-    for part in ("1: 50.00 + 0.500 n, 2: 60.00 + 1.000 n", "1.00 ms a hop, 0.400 ms a row", "P >= 0.023", "21 rows", "2 segments", "on"):
+    for part in ("1: 50.5 51.0 52.0", "2: 61.0 62.0", "1.00 ms a hop, 0.400 ms a row", "P >= 0.023", "21 rows", "2 segments", "on"):
         assert part in text, text

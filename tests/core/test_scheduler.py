@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from flowspec.core.curve import Curve
 from flowspec.core.messages import Commit, Cost, Draft, Drafted, DraftNode, Finish, Proposal, Prune, Returned, Segment, Started, Wake, Woke
 from flowspec.core.policy import PolicyConfig, TreeConfig, make_policy
 from flowspec.core.request import Request, Sampling
@@ -151,7 +152,7 @@ def test_just_in_time_a_layer_is_chosen_when_it_leaves():
     s = scheduler("pipedec", jit=True, top_k=1)
     s.start(0.0)
     assert s.handle(Drafted.pack((0,), (proposal(t5=0.9),)), 1.0) == [], "the root has not started yet"
-    s.handle(Cost(1, 3.2, 0.05, 0.0), 1.0)
+    s.handle(Cost(1, Curve.line(3.15, 0.05), 0.0), 1.0)
     assert s.handle(Started(1, 1, expected=4.0, waited=0.0), 2.0) == [Wake(3.8)]
     assert len(s.tree) == 1
     assert s.handle(Woke(), 3.8) == [Segment(2, (1,), (0,), (5,)), Draft((DraftNode(1, 0, 5),))]
@@ -205,7 +206,7 @@ def test_just_in_time_the_next_segment_waits_for_the_first_stage():
     s = scheduler(jit=True, top_k=1)
     s.start(0.0)
     assert s.handle(Drafted.pack((0,), (proposal(t5=0.9),)), 1.0) == [Draft((DraftNode(1, 0, 5),))], "the root has not started yet"
-    s.handle(Cost(1, 3.2, 0.05, 0.0), 1.0)
+    s.handle(Cost(1, Curve.line(3.15, 0.05), 0.0), 1.0)
     [wake] = s.handle(Started(1, 1, expected=4.0, waited=0.0), 2.0)
     assert wake == Wake(3.8), "two seconds there and back: free at 5 by our clock, a hop and a sixteenth of a forward earlier it may leave"
     assert s.handle(Woke(), 3.8) == [Segment(2, (1,), (0,), (5,))]
@@ -267,7 +268,7 @@ def test_a_node_that_is_drafted_again_moves_its_subtree():
     before = {i: nodes[i].score - nodes[1].score for i in (3, 5)}
     below = {id: node.score - nodes[node.parent].score for id, node in nodes.items() if node.parent in (3, 5)}
     others = [proposal(t9=0.9)] * (len(again.nodes) - 1)
-    actions = s.handle(Drafted.pack([n.id for n in again.nodes], [proposal(t2=0.9, t7=0.05), *others]), 6.0)
+    actions = s.handle(Drafted.pack([n.id for n in again.nodes], [proposal(t2=0.9, t7=0.09), *others]), 6.0)
     s.validate()
     after = {i: nodes[i].score - nodes[1].score for i in (3, 5)}
     assert after[5] > before[5] and after[3] < before[3], "t2 is the favourite now, t1 is in the list no more"

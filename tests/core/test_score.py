@@ -72,11 +72,11 @@ def test_claims_of_coverage_are_checked_and_a_fixed_scorer_learns_nothing():
     for chosen in [None] * 20:
         weights.learn(np.ones((3, 4)), 0.5, chosen)
         fixed.learn(np.ones((3, 4)), 0.5, chosen)
-    assert (weights.trust, fixed.trust) == (pytest.approx(6 / 16), 1)
+    assert (weights.trust, fixed.trust) == (pytest.approx(2 / 13), 1)
     made, tree = scorer()
     made.weights = weights
     [p] = probabilities(made.scored([tree.root], Drafted.pack([0], [proposal(t1=0.6, t2=0.2)]), 16))
-    assert sum(p.values()) == pytest.approx(0.97 * 6 / 16, abs=1e-5)
+    assert sum(p.values()) == pytest.approx(0.97 * 2 / 13, abs=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -91,7 +91,7 @@ def test_a_mended_list_is_the_formula(seed):
             [(_, got, scores)] = made.scored([tree.root], Drafted.pack([0], [Proposal(np.array(tokens), z, coupled=noisy)]), 16)
             listed, x = made._lists[0].features()
             u = np.exp(x @ made.weights.values)
-            want = dict(zip(listed, 0.97 * u / u.sum(), strict=True))
+            want = dict(zip(listed, 0.97 * made.weights.trust * u / u.sum(), strict=True))
             assert dict(zip(got, np.exp(scores), strict=True)) == pytest.approx(want)
             assert scores == sorted(scores, reverse=True) and (4 in got) == (4 in tokens or not noisy)
 

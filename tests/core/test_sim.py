@@ -18,7 +18,7 @@ from flowspec.draft.recorded import LiveDrafter, RecordedDrafter, SyntheticDraft
 from flowspec.errors import UserError
 from flowspec.runtime import wire
 from flowspec.sim.lockstep import LockStep
-from flowspec.sim.world import Link, Ring, World
+from flowspec.sim.world import Ring, World
 
 BOARD = Emulate(stage_ms=50, token_ms=0.5, draft_ms=8, link_ms=1, link_mbps=150, hidden_scale=16)
 
@@ -92,13 +92,75 @@ class Liar:
 @pytest.mark.parametrize("stages", [1, 2, 4, 6])
 @pytest.mark.parametrize("profile", [None, [5e-4], [0.3, 0.1], [0.8, 0.1]])
 def test_speculation_is_never_slower_than_none(profile, stages, row_ms):
-    """Whatever the drafter is worth (None: a liar), and though a row may cost as much as four forwards. With one stage, dear rows
-    of a first attempt weigh most: 128 tokens are too short to make up for them."""
+    """Whatever the drafter is worth (None: a liar), and though a row may cost as much as four forwards."""
     wanted, text = request(tokens=128), made_up_text(128)
     ring = Ring(stages=stages, emulate=dataclasses.replace(BOARD, token_ms=row_ms), hidden=256)
-    plain, least = simulate("ar", wanted, text, None, ring), 0.85 if stages == 1 and row_ms >= 50 else 0.96
+    plain = simulate("ar", wanted, text, None, ring)
     guesser = Liar() if profile is None else SyntheticDrafter(wanted, text, profile)
-    assert simulate("flowspec", wanted, text, guesser, ring).tokens_per_second > least * plain.tokens_per_second
+    assert simulate("flowspec", wanted, text, guesser, ring).tokens_per_second > 0.97 * plain.tokens_per_second
+
+
+SHAPES = {
+    "jump": lambda rows, context: 0.05 * (1 if rows == 1 else 1.3 + 0.01 * (rows - 2)),
+    "high jump": lambda rows, context: 0.05 * (1 if rows == 1 else 1.6 + 0.01 * (rows - 2)),
+    "dear rows": lambda rows, context: 0.05 * (1 + 0.12 * (rows - 1)),
+    "tiles": lambda rows, context: 0.05 * (1 + 0.35 * ((rows - 1) // 8 + (rows > 1))),
+    "deep": lambda rows, context: 0.02 + context * (5e-6 + 1e-6 * rows) + 0.002 * (rows - 1),
+}
+"""seconds of a forward, as real devices take them"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shaped(Ring):
+    """Stages of such a shape. `slowed`: what a forward takes more that begins while the drafter is at work, on the same cores."""
+
+    shape: str
+    slowed: float = 1.0
+
+    def seconds(self, stage, rows, context):
+        return SHAPES[self.shape](rows, context)
+
+
+class Shared(World):
+    """Drafts take a share of the stages' cores."""
+
+    def _next(self, now, stage):
+        busy = now < self._drafter_free
+        object.__setattr__(self.ring, "seconds", lambda s, n, c: SHAPES[self.ring.shape](n, c) * (self.ring.slowed if busy else 1.0))
+        super()._next(now, stage)
+
+
+def against_plain(shape, stages, profile, tokens, slowed=1.0):
+    """Tokens/s of flowspec over those of plain decoding, and its controller."""
+    wanted, text = (
+        dataclasses.replace(request(tokens=tokens), prompt=tuple(range(2000, 6000 if shape == "deep" else 2064))),
+        made_up_text(tokens),
+    )
+    rate = {}
+    for method in ("ar", "flowspec"):
+        ring = Shaped(stages=stages, emulate=Emulate(link_ms=0.3, draft_ms=8), hidden=256, shape=shape, slowed=slowed)
+        guesser = None if method == "ar" else Liar() if profile is None else SyntheticDrafter(wanted, text, profile)
+        policy = make_policy(method, TreeConfig(), PolicyConfig(), stages)
+        rate[method] = Shared(wanted, text, policy, guesser, ring, PolicyConfig()).run().tokens_per_second
+    return rate["flowspec"] / rate["ar"], policy.control
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("tokens", [64, pytest.param(128, marks=pytest.mark.slow)])
+def test_speculation_is_never_slower_than_none_where_rows_cost_as_on_real_devices(shape, stages, tokens):
+    for profile, least in ((None, 0.97), ([5e-4], 0.97), ([0.3, 0.1], 0.97), ([0.85, 0.1], 1.25)):
+        ratio, control = against_plain(shape, stages, profile, tokens)
+        assert ratio >= least, f"{shape}, {stages} stages, {profile}"
+        assert control.rests == 0 or least < 1, "a good drafter was stopped"
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("profile", [[5e-4], [0.3, 0.1]])
+def test_drafts_that_slow_the_stages_are_found_out_by_trial(stages, profile):
+    """No measured cost tells: forwards look the same with speculation and without, as long as drafts run beside both."""
+    ratio, control = against_plain("jump", stages, profile, 128, slowed=1.4)
+    assert ratio >= 0.97 and control._trials >= 1
 
 
 def test_speculation_that_does_not_pay_is_turned_off_and_tried_again():
@@ -108,7 +170,7 @@ def test_speculation_that_does_not_pay_is_turned_off_and_tried_again():
     policy = make_policy("flowspec", TreeConfig(), switches := PolicyConfig(calibrate=False), ring.stages)
     out = World(wanted, text, policy, Liar(), ring, switches).run()
     assert out.tokens == text
-    assert policy.control.attempts >= 2 and policy.control.rate < policy.control.plain_rate
+    assert policy.control.rests >= 1 and policy.pipe.known.plain
     assert out.forwarded < 2 * len(text), "most of the text was decoded plainly"
 
 
@@ -130,7 +192,7 @@ def test_a_forward_is_abandoned_once_at_the_end_of_its_layer_whatever_prunes_fol
 
 
 def test_a_link_carries_one_message_at_a_time():
-    link = Link(Emulate(link_ms=2, link_mbps=8))  # a byte a microsecond
+    link = Ring(stages=1, emulate=Emulate(link_ms=2, link_mbps=8), hidden=1).link(0)  # a byte a microsecond
     assert [link.arrival(1000, t) for t in (0.0, 0.0, 5.0)] == pytest.approx([0.003, 0.004, 5.003])
 
 

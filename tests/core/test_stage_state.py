@@ -2,10 +2,9 @@
 
 import random
 
-import numpy as np
 import pytest
 
-from flowspec.core.cost import Emulate, LinearCost
+from flowspec.core.cost import Emulate
 from flowspec.core.messages import Prune
 from flowspec.core.stage import Accepted, Gather, StageState, Waiting
 
@@ -179,23 +178,6 @@ def test_the_walk_over_segments_is_the_one_over_the_whole_tree(seed):
         found += [begin + k for k in text]
         begin = end
     assert found == path, f"seed {seed}"
-
-
-def test_costs_are_learnt():
-    cost = LinearCost()
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        n = int(rng.integers(1, 40))
-        cost.observe(n, 0.05 + 0.0005 * n)
-    assert abs(cost.base - 0.05) < 0.002 and abs(cost.slope - 0.0005) < 5e-5
-    assert abs(cost.predict(10) - 0.055) < 0.002
-
-
-def test_a_cost_without_variety_still_predicts():
-    cost = LinearCost()
-    for _ in range(300):
-        cost.observe(1, 0.01)
-    assert abs(cost.predict(1) - 0.01) < 1e-3 and cost.slope >= 0
 
 
 def test_emulated_times():

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from flowspec.core.curve import Curve
 from flowspec.core.messages import Commit, Cost, Draft, Drafted, Finish, Idle, Proposal, Prune, Returned, Segment, Started, Wake, Woke
 from flowspec.core.policy import PolicyConfig, TreeConfig, make_policy
 from flowspec.core.request import Request, Sampling
@@ -237,7 +238,8 @@ class World:
             if seen is None or self.random.random() < 0.1:
                 self._post("control", now, self.random.random(), ("news", Idle()))
         if self.random.random() < 0.3:
-            cost = Cost(k + 1, self.random.random(), 0.1 * self.random.random(), 0.1 * self.random.random())
+            curve = Curve.line(self.random.random(), 0.1 * self.random.random())
+            cost = Cost(k + 1, curve, 0.1 * self.random.random())
             self._post("control", now, self.random.random(), ("news", cost))
         if seen is None or not kept.ids:
             return

@@ -1,5 +1,6 @@
 """The simulator's and the comparison's commands, on the tiny pair."""
 
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -9,11 +10,13 @@ import torch
 
 from flowspec import Engine, UserError
 from flowspec.bench import forecast, report
-from flowspec.bench.compare import compare, completed
+from flowspec.bench.compare import compare, priced
 from flowspec.bench.forecast import PAPER, SIMULATED, Forecaster, Models, emulated, obstacle
+from flowspec.bench.simulate import load_costs
 from flowspec.cli import _parser, main
 from flowspec.config import load_config
-from flowspec.core.cost import Emulate
+from flowspec.core.cost import Emulate, Point
+from flowspec.core.costs import Costs, merged
 from flowspec.core.policy import METHODS
 from flowspec.core.request import Request, Sampling
 from flowspec.options import DEMO_PROMPTS
@@ -195,11 +198,59 @@ def test_different_tokens_are_reported(pair, tmp_path, capsys, monkeypatch):
     assert "prompt 1: differs" in capsys.readouterr().out
 
 
+COSTS = Costs(((Point(1, 9, 0.010, 5), Point(4, 9, 0.013, 5)), (Point(1, 9, 0.020, 5),)), (0.0, 0.0), (0.0, 0.0), 0.001)
+
+
 def test_what_is_not_emulated_is_predicted_from_what_was_measured():
-    result = SimpleNamespace(stage_cost_ms=[(10.0, 1.0), (20.0, 2.0)])
-    run = SimpleNamespace(result=result, draft_ms=7.0)
-    assert completed(Emulate(link_ms=3), [run]) == Emulate(link_ms=3, stage_ms=(10.0, 20.0), token_ms=(1.0, 2.0), draft_ms=7.0)
-    assert completed(Emulate(stage_ms=50, draft_ms=8), [run]) == Emulate(stage_ms=50, draft_ms=8)
+    run = SimpleNamespace(result=SimpleNamespace(costs=COSTS.to_json()), draft_ms=7.0)
+    assert priced(Emulate(link_ms=3), [run]) == (Emulate(link_ms=3), COSTS)
+    assert priced(Emulate(stage_ms=50, draft_ms=8), [run]) == (Emulate(stage_ms=50, draft_ms=8), None)
+    assert priced(Emulate(stage_ms=50), [run]) == (Emulate(stage_ms=50, draft_ms=7), None)
+
+
+def test_what_a_run_measured_is_what_it_is_simulated_with(pair, tmp_path, capsys):
+    """Run, write its result, simulate with its costs; no figure of time is asserted, only what it is made of."""
+    result, out = tmp_path / "r.jsonl", tmp_path / "s.jsonl"
+    with Engine.from_config(pair.config(2), ["sampling.max_new_tokens=16"]) as engine:
+        for method in ("ar", "flowspec"):
+            generation = engine.generate("def add(a, b):", method=method)
+            list(generation)
+            with open(result, "a") as file:
+                file.write(json.dumps(dataclasses.asdict(generation.result)) + "\n")
+    found = load_costs(result)
+    assert set(found) == {"", "ar", "flowspec"} and len(found["ar"].stages) == 2
+    assert found["flowspec"].draft and not found["ar"].draft and found["ar"].hop > 0
+    assert {p.rows for p in found["ar"].stages[0]} == {1.0, float(len(engine.text.encode("def add(a, b):")) - 1)}
+    words = [str(pair.config(2)), *SMALL, "--costs", str(result), "--methods", "ar,flowspec", "--json", str(out)]
+    assert main(["simulate", *words]) == 0
+    plain = lines(out)[0]
+    ar = found["ar"]
+    lap = sum(ar.seconds(stage, 1, 20) for stage in (1, 2)) + 3 * ar.hop + ar.coordinator + ar.row
+    assert plain["method"] == "ar" and 1 / plain["tokens_per_second"] == pytest.approx(lap, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    "content,said",
+    [
+        (None, "cannot read"),
+        ("", "is empty"),
+        ("{", "is not JSON"),
+        ("[1]", "line 1 of"),
+        ('{"costs": {"format": 9}}', "format 9"),
+        ('{"costs": {"format": 1, "stages": []}}', "holds no measured costs"),
+        (json.dumps({"costs": COSTS.to_json() | {"hop_ms": -1}}), "holds no measured costs"),
+        (json.dumps({"costs": COSTS.to_json() | {"draft": [[1, 2]]}}), "holds no measured costs"),
+        (json.dumps({"costs": COSTS.to_json()}) + "\n{}", "line 2 of"),
+        (json.dumps({"costs": merged([COSTS, COSTS]).to_json()}), "was measured over 2 stages, not 3"),
+    ],
+)
+def test_a_file_that_holds_no_costs_is_answered_in_one_line(pair, tmp_path, capsys, content, said):
+    path = tmp_path / "c.json"
+    if content is not None:
+        path.write_text(content)
+    assert main(["simulate", str(pair.config(2)), *SMALL, "--stages", "3", "--costs", str(path)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("flowspec: ") and said in error
 
 
 def test_a_forecast_is_of_the_configured_pair(pair):
