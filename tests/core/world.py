@@ -43,6 +43,7 @@ class ToyModel:
     """In a model's place: each layer keeps (token, position + 1) of a row in the production cache, and each row reads what it may see."""
 
     LAYERS = 2
+    alone = False
 
     def __init__(self):
         self.seen: list[np.ndarray] = []
