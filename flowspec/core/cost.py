@@ -185,7 +185,7 @@ def _believed(below: tuple[float, float] | None, seen: tuple[float, float], abov
         seconds = min(seconds, above[1])
     if seconds <= guess:
         return max(seconds, below[1])
-    doubt = 2 * below[0] / rows / count**2  # a guess says little of many times the rows
+    doubt = (2 if above else 2 * below[0] / rows) / count**2  # a guess from below says little of many times the rows
     return guess + (seconds - guess) / (1 + doubt)
 
 
