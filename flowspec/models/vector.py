@@ -248,80 +248,97 @@ def _write_gated(c: _Code) -> None:
 
 
 def _write_attend(c: _Code, width: int) -> None:
-    """Of key/value heads [begin, end). Three passes: scores, by tiles of tokens; their softmax; the weighted sum of values, by tiles."""
-    b, vectors = c.b, width // LANES
-    f = {name: c.field(_Attend, name) for name, _ in _Attend._fields_}
+    """Of key/value heads [begin, end): scores, by tiles of tokens and then of each row's own; their softmax; the weighted sum of values."""
     with c.turns(c.begin, c.end) as group:
-        keys, values = (c.at(f[name], b.mul(group, f["head_stride"])) for name in ("keys", "values"))
-        first = b.mul(group, f["share"])
-        last = b.add(first, f["share"])
+        _Attention(c, width, group).write()
+    c.close()
 
-        @contextmanager
-        def queries() -> Iterator[tuple[Any, Any, Any, Any]]:
-            """For each row and each query head of this group: the row, its query, its output, its scores."""
-            with c.turns(c.n(0), f["rows"]) as row:
-                with c.turns(first, last) as head:
-                    within = b.mul(head, c.n(width))
-                    query = c.at(f["query"], b.add(b.mul(row, f["query_stride"]), within))
-                    out = c.at(f["out"], b.add(b.mul(b.mul(row, f["heads"]), c.n(width)), within))
-                    scores = c.at(f["scores"], b.mul(b.add(b.mul(head, f["rows"]), row), f["span"]))
-                    yield row, query, out, scores
 
-        def seen(row: Any) -> Any:
-            """How many tokens a row sees."""
-            return b.add(f["base"], c.load(c.at(f["counts"], row, c.int), c.int))
+class _Attention:
+    """The code for one key/value head and the query heads that share it."""
 
-        def slot(row: Any, place: Any) -> Any:
-            """The cache row of the place-th slot."""
-            return c.load(c.at(f["slots"], b.add(b.mul(row, f["most"]), place), c.int), c.int)
+    def __init__(self, c: _Code, width: int, group: Any):
+        self.c, self.b, self.width, self.vectors = c, c.b, width, width // LANES
+        self.f = {name: c.field(_Attend, name) for name, _ in _Attend._fields_}
+        self.keys, self.values = (c.at(self.f[name], c.b.mul(group, self.f["head_stride"])) for name in ("keys", "values"))
+        self.first = c.b.mul(group, self.f["share"])
 
-        def score(query: list[Any], token: Any, to: Any) -> None:
-            key = c.at(keys, b.mul(token, c.n(width)))
-            total = b.fmul(query[0], c.load(key))
-            for v in range(1, vectors):
-                total = c.call("fma", query[v], c.load(c.at(key, c.n(v * LANES))), total)
-            c.store(b.fmul(c.folded(b.fadd, total), f["scaling"]), to)
-
-        def add(sums: list[Any], token: Any, weight: Any) -> None:
-            value, weight = c.at(values, b.mul(token, c.n(width))), c.spread(weight)
-            for v, place in enumerate(sums):
-                b.store(c.call("fma", weight, c.load(c.at(value, c.n(v * LANES))), c.get(place)), place)
-
-        def vectors_at(pointer: Any) -> list[Any]:
-            return [c.load(c.at(pointer, c.n(v * LANES))) for v in range(vectors)]
-
-        with c.turns(c.n(0), f["base"], TILE) as tile:
-            stop = b.add(tile, c.n(TILE))
-            stop = b.select(b.icmp_signed("<", stop, f["base"]), stop, f["base"])
-            with queries() as (row, query, _, scores):
-                q = vectors_at(query)
-                with c.turns(tile, stop) as token:
-                    score(q, token, c.at(scores, token))
-        with queries() as (row, query, out, scores):
-            q, count = vectors_at(query), c.load(c.at(f["counts"], row, c.int), c.int)
-            with c.turns(c.n(0), count) as place:
-                score(q, slot(row, place), c.at(scores, b.add(f["base"], place)))
-            with c.turns(seen(row), f["span"]) as token:
+    def write(self) -> None:
+        c, b, f = self.c, self.b, self.f
+        for tile in self._tiles():
+            with self._queries() as (_, query, _, scores):
+                q = self._vectors(query)
+                with c.turns(*tile) as token:
+                    self._score(q, token, c.at(scores, token))
+        with self._queries() as (row, query, out, scores):
+            q = self._vectors(query)
+            with c.turns(c.n(0), self._count(row)) as place:
+                self._score(q, self._slot(row, place), c.at(scores, b.add(f["base"], place)))
+            with c.turns(b.add(f["base"], self._count(row)), f["span"]) as token:
                 c.store(c.ir.Constant(c.float, LOWEST), c.at(scores, token))
             _write_softmax(c, scores, f["span"])
-            for v in range(vectors):
-                c.store(c.all(0.0), c.at(out, c.n(v * LANES)))
-        with c.turns(c.n(0), f["base"], TILE) as tile:
-            stop = b.add(tile, c.n(TILE))
-            stop = b.select(b.icmp_signed("<", stop, f["base"]), stop, f["base"])
-            with queries() as (row, _, out, scores):
-                sums = [c.variable(value) for value in vectors_at(out)]
-                with c.turns(tile, stop) as token:
-                    add(sums, token, c.load(c.at(scores, token), c.float))
-                for v, place in enumerate(sums):
-                    c.store(c.get(place), c.at(out, c.n(v * LANES)))
-        with queries() as (row, _, out, scores):
-            sums, count = [c.variable(value) for value in vectors_at(out)], c.load(c.at(f["counts"], row, c.int), c.int)
-            with c.turns(c.n(0), count) as place:
-                add(sums, slot(row, place), c.load(c.at(scores, b.add(f["base"], place)), c.float))
-            for v, place in enumerate(sums):
-                c.store(c.get(place), c.at(out, c.n(v * LANES)))
-    c.close()
+            self._set(out, [c.all(0.0)] * self.vectors)
+        for tile in self._tiles():
+            with self._queries() as (_, _, out, scores), self._summed(out) as sums:
+                with c.turns(*tile) as token:
+                    self._add(sums, token, c.at(scores, token))
+        with self._queries() as (row, _, out, scores), self._summed(out) as sums:
+            with c.turns(c.n(0), self._count(row)) as place:
+                self._add(sums, self._slot(row, place), c.at(scores, b.add(f["base"], place)))
+
+    # turns
+    def _tiles(self) -> Iterator[tuple[Any, Any]]:
+        """What follows is done for each TILE of the rows [0, base): the first of its tokens, and the one after its last."""
+        c, b, base = self.c, self.b, self.f["base"]
+        with c.turns(c.n(0), base, TILE) as begin:
+            end = b.add(begin, c.n(TILE))
+            yield begin, b.select(b.icmp_signed("<", end, base), end, base)
+
+    @contextmanager
+    def _queries(self) -> Iterator[tuple[Any, Any, Any, Any]]:
+        """For each row and each of the query heads: the row, its query, its output, its scores."""
+        c, b, f = self.c, self.b, self.f
+        with c.turns(c.n(0), f["rows"]) as row, c.turns(self.first, b.add(self.first, f["share"])) as head:
+            within = b.mul(head, c.n(self.width))
+            query = c.at(f["query"], b.add(b.mul(row, f["query_stride"]), within))
+            out = c.at(f["out"], b.add(b.mul(b.mul(row, f["heads"]), c.n(self.width)), within))
+            yield row, query, out, c.at(f["scores"], b.mul(b.add(b.mul(head, f["rows"]), row), f["span"]))
+
+    @contextmanager
+    def _summed(self, out: Any) -> Iterator[list[Any]]:
+        """An output in registers, and back."""
+        places = [self.c.variable(value) for value in self._vectors(out)]
+        yield places
+        self._set(out, [self.c.get(place) for place in places])
+
+    # one token
+    def _count(self, row: Any) -> Any:
+        return self.c.load(self.c.at(self.f["counts"], row, self.c.int), self.c.int)
+
+    def _slot(self, row: Any, place: Any) -> Any:
+        """The cache row of the place-th slot."""
+        at = self.b.add(self.b.mul(row, self.f["most"]), place)
+        return self.c.load(self.c.at(self.f["slots"], at, self.c.int), self.c.int)
+
+    def _score(self, query: list[Any], token: Any, to: Any) -> None:
+        keys = self._vectors(self.c.at(self.keys, self.b.mul(token, self.c.n(self.width))))
+        total = self.b.fmul(query[0], keys[0])
+        for q, key in zip(query[1:], keys[1:], strict=True):
+            total = self.c.call("fma", q, key, total)
+        self.c.store(self.b.fmul(self.c.folded(self.b.fadd, total), self.f["scaling"]), to)
+
+    def _add(self, sums: list[Any], token: Any, weight: Any) -> None:
+        weight = self.c.spread(self.c.load(weight, self.c.float))
+        values = self._vectors(self.c.at(self.values, self.b.mul(token, self.c.n(self.width))))
+        for place, value in zip(sums, values, strict=True):
+            self.b.store(self.c.call("fma", weight, value, self.c.get(place)), place)
+
+    def _vectors(self, pointer: Any) -> list[Any]:
+        return [self.c.load(self.c.at(pointer, self.c.n(v * LANES))) for v in range(self.vectors)]
+
+    def _set(self, pointer: Any, values: list[Any]) -> None:
+        for v, value in enumerate(values):
+            self.c.store(value, self.c.at(pointer, self.c.n(v * LANES)))
 
 
 def _write_softmax(c: _Code, scores: Any, span: Any) -> None:

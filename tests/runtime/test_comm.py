@@ -25,7 +25,7 @@ from flowspec.comm.codec import Limit, decode, encode, payload_size
 from flowspec.comm.heartbeat import Heartbeat, is_rank_of_this_run
 from flowspec.comm.shaped import Arrivals, ShapedTransport, shaped, wire_bytes
 from flowspec.core.cost import Emulate
-from flowspec.core.messages import FRAME_BYTES, PREFILL_ROWS, Cost, Prune, Segment, Started
+from flowspec.core.messages import FRAME_BYTES, PREFILL_ROWS, Prune, Segment, Started
 from flowspec.core.policy import PolicyConfig
 from flowspec.core.request import Request, Sampling
 from flowspec.errors import RankLost, UserError
@@ -393,6 +393,7 @@ def test_hidden_rows_weigh_two_bytes_an_element_times_the_scale_and_numbers_as_t
 
 
 def test_a_frame_weighs_about_what_is_sent_beside_the_tensors():
+    """A cost is longer, with its curve, but comes every few forwards only."""
     ids = list(range(1000, 1016))
     tokens, rows = torch.zeros(16, dtype=torch.int32), torch.zeros(16, 64)
     for message in (
@@ -401,7 +402,6 @@ def test_a_frame_weighs_about_what_is_sent_beside_the_tensors():
         wire.rows_of(1, 77, ids, ids, ids, rows),
         wire.choices(1, 77, ids, ids, [0.5] * 16),
         wire.started(1, Started(77, 16, 0.0123456789, 0.0)),
-        wire.cost(1, Cost(1, 0.00123456789, 0.00123456789, 0.00123456789)),
         wire.prefill(1, tokens),
     ):
         header, payload = encode(message)
