@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
+from flowspec.core.curve import Curve
 from flowspec.core.messages import Cost, Idle, Prune, Started
 from flowspec.core.policy import METHODS
 from flowspec.core.stage import StageState
@@ -109,7 +110,9 @@ class RingMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.going)
     @rule(stage=st.integers(1, 6), seconds=st.tuples(SECONDS, SECONDS, SECONDS), idle=st.booleans())
     def news_out_of_turn(self, stage, seconds, idle):
-        self.world.happens(self.now, ("news", Idle() if idle else Cost(1 + stage % len(self.world.stages), *seconds)))
+        base, slope, row = seconds
+        cost = Cost(1 + stage % len(self.world.stages), Curve.line(base, slope), row)
+        self.world.happens(self.now, ("news", Idle() if idle else cost))
 
     @precondition(lambda self: self.going)
     @rule(after=SECONDS)

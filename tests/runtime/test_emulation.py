@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flowspec.comm import inproc, shaped
-from flowspec.comm.base import Inbox, Message
+from flowspec.comm.base import Inbox, Message, Pulse
 from flowspec.comm.shaped import ShapedTransport
 from flowspec.core.cost import Emulate
 from flowspec.core.messages import FRAME_BYTES, Commit, Draft, Drafted, DraftNode, Proposal, Prune, Woke
@@ -36,7 +36,7 @@ class Ring(inproc.InprocTransport):
     """A rank's end of a ring of three whose messages are only kept."""
 
     def __init__(self, rank: int):
-        super().__init__(rank, [Inbox(VirtualClock()) for _ in range(3)])
+        super().__init__(rank, [Inbox(VirtualClock()) for _ in range(3)], [Pulse() for _ in range(3)])
         self.sent = []
 
     def send_next(self, message):
