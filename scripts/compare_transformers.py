@@ -53,6 +53,8 @@ from flowspec.preflight import check_prompt, check_run, check_writable, read_pro
 from flowspec.text import Text
 
 DTYPE = "float32"
+CLOSE = tolerance(DTYPE, layers=8, hidden=256)
+"""a lead below which rounding may choose: of the demo target, whose function inflated models compute"""
 RING, ALONE = ("flowspec", "ar"), ("transformers", "assisted")
 SIDES = (*RING, *ALONE)
 WARM_UP_TOKENS = 8
@@ -292,8 +294,6 @@ class Plan:
     repeats: int
     temperature: float
     seed: int
-    close: float
-    """a lead below which rounding may choose"""
 
     def asked(self, side: str, number: int, repeat: int, new_tokens: int | None = None, traced: bool = False) -> dict:
         tokens = self.prompts[number]
@@ -336,8 +336,8 @@ def rates(runs: Sequence[Run]) -> dict:
     return found
 
 
-def partings(runs: Sequence[Run], temperature: float, close: float) -> list[dict]:
-    """Where runs of one prompt part from its plain decoding (`ar`, of the same seed); a tie if its lead was less than `close` there."""
+def partings(runs: Sequence[Run], temperature: float) -> list[dict]:
+    """Where runs of one prompt part from its plain decoding (`ar`, of the same seed); a tie if its lead was less than CLOSE there."""
     plain = {(run.prompt, run.repeat): run for run in runs if run.side == "ar"}
     compared = [run for run in runs if temperature == 0 or run.side in RING]
     found = []
@@ -346,7 +346,7 @@ def partings(runs: Sequence[Run], temperature: float, close: float) -> list[dict
         at = next((i for i, (a, b) in enumerate(itertools.zip_longest(run.token_ids, want.token_ids)) if a != b), None)
         if at is not None:
             gap = want.gaps[at] if want.gaps and at < len(want.gaps) else None
-            tie = gap is not None and gap < close
+            tie = gap is not None and gap < CLOSE
             found.append({"side": run.side, "prompt": run.prompt, "repeat": run.repeat, "new_token": at, "gap": gap, "tie": tie})
     return found
 
@@ -358,8 +358,7 @@ def report(plan: Plan, texts: Sequence[str], runs: Sequence[Run]) -> dict:
         own = [run for run in runs if run.prompt == number]
         ids = next(run.token_ids for run in own if run.side == "ar")
         lengths = {"prompt_tokens": len(plan.prompts[number]), "new_tokens": len(ids)}
-        parted = partings(own, plan.temperature, plan.close)
-        each.append({"prompt": text, **lengths, "token_ids": ids, "partings": parted, "sides": rates(own)})
+        each.append({"prompt": text, **lengths, "token_ids": ids, "partings": partings(own, plan.temperature), "sides": rates(own)})
     asked = {name: getattr(plan, name) for name in ("new_tokens", "repeats", "temperature", "seed")}
     return {**asked, "sides": rates(runs), "prompts": each, "runs": [run.record() for run in runs]}
 
@@ -448,8 +447,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
     prompts = [Text(manifest.folder(0)).encode(text) for text in texts]
     for number, prompt in enumerate(prompts, 1):
         check_prompt(prompt, manifest, f"prompt {number}")
-    close = tolerance(DTYPE, manifest.num_layers, manifest.hidden_size)
-    plan = Plan(prompts, manifest.max_positions, args.new_tokens, args.repeats, args.temperature, args.seed, close)
+    plan = Plan(prompts, manifest.max_positions, args.new_tokens, args.repeats, args.temperature, args.seed)
     with ExitStack() as stack:
         many = stack.enter_context(Server("the ring", [__file__, "--serve-ring", str(args.stages + 1), str(config)], 1))
         words = [args.model, args.draft, args.stages, args.assistant_tokens]

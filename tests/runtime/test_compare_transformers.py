@@ -27,7 +27,7 @@ def test_all_sides_write_the_same_tokens_in_every_drawn_order(pair):
     draft = AutoModelForCausalLM.from_pretrained(pair.draft).eval()
     with Engine.from_config(pair.config(2)) as engine:
         ring, alone = compare.ring(engine), compare.alone(pair.model, draft)
-        plan = compare.Plan([engine.text.encode(text) for text in TEXTS], 160, 24, 3, 0.0, 5, 1e-4)
+        plan = compare.Plan([engine.text.encode(text) for text in TEXTS], 160, 24, 3, 0.0, 5)
         runs = compare.measure(plan, {side: ring if side in compare.RING else alone for side in compare.SIDES}, lambda line: None)
     found = compare.report(plan, TEXTS, runs)
     assert len(runs) == 2 * 3 * 4 and compare.verdict(found) == (0, 0)
@@ -43,15 +43,15 @@ def test_all_sides_write_the_same_tokens_in_every_drawn_order(pair):
 
 def test_above_zero_the_ring_draws_one_text_a_repeat(pair):
     with Engine.from_config(pair.config(1)) as engine:
-        plan = compare.Plan([engine.text.encode(TEXTS[0])], 160, 16, 2, 0.9, 5, 1e-4)
+        plan = compare.Plan([engine.text.encode(TEXTS[0])], 160, 16, 2, 0.9, 5)
         ring = compare.ring(engine)
         runs = compare.measure(plan, dict.fromkeys(compare.RING, ring), lambda line: None)
-    assert compare.partings(runs, 0.9, plan.close) == []
+    assert compare.partings(runs, 0.9) == []
     assert len({tuple(r.token_ids) for r in runs}) == 2
 
 
 def test_no_text_is_longer_than_the_model_has_positions():
-    plan = compare.Plan([(1,) * 150, (1,) * 3], 160, 40, 1, 0.0, 0, 1e-4)
+    plan = compare.Plan([(1,) * 150, (1,) * 3], 160, 40, 1, 0.0, 0)
     assert [plan.asked("ar", number, 0)["new_tokens"] for number in (0, 1)] == [10, 40]
 
 
@@ -70,13 +70,13 @@ def test_a_parting_is_found_and_told_a_tie_from_a_bug(gap, tie):
     plain = run("ar", 0, 0, [1, 2, 3], 1.0, [1.0, gap, 1.0])
     sides = [plain, run("flowspec", 0, 0, [1, 2, 3], 1.0), run("transformers", 0, 0, [1, 9, 3], 1.0)]
     expected = {"side": "transformers", "prompt": 0, "repeat": 0, "new_token": 1, "gap": gap, "tie": tie}
-    assert compare.partings(sides, 0.0, 1e-4) == [expected]
-    assert compare.partings(sides, 0.9, 1e-4) == []
+    assert compare.partings(sides, 0.0) == [expected]
+    assert compare.partings(sides, 0.9) == []
 
 
 def test_a_text_that_ends_early_is_a_bug():
     sides = [run("ar", 0, 0, [1, 2], 1.0, [1.0, 1.0]), run("assisted", 0, 0, [1, 2, 3], 1.0)]
-    [found] = compare.partings(sides, 0.0, 1e-4)
+    [found] = compare.partings(sides, 0.0)
     assert (found["new_token"], found["gap"], found["tie"]) == (2, None, False)
 
 
