@@ -142,7 +142,7 @@ def _launch(options: argparse.Namespace, argv: list[str]) -> int:
         need(not any("\ud800" <= c <= "\udfff" for c in prompt), f"prompt {number} is not valid UTF-8")
         check_prompt(text.encode(prompt), manifest, f"prompt {number}")
     if getattr(options, "reference", None) is not None:
-        check_reference(options.reference, manifest)
+        check_reference(options.reference, manifest, config.dtype)
     check_writable(getattr(options, "json", None))
     check_writable(str(config.trace_path) if config.trace else None, "trace")
     return launch(argv, manifest.num_stages + 1)
@@ -233,8 +233,8 @@ def _verify(engine: Engine, options: argparse.Namespace, prompts: Sequence[str],
 
     reference = None
     if options.reference is not None:
-        source, stored = check_reference(options.reference, engine.manifest), engine.manifest.dtype
-        reference = lossless.Reference(source.folder, engine.dtype_name, None if source.dtype == stored else stored)
+        source = check_reference(options.reference, engine.manifest, config.dtype)
+        reference = lossless.Reference(source.folder, engine.sums_in, (engine.manifest.dtype, engine.dtype_name))
     same = lossless.verify(engine, prompts, _settings(config), reference)
     if not same:
         report("the text is not what it should be: see above", 1)

@@ -31,7 +31,7 @@ from flowspec.core.request import Request, Sampling, need
 from flowspec.draft.registry import make_drafter
 from flowspec.models.families import family_of, read_config
 from flowspec.models.manifest import Manifest
-from flowspec.models.stage import load_head, load_stage
+from flowspec.models.stage import load_head, load_stage, packs_weights
 from flowspec.preflight import check_prompt, check_run
 from flowspec.runtime import wire
 from flowspec.runtime.drafting import DraftThread
@@ -261,6 +261,13 @@ class Engine:
     def dtype_name(self) -> str:
         """The computing dtype of the last stage."""
         return dtype_name(self.config, self.manifest, self.manifest.num_stages)
+
+    @property
+    def sums_in(self) -> str:
+        """The dtype of rows and sums of the last stage, where `dtype_name` is that of its weights."""
+        stages, dtype = self.manifest.num_stages, compute_dtype(self.config, self.manifest, self.manifest.num_stages)
+        packs = packs_weights(read_config(self.manifest.folder(stages)), dtype, self.config.device_of(stages))
+        return "float32" if packs else self.dtype_name
 
     # ---- inside ------------------------------------------------------------------------------------
     def _make_driver(self) -> Driver:

@@ -51,7 +51,7 @@ def tolerance(dtype: str, layers: int, hidden: int, largest: float = USUAL) -> f
 
 def tolerance_of(engine: Engine, largest: float = USUAL) -> float:
     """That of this ring."""
-    return tolerance(engine.dtype_name, engine.manifest.num_layers, engine.manifest.hidden_size, largest)
+    return tolerance(engine.sums_in, engine.manifest.num_layers, engine.manifest.hidden_size, largest)
 
 
 # ---- how far another choice was --------------------------------------------------------------------
@@ -111,22 +111,22 @@ def lead_is_certain(logits: Tensor, sampling: Sampling, noise: NoiseRows | None,
 class Reference:
     """The model that was split, whole, as transformers computes it."""
 
-    def __init__(self, folder: Path, dtype: str, rounded: str | None = None):
-        """Takes as much memory as the whole model in `dtype`. UserError when transformers cannot load it.
+    def __init__(self, folder: Path, dtype: str, rounded: Sequence[str] = ()):
+        """Takes as much memory as the whole model in float32. UserError when transformers cannot load it.
 
-        `rounded`: the dtype that the split's weights were rounded to, where it is not the model's own: these are to be the same."""
+        `rounded`: what the ring's weights were rounded to, one after the other: these are to be the same."""
         import transformers
         from transformers import AutoModelForCausalLM
 
-        need(getattr(torch, dtype).is_floating_point, f"--reference: the unsplit model cannot compute in {dtype}")
         self._name = f"the unsplit model {folder} (transformers {transformers.__version__}, {dtype})"
         transformers.utils.logging.disable_progress_bar()
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, rounded or dtype), local_files_only=True)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
             raise UserError(f"--reference: transformers cannot load {folder}: {str(error).splitlines()[0]}") from None
         for parameter in model.parameters():  # not the rotary frequencies
-            parameter.data = parameter.data.to(getattr(torch, dtype))
+            for name in (*rounded, dtype):
+                parameter.data = parameter.data.to(getattr(torch, name))
         self._model = model.eval()
         self._last: tuple[list[int], Tensor] | None = None  # tokens, and their rows behind the final norm
 

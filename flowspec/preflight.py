@@ -61,9 +61,12 @@ def check_same_model(manifest: Manifest, config: dict, where: str, advice: str) 
         need(said == found, f"{where}: {key} is {found}, {manifest.root / FILE_NAME} says {said}: {advice}")
 
 
-def check_reference(reference: str, manifest: Manifest) -> Source:
-    """The unsplit model. UserError unless it is a whole checkpoint and, as far as can be known, the one that was split."""
+def check_reference(reference: str, manifest: Manifest, dtype: str) -> Source:
+    """The unsplit model. UserError unless it is a whole checkpoint and, as far as can be known, the one that was split.
+
+    dtype: the run's."""
     option, advice = "--reference", "give the model that was split"
+    need(dtype != "int8", f"{option}: the unsplit model has no int8 weights; without it the ring is compared with itself")
     folder = local_folder(reference, option, MODEL_FILES)
     try:
         source = Source.open(folder)

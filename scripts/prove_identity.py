@@ -4,8 +4,12 @@
 
 For 1, 2, 3, 4 and 6 stages (uneven where that is possible), each drafter, and on each prompt another tree (1 to 200
 nodes), segment (1 to 64 rows) and set of policy switches, on stages and links that take some (emulated)
-time: greedy text of every method against transformers' generate; sampled text (temperature 0.8, top-p 0.9, three seeds) of all
-methods against each other. All ranks are threads of this process.
+time: greedy text of every method against transformers' generate (where weights are float32); sampled text (temperature 0.8, top-p 0.9,
+three seeds) of all methods against each other. All ranks are threads of this process.
+
+Beside it: --dtype (other than float32 with `deterministic: true`, all methods against each other), --growth N (caches with N rows to
+spare, so that they grow in the midst of abandoned forwards), --context N (prompts begin with N tokens of other text; a model with room
+for them is made by scripts/inflate.py --positions, for --model).
 """
 
 import argparse
@@ -22,9 +26,11 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from flowspec import Engine
+from flowspec.config import DTYPES
 from flowspec.core.policy import METHODS, SWITCHES, PolicyConfig, TreeConfig
 from flowspec.launcher import ROOT
 from flowspec.lossless import tolerance_of
+from flowspec.models.cache import RowCache
 from flowspec.models.split import split
 from flowspec.preflight import read_prompts
 
@@ -66,8 +72,10 @@ class Proof:
         print(f"{'tie' if tie else 'BUG'}: {what} parts at new token {at}, top-2 gap {gaps[at] if at < len(gaps) else None}", flush=True)
 
 
-def prove(engine: Engine, prompts: list[str], tokens: int, model, proof: Proof, draw: random.Random, where: str) -> None:
-    for number, prompt in enumerate(prompts):
+def prove(engine: Engine, prompts: list[str], context: int, tokens: int, model, proof: Proof, draw: random.Random, where: str) -> None:
+    other = engine.text.encode("\n\n".join(reversed(prompts)) * (1 + context // 40))
+    for number, written in enumerate(prompts):
+        prompt = (*other[number : number + context], *engine.text.encode(written))
         engine.config = dataclasses.replace(engine.config, tree=random_tree(draw), policy=random_switches(draw))
         close = tolerance_of(engine)
         about = f"{where} prompt {number} {engine.config.tree} {engine.config.policy}"
@@ -75,8 +83,8 @@ def prove(engine: Engine, prompts: list[str], tokens: int, model, proof: Proof, 
         for setting in [{"temperature": 0.0}, *sampled]:
             plain = list(engine.generate(prompt, method="ar", max_new_tokens=tokens, **setting))
             want, gaps = [t.id for t in plain], [t.gap for t in plain]
-            if setting["temperature"] == 0:
-                proof.compare(f"{about} transformers", generate(model, engine.text.encode(prompt), tokens), want, gaps, close)
+            if model is not None and setting["temperature"] == 0:
+                proof.compare(f"{about} transformers", generate(model, prompt, tokens), want, gaps, close)
             for method in SPECULATIVE:
                 got = [t.id for t in engine.generate(prompt, method=method, max_new_tokens=tokens, **setting)]
                 proof.compare(f"{about} {method} {setting}", got, want, gaps, close)
@@ -95,20 +103,28 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--stages", type=int, nargs="*", default=list(STAGES))
     parser.add_argument("--seed", type=int, default=0, help="of the trees")
+    parser.add_argument("--model", type=Path, default=ROOT / "demo" / "target", help="one of the demo target's function and hidden size")
+    parser.add_argument("--dtype", choices=DTYPES[1:], default="float32")
+    parser.add_argument("--growth", type=int, help="rows by which caches grow (default: as in production)")
+    parser.add_argument("--context", type=int, default=0, help="tokens before each prompt")
     args = parser.parse_args()
+    if args.growth is not None:
+        RowCache.STEP, RowCache.SHARE = args.growth, 0.0
     prompts = read_prompts(str(ROOT / "demo" / "prompts.jsonl"))[: args.prompts]
-    model = AutoModelForCausalLM.from_pretrained(ROOT / "demo" / "target", dtype=torch.float32).eval()
+    whole = args.dtype == "float32"
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval() if whole else None
+    settings = f"emulate: {TIMES}\nthreads: 1\ndtype: {args.dtype}\ndeterministic: {'false' if whole else 'true'}\n"
     proof, draw = Proof(), random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         for stages, (drafter, kind) in itertools.product(args.stages, DRAFTERS.items()):
             begun, out, config = time.monotonic(), Path(folder) / f"s{stages}", Path(folder) / "config.yaml"
             if not out.exists():
-                split(str(ROOT / "demo" / "target"), stages, out, layers=STAGES[stages])
-            config.write_text(f"stages: {out}\ndrafter: {kind}\nemulate: {TIMES}\nthreads: 1\n")
+                split(str(args.model), stages, out, layers=STAGES[stages])
+            config.write_text(f"stages: {out}\ndrafter: {kind}\n{settings}")
             with Engine.from_config(config) as engine:
-                prove(engine, prompts, args.tokens, model, proof, draw, f"S={stages} {drafter}")
+                prove(engine, prompts, args.context, args.tokens, model, proof, draw, f"S={stages} {drafter}")
             print(f"S={stages} {drafter}: {proof.texts} texts so far, {proof.bugs} bugs, {time.monotonic() - begun:.0f} s", flush=True)
-    print(f"{proof.texts} texts, {proof.tokens} tokens (tree seed {args.seed}): {proof.texts - proof.ties - proof.bugs} identical, "
+    print(f"{proof.texts} texts, {proof.tokens} tokens ({args.dtype}, tree seed {args.seed}): {proof.texts - proof.ties - proof.bugs} identical, "
           f"{proof.ties} parted at a tie, {proof.bugs} bugs")  # fmt: skip
     return 1 if proof.bugs else 0
 

@@ -53,7 +53,7 @@ class StageModel(nn.Module):
 
         On a CPU that has kernels for `dtype` the matrices are packed as they come, and everything else is float32 (kernels.py)."""
         waiting = dict(self.named_parameters())
-        packs = self.packs(dtype, device)
+        packs = packs_weights(self.config.to_dict(), dtype, device)
         self.dtype = torch.float32 if packs else dtype
         for name, tensor in tensors:
             expected = waiting.pop(name, None)
@@ -81,14 +81,6 @@ class StageModel(nn.Module):
 
         Native layers are like that anyway; others take each row by itself, with keys and values laid out in the order of positions."""
         self.alone = not self.native
-
-    def packs(self, dtype: torch.dtype, device: str) -> bool:
-        """Matrices of `dtype` are computed with by our own kernels there; UserError where nothing else can. Experts come fused, which
-        is no `nn.Linear`: with them only float32 can be both."""
-        whole = dtype == torch.float32 or not hasattr(self.config, "num_local_experts")
-        possible = device == "cpu" and jit.available() and dtype in kernels.KINDS and whole
-        need(dtype != torch.int8 or possible, "dtype int8 works on a CPU with fused multiply-add, with llvmlite, without experts")
-        return possible
 
     @property
     def size(self) -> int:
@@ -128,6 +120,16 @@ class StageModel(nn.Module):
     def _normed(self, x: Tensor) -> Tensor:
         assert self.norm is not None
         return vector.norm(x, self.norm.weight, self.config.rms_norm_eps) if self.native else self.norm(x)
+
+
+def packs_weights(config: dict, dtype: torch.dtype, device: str) -> bool:
+    """Matrices of `dtype` are computed with by our own kernels there, their rows and sums float32; UserError where nothing else can.
+
+    Experts come fused, which is no `nn.Linear`: with them only float32 can be both."""
+    whole = dtype == torch.float32 or not config.get("num_local_experts")
+    possible = device == "cpu" and jit.available() and dtype in kernels.KINDS and whole
+    need(dtype != torch.int8 or possible, "dtype int8 works on a CPU with fused multiply-add, with llvmlite, without experts")
+    return possible
 
 
 class Tapped(NamedTuple):

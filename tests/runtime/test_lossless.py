@@ -25,7 +25,7 @@ class FakeEngine:
     """Plain decoding says 1 2 3 4; the method says `speculative`."""
 
     config = SimpleNamespace(method="flowspec")
-    dtype_name = "float32"
+    sums_in = "float32"
     manifest = SimpleNamespace(num_layers=8, hidden_size=256)
     text = SimpleNamespace(encode=lambda prompt: (0,) * 10, decode=str)
 
@@ -88,7 +88,7 @@ def test_a_split_that_was_rounded_is_compared_with_the_model_rounded_alike(pair,
     config.write_text("stages: split\ndrafter: {kind: ngram}\nsampling: {max_new_tokens: 24}\n")
     with Engine.from_config(config) as engine:
         assert engine.dtype_name == "float32"
-        assert verify(engine, ["def add(a, b):"], GREEDY, Reference(pair.target, "float32", engine.manifest.dtype))
+        assert verify(engine, ["def add(a, b):"], GREEDY, Reference(pair.target, "float32", [engine.manifest.dtype]))
         assert not verify(engine, ["def add(a, b):"], GREEDY, reference["float32"])
 
 
@@ -133,14 +133,14 @@ def test_a_ring_that_is_wrong_by_a_little_is_found_by_its_leads(pair, reference,
 
 def test_a_reference_that_cannot_be_is_refused_by_name(pair, tmp_path):
     manifest = Manifest.load(pair.split(2))
-    assert check_reference(str(pair.target), manifest).folder == pair.target
+    assert check_reference(str(pair.target), manifest, "auto").folder == pair.target
     for folder, words in ((tmp_path / "none", "no such folder"), (tmp_path, "config.json")):
         with pytest.raises(UserError, match=f"^--reference.*{words}"):
-            check_reference(str(folder), manifest)
+            check_reference(str(folder), manifest, "auto")
     with pytest.raises(UserError, match=r"hidden_size is 48, .*stages.yaml says 64: give the model that was split"):
-        check_reference(str(pair.target), dataclasses.replace(manifest, hidden_size=64))
+        check_reference(str(pair.target), dataclasses.replace(manifest, hidden_size=64), "auto")
     with pytest.raises(UserError, match="another embedding"):
-        check_reference(str(pair.draft), manifest)
+        check_reference(str(pair.draft), manifest, "auto")
 
 
 # ---- distances -------------------------------------------------------------------------------------
