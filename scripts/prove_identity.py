@@ -124,7 +124,8 @@ def main() -> int:
             with Engine.from_config(config) as engine:
                 prove(engine, prompts, args.context, args.tokens, model, proof, draw, f"S={stages} {drafter}")
             print(f"S={stages} {drafter}: {proof.texts} texts so far, {proof.bugs} bugs, {time.monotonic() - begun:.0f} s", flush=True)
-    print(f"{proof.texts} texts, {proof.tokens} tokens ({args.dtype}, tree seed {args.seed}): {proof.texts - proof.ties - proof.bugs} identical, "
+    same = proof.texts - proof.ties - proof.bugs
+    print(f"{proof.texts} texts, {proof.tokens} tokens ({args.dtype}, tree seed {args.seed}): {same} identical, "
           f"{proof.ties} parted at a tie, {proof.bugs} bugs")  # fmt: skip
     return 1 if proof.bugs else 0
 

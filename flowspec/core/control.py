@@ -55,8 +55,6 @@ class _Prices(NamedTuple):
     """a forward of one row"""
     least: float
     """what a row adds in the cheapest number of rows, as a share of a forward"""
-    most: int
-    """rows of which the second half adds a quarter of a forward"""
     round: float
     """a forward of one row on each stage"""
     grown: float
@@ -66,12 +64,10 @@ class _Prices(NamedTuple):
     def of(cls, pipe: Pipe, stages: int) -> _Prices:
         times, n = pipe.times, np.arange(pipe.MOST + 1)
         more = times - times[1] + pipe.row * np.maximum(n - 1, 0)
-        half = np.interp(n / 2, n, more)
         forward = pipe.base + pipe.row
-        most = np.flatnonzero(more - half <= 0.25 * pipe.base).max(initial=1)
         least = float((more[2:] / n[1:-1]).min()) / forward
         now, tried = pipe.forwards(stages, pipe.context), pipe.known.plain
-        return cls(times, more, forward, least, int(most), now, now / pipe.forwards(stages, tried[1]) if tried else 1.0)
+        return cls(times, more, forward, least, now, now / pipe.forwards(stages, tried[1]) if tried else 1.0)
 
 
 class Controller:
@@ -87,13 +83,13 @@ class Controller:
     """of a node's probability"""
     DOUBT = 1.5
     """times the promised rate: what is faster needs no trial"""
-    FIRST = 4
+    FIRST = 8
     """tokens after which there may be a first doubt"""
     AGAIN = 16
     """tokens of speculation, times two to the number of trials, after which there may be doubt again: by CLOSE"""
     CLOSE = 1.25
     """times the rate of plain decoding"""
-    TRIAL = (3, 8)
+    TRIAL = (2, 3)
     """tokens of a trial of plain decoding, at least and at most"""
     SHARE = 0.02
     """of the plain time of the text so far and of what is left, at most AHEAD tokens: what speculation may lose in all"""
@@ -141,13 +137,9 @@ class Controller:
 
     @property
     def rows(self) -> int:
-        """The most rows of a segment: the second half of them adds at most a quarter of a forward, links included; else it leaves in the
-        next slot. Where there is no other slot (one stage), only their worth counts. What a row costs is a guess at first, so the first
-        segments are short: two rows, and twice as many each time that the first stage has told its cost."""
-        if self._fixed_rows:
-            return self._fixed_rows
-        most = self._priced().most if self._stages > 1 else self._pipe.MOST
-        return int(min(most, 2.0 ** min(10, 1 + self._pipe.known.news)))
+        """The most rows of a segment. What a row costs is a guess at first, so the first segments are short: two rows, and twice as many
+        each time that the first stage has told its cost."""
+        return self._fixed_rows or int(min(self._pipe.MOST, 2.0 ** min(10, 1 + self._pipe.known.news)))
 
     def worth(self, reaches: Sequence[float]) -> int:
         """How many of a segment's nodes to send, given their probabilities to be needed, falling: as many as gain most. A node that is
@@ -255,12 +247,7 @@ class Controller:
             f"stages (ms of a forward over {shown} rows, behind {pipe.context} tokens): {stages}",
             f"links: {1000 * pipe.known_hop:.2f} ms a hop, {1000 * pipe.row:.3f} ms a row; a draft takes {1000 * pipe.known.draft:.1f} ms",
             f"a row must be needed with P >= {self.theta:.3f} (what it adds to the slowest stage and link, by what a forward costs)",
-            f"at most {self.rows} rows a segment"
-            + (
-                " (tree.segment)"
-                if self._fixed_rows
-                else " (the second half of them adds a quarter of a forward, on the slowest stage and link)"
-            ),
+            f"at most {self.rows} rows a segment{' (tree.segment)' if self._fixed_rows else ''}, and of these as many as gain most",
             f"{self.credits} segments in flight (the slowest stage's forwards in one round of the ring)",
         ]
         attempt = self._now if self.speculates else self._attempt

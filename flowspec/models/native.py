@@ -46,6 +46,7 @@ class NativeLayer(nn.Module):
         self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.out, self.down = attention.o_proj, mlp.down_proj
         self.gate_up = stacked([mlp.gate_proj, mlp.up_proj])
+        vector.prepare(self.width)
 
     def forward(
         self, x: Tensor, attention_mask: Seen, position_embeddings: tuple[Tensor, Tensor], past_key_values: RowCache, **_

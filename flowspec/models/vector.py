@@ -61,6 +61,12 @@ def fits(width: int) -> bool:
     return width % LANES == 0
 
 
+def prepare(width: int) -> None:
+    """Compile what a layer with heads of this width will ask for, so that its first forward is like the others."""
+    for name in ("norm", "gated", f"attend{width}"):
+        _functions()[name]
+
+
 # ---- their arguments -------------------------------------------------------------------------------
 P, N, R = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 

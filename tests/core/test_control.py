@@ -41,16 +41,6 @@ def test_a_segment_takes_as_many_rows_as_gain_most():
     assert jump.worth([]) == 0 and jump.worth([0.1]) == 1
 
 
-def test_the_rows_of_a_segment_add_at_most_half_a_forward():
-    assert ring((0.05, 0.0005), (0.05, 0.001)).rows == 25
-    assert ring((0.05, 0.0005), (0.05, 0.0005), row=0.0005).rows == 25
-    assert ring((0.05, 0.0), (0.05, 0.0)).rows == 96
-    assert ring((0.05, 0.2), (0.05, 0.2)).rows == 1
-    assert ring(JUMP, JUMP).rows == 9, "the jump is paid once, by the first of them"
-    assert ring((0.05, 0.2)).rows == 96, "one stage: there is no other slot"
-    assert ring((0.05, 0.2), (0.05, 0.2), rows=7).rows == 7
-
-
 def test_the_first_segments_are_short():
     pipe, seen = Pipe(), []
     control = Controller(pipe, 2, None)
@@ -58,7 +48,8 @@ def test_the_first_segments_are_short():
         seen.append(control.rows)
         pipe.measured(Cost(2, Curve.line(0.05, 0.001), 0.0))  # says nothing of the first stage
         pipe.measured(Cost(1, Curve.line(0.05, 0.001), 0.0))
-    assert seen == [2, 4, 8, 16, 25, 25]
+    assert seen == [2, 4, 8, 16, 32, 64] and control.rows == 96
+    assert ring((0.05, 0.2), (0.05, 0.2), rows=7).rows == 7
 
 
 def test_as_many_segments_as_keep_the_slowest_stage_busy():
@@ -102,23 +93,23 @@ def test_what_is_much_faster_than_promised_needs_no_trial():
 def test_doubt_is_resolved_by_trial():
     """Costs promise 10 tok/s, measured while drafts took a share of the cores; plain decoding has 14."""
     control = ring(*[(0.05, 0.0)] * 2)
-    assert rates(control, (4, 12.0), (8, 14.0), (8, 14.0)) == [False, False, True], "a trial, and a rest of eight tokens"
+    assert rates(control, (8, 12.0), (3, 14.0), (8, 14.0)) == [False, False, True], "a trial, and a rest of eight tokens"
     assert 1 / control.plain == pytest.approx(14)
     control = ring(*[(0.05, 0.0)] * 2)
-    assert rates(control, (4, 12.0), (8, 10.0), (20, 12.0)) == [False, True, True], "speculation has won"
+    assert rates(control, (8, 12.0), (3, 10.0), (20, 12.0)) == [False, True, True], "speculation has won"
 
 
 def test_what_speculation_sent_does_not_count_for_plain_decoding():
     control = ring(*[(0.05, 0.0)] * 2)
     control._pipe.sent(1, (7,), 0.0)
     control.decided(1, 0.0, 100)
-    for k in range(1, 5):
+    for k in range(1, 9):
         control.decided(1, 0.1 * k, 100 - k)
     assert not control.speculates, "no faster than plain decoding: a trial"
-    control.decided(5, 0.45, 91)  # of a segment that was on its way
-    assert control._attempt.tokens == 9 and control._attempt.each == pytest.approx(0.05)
-    for k in range(9):
-        control.decided(1, 0.5 + 0.1 * k, 90 - k)
+    control.decided(8, 0.8, 84)  # of a segment that was on its way
+    assert control._attempt.tokens == 16 and control._attempt.each == pytest.approx(0.05)
+    for k in range(4):
+        control.decided(1, 0.85 + 0.1 * k, 83 - k)
     assert control.speculates and control.plain == pytest.approx(0.1, rel=0.1)
 
 
@@ -166,5 +157,5 @@ def test_a_growing_context_is_in_what_plain_decoding_is_believed_to_take():
 
 def test_it_says_what_it_chose():
     text = "\n".join(ring((0.05, 0.0005), (0.06, 0.001), row=0.0004, hop=0.001).explain())
-    for part in ("1: 50.5 51.0 52.0", "2: 61.0 62.0", "1.00 ms a hop, 0.400 ms a row", "P >= 0.023", "21 rows", "2 segments", "on"):
+    for part in ("1: 50.5 51.0 52.0", "2: 61.0 62.0", "1.00 ms a hop, 0.400 ms a row", "P >= 0.023", "96 rows", "2 segments", "on"):
         assert part in text, text
