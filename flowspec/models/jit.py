@@ -44,7 +44,11 @@ def compiled(assembly: str) -> Callable[[str], int]:
         )
         module = llvm.parse_assembly(assembly)
         module.verify()
-        builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+        tuning = llvm.create_pipeline_tuning_options(
+            speed_level=1
+        )  # the code is written as it is to be: more takes longer, and brings nothing
+        tuning.loop_unrolling = tuning.loop_interleaving = tuning.loop_vectorization = tuning.slp_vectorization = False
+        builder = llvm.create_pass_builder(machine, tuning)
         builder.getModulePassManager().run(module, builder)
         engine = llvm.create_mcjit_compiler(module, machine)
         engine.finalize_object()

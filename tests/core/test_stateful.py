@@ -194,4 +194,4 @@ def test_a_broken_cache_is_caught(name, monkeypatch):
 
 def fails(machine) -> None:
     with pytest.raises((AssertionError, KeyError, IndexError, RuntimeError)):
-        run_state_machine_as_test(machine, settings=settings(FAST, phases=[Phase.generate], report_multiple_bugs=False))
+        run_state_machine_as_test(machine, settings=settings(FAST, max_examples=300, phases=[Phase.generate], report_multiple_bugs=False))

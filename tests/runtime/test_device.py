@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flowspec import Engine, UserError, lossless
-from flowspec.comm.base import Inbox
+from flowspec.comm.base import Inbox, Pulse
 from flowspec.comm.inproc import InprocTransport
 from flowspec.config import load_config
 from flowspec.core.messages import Prune, Segment
@@ -111,7 +111,7 @@ class Ring(InprocTransport):
     """A rank's end of a ring whose messages are only kept."""
 
     def __init__(self, rank: int):
-        super().__init__(rank, [Inbox() for _ in range(3)])
+        super().__init__(rank, [Inbox() for _ in range(3)], [Pulse() for _ in range(3)])
         self.sent = []
 
     def send_next(self, message):

@@ -234,7 +234,7 @@ class Mutants:
     """Each is (whose, method, the broken one; it is given the good one first), and what must notice it."""
 
     def drafts_are_free():
-        return DraftThread, "_at_least", lambda good, self, log, work: work(), "drafts_are_charged"
+        return DraftThread, "_at_least", lambda good, self, log, work: (work(), 0.0), "drafts_are_charged"
 
     def drafts_are_not_told_what_they_take():
         return DraftThread, "__init__", lambda good, self, drafter, inbox, least=0.0: good(self, drafter, inbox), "drafts_are_charged"

@@ -69,7 +69,7 @@ def test_verify_of_plain_decoding_is_refused_without_a_reference():
 # ---- the ring with the unsplit model ---------------------------------------------------------------
 @pytest.fixture(scope="module")
 def reference(pair):
-    return {dtype: Reference(pair.target, dtype) for dtype in ("float32", "bfloat16")}
+    return {dtype: Reference(pair.target, "float32", [dtype]) for dtype in ("float32", "bfloat16")}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -108,7 +108,7 @@ def test_a_score_weighs_each_drafter_and_ranks_anew():
             made.weights.values[:2] = weights
         [(_, tokens, scores)] = made.scored([tree.root], both, 16)
         u = {token: np.dot(weights or [0.5, 0.5], z.expected) for token, z in candidates(both, 0).items()}
-        p = {token: 0.97 * math.exp(x) / sum(map(math.exp, u.values())) for token, x in u.items()}
+        p = {token: 0.97 * made.weights.trust * math.exp(x) / sum(map(math.exp, u.values())) for token, x in u.items()}
         assert dict(zip(tokens, np.exp(scores), strict=True)) == pytest.approx(p)
         assert scores == sorted(scores, reverse=True)
 
