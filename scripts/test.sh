@@ -7,4 +7,4 @@ cd "$root"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy flowspec
-exec "$python" -m pytest "$@"
+exec "$python" -m pytest -n 2 --dist worksteal "$@"  # two at once: most of them wait or compute on one thread

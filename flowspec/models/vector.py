@@ -91,16 +91,16 @@ class _Functions(dict):
     """Compiled as they are asked for."""
 
     def __missing__(self, name: str) -> Shared:
-        code = _Code()
+        code, threads = _Code(), ""
         if name == "norm":
             _write_norm(code)
         elif name == "gated":
             _write_gated(code)
         else:
             _write_attend(code, int(name.removeprefix("attend")))
-        count = list(dict(_Attend._fields_)).index("kv_heads")
-        fields = "{ " + ", ".join({P: "ptr", N: "i64", R: "float"}[kind] for _, kind in _Attend._fields_) + " }"
-        function = self[name] = Shared(compiled(f"{code.module}\n{part('run', fields, count)}"), "run")
+            kinds = [{P: "ptr", N: "i64", R: "float"}[kind] for _, kind in _Attend._fields_]
+            threads = part("run", f"{{ {', '.join(kinds)} }}", list(dict(_Attend._fields_)).index("kv_heads"))
+        function = self[name] = Shared(compiled(f"{code.module}\n{threads}"), "run")
         return function
 
 

@@ -185,6 +185,7 @@ def test_broken_books_are_caught(state):
     fails(type("Mutant", (RingMachine,), {"stage": stage}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["layers_grow_when_they_are_written", "nothing_is_gathered"])
 def test_a_broken_cache_is_caught(name, monkeypatch):
     for method, broken in getattr(CacheMutants, name)().items():
