@@ -9,7 +9,7 @@ from flowspec.core.stage import Gather, StageState
 from flowspec.models.cache import RowCache
 from tests.core.world import Case, ToyStage, World, greedy
 
-RUNS = 120
+RUNS = 60
 TIGHT = pytest.mark.parametrize("cache_step", [1], indirect=True, ids=["tight"])
 
 
