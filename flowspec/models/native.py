@@ -21,8 +21,10 @@ def suits(layer: nn.Module, config: Any) -> bool:
     """A layer whose matrices are packed, of whole vectors, with a gated MLP of silu."""
     linears = [getattr(getattr(layer, part, None), name, None) for part, names in _MATRICES.items() for name in names]
     widths = [head_dim(config), config.hidden_size, config.intermediate_size]
-    packed = all(isinstance(linear, PackedLinear) and linear.out_features % WIDTH == 0 for linear in linears)
-    return packed and config.hidden_act == "silu" and all(map(vector.fits, widths))
+    packed = [linear for linear in linears if isinstance(linear, PackedLinear) and linear.out_features % WIDTH == 0]
+    if len(packed) < len(linears) or packed[0].in_features != config.hidden_size:  # an EAGLE-3 layer's attention reads an embedding, too
+        return False
+    return config.hidden_act == "silu" and all(map(vector.fits, widths))
 
 
 _MATRICES = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
