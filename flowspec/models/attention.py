@@ -7,7 +7,7 @@ arXiv 2305.13245), so no key or value is copied. On a CPU with float32 rows vect
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -30,17 +30,17 @@ class Seen:
         self.in_order = in_order and len(admitted.kept) == 1
         """lay keys and values out in the order of positions"""
 
-    @cache  # noqa: B019 (lives as long as a forward)
+    @cached_property
     def hidden(self) -> Tensor:
         """bool [n, length - base]"""
         return placed(torch.from_numpy(self._admitted.hidden), self._device)
 
-    @cache  # noqa: B019
+    @cached_property
     def order(self) -> Tensor:
         """What the only row sees, int64 [tokens]."""
         return placed(torch.tensor(self._admitted.sees(0)), self._device)
 
-    @cache  # noqa: B019
+    @cached_property
     def slots(self) -> tuple[Tensor, Tensor]:
         """Rows from base on, int64 [n, most], and how many of them count, int64 [n]."""
         behind = self._admitted.behind
@@ -59,10 +59,10 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, seen: Seen, scaling: flo
     if query.device.type == "cpu" and query.dtype == torch.float32 and vector.fits(width) and jit.available():
         rows = query.transpose(0, 1)
         rows = rows if rows.stride(1) == width and rows.stride(2) == 1 else rows.contiguous()
-        return vector.attend(rows, keys, values, seen.base, *seen.slots(), scaling)
+        return vector.attend(rows, keys, values, seen.base, *seen.slots, scaling)
     if seen.in_order:
-        return _attend(query, keys[:, seen.order()], values[:, seen.order()], seen.hidden()[:, :0], scaling)
-    hidden, size = seen.hidden(), max(1, SCORES // (len(query) * keys.shape[1]))
+        return _attend(query, keys[:, seen.order], values[:, seen.order], seen.hidden[:, :0], scaling)
+    hidden, size = seen.hidden, max(1, SCORES // (len(query) * keys.shape[1]))
     parts = [slice(start, start + size) for start in range(0, n, size)]
     return torch.cat([_attend(query[:, part], keys, values, hidden[part], scaling) for part in parts])
 

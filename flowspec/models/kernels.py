@@ -1,7 +1,7 @@
 """Products of a few rows with a large matrix on a CPU: what a stage does all day.
 
 One row is bound by memory: the weights are read once, at the speed of the memory. So are eight, if each weight that is read serves all
-of them; the libraries at hand take two to three times as long for eight rows as for one (docs/performance.md), because their kernels
+of them; the libraries at hand take two to three times as long for eight rows as for one (docs/architecture.md), because their kernels
 are made for many rows. Here weights lie in the order in which they are read, in blocks of WIDTH outputs,
 
     packed[block, input, WIDTH]

@@ -1,6 +1,7 @@
 """A row's result, to the bit, whatever is drafted around it: in any batch, at any place of the cache, behind any dead rows."""
 
 import random
+import weakref
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from flowspec.core.messages import Prune
 from flowspec.core.stage import StageState
 from flowspec.models import jit
+from flowspec.models.attention import Seen
 from flowspec.models.stage import Sequence, load_whole
 
 SMALL = dict(vocab_size=320, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6, max_position_embeddings=512)
@@ -73,6 +75,15 @@ def speculatively(model, head, prompt, text, random):
             sent = [i for i in sent if i in sequence.state.row]
             parent = path[done - 1]
     return logits
+
+
+def test_what_a_forward_saw_is_forgotten_with_it():
+    state = StageState()
+    seen = Seen(state.extend(3).only(2), torch.device("cpu"))
+    assert seen.slots[1].tolist() == [3] and seen.hidden.shape == (1, 3) and seen.order.tolist() == [0, 1, 2]
+    forgotten = weakref.ref(seen)
+    del seen
+    assert forgotten() is None
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "transformers"])
