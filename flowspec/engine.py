@@ -31,7 +31,7 @@ from flowspec.core.request import Request, Sampling, need
 from flowspec.draft.registry import make_drafter
 from flowspec.models.families import family_of, read_config
 from flowspec.models.manifest import Manifest
-from flowspec.models.stage import load_head, load_stage, packs_weights
+from flowspec.models.stage import load_head, load_stage, packs_weights, rehearse
 from flowspec.preflight import check_prompt, check_run
 from flowspec.runtime import wire
 from flowspec.runtime.drafting import DraftThread
@@ -220,6 +220,12 @@ class Engine:
         generation._tokens = self._run(generation, request, config, stops)
         self._running = generation
         return generation
+
+    def forget(self) -> None:
+        """Forget the costs, weights and findings of the requests so far on all ranks: the next one is as the first of a run."""
+        if self._running:
+            self._running.close()
+        self._driver.forget()
 
     def close(self) -> None:
         """End the run on every rank; idempotent."""
@@ -423,6 +429,7 @@ def _work(config: Config, manifest: Manifest, transport: Transport) -> None:
         model.compute_alone()
         if head:
             head.alone = True
+    rehearse(model, head)
     a, b = manifest.ranks[rank].layers
     transport.send_control(0, wire.loaded(size, time.monotonic() - begun, f"layers {a} to {b - 1}"))
     Worker(transport, model, head, config.emulate, a).run()

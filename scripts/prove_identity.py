@@ -7,9 +7,9 @@ nodes), segment (1 to 64 rows) and set of policy switches, on stages and links t
 time: greedy text of every method against transformers' generate (where weights are float32); sampled text (temperature 0.8, top-p 0.9,
 three seeds) of all methods against each other. All ranks are threads of this process.
 
-Beside it: --dtype (other than float32 with `deterministic: true`, all methods against each other), --growth N (caches with N rows to
-spare, so that they grow in the midst of abandoned forwards), --context N (prompts begin with N tokens of other text; a model with room
-for them is made by scripts/inflate.py --positions, for --model).
+Beside it: --dtype and --device (anything but float32 on a CPU runs with `deterministic: true`, all methods against each other),
+--growth N (caches with N rows to spare, so that they grow in the midst of abandoned forwards), --context N (prompts begin with N tokens
+of other text; a model with room for them is made by scripts/inflate.py --positions, for --model).
 """
 
 import argparse
@@ -105,15 +105,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the trees")
     parser.add_argument("--model", type=Path, default=ROOT / "demo" / "target", help="one of the demo target's function and hidden size")
     parser.add_argument("--dtype", choices=DTYPES[1:], default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of all stages and of the drafter")
     parser.add_argument("--growth", type=int, help="rows by which caches grow (default: as in production)")
     parser.add_argument("--context", type=int, default=0, help="tokens before each prompt")
     args = parser.parse_args()
     if args.growth is not None:
         RowCache.STEP, RowCache.SHARE = args.growth, 0.0
     prompts = read_prompts(str(ROOT / "demo" / "prompts.jsonl"))[: args.prompts]
-    whole = args.dtype == "float32"
+    whole = args.dtype == "float32" and args.device == "cpu"
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval() if whole else None
-    settings = f"emulate: {TIMES}\nthreads: 1\ndtype: {args.dtype}\ndeterministic: {'false' if whole else 'true'}\n"
+    settings = f"emulate: {TIMES}\nthreads: 1\ndevice: {args.device}\ndtype: {args.dtype}\ndeterministic: {'false' if whole else 'true'}\n"
     proof, draw = Proof(), random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         for stages, (drafter, kind) in itertools.product(args.stages, DRAFTERS.items()):

@@ -116,6 +116,7 @@ def _runs(
 
 def _run(engine: Engine, number: int, repeat: int, prompt: str, variant: Variant, temperature: float) -> Run:
     seed = engine.config.sampling.seed or 0
+    engine.forget()  # each run is as the first of a ring: what one has learnt is no gift to the next
     generation = engine.generate(prompt, method=variant.method, policy=variant.policy, temperature=temperature, seed=seed)
     for _ in generation:
         pass

@@ -24,7 +24,7 @@ from flowspec.models import stage
 from flowspec.models.manifest import Manifest
 from flowspec.sampling import noise_for
 from flowspec.sim.lockstep import LockStep
-from flowspec.sim.world import Guesser, Outcome, Ring, World
+from flowspec.sim.world import Guesser, Outcome, RingSpec, World
 
 PAPER = "flowspec-paper"
 """FlowSpec's published lock-step policy: simulated only (sim/lockstep.py)"""
@@ -137,7 +137,7 @@ class Forecaster:
         features = self.profile is None and config.reads_features
         policy = None if method == PAPER else make_policy(method, config.tree, config.policy, stages, features)
         guesser = self._guesser(tape, config) if policy is None or policy.budget > 1 else None  # a tree of one node needs none
-        ring = Ring(
+        ring = RingSpec(
             stages=stages,
             emulate=emulate or (emulated(config) if self.profile is None else config.emulate),
             hidden=self.models.hidden,

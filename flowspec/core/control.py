@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple
 
 import numpy as np
 
-from flowspec.core.pipe import Pipe
+from flowspec.core.ring import Ring
 
 
 class Stretch:
@@ -44,6 +45,16 @@ class Stretch:
         return sum(seconds for _, seconds in self._lately) / self._count if self._count else math.inf
 
 
+@dataclass
+class Findings:
+    """What speculation has brought so far, in this request and in earlier ones like it."""
+
+    rests: int = 0
+    """times that it was stopped since it last paid"""
+    trials: int = 0
+    """of plain decoding"""
+
+
 class _Prices(NamedTuple):
     """What rows cost, in seconds, links included."""
 
@@ -61,13 +72,13 @@ class _Prices(NamedTuple):
     """times what a round was when plain decoding was tried, as the context has grown; 1 if it was not"""
 
     @classmethod
-    def of(cls, pipe: Pipe, stages: int) -> _Prices:
-        times, n = pipe.times, np.arange(pipe.MOST + 1)
-        more = times - times[1] + pipe.row * np.maximum(n - 1, 0)
-        forward = pipe.base + pipe.row
+    def of(cls, ring: Ring, stages: int) -> _Prices:
+        times, n = ring.times, np.arange(ring.MOST + 1)
+        more = times - times[1] + ring.row * np.maximum(n - 1, 0)
+        forward = ring.base + ring.row
         least = float((more[2:] / n[1:-1]).min()) / forward
-        now, tried = pipe.forwards(stages, pipe.context), pipe.known.plain
-        return cls(times, more, forward, least, now, now / pipe.forwards(stages, tried[1]) if tried else 1.0)
+        now, tried = ring.forwards(stages, ring.context), ring.plain
+        return cls(times, more, forward, least, now, now / ring.forwards(stages, tried[1]) if tried else 1.0)
 
 
 class Controller:
@@ -106,11 +117,10 @@ class Controller:
     CHANGED = 1.3
     """times what it was: what the growing context makes of a plain token's time before it is tried anew, if in doubt"""
 
-    def __init__(self, pipe: Pipe, stages: int, fixed_rows: int | None):
-        self._pipe, self._stages, self._fixed_rows = pipe, stages, fixed_rows
-        self._prices = _Prices.of(pipe, stages)
+    def __init__(self, ring: Ring, stages: int, fixed_rows: int | None, findings: Findings):
+        self._ring, self._stages, self._fixed_rows, self._findings = ring, stages, fixed_rows, findings
+        self._prices = _Prices.of(ring, stages)
         self.speculates = True
-        self.rests = 0  # times that speculation was stopped
         self._now: Stretch | None = None
         self._lead = 0.0  # seconds that this stretch of speculation has gained on plain decoding, of late
         self._until = 0  # tokens that the present stretch of plain decoding lasts
@@ -120,13 +130,12 @@ class Controller:
         self._attempt: Stretch | None = None  # the last at speculation
         self._draining = False  # what speculation sent is still on its way
         self._counted = True  # what it lost is in `_lost`
-        self._trials = 0
         self._trial = False  # the present stretch of plain decoding is one
 
     # ---- rows --------------------------------------------------------------------------------------
     def _priced(self) -> _Prices:
-        if self._prices.times is not self._pipe.times:
-            self._prices = _Prices.of(self._pipe, self._stages)
+        if self._prices.times is not self._ring.times:
+            self._prices = _Prices.of(self._ring, self._stages)
         return self._prices
 
     @property
@@ -139,7 +148,7 @@ class Controller:
     def rows(self) -> int:
         """The most rows of a segment. What a row costs is a guess at first, so the first segments are short: two rows, and twice as many
         each time that the first stage has told its cost."""
-        return self._fixed_rows or int(min(self._pipe.MOST, 2.0 ** min(10, 1 + self._pipe.known.news)))
+        return self._fixed_rows or int(min(self._ring.MOST, 2.0 ** min(10, 1 + self._ring.news)))
 
     def worth(self, reaches: Sequence[float]) -> int:
         """How many of a segment's nodes to send, given their probabilities to be needed, falling: as many as gain most. A node that is
@@ -154,19 +163,19 @@ class Controller:
     def credits(self) -> int:
         """Segments that keep the slowest stage busy: as many of its forwards as one needs for the round, links included. One more
         would be decided too early: it leaves before the news that the one ahead of it brings."""
-        return max(1, round(self.lap / self._pipe.base))
+        return max(1, round(self.lap / self._ring.base))
 
     @property
     def lap(self) -> float:
         """Seconds that the root alone needs for the round: a token's, without speculation, by these costs."""
-        return self._priced().round + (self._stages + 1) * self._pipe.known_hop
+        return self._priced().round + (self._stages + 1) * self._ring.known_hop
 
     # ---- whether to speculate ----------------------------------------------------------------------
     @property
     def plain(self) -> float:
         """Seconds of a token without speculation: as tried, and as the context has grown since; else by costs, which leave out what
         lies between forwards, and hold what drafting takes from the same cores."""
-        tried = self._pipe.known.plain
+        tried = self._ring.plain
         return self.lap if tried is None else tried[0] * self._priced().grown
 
     def decided(self, tokens: int, now: float, left: int) -> None:
@@ -180,10 +189,12 @@ class Controller:
             self._draining, self._now = tokens > 1, Stretch(now, self.CLIP[False])
             return
         took = self._now.decided(tokens, now, self.plain)
-        if not self._pipe.known.costs:
+        if not self._ring.costs:
             return
         if self.speculates:
             self._lead = min(self._lead + tokens * self.plain - took, self.LEAD * self.plain)
+            if self._lead == self.LEAD * self.plain:
+                self._findings.rests = 0
             self._doubt(self._now, now, left)
         elif self._now.tokens >= self._until:
             self._settle(self._now, now)
@@ -197,21 +208,22 @@ class Controller:
         """Is speculation to rest? If it has lost enough, or for a trial if that is cheap for what it may show."""
         ratio, tried = self.plain / stretch.each, self._tried
         least, most = self.LOSS
+        most = least if self._findings.rests else most  # it has been slower before
         lost = -self._lead > self.plain * min(most, max(least, self.PART * self._allowed))
         lost = lost or (tried and ratio < 1 and stretch.tokens >= stretch.LATEST)
         trial = min(self.TRIAL[1], self.PRICE * left / max(ratio - 1, 1e-3))
-        doubt, after = (self.CLOSE, self.AGAIN * 2**self._trials) if tried else (self.DOUBT, self.FIRST)
+        doubt, after = (self.CLOSE, self.AGAIN * 2**self._findings.trials) if tried else (self.DOUBT, self.FIRST)
         unsure = ratio < doubt and stretch.tokens >= after and trial >= self.TRIAL[0]
         if lost or unsure:
             self._attempt, self._counted, self._trial = stretch, False, unsure or not tried
-            self._trials += self._trial
+            self._findings.trials += self._trial
             self._until = int(max(trial, self.TRIAL[0])) if self._trial else self._rest()
             self._turn(now)
 
     def _settle(self, stretch: Stretch, now: float) -> None:
         """A stretch of plain decoding is over. After a trial: was it faster?"""
         assert self._attempt is not None
-        self._pipe.known.plain = stretch.each, self._pipe.context
+        self._ring.plain = stretch.each, self._ring.context
         self._prices = self._prices._replace(grown=1.0)
         if not self._counted:
             self._lost += self._attempt.seconds / stretch.each - self._attempt.tokens
@@ -225,27 +237,27 @@ class Controller:
 
     def _rest(self) -> int:
         """Tokens of plain decoding: twice as many each time."""
-        self.rests += 1
-        return self.REST * 2 ** (self.rests - 1)
+        self._findings.rests += 1
+        return self.REST * 2 ** (self._findings.rests - 1)
 
     def _turn(self, now: float) -> None:
         self.speculates = not self.speculates
-        self._draining = not self.speculates and bool(self._pipe.out)
+        self._draining = not self.speculates and bool(self._ring.out)
         self._now, self._lead = Stretch(now, self.CLIP[self.speculates]), 0.0
 
     @property
     def _tried(self) -> bool:
         """Plain decoding was tried behind a context like this."""
-        return self._pipe.known.plain is not None and 1 / self.CHANGED < self._priced().grown < self.CHANGED
+        return self._ring.plain is not None and 1 / self.CHANGED < self._priced().grown < self.CHANGED
 
     def explain(self) -> list[str]:
         """What was chosen, and why; for people."""
-        pipe = self._pipe
-        stages = "; ".join(f"{s}: {_forwards(c.over(_SHOWN, pipe.context))}" for s, c in sorted(pipe.known.costs.items()))
+        ring = self._ring
+        stages = "; ".join(f"{s}: {_forwards(c.over(_SHOWN, ring.context))}" for s, c in sorted(ring.costs.items()))
         shown = ", ".join(f"{n:.0f}" for n in _SHOWN)
         lines = [
-            f"stages (ms of a forward over {shown} rows, behind {pipe.context} tokens): {stages}",
-            f"links: {1000 * pipe.known_hop:.2f} ms a hop, {1000 * pipe.row:.3f} ms a row; a draft takes {1000 * pipe.known.draft:.1f} ms",
+            f"stages (ms of a forward over {shown} rows, behind {ring.context} tokens): {stages}",
+            f"links: {1000 * ring.known_hop:.2f} ms a hop, {1000 * ring.row:.3f} ms a row; a draft takes {1000 * ring.draft:.1f} ms",
             f"a row must be needed with P >= {self.theta:.3f} (what it adds to the slowest stage and link, by what a forward costs)",
             f"at most {self.rows} rows a segment{' (tree.segment)' if self._fixed_rows else ''}, and of these as many as gain most",
             f"{self.credits} segments in flight (the slowest stage's forwards in one round of the ring)",
@@ -253,8 +265,9 @@ class Controller:
         attempt = self._now if self.speculates else self._attempt
         each = math.inf if attempt is None else attempt.each
         measured = "not measured (too short)" if math.isinf(each) else f"{1 / each:.2f} tok/s lately"
-        plain = f"{1 / self.plain:.2f} tok/s {'by these costs' if pipe.known.plain is None else 'measured'}"
-        lines.append(f"speculation {'on' if self.speculates else 'off'}: {measured}; without it {plain}; rested {self.rests} times")
+        plain = f"{1 / self.plain:.2f} tok/s {'by these costs' if ring.plain is None else 'measured'}"
+        state, rests = "on" if self.speculates else "off", self._findings.rests
+        lines.append(f"speculation {state}: {measured}; without it {plain}; rested {rests} times since it last paid")
         return lines
 
 

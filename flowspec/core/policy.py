@@ -16,10 +16,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from flowspec.core.control import Controller
+from flowspec.core.control import Controller, Findings
+from flowspec.core.learnt import Learnt
 from flowspec.core.messages import KEPT, Drafted
-from flowspec.core.pipe import Pipe
-from flowspec.core.request import need
+from flowspec.core.request import Request, need
 from flowspec.core.score import Scorer
 from flowspec.core.tree import Node, TokenTree
 
@@ -84,9 +84,9 @@ class _Attached:
 
     scorer: Scorer
 
-    def attach(self, tree: TokenTree, pipe: Pipe, prompt: Sequence[int], levels_left: Callable[[], int]) -> None:
-        self.tree, self.pipe, self.levels_left = tree, pipe, levels_left
-        self.scorer.attach(tree, prompt)
+    def attach(self, tree: TokenTree, learnt: Learnt, request: Request, levels_left: Callable[[], int]) -> None:
+        self.tree, self.ring, self.levels_left = tree, learnt.ring, levels_left
+        self.scorer.attach(tree, request.prompt, learnt.weights)
         self.rerooted()
 
     def rerooted(self) -> None:
@@ -187,10 +187,11 @@ class Continuous(_Attached):
         self.refreshes = switches.refresh and features
         self.scorer = Scorer(switches.calibrate, switches.ngram_feature)
 
-    def attach(self, tree: TokenTree, pipe: Pipe, prompt: Sequence[int], levels_left: Callable[[], int]) -> None:
-        self.control = Controller(pipe, self._stages, self._fixed_rows)
+    def attach(self, tree: TokenTree, learnt: Learnt, request: Request, levels_left: Callable[[], int]) -> None:
+        findings = learnt.findings.setdefault(request.sampling.temperature, Findings())
+        self.control = Controller(learnt.ring, self._stages, self._fixed_rows, findings)
         self.promise = 1.0  # how likely the best child of a node is, of late
-        super().attach(tree, pipe, prompt, levels_left)
+        super().attach(tree, learnt, request, levels_left)
 
     def decided(self, path: Sequence[int], tokens: Sequence[int], now: float) -> None:
         super().decided(path, tokens, now)
@@ -332,8 +333,8 @@ class Continuous(_Attached):
         saves a forward (`base`) with the probability that one of them is right, less what they add to this one; everything waits
         for the draft."""
         reach = math.exp(min(0.0, self.drafting - self.tree.root.score)) * self.promise
-        more = float(self.pipe.times[2]) - self.pipe.base
-        return 0 < self.PATIENCE * self.pipe.known.draft < reach * self.pipe.base - more
+        more = float(self.ring.times[2]) - self.ring.base
+        return 0 < self.PATIENCE * self.ring.draft < reach * self.ring.base - more
 
     def verify_now(self, segments_out: int) -> bool:
         return True

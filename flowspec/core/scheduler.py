@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from flowspec.core.learnt import Learnt
 from flowspec.core.messages import (
     Action,
     Commit,
@@ -27,7 +28,6 @@ from flowspec.core.messages import (
     Wake,
     Woke,
 )
-from flowspec.core.pipe import Known, Pipe
 from flowspec.core.policy import Policy
 from flowspec.core.request import Request
 from flowspec.core.tree import Node, TokenTree
@@ -36,13 +36,14 @@ from flowspec.core.tree import Node, TokenTree
 class Scheduler:
     """One request. `handle(event, now) -> actions`; `now` is any clock in seconds that does not go back."""
 
-    def __init__(self, request: Request, policy: Policy, drafts: bool = True, known: Known | None = None):
-        """`known`: of the ring, by earlier requests."""
+    def __init__(self, request: Request, policy: Policy, learnt: Learnt | None = None, drafts: bool = True):
+        """`learnt`: by the run's earlier requests; it goes on learning."""
         self.request, self.policy, self.drafts = request, policy, drafts
         self.tree = TokenTree(request.prompt[-1], request.prompt_length - 1)
-        self.pipe = Pipe(known)
-        self.pipe.deepened(self.tree.root.position)
-        self.policy.attach(self.tree, self.pipe, request.prompt, lambda: self.remaining - 1)
+        learnt = learnt or Learnt()
+        self.ring = learnt.ring
+        self.ring.begin(self.tree.root.position)
+        self.policy.attach(self.tree, learnt, request, lambda: self.remaining - 1)
         self.anchor = -1
         self.version = self.segments = self.returned_segments = 0
         self.tokens: list[int] = []
@@ -67,26 +68,26 @@ class Scheduler:
         elif isinstance(event, Drafted):
             self._drafted(event, now)
         elif isinstance(event, Started):
-            self.pipe.started(event, now)
+            self.ring.started(event, now)
         elif isinstance(event, Cost):
-            self.pipe.measured(event)
+            self.ring.measured(event)
         elif isinstance(event, Idle):
-            self.pipe.idle(now)
+            self.ring.idle(now)
         else:
             assert isinstance(event, Woke)
         return actions if self.finished else actions + self._fill(now)
 
     # ---- what came back ----------------------------------------------------------------------------
     def _returned(self, event: Returned, now: float) -> list[Action]:
-        self.pipe.returned(event.number, now)
+        self.ring.returned(event.number, now)
         self.returned_segments += 1
         self._known.update({i: event.choices for i in event.ids if i in self.tree})
-        if self.tree.root.id not in self._known or not self.policy.verify_now(len(self.pipe.out)):
+        if self.tree.root.id not in self._known or not self.policy.verify_now(len(self.ring.out)):
             return []
         path, tokens, accepted, child = self._walk()
         self.tokens += tokens
         self.anchor = path[-1].id
-        self.pipe.deepened(path[-1].position + 1)
+        self.ring.deepened(path[-1].position + 1)
         self.policy.decided([n.id for n in path], tokens, now)
         if child is not None and self.policy.keeps(child):
             self.tree.reroot(child)
@@ -94,7 +95,7 @@ class Scheduler:
             self.tree.restart(self.anchor, tokens[-1], path[-1].position + 1)
         self._known = {}
         self.policy.rerooted()
-        self.pipe.drop_dead(self.tree)
+        self.ring.drop_dead(self.tree)
         self.version += 1
         commit = Commit(tuple(n.id for n in path), tuple(tokens), tuple(accepted), self.tree.root.id)
         reason = self._end(tokens[-1])
@@ -127,7 +128,7 @@ class Scheduler:
     # ---- what to do next ---------------------------------------------------------------------------
     def _drafted(self, event: Drafted, now: float) -> None:
         self._drafting = False
-        self.pipe.drafted(now - self._draft_begun)
+        self.ring.drafted(now - self._draft_begun)
         nodes = self.tree.nodes
         alive = [row for row, id in enumerate(event.nodes) if id in nodes]
         if alive:
@@ -149,10 +150,10 @@ class Scheduler:
 
     def _sends(self, now: float) -> list[Action]:
         actions: list[Action] = []
-        while len(self.pipe.out) < self.policy.credits:
-            if self.policy.just_in_time and now < self.pipe.room_at:
-                if not math.isinf(self.pipe.room_at):
-                    actions.append(Wake(self.pipe.room_at))
+        while len(self.ring.out) < self.policy.credits:
+            if self.policy.just_in_time and now < self.ring.room_at:
+                if not math.isinf(self.ring.room_at):
+                    actions.append(Wake(self.ring.room_at))
                 break
             nodes = self.policy.segment(self._drafting)
             if not nodes:
@@ -165,7 +166,7 @@ class Scheduler:
             node.sent = True
         self.segments += 1
         segment = Segment(self.segments, tuple(n.id for n in nodes), tuple(n.parent for n in nodes), tuple(n.token for n in nodes))
-        self.pipe.sent(segment.number, segment.ids, now)
+        self.ring.sent(segment.number, segment.ids, now)
         return segment
 
     def validate(self) -> None:
@@ -173,4 +174,4 @@ class Scheduler:
         self.tree.validate()
         assert self.tree.root.position == self.request.prompt_length + len(self.tokens) - 1
         assert self.finished or self.remaining > 0
-        assert not any(self.tree.nodes.keys().isdisjoint(ids) for ids in self.pipe.out.values())
+        assert not any(self.tree.nodes.keys().isdisjoint(ids) for ids in self.ring.out.values())

@@ -30,6 +30,7 @@ class Weights:
 
     FORGET = 0.995
     STEP = 0.3
+    MEMORY = 64.0
 
     def __init__(self, drafters: int = 1, learns: bool = True):
         self.drafters, self.learns = drafters, learns
@@ -37,6 +38,13 @@ class Weights:
         self.values[:drafters] = 1 / drafters
         self._curvature = np.eye(len(self.values))
         self._held, self._claimed = (2.0, 3.0) if learns else (1.0, 1.0)  # positions: a prior that few decisions outweigh
+
+    def begin(self) -> None:
+        """A new text: what others have taught counts as no more than MEMORY positions of it."""
+        share = min(1.0, self.MEMORY / self._claimed)
+        self._held, self._claimed = self._held * share, self._claimed * share
+        eye = np.eye(len(self.values))
+        self._curvature = eye + share * (self._curvature - eye)
 
     @property
     def trust(self) -> float:
@@ -119,12 +127,15 @@ class Scorer:
     """Scores a drafter's proposals, and learns from what the target chose. One a request."""
 
     def __init__(self, calibrate: bool, ngrams: bool):
-        self.weights = Weights(learns=calibrate)  # of one drafter, until an answer says that there are more
-        self._uses_ngrams = ngrams
+        self._learns, self._uses_ngrams = calibrate, ngrams
         self._lists: dict[int, List] = {}  # by node
 
-    def attach(self, tree: TokenTree, prompt: Sequence[int]) -> None:
-        self._tree = tree
+    def attach(self, tree: TokenTree, prompt: Sequence[int], learnt: dict[tuple[int, bool], Weights]) -> None:
+        """`learnt`: weights by the number of drafters and whether they are coupled; those that are missing are added."""
+        self._tree, self._learnt = tree, learnt if self._learns else {}
+        for weights in self._learnt.values():
+            weights.begin()
+        self._use(1, False)  # until an answer says otherwise
         self._ngrams = Ngrams(prompt) if self._uses_ngrams else None
 
     def scored(self, nodes: list[Node], drafted: Drafted, top_k: int) -> list[tuple[Node, list[int], list[float]]]:
@@ -152,12 +163,16 @@ class Scorer:
             self._lists.update((node.id, List(*facts)) for node, facts in zip(nodes, lists, strict=True))
         return scored
 
+    def _use(self, drafters: int, coupled: bool) -> None:
+        self._kind = drafters, coupled
+        self.weights = self._learnt.setdefault(self._kind, Weights(drafters, self._learns))
+
     def _ranked(self, drafted: Drafted) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens [n, k], z [n, k, D] and u [n, k], best first; u of the best is 0."""
         tokens, z = drafted.tokens, drafted.z
         drafters = z.shape[2]
-        if drafters != self.weights.drafters:
-            self.weights = Weights(drafters, self.weights.learns)
+        if (drafters, drafted.coupled) != self._kind:
+            self._use(drafters, drafted.coupled)
         u = z.dot(self.weights.values[:drafters])
         if drafters > 1:  # one drafter's order does not depend on its weight
             order = np.argsort(-u, 1, kind="stable")

@@ -33,15 +33,20 @@ def make_drafter(
 def _one(config: DrafterConfig, folder: Path, manifest: Manifest, head: Head | None, dtype: torch.dtype, device: str) -> Drafter | None:
     if config.kind == "lm":
         from flowspec.draft.lm import LmDrafter
-        from flowspec.models.stage import load_whole
+        from flowspec.models.stage import load_whole, rehearse
 
-        return LmDrafter(*load_whole(config.checkpoint(folder), dtype, device), manifest.vocab_size)
+        model, own_head = load_whole(config.checkpoint(folder), dtype, device)
+        rehearse(model, own_head)
+        return LmDrafter(model, own_head, manifest.vocab_size)
     if config.reads_features:
         from flowspec.draft.eagle import EagleDrafter
         from flowspec.models.eagle import load_eagle
+        from flowspec.models.stage import rehearse
 
         dtype = torch.float32 if device == "cpu" else dtype  # fc and embedding are no packed matrices, and halves are slow there
-        return EagleDrafter(load_eagle(config.kind, config.checkpoint(folder), manifest, head, dtype, device))
+        eagle = load_eagle(config.kind, config.checkpoint(folder), manifest, head, dtype, device)
+        rehearse(eagle.layer, eagle.lm_head, eagle.silence)
+        return EagleDrafter(eagle)
     if config.kind == "ngram":
         from flowspec.draft.ngram import NgramDrafter
 

@@ -80,6 +80,10 @@ class EagleHead:
         both = torch.cat([self.embedding[tokens], features], -1)
         return both if self.layers else F.linear(both, self.fc, self.bias)
 
+    def silence(self, n: int) -> Tensor:
+        """n rows of what the layer takes, of token 0 and no features."""
+        return self.rows(torch.zeros(n, dtype=torch.long), self.fc.new_zeros(n, len(self.fc)))
+
     @torch.inference_mode()
     def logits(self, features: Tensor) -> Tensor:
         """[n, own vocabulary] of predicted features [n, hidden]."""

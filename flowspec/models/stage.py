@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flowspec.core.messages import Prune
+from flowspec.core.messages import PREFILL_ROWS, Prune
 from flowspec.core.request import need
 from flowspec.core.stage import Admitted, Gather, StageState, Waiting
 from flowspec.errors import UserError
@@ -287,6 +287,26 @@ def load_stage(
     model = StageModel(config, entry.num_layers, manifest.is_first(rank), manifest.is_last(rank))
     tensors = module_tensors(TensorFile(path), family_of(config), entry.layers[0], stored_as(dtype))
     return model.load(_counted(tensors, progress), device, str(path), dtype)
+
+
+SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, PREFILL_ROWS)
+
+
+@torch.inference_mode()
+def rehearse(model: StageModel, head: Head | None = None, rows: Callable[[int], Tensor] | None = None) -> None:
+    """Forwards of many sizes whose results nobody wants; `head` as well if it is given. A GPU loads each kernel when it is first used,
+    which takes many times what the kernel does: a ring that met this while it decodes would believe that its rows are dear.
+
+    rows(n): n rows of what the model takes; None: tokens for a first stage, else features."""
+    if model.device.type == "cpu":
+        return
+    width, first = model.config.hidden_size, model.embed_tokens is not None
+    rows = rows or (lambda n: torch.zeros(n, dtype=torch.long) if first else torch.zeros(n, width, dtype=model.dtype))
+    sequence = Sequence(model, to_host=True)
+    for n in (*SIZES, 1):
+        out = sequence.prefill(rows(n))
+        if head:
+            head(out)
 
 
 def stored_as(dtype: torch.dtype) -> torch.dtype | None:

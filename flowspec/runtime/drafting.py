@@ -61,18 +61,21 @@ class DraftThread:
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._held: list[Job] = []  # until the prompt's features are here
         self._awaited = 0  # rows of them
-        self.cost = RowCost()
-        """of forwards over nodes, in this request"""
+        self.forget()
         self.read = 0.0
         """seconds that it took to read a token of this request's prompt"""
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="draft", daemon=True)
         self._thread.start()
 
+    def forget(self) -> None:
+        self.cost = RowCost()
+        """of forwards over nodes, in this run"""
+
     def begin(self, request: Request, noise: Noise | None, log: Log) -> None:
         """Read the prompt: now, or once its features are here. What is asked for meanwhile is done after that."""
         self._log = log
-        self._held, self.cost, self.read = [], RowCost(), 0.0
+        self._held, self.read = [], 0.0
         self._prompt = prompt = list[Tensor]()
         self._joined = Joined(self.layers)
         self._awaited = request.prompt_length - 1 if self.features or self.layers else 0
@@ -96,8 +99,8 @@ class DraftThread:
             self._do(lambda: self._drafter.learn(rest))
 
     def draft(self, request: Request, draft: Draft) -> None:
-        log, cost = self._log, self.cost  # the next request may have begun by the time this is done
-        self._do(lambda: self._propose(request, draft, log, cost))
+        log = self._log  # the next request may have begun by the time this is done
+        self._do(lambda: self._propose(request, draft, log))
 
     def commit(self, commit: Commit, features: Tensor | None) -> None:
         self._do(lambda: self._drafter.commit(commit, features))
@@ -126,9 +129,9 @@ class DraftThread:
         _, seconds = self._at_least(log, lambda: self._drafter.begin(request, noise, features))
         self.read = seconds / request.prompt_length
 
-    def _propose(self, request: Request, draft: Draft, log: Log, cost: RowCost) -> None:
+    def _propose(self, request: Request, draft: Draft, log: Log) -> None:
         drafted, seconds = self._at_least(log, lambda: self._drafter.propose(draft.nodes))
-        cost.observe(len(draft.nodes), seconds)
+        self.cost.observe(len(draft.nodes), seconds)
         self._inbox.put(Local(request.id, drafted))
 
     def _at_least(self, log: Log, work: Callable):

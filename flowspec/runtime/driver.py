@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from flowspec.comm.base import Message, Transport
+from flowspec.core.learnt import Learnt
 from flowspec.core.messages import PREFILL_ROWS, Action, Commit, Draft, Event, Finish, Prune, Returned, Segment, Wake, Woke
 from flowspec.core.policy import Policy, PolicyConfig
 from flowspec.core.request import Request
@@ -97,6 +98,15 @@ class Driver:
         self._transport, self._thread, self._head, self._vocabulary = transport, draft, head, vocabulary
         self._clock = transport.inbox.clock
         self._hidden_scale = hidden_scale  # of emulated links, for the bytes in a trace
+        self._learnt = Learnt()
+
+    def forget(self) -> None:
+        """The next request is as the first of the run."""
+        self._learnt = Learnt()
+        if self._thread:
+            self._thread.forget()
+        for rank in range(1, self._transport.world_size):
+            self._transport.send_control(rank, wire.forget())
 
     def generate(
         self, request: Request, policy: Policy, switches: PolicyConfig, stats: Stats, trace: bool = False
@@ -105,7 +115,7 @@ class Driver:
         self._draft = self._thread if policy.budget > 1 else None  # a tree of one node needs no drafter
         self._reads_features = self._draft is not None and self._draft.features
         self._features: dict[int, tuple[torch.Tensor, int]] = {}  # node that came back -> rows and its row there, if they are read
-        self._scheduler = scheduler = Scheduler(request, policy, drafts=self._draft is not None)
+        self._scheduler = scheduler = Scheduler(request, policy, self._learnt, drafts=self._draft is not None)
         self._wake_at: float | None = None
         self._picks: dict[int, Pick] = {}
         self._verifying = 0.0
@@ -124,7 +134,7 @@ class Driver:
         finally:
             stats.ended = self._clock.now()
             stats.drafted, stats.returned_segments = scheduler.tree.drafted, scheduler.returned_segments
-            stats.segments, stats.explanation, stats.hop = scheduler.segments, policy.explain(), scheduler.pipe.known_hop
+            stats.segments, stats.explanation, stats.hop = scheduler.segments, policy.explain(), scheduler.ring.known_hop
             self._end(request)
             if not broken:
                 self._await_reports(request, stats)
@@ -237,7 +247,7 @@ class Driver:
         if message.kind == "choices":
             (ids, tokens), gaps = message.tensors[0].tolist(), message.tensors[1].tolist()
             picks: Mapping[int, Pick] = dict(zip(ids, map(Pick, tokens, gaps), strict=True))
-            came = self._scheduler.pipe.out.get(number, ())
+            came = self._scheduler.ring.out.get(number, ())
         else:
             assert head is not None, f"a {message.kind} message, but this rank does not verify"
             picks = self._to_pick(request, head, *message.tensors)

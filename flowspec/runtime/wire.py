@@ -19,7 +19,7 @@ from flowspec.core.policy import PolicyConfig
 from flowspec.core.request import Request, Sampling
 from flowspec.trace import Span
 
-FORMAT = 1
+FORMAT = 2
 """of the messages below, by name and content: raise it with every change, and ranks that would misread each other do not start"""
 
 
@@ -174,6 +174,11 @@ def read_report(message: Message) -> Report:
     return Report(**{**fields, **read})
 
 
+def forget() -> Message:
+    """What was measured so far is of no interest any more."""
+    return Message("forget")
+
+
 def ping() -> Message:
     """What time is it at your end?"""
     return Message("ping", {"sent": time.monotonic()})
@@ -213,7 +218,7 @@ def limits(tree: int, hidden: int, layers: int, positions: int) -> Limits:
     numbers = 8 * ELEMENT * rows  # of each node: id, parent, token, position, gap, and room between tensors
     features = ELEMENT * rows * hidden
     ring = dict.fromkeys(("prefill", "segment", "features", "choices", "prompt_features"), Limit(FACTS, numbers + features))
-    words = ("start", "prune", "started", "cost", "idle", "prefilled", "end", "ping", "pong", "loading", "loaded", STOP.kind)
+    words = ("start", "prune", "started", "cost", "idle", "prefilled", "end", "forget", "ping", "pong", "loading", "loaded", STOP.kind)
     return {
         **ring,
         **dict.fromkeys(words, Limit(FACTS, 0)),

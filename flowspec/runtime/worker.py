@@ -69,7 +69,6 @@ class _Live:
     abort: bool
     """the switches of the policy"""
     accepted: Accepted = field(default_factory=Accepted)
-    meter: Meter = field(default_factory=Meter)
     busy: float = 0.0
     rows: int = 0
     segments: int = 0
@@ -105,6 +104,7 @@ class Worker:
         self._is_first = self.transport.rank == 1
         self._is_last = self.transport.rank == self.transport.world_size - 1
         self._pulse = self.transport.pulses[self.transport.rank]
+        self._meter = Meter()
         self._live: dict[int, _Live] = {}
         self._over: set[int] = set()  # ended before they began here
 
@@ -258,8 +258,11 @@ class Worker:
     def _report(self, live: _Live | None) -> wire.Report:
         if live is None:
             return wire.Report(0.0, 0, 0, 0.0, [], 0.0, peak_memory(), [])
-        points, row = live.meter.forward.points(), live.meter.row
+        points, row = self._meter.forward.points(), self._meter.row
         return wire.Report(live.busy, live.rows, live.segments, live.overhead, points, row, peak_memory(), live.log.spans)
+
+    def _on_forget(self, message: Message) -> None:
+        self._meter = Meter()
 
     def _on_ping(self, message: Message) -> None:
         self.transport.send_control(0, wire.pong(message))
@@ -267,14 +270,14 @@ class Worker:
     # ---- time --------------------------------------------------------------------------------------
     def _announce(self, live: _Live, message: Message, rows: int, waited: float) -> None:
         """Tell rank 0 when this stage will be free, so that the next segment can arrive just then."""
-        expected = live.meter.forward.predict(rows, live.sequence.state.length) if rows else 0.0
+        expected = self._meter.forward.predict(rows, live.sequence.state.length) if rows else 0.0
         started = Started(message.meta["number"], rows, expected, waited)
         self.transport.send_control(0, wire.started(message.meta["request"], started))
 
     def _arrived(self, live: _Live, message: Message, taken: float, ids: list[int] | None) -> None:
         rank, at = self.transport.rank, self.transport.inbox.since
         if ids:
-            live.meter.hop(len(ids), at - message.meta["sent"])
+            self._meter.hop(len(ids), at - message.meta["sent"])
         live.log.arrived(message, rank - 1, rank, at, taken, ids)
 
     def _pretend(self, begun: float, rows: int, needed: Needed) -> bool:
@@ -294,8 +297,8 @@ class Worker:
         """A forward over `rows` rows that began at `begun` is over, and where this stage verifies, lm_head and picks as well."""
         spent = self._clock.now() - begun
         context = live.sequence.state.length - rows
-        if whole and live.meter.forward_over(rows, spent, context):
-            self.transport.send_control(0, wire.cost(live.request, live.meter.cost(self.transport.rank, context)))
+        if whole and self._meter.forward_over(rows, spent, context):
+            self.transport.send_control(0, wire.cost(live.request, self._meter.cost(self.transport.rank, context)))
         live.log.add(self.transport.rank, "compute", "prefill", begun, begun + spent, **about)
         log.debug("%d rows in %.2f ms", rows, spent * 1000)
         live.busy += spent

@@ -17,7 +17,7 @@ from flowspec.core.policy import TreeConfig, best_first
 from flowspec.core.request import Request
 from flowspec.core.score import Scorer
 from flowspec.core.tree import Node, TokenTree
-from flowspec.sim.world import Guesser, Outcome, Ring
+from flowspec.sim.world import Guesser, Outcome, RingSpec
 from flowspec.trace import Fates, Span, untangled
 
 EXPANSION = 64
@@ -36,7 +36,7 @@ class _Item:
 class LockStep:
     """Runs one request; the same arguments as `World`, but with the tree's settings instead of a policy."""
 
-    def __init__(self, request: Request, text: list[int], tree: TreeConfig, guesser: Guesser, ring: Ring):
+    def __init__(self, request: Request, text: list[int], tree: TreeConfig, guesser: Guesser, ring: RingSpec):
         self.request, self.text, self.guesser = request, text, guesser
         self.ring = ring = replace(ring, verify_last=False)  # rank 0 holds the lm_head and wants the features
         self.top_k, self.levels = tree.top_k or 10, (tree.depth or 6) + 1
@@ -48,7 +48,7 @@ class LockStep:
         self._fates, self._spans = Fates(), list[Span]()
         self._segments = 0
         self._scorer = Scorer(calibrate=False, ngrams=False)
-        self._scorer.attach(self.tree, request.prompt)
+        self._scorer.attach(self.tree, request.prompt, {})
 
     def run(self) -> Outcome:
         now = self._prefill()

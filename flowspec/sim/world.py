@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 
 from flowspec.core.cost import Emulate, Meter
 from flowspec.core.costs import Costs
+from flowspec.core.learnt import Learnt
 from flowspec.core.messages import (
     FRAME_BYTES,
     PREFILL_ROWS,
@@ -57,7 +58,7 @@ class Guesser(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ring:
+class RingSpec:
     """What is simulated: stages and links that take the times of `emulate`."""
 
     stages: int
@@ -192,11 +193,12 @@ class World:
         text: Sequence[int],
         policy: Policy,
         guesser: Guesser | None,
-        ring: Ring,
+        ring: RingSpec,
         switches: PolicyConfig,
+        learnt: Learnt | None = None,
     ):
         self.request, self.text, self.guesser, self.ring, self.switches = request, text, guesser, ring, switches
-        self.scheduler = Scheduler(request, policy, drafts=guesser is not None)
+        self.scheduler = Scheduler(request, policy, learnt, drafts=guesser is not None)
         self.outcome = Outcome()
         self._stages = [_Stage(rank) for rank in range(1, ring.stages + 1)]
         self._links = [ring.link(sender) for sender in range(ring.stages + 1)]

@@ -4,19 +4,19 @@ import random
 
 import pytest
 
-from flowspec.core.control import Controller
+from flowspec.core.control import Controller, Findings
 from flowspec.core.curve import Curve
 from flowspec.core.messages import Cost, Started
-from flowspec.core.pipe import Pipe
+from flowspec.core.ring import Ring
 
 
 def ring(*costs, row=0.0, hop=0.0, rows=None):
     """A controller over stages of these (base, slope) or curves, all measured."""
-    pipe = Pipe()
+    ring = Ring()
     for stage, cost in enumerate(costs, 1):
-        pipe.measured(Cost(stage, cost if isinstance(cost, Curve) else Curve.line(*cost), row))
-    pipe.known.hop, pipe.known.news = hop, 9
-    return Controller(pipe, len(costs), rows)
+        ring.measured(Cost(stage, cost if isinstance(cost, Curve) else Curve.line(*cost), row))
+    ring.hop, ring.news = hop, 9
+    return Controller(ring, len(costs), rows, Findings())
 
 
 JUMP = Curve(((1.0, 0.05), (2.0, 0.08), (8.0, 0.082), (128.0, 0.9)))
@@ -42,12 +42,12 @@ def test_a_segment_takes_as_many_rows_as_gain_most():
 
 
 def test_the_first_segments_are_short():
-    pipe, seen = Pipe(), []
-    control = Controller(pipe, 2, None)
+    empty, seen = Ring(), []
+    control = Controller(empty, 2, None, Findings())
     for _ in range(6):
         seen.append(control.rows)
-        pipe.measured(Cost(2, Curve.line(0.05, 0.001), 0.0))  # says nothing of the first stage
-        pipe.measured(Cost(1, Curve.line(0.05, 0.001), 0.0))
+        empty.measured(Cost(2, Curve.line(0.05, 0.001), 0.0))  # says nothing of the first stage
+        empty.measured(Cost(1, Curve.line(0.05, 0.001), 0.0))
     assert seen == [2, 4, 8, 16, 32, 64] and control.rows == 96
     assert ring((0.05, 0.2), (0.05, 0.2), rows=7).rows == 7
 
@@ -60,17 +60,17 @@ def test_as_many_segments_as_keep_the_slowest_stage_busy():
 
 
 def test_the_slowest_stage_sets_the_pace():
-    pipe = Pipe()
-    pipe.measured(Cost(1, Curve.line(0.1, 0.0), 0.0))
-    pipe.measured(Cost(2, Curve.line(0.3, 0.01), 0.0))
-    pipe.sent(1, (0,), 5.0)
-    pipe.started(Started(1, 10, 0.1, 0.0), 5.0)
-    assert pipe.free_at == pytest.approx(5.4), "the second stage needs 0.4 s for ten rows"
-    pipe.idle(5.2)
-    assert pipe.free_at == 5.2
-    pipe.sent(2, (1,), 5.2)
-    pipe.started(Started(2, 0, 0.0, 0.0), 5.25)
-    assert pipe.free_at == 5.25, "all of it was dead"
+    ring = Ring()
+    ring.measured(Cost(1, Curve.line(0.1, 0.0), 0.0))
+    ring.measured(Cost(2, Curve.line(0.3, 0.01), 0.0))
+    ring.sent(1, (0,), 5.0)
+    ring.started(Started(1, 10, 0.1, 0.0), 5.0)
+    assert ring.free_at == pytest.approx(5.4), "the second stage needs 0.4 s for ten rows"
+    ring.idle(5.2)
+    assert ring.free_at == 5.2
+    ring.sent(2, (1,), 5.2)
+    ring.started(Started(2, 0, 0.0, 0.0), 5.25)
+    assert ring.free_at == 5.25, "all of it was dead"
 
 
 def rates(control, *pieces, now=0.0, total=1000):
@@ -87,7 +87,7 @@ def rates(control, *pieces, now=0.0, total=1000):
 
 def test_what_is_much_faster_than_promised_needs_no_trial():
     control = ring(*[(0.05, 0.0)] * 2)  # 10 tok/s without speculation
-    assert rates(control, (200, 16.0)) == [True] and control._trials == 0
+    assert rates(control, (200, 16.0)) == [True] and control._findings.trials == 0
 
 
 def test_doubt_is_resolved_by_trial():
@@ -101,7 +101,7 @@ def test_doubt_is_resolved_by_trial():
 
 def test_what_speculation_sent_does_not_count_for_plain_decoding():
     control = ring(*[(0.05, 0.0)] * 2)
-    control._pipe.sent(1, (7,), 0.0)
+    control._ring.sent(1, (7,), 0.0)
     control.decided(1, 0.0, 100)
     for k in range(1, 9):
         control.decided(1, 0.1 * k, 100 - k)
@@ -121,7 +121,7 @@ def test_a_trial_may_cost_only_a_share_of_what_is_left():
 def test_what_loses_is_stopped_and_rests_twice_as_long_each_time():
     control = ring(*[(0.05, 0.0)] * 2)
     seen = rates(control, *[(1, 10.0), *[(1, 5.0), (1, 10.0)] * 300], total=2000)
-    assert not seen[8] and control.rests >= 2
+    assert not seen[8] and control._findings.rests >= 2
     assert control._lost <= control.SHARE * 2000 + control.LOSS[1], "in all it may lose a share of the text"
 
 
@@ -143,7 +143,7 @@ def test_a_good_drafter_is_not_stopped_by_the_delays_of_a_busy_machine(seed):
         tokens = rng.choice([1, 2, 3, 4]) if control.speculates else 1
         now, left = now + (0.11 + rng.expovariate(50)) * (4 if rng.random() < 0.03 else 1), left - tokens
         control.decided(tokens, now, max(0, left))
-    assert control.rests == 0, f"seed {seed}"
+    assert control._findings.rests == 0, f"seed {seed}"
 
 
 def test_a_growing_context_is_in_what_plain_decoding_is_believed_to_take():
@@ -151,7 +151,7 @@ def test_a_growing_context_is_in_what_plain_decoding_is_believed_to_take():
     control = ring(deep, deep)
     rates(control, (4, 12.0), (8, 10.0))
     assert control.plain == pytest.approx(0.1) and control._tried
-    control._pipe.deepened(10000)
+    control._ring.deepened(10000)
     assert control.plain == pytest.approx(0.3) and not control._tried
 
 

@@ -10,7 +10,7 @@ from flowspec.core.tree import TokenTree
 
 def scorer(prompt=(1, 2, 3), calibrate=False, ngrams=False):
     made, tree = Scorer(calibrate, ngrams), TokenTree(prompt[-1], len(prompt) - 1)
-    made.attach(tree, prompt)
+    made.attach(tree, prompt, {})
     return made, tree
 
 

@@ -102,7 +102,7 @@ class RingMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.world.links["control"])
     @rule()
     def news_is_lost(self):
-        """But for a start: as long as it is not known, the next segment waits (core/pipe.py)."""
+        """But for a start: as long as it is not known, the next segment waits (core/ring.py)."""
         news = self.world.links["control"]
         if not isinstance(news[0][1], Started):
             news.popleft()

@@ -28,6 +28,21 @@ def test_the_result_agrees_with_the_tokens(pair):
         assert len(result.stage_utilisation) == len(result.stage_peak_mb) == 3
 
 
+def test_what_was_measured_lasts_from_request_to_request_until_it_is_forgotten(pair):
+    def forwards(engine):
+        generation = engine.generate([5, 6, 7], max_new_tokens=12)
+        list(generation)
+        costs = generation.result.costs
+        return sum(times for _, _, _, times in costs["stages"][1]["forwards"]), sum(times for _, _, _, times in costs["draft"])
+
+    with Engine.from_config(pair.config(2)) as engine:
+        once, twice = forwards(engine), forwards(engine)
+        assert twice[0] > once[0] >= 1 and twice[1] > once[1] >= 1
+        engine.forget()
+        again = forwards(engine)
+        assert again[0] < twice[0] and again[1] < twice[1]
+
+
 def test_one_token_has_no_rate(pair):
     with Engine.from_config(pair.config(1)) as engine:
         generation = engine.generate([5], max_new_tokens=1)

@@ -96,7 +96,7 @@ def test_features_that_arrive_late_go_to_members_that_read_layers():
 # ---- how it is scored ------------------------------------------------------------------------------
 def scorer():
     made, tree = Scorer(calibrate=True, ngrams=False), TokenTree(3, 2)
-    made.attach(tree, (1, 2, 3))
+    made.attach(tree, (1, 2, 3), {})
     return made, tree
 
 

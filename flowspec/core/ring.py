@@ -1,9 +1,8 @@
-"""Rank 0's picture of the ring. Pure."""
+"""Rank 0's picture of the ring: what things cost there, and what is on its way. Pure."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -12,26 +11,8 @@ from flowspec.core.messages import Cost, Started
 from flowspec.core.tree import TokenTree
 
 
-@dataclass
-class Known:
-    """What a run knows of its ring (seconds). It is true beyond a request."""
-
-    costs: dict[int, Curve] = field(default_factory=dict)
-    """stage -> its forwards, once it has told of them"""
-    rows: dict[int, float] = field(default_factory=dict)
-    """stage -> what a row adds to the hop to it"""
-    hop: float = math.inf
-    """one hop: half of the first stage's quickest answer, less the wait in its queue"""
-    draft: float = 0.0
-    """a drafter's forward, once there was one"""
-    news: int = 0
-    """times that the first stage has told its cost"""
-    plain: tuple[float, int] | None = None
-    """a token's time without speculation, once it was tried, and the context behind which it was"""
-
-
-class Pipe:
-    """Rank 0's view of the ring in one request: segments out, when the first stage can take the next one, what things cost (seconds)."""
+class Ring:
+    """What rank 0 knows of the ring (seconds), and what is on its way there. It outlives requests; `begin` forgets what was on its way."""
 
     EARLY = 1 / 16
     """of a forward: a segment that is late by the wake-up of a thread costs more than one that knows a little less"""
@@ -39,14 +20,29 @@ class Pipe:
     """rows of a segment"""
     GUESS = Curve.line(0.02, 0.02 / SHAPE)
 
-    def __init__(self, known: Known | None = None) -> None:
-        self.known = known or Known()
-        self.context = 0
-        self._times: np.ndarray | None = None
+    def __init__(self) -> None:
+        self.costs: dict[int, Curve] = {}
+        """stage -> its forwards, once it has told of them"""
+        self.rows: dict[int, float] = {}
+        """stage -> what a row adds to the hop to it"""
+        self.hop = math.inf
+        """one hop: half of the first stage's quickest answer, less the wait in its queue"""
+        self.draft = 0.0
+        """a drafter's forward, once there was one"""
+        self.news = 0
+        """times that the first stage has told its cost"""
+        self.plain: tuple[float, int] | None = None
+        """a token's time without speculation, once it was tried, and the context behind which it was"""
+        self.begin(0)
+
+    def begin(self, context: int) -> None:
+        """A request whose prompt is so long; nothing of another is on its way any more."""
         self.out: dict[int, tuple[int, ...]] = {}  # number -> ids, while a node of it is alive
         self.waiting: dict[int, float] = {}  # number -> when it was sent, until the first stage starts on it
         self._last = 0  # number of the newest segment
         self.free_at = -math.inf
+        self.context = context
+        self._times: np.ndarray | None = None
 
     def sent(self, number: int, ids: tuple[int, ...], now: float) -> None:
         self.out[number], self.waiting[number], self._last = ids, now, number
@@ -55,14 +51,14 @@ class Pipe:
         sent_at = self.waiting.pop(event.number, None)
         if sent_at is None:  # it came back before this news did
             return
-        self.known.hop = min(self.known.hop, (now - sent_at - event.waited) / 2)
+        self.hop = min(self.hop, (now - sent_at - event.waited) / 2)
         # the slowest stage or link sets the pace: what leaves sooner would only wait there
         self.free_at = now + (max(event.expected, self._pace(event.rows)) if event.rows else 0.0) - self.known_hop
 
     def measured(self, event: Cost) -> None:
-        self.known.costs[event.stage] = event.forward
-        self.known.rows[event.stage] = event.row
-        self.known.news += event.stage == 1
+        self.costs[event.stage] = event.forward
+        self.rows[event.stage] = event.row
+        self.news += event.stage == 1
         self._times = None
 
     def deepened(self, context: int) -> None:
@@ -76,7 +72,7 @@ class Pipe:
         """Seconds of a forward over 0 (as good as 1), 1, ... MOST rows on the slowest stage, here and now; a guess until it is measured."""
         if self._times is None:
             rows = np.maximum(np.arange(self.MOST + 1.0), 1)
-            self._times = np.max([curve.over(rows, self.context) for curve in self.known.costs.values() or [self.GUESS]], 0)
+            self._times = np.max([curve.over(rows, self.context) for curve in self.costs.values() or [self.GUESS]], 0)
         return self._times
 
     @property
@@ -87,16 +83,16 @@ class Pipe:
     @property
     def row(self) -> float:
         """What a row adds to a hop, on the slowest link."""
-        return max(self.known.rows.values(), default=0.0)
+        return max(self.rows.values(), default=0.0)
 
     def forwards(self, stages: int, context: int) -> float:
         """Seconds of a forward over one row on each of the stages, one after the other; those not heard of are like the others."""
-        seconds = [curve.at(1, context) for curve in self.known.costs.values() or [self.GUESS]]
+        seconds = [curve.at(1, context) for curve in self.costs.values() or [self.GUESS]]
         return stages * sum(seconds) / len(seconds)
 
     def _pace(self, rows: int) -> float:
         """Seconds of a segment in the slowest of the stages and links."""
-        return max(float(self.times[min(rows, self.MOST)]) if self.known.costs else 0.0, self.row * rows)
+        return max(float(self.times[min(rows, self.MOST)]) if self.costs else 0.0, self.row * rows)
 
     def idle(self, now: float) -> None:
         """The first stage has nothing to do, unless what was sent meanwhile has reached it."""
@@ -121,9 +117,8 @@ class Pipe:
     @property
     def known_hop(self) -> float:
         """Seconds of one hop; 0 until there was one to measure."""
-        return 0.0 if math.isinf(self.known.hop) else self.known.hop
+        return 0.0 if math.isinf(self.hop) else self.hop
 
     def drafted(self, seconds: float) -> None:
         """A drafter's forward took this long. The first may have waited for the prompt's features: a much shorter one tells."""
-        known = self.known
-        known.draft += (seconds - known.draft) * (0.2 if 0 < known.draft < 2 * seconds else 1.0)
+        self.draft += (seconds - self.draft) * (0.2 if 0 < self.draft < 2 * seconds else 1.0)
