@@ -35,7 +35,7 @@ from flowspec.options import (
     given_prompts,
     split_demo,
 )
-from flowspec.output import open_standard_streams, speaking
+from flowspec.output import command, open_standard_streams, speaking
 from flowspec.version import __version__
 
 if TYPE_CHECKING:
@@ -98,19 +98,12 @@ predicts beside what was measured.""",
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = list(sys.argv[1:] if argv is None else argv)
+@command
+def main(argv: Sequence[str]) -> int:
     open_standard_streams()
     code = QUIET
-    try:
-        with speaking():
-            code = _run(argv)
-    except UserError as error:
-        print(f"flowspec: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("flowspec: interrupted", file=sys.stderr)
-        return 130
+    with speaking():
+        code = _run(list(argv))
     return code
 
 

@@ -1,16 +1,35 @@
-"""Standard output that is closed, that nobody reads any more, or that takes no more."""
+"""How a command ends: its exit code and its last line, and a standard output that is closed, unread, or full."""
 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from flowspec.errors import UserError
+from flowspec.errors import RankLost, UserError
 
+Command = Callable[[Sequence[str]], int]
 TAKES_NO_MORE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def command(main: Command) -> Callable[..., int]:
+    """A command's `main(argv) -> exit code`, by which bad input becomes one line on stderr and 2, a lost rank one and 1, and Ctrl-C 130."""
+
+    @functools.wraps(main)
+    def ended(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(sys.argv[1:] if argv is None else argv)
+        except (UserError, RankLost) as error:
+            print(f"flowspec: {error}", file=sys.stderr)
+            return 2 if isinstance(error, UserError) else 1
+        except KeyboardInterrupt:
+            print("flowspec: interrupted", file=sys.stderr)
+            return 130
+
+    return ended
 
 
 def open_standard_streams() -> None:

@@ -47,10 +47,11 @@ from compare_transformers import PATIENCE, RATES, Ask, Plan, Run, Server, measur
 from write_gguf import Llama, write_gguf
 
 from flowspec.config import load_config
-from flowspec.errors import RankLost, UserError
+from flowspec.errors import UserError
 from flowspec.launcher import ROOT
 from flowspec.models.manifest import Manifest
 from flowspec.models.split import Parser, split
+from flowspec.output import command
 from flowspec.preflight import check_prompt, check_run, check_writable, read_prompts
 from flowspec.text import Text, check_same_tokens, load_tokenizer
 
@@ -487,18 +488,12 @@ def renamed(ask: Ask, method: str) -> Ask:
     return lambda asked: ask({**asked, "side": method})
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     """Exit code: 0, 1 when tokens differ or a process is lost, 2 for bad input, 130 when interrupted."""
-    try:
-        args = arguments(argv)
-        with tempfile.TemporaryDirectory(prefix="flowspec-") as folder:
-            found = compare(args, Path(folder))
-    except (UserError, RankLost) as error:
-        print(f"flowspec: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
-        print("flowspec: interrupted", file=sys.stderr)
-        return 130
+    args = arguments(argv)
+    with tempfile.TemporaryDirectory(prefix="flowspec-") as folder:
+        found = compare(args, Path(folder))
     show(found)
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n")

@@ -49,6 +49,7 @@ from flowspec.launcher import ROOT
 from flowspec.lossless import tolerance
 from flowspec.models.manifest import Manifest
 from flowspec.models.split import Parser, Source, split
+from flowspec.output import command
 from flowspec.preflight import check_prompt, check_run, check_writable, read_prompts
 from flowspec.text import Text
 
@@ -469,18 +470,12 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
     return about | report(plan, texts, runs)
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     """Exit code: 0, 1 when tokens differ or a process is lost, 2 for bad input, 130 when interrupted."""
-    try:
-        args = arguments(argv)
-        with tempfile.TemporaryDirectory(prefix="flowspec-") as folder:
-            found = compare(args, Path(folder))
-    except (UserError, RankLost) as error:
-        print(f"flowspec: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
-        print("flowspec: interrupted", file=sys.stderr)
-        return 130
+    args = arguments(argv)
+    with tempfile.TemporaryDirectory(prefix="flowspec-") as folder:
+        found = compare(args, Path(folder))
     show(found)
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n")

@@ -35,7 +35,7 @@ import re
 import signal
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,7 @@ from flowspec.launcher import ROOT
 from flowspec.models.families import EMBEDDING, HEAD, NORM, rope_types
 from flowspec.models.split import CONFIG, COORDINATOR_FILES, DTYPES, Parser, Source, read_bytes, staged_folder
 from flowspec.models.weights import INDEX, Checkpoint, Entry, write_file, write_tensors
+from flowspec.output import command
 from flowspec.preflight import read_prompts
 from flowspec.text import load_tokenizer
 
@@ -451,7 +452,7 @@ def parting(tokenizer, want: list[int], got: list[int], leads: list[float], at: 
 
 
 # ---- command line ----------------------------------------------------------------------------------
-def arguments(argv: list[str] | None) -> argparse.Namespace:
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
     each = Parser(prog="inflate.py", description="Grow a Llama checkpoint into a larger one that computes the same function.")
     each.add_argument("--model", required=True, type=Path, metavar="DIR")
     each.add_argument("--output", required=True, type=Path, metavar="DIR")
@@ -498,16 +499,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str]) -> int:
     """Exit code: 0, 1 when --check finds another text, 2 for bad input (one line on stderr), 130 when interrupted."""
-    try:
-        return run(arguments(argv))
-    except UserError as error:
-        print(f"flowspec: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("flowspec: interrupted", file=sys.stderr)
-        return 130
+    return run(arguments(argv))
 
 
 if __name__ == "__main__":

@@ -38,10 +38,11 @@ from flowspec.errors import UserError
 from flowspec.files import replacing
 from flowspec.launcher import ROOT, is_rank
 from flowspec.models.split import Parser
+from flowspec.output import command
 
 METHODS = ("ar", "flowspec")
 AGREEMENT = {"good": 0.8, "weak": 0.3, "useless": 0.0}
-"""drafter -> how often its first choice is the target's, on its own text; each is the demo target, not inflated, with noise in its lm_head"""
+"""drafter -> how often its first choice is the target's, on its own text; each is the demo target itself, with noise in its lm_head"""
 LIMIT = 0.97
 """a cell whose median ratio is below this is listed"""
 WARM_UP_TOKENS = 8
@@ -356,36 +357,30 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str]) -> int:
     """Exit code: 0, 2 for bad input or a ring that failed (one line on stderr), 130 when interrupted."""
+    options = _arguments(argv)
+    if is_rank():
+        rank(options.rank)
+        return 0
+    need(options.matrix is not None, "which matrix? Give a YAML file, such as configs/real/full.yaml")
+    matrix = load_matrix(options.matrix)
+    matrix = dataclasses.replace(matrix, **{k: v for k in ("pairs", "new_tokens", "cells") if (v := getattr(options, k)) is not None})
+    output = options.output or ROOT / "build" / "bench" / f"real_{options.matrix.stem}"
+    output.mkdir(parents=True, exist_ok=True)
     try:
-        options = _arguments(argv)
-        if is_rank():
-            rank(options.rank)
-            return 0
-        need(options.matrix is not None, "which matrix? Give a YAML file, such as configs/real/full.yaml")
-        matrix = load_matrix(options.matrix)
-        matrix = dataclasses.replace(matrix, **{k: v for k in ("pairs", "new_tokens", "cells") if (v := getattr(options, k)) is not None})
-        output = options.output or ROOT / "build" / "bench" / f"real_{options.matrix.stem}"
-        output.mkdir(parents=True, exist_ok=True)
-        try:
-            measure(matrix, output)
-        finally:
-            wanted = set(cells(matrix))
-            table = markdown(outcomes(run for run in read_runs(output / "runs.jsonl") if run.cell in wanted))
-            with replacing(output / "table.md") as beside:
-                beside.write_text(table)
-            print(table + f"\nwritten to {output}")
-    except UserError as error:
-        print(f"flowspec: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("flowspec: interrupted", file=sys.stderr)
-        return 130
+        measure(matrix, output)
+    finally:
+        wanted = set(cells(matrix))
+        table = markdown(outcomes(run for run in read_runs(output / "runs.jsonl") if run.cell in wanted))
+        with replacing(output / "table.md") as beside:
+            beside.write_text(table)
+        print(table + f"\nwritten to {output}")
     return 0
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     each = Parser(prog="real_matrix.py", description="Pairs of flowspec and ar at real shapes, real compute.")
     each.add_argument("matrix", nargs="?", type=Path, metavar="MATRIX", help="a YAML file of axes, as in configs/real/")
     each.add_argument("--pairs", type=int, metavar="N", help="of each cell (default: the matrix', or 5)")

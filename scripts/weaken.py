@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from flowspec.errors import UserError
 from flowspec.launcher import ROOT
 from flowspec.models.split import COORDINATOR_FILES, Parser, Source, read_bytes, staged_folder
+from flowspec.output import command
 from flowspec.preflight import read_prompts
 from flowspec.text import check_same_tokens, load_tokenizer
 
@@ -95,22 +97,16 @@ def weaken(draft: Path, target: Path, wanted: float, output: Path) -> float:
     return found
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str]) -> int:
     """Exit code: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
-    try:
-        each = Parser(prog="weaken.py", description="Make a draft model that agrees with a target as seldom as asked.")
-        each.add_argument("--draft", required=True, type=Path, metavar="DIR")
-        each.add_argument("--target", required=True, type=Path, metavar="DIR")
-        each.add_argument("--agree", required=True, type=float, metavar="RATE", help="0 to 1: first choice is the target's")
-        each.add_argument("--output", required=True, type=Path, metavar="DIR")
-        args = each.parse_args(argv)
-        found = weaken(args.draft, args.target, args.agree, args.output)
-    except UserError as error:
-        print(f"flowspec: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("flowspec: interrupted", file=sys.stderr)
-        return 130
+    each = Parser(prog="weaken.py", description="Make a draft model that agrees with a target as seldom as asked.")
+    each.add_argument("--draft", required=True, type=Path, metavar="DIR")
+    each.add_argument("--target", required=True, type=Path, metavar="DIR")
+    each.add_argument("--agree", required=True, type=float, metavar="RATE", help="0 to 1: first choice is the target's")
+    each.add_argument("--output", required=True, type=Path, metavar="DIR")
+    args = each.parse_args(argv)
+    found = weaken(args.draft, args.target, args.agree, args.output)
     print(f"{args.output}: agrees at {found:.3f}", file=sys.stderr)
     return 0
 

@@ -26,6 +26,7 @@ from flowspec.files import replacing
 from flowspec.models.families import EMBEDDING, HEAD, NORM
 from flowspec.models.split import Parser, Source
 from flowspec.models.weights import Checkpoint
+from flowspec.output import command
 from flowspec.text import Text
 
 MISSING = "writing GGUF needs the package gguf: install it with .venv/bin/pip install -r requirements_llama.txt"
@@ -145,19 +146,16 @@ def write_gguf(model: Llama, path: Path) -> None:
         writer.close()
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     """Exit code: 0, 2 for bad input."""
     each = Parser(prog="write_gguf.py", description="Write a Llama checkpoint as GGUF for llama.cpp, in float32.")
     each.add_argument("--model", required=True, type=Path, metavar="DIR")
     each.add_argument("--output", required=True, type=Path, metavar="FILE")
-    try:
-        args = each.parse_args(argv)
-        write_gguf(Llama.open(args.model), args.output)
-    except UserError as error:
-        print(f"flowspec: {error}", file=sys.stderr)
-        return 2
+    args = each.parse_args(argv)
+    write_gguf(Llama.open(args.model), args.output)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

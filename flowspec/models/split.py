@@ -45,6 +45,7 @@ from flowspec.models.weights import (
     write_file,
     write_tensors,
 )
+from flowspec.output import command
 
 MODEL, LM_HEAD = "model.safetensors", "lm_head.safetensors"
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -71,18 +72,12 @@ def parser() -> Parser:
     return each
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str]) -> int:
     """Exit code: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
-    try:
-        args = parser().parse_args(argv)
-        with _sigterm_interrupts():
-            split(args.model, args.stages, args.output, layers=args.layers, dtype=args.dtype, progress=Screen())
-    except UserError as error:
-        print(f"flowspec: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("flowspec: interrupted", file=sys.stderr)
-        return 130
+    args = parser().parse_args(argv)
+    with _sigterm_interrupts():
+        split(args.model, args.stages, args.output, layers=args.layers, dtype=args.dtype, progress=Screen())
     return 0
 
 
