@@ -181,22 +181,16 @@ class Models:
 
     def draft(self, ring: Ring) -> Path:
         """With the target's vocabulary and positions: its lm_head costs what a draft model's costs at that vocabulary."""
-        agreement, demo = AGREEMENT[ring.drafter], ROOT / "demo" / "target"
-        about = ("--draft", demo, "--target", demo, "--agree", agreement)
-        plain = self._made(f"draft_{ring.drafter}", "scripts/weaken.py", *about)
-        return self._inflated(f"draft_{ring.drafter}_v{ring.vocabulary}", plain, ring)
+        demo, name = ROOT / "demo" / "target", f"draft_{ring.drafter}_v{ring.vocabulary}_p{self._model.positions}"
+        about = ("--draft", demo, "--target", demo, "--agree", AGREEMENT[ring.drafter])
+        return self._made(name, "scripts/weaken.py", *about, "--vocab", ring.vocabulary, "--positions", self._model.positions)
 
     def _target(self, ring: Ring) -> Path:
         m = self._model
-        name = f"target_h{m.hidden}_l{m.layers}_{m.heads.replace('/', 'x')}_v{ring.vocabulary}"
+        name = f"target_h{m.hidden}_l{m.layers}_{m.heads.replace('/', 'x')}_v{ring.vocabulary}_p{m.positions}"
         shape = ("--hidden", m.hidden, "--layers", m.layers, "--heads", m.heads)
-        return self._inflated(name, ROOT / "demo" / "target", ring, *shape)
-
-    def _inflated(self, name: str, model: Path, ring: Ring, *shape: object) -> Path:
-        config = json.loads((model / "config.json").read_text())
-        wider = () if shape or ring.vocabulary == config["vocab_size"] else ("--hidden", 2 * config["hidden_size"])
-        about = (*shape, *wider, "--vocab", ring.vocabulary, "--positions", self._model.positions)
-        return self._made(f"{name}_p{self._model.positions}", "scripts/inflate.py", "--model", model, *about, "--dtype", "float32")
+        about = ("--model", ROOT / "demo" / "target", *shape, "--vocab", ring.vocabulary, "--positions", m.positions)
+        return self._made(name, "scripts/inflate.py", *about, "--dtype", "float32")
 
     def _made(self, name: str, script: str, *words: object) -> Path:
         folder = self._folder / name
