@@ -110,6 +110,10 @@ class Controller:
     LOSS = (0.5, 2.0)
     """tokens' plain time that an attempt at speculation may lose, at least and at most; between them PART of what is left to lose"""
     PART = 0.6
+    HOPE = (0.1, 0.4)
+    """of the scorer's promise. Below the first an attempt ends at the least loss; above the second it may lose PATIENCE, at the first time:
+    a ring fills slowly, and what is drafted for it is right as often as not"""
+    PATIENCE = 4.0
     LEAD = 4.0
     """tokens' plain time of gains that are remembered against later losses"""
     REST = 8
@@ -126,6 +130,7 @@ class Controller:
         self._until = 0  # tokens that the present stretch of plain decoding lasts
         self._lost = 0.0  # plain tokens' time that speculation has lost so far
         self._begun = 0  # tokens that were left then
+        self._promise = 0.0
         self._foreseen = 0  # tokens of the text so far and ahead
         self._attempt: Stretch | None = None  # the last at speculation
         self._draining = False  # what speculation sent is still on its way
@@ -178,11 +183,13 @@ class Controller:
         tried = self._ring.plain
         return self.lap if tried is None else tried[0] * self._priced().grown
 
-    def decided(self, tokens: int, now: float, left: int) -> None:
-        """So many more tokens are text, and so many are left."""
-        if self._now is None:
+    def decided(self, tokens: int, now: float, left: int, promise: float | None) -> None:
+        """So many more tokens are text, and so many are left. `promise`: the probability that drafts gave to what was chosen, of late;
+        None before a draft was judged: until then (a drafter reads the prompt, say) nothing was tried."""
+        if self._now is None or (promise is None and self.speculates and self._attempt is None):
             self._now, self._begun = Stretch(now, self.CLIP[True]), left
             return
+        self._promise = promise or 0.0
         self._foreseen = self._begun - left + min(left, self.AHEAD)
         if self._draining and self._attempt is not None:  # what was on its way belongs to the attempt that has ended
             self._attempt.decided(tokens, now, self.plain)
@@ -193,7 +200,7 @@ class Controller:
             return
         if self.speculates:
             self._lead = min(self._lead + tokens * self.plain - took, self.LEAD * self.plain)
-            if self._lead == self.LEAD * self.plain:
+            if self._lead == self.LEAD * self.plain and self._now.each * self.CLOSE < self.plain:
                 self._findings.rests = 0
             self._doubt(self._now, now, left)
         elif self._now.tokens >= self._until:
@@ -207,9 +214,7 @@ class Controller:
     def _doubt(self, stretch: Stretch, now: float, left: int) -> None:
         """Is speculation to rest? If it has lost enough, or for a trial if that is cheap for what it may show."""
         ratio, tried = self.plain / stretch.each, self._tried
-        least, most = self.LOSS
-        most = least if self._findings.rests else most  # it has been slower before
-        lost = -self._lead > self.plain * min(most, max(least, self.PART * self._allowed))
+        lost = -self._lead > self.plain * self._bearable
         lost = lost or (tried and ratio < 1 and stretch.tokens >= stretch.LATEST)
         trial = min(self.TRIAL[1], self.PRICE * left / max(ratio - 1, 1e-3))
         doubt, after = (self.CLOSE, self.AGAIN * 2**self._findings.trials) if tried else (self.DOUBT, self.FIRST)
@@ -219,6 +224,16 @@ class Controller:
             self._findings.trials += self._trial
             self._until = int(max(trial, self.TRIAL[0])) if self._trial else self._rest()
             self._turn(now)
+
+    @property
+    def _bearable(self) -> float:
+        """Plain tokens' time that this attempt may lose."""
+        (least, most), (low, high) = self.LOSS, self.HOPE
+        if self._promise < low:
+            return least
+        if self._promise > high and not self._findings.rests:
+            return self.PATIENCE
+        return min(most, max(least, self.PART * self._allowed))
 
     def _settle(self, stretch: Stretch, now: float) -> None:
         """A stretch of plain decoding is over. After a trial: was it faster?"""

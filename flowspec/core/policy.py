@@ -195,7 +195,7 @@ class Continuous(_Attached):
 
     def decided(self, path: Sequence[int], tokens: Sequence[int], now: float) -> None:
         super().decided(path, tokens, now)
-        self.control.decided(len(tokens), now, self.levels_left() + 1)
+        self.control.decided(len(tokens), now, self.levels_left() + 1, self.scorer.promise)
 
     def explain(self) -> list[str]:
         return [*self.control.explain(), *self.scorer.explain()]

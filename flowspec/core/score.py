@@ -51,13 +51,15 @@ class Weights:
         """How far claims of coverage have held."""
         return self._held / self._claimed
 
-    def learn(self, x: np.ndarray, coverage: float, chosen: int | None) -> None:
-        """One decided position: features [k, D + 3] and claim of its list, and which of it the target chose, if any."""
+    def learn(self, x: np.ndarray, coverage: float, chosen: int | None) -> float:
+        """One decided position: features [k, D + 3] and claim of its list, and which of it the target chose, if any. The probability
+        that this had; 0 if there is nothing to learn from."""
         if not self.learns:
-            return
+            return 0.0
+        claim = min(0.999, coverage * self.trust)
         self._claimed += coverage
         if chosen is None:
-            return
+            return 0.0
         self._held += 1
         u = x @ self.values
         p = np.exp(u - u.max())
@@ -69,6 +71,7 @@ class Weights:
         self.values += step.clip(-self.STEP, self.STEP)
         w = self.values[: self.drafters]
         np.maximum(w, 0.05, out=w)  # a drafter is never believed to be wrong on purpose
+        return claim * float(p[chosen])
 
 
 class Ngrams:
@@ -126,9 +129,15 @@ class List(NamedTuple):
 class Scorer:
     """Scores a drafter's proposals, and learns from what the target chose. One a request."""
 
+    LATELY = 0.15
+    UNKNOWN = 0.25
+    """of one that does not learn"""
+
     def __init__(self, calibrate: bool, ngrams: bool):
         self._learns, self._uses_ngrams = calibrate, ngrams
         self._lists: dict[int, List] = {}  # by node
+        self.promise = None if calibrate else self.UNKNOWN
+        """how much probability the target's choices had in the lists, of late; None before there was one"""
 
     def attach(self, tree: TokenTree, prompt: Sequence[int], learnt: dict[tuple[int, bool], Weights]) -> None:
         """`learnt`: weights by the number of drafters and whether they are coupled; those that are missing are added."""
@@ -221,7 +230,8 @@ class Scorer:
             if node in self._lists:
                 found = self._lists.pop(node)
                 listed, x = found.features()
-                self.weights.learn(x, found.coverage, listed.index(token) if token in listed else None)
+                p = self.weights.learn(x, found.coverage, listed.index(token) if token in listed else None)
+                self.promise = p if self.promise is None else self.promise + self.LATELY * (p - self.promise)
         if self._ngrams is not None:
             self._ngrams.extend(tokens)
         if len(self._lists) > 4 * len(self._tree) + 64:  # of nodes that died

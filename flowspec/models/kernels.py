@@ -57,23 +57,34 @@ class PackedLinear(nn.Module):
         self.register_buffer("packed", packed(weight.to(dtype or weight.dtype)))
         self.register_buffer("scale", scale)
         self.bias = bias
-        self._product = _product(self.packed.dtype)
+        self._remember()
+
+    def _remember(self) -> None:
+        """What each product asks for, where a module's attributes are found at once."""
+        weights = self.packed
+        self._product, self._worth_threads = _product(weights.dtype), weights.numel() >= THREADED
+        self._held = weights, self.scale, weights.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
-        rows = rows if rows.stride(1) == 1 and rows.dtype == torch.float32 else rows.float().contiguous()
-        blocks, w = len(self.packed), self.packed
-        out = torch.empty(len(rows), blocks * WIDTH)
-        if len(rows):
-            job = _Job(rows.data_ptr(), len(rows), rows.stride(0), w.data_ptr(), out.data_ptr(), out.stride(0), self.in_features, blocks)
-            self._product(job, blocks, worth_threads=w.numel() >= THREADED)
+        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        rows = rows if rows.dtype == torch.float32 and rows.stride(1) == 1 else rows.float().contiguous()
+        out = self.products(rows)
+        return out if x.dim() == 2 else out.reshape(*x.shape[:-1], self.out_features)
+
+    def products(self, rows: Tensor) -> Tensor:
+        """float32 [n, inputs], each row in one piece -> [n, outputs]."""
+        n, (weights, scale, blocks) = rows.shape[0], self._held
+        out = torch.empty(n, blocks * WIDTH)
+        if n:
+            job = _Job(rows.data_ptr(), n, rows.stride(0), weights.data_ptr(), out.data_ptr(), blocks * WIDTH, self.in_features, blocks)
+            self._product(job, blocks, self._worth_threads)
         if blocks * WIDTH != self.out_features:
             out = out[:, : self.out_features]
-        if self.scale is not None:
-            out *= self.scale
-        if self.bias is not None:
+        if scale is not None:
+            out *= scale
+        if self.bias is not None:  # which may come after the weights
             out += self.bias
-        return out.view(*x.shape[:-1], self.out_features) if out.is_contiguous() else out.reshape(*x.shape[:-1], self.out_features)
+        return out
 
     def weight(self) -> Tensor:
         """[outputs, inputs], a copy; float32 of int8."""
@@ -94,7 +105,7 @@ def stacked(layers: list[PackedLinear]) -> PackedLinear:
     biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
     assert len(biases) in (0, len(layers)), "a bias for some of the outputs"
     whole.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
-    whole._product = first._product
+    whole._remember()
     return whole
 
 

@@ -46,33 +46,37 @@ class NativeLayer(nn.Module):
         self.before, self.between = layer.input_layernorm, layer.post_attention_layernorm
         self.qkv = stacked([attention.q_proj, attention.k_proj, attention.v_proj])
         self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self.normed_heads = None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight)
         self.out, self.down = attention.o_proj, mlp.down_proj
         self.gate_up = stacked([mlp.gate_proj, mlp.up_proj])
         vector.prepare(self.width)
+        weights = tuple(None if isinstance(norm, nn.Identity) else norm.weight for norm in (self.before, self.between))
+        self._held = self.qkv, self.out, self.gate_up, self.down, *weights  # where a module's attributes are found at once
 
     def forward(
         self, x: Tensor, attention_mask: Seen, position_embeddings: tuple[Tensor, Tensor], past_key_values: RowCache, **_
     ) -> Tensor:
         n, heads, kv, width = x.shape[1], self.heads, self.kv_heads, self.width
+        qkv, project, gate_up, down, before, between = self._held
         entered = x[0]
-        rows = self.qkv.forward(self._norm(self.before, entered)).view(n, heads + 2 * kv, width)
+        rows = qkv.products(self._normed(entered, before)).view(n, heads + 2 * kv, width)
         both = rows[:, : heads + kv]
-        if self.q_norm is not None and self.k_norm is not None:
-            both = torch.cat((self._norm(self.q_norm, both[:, :heads]), self._norm(self.k_norm, both[:, heads:])), 1)
+        if self.normed_heads is not None:
+            query, key = both.split((heads, kv), 1)
+            both = torch.cat([self._normed(query, self.normed_heads[0]), self._normed(key, self.normed_heads[1])], 1)
         turned = _turned(both, *position_embeddings)
         key, value = turned[:, heads:].transpose(0, 1)[None], rows[:, heads + kv :].transpose(0, 1)[None]
         keys, values = past_key_values.update(key, value, self.index)
         seen = attend(turned[:, :heads].transpose(0, 1), keys[0], values[0], attention_mask, self.scaling)
-        middle = self.out.forward(seen.view(n, heads * width)).add_(entered)
-        wide = self.gate_up.forward(self._norm(self.between, middle))
-        half = wide.shape[1] // 2
-        return self.down.forward(vector.gated(wide[:, :half], wide[:, half:])).add_(middle)[None]
+        middle = project.products(seen.view(n, heads * width)).add_(entered)
+        gate, up = gate_up.products(self._normed(middle, between)).chunk(2, 1)
+        return down.products(vector.gated(gate, up)).add_(middle)[None]
 
-    def _norm(self, norm: nn.Module, x: Tensor) -> Tensor:
-        """Over the last dimension."""
-        if isinstance(norm, nn.Identity):
+    def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        """Over the last dimension; None: as it is."""
+        if weight is None:
             return x
-        return vector.norm(x.reshape(-1, x.shape[-1]), norm.weight, self.eps).view(x.shape)  # type: ignore[arg-type]
+        return vector.norm(x, weight, self.eps) if x.dim() == 2 else vector.norm(x.reshape(-1, x.shape[-1]), weight, self.eps).view(x.shape)
 
 
 def _turned(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

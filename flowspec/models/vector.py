@@ -26,16 +26,16 @@ LOWEST = -1e30
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight for rows x [n, width] (RMSNorm, arXiv 1910.07467); a new tensor."""
-    out = torch.empty(x.shape)
-    job = _Norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.shape[1], x.stride(0), eps)
-    _functions()["norm"](job, len(x), worth_threads=False)
+    n, width = x.shape
+    out = torch.empty(n, width)
+    _functions()["norm"](_Norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), width, x.stride(0), eps), n, worth_threads=False)
     return out
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (SwiGLU, arXiv 2002.05202) for [n, width], each row by itself; into `gate`."""
-    job = _Gated(gate.data_ptr(), up.data_ptr(), gate.shape[1], gate.stride(0), up.stride(0))
-    _functions()["gated"](job, len(gate), worth_threads=False)
+    n, width = gate.shape
+    _functions()["gated"](_Gated(gate.data_ptr(), up.data_ptr(), width, gate.stride(0), up.stride(0)), n, worth_threads=False)
     return gate
 
 
@@ -45,7 +45,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, base: int, slots: Tensor
     query: [n, heads, head_dim]; keys, values: [kv_heads, length, head_dim] with a stride between heads; slots: int64 [n, most];
     counts: int64 [n], how many of a row's slots count."""
     n, heads, width = query.shape
-    kv_heads = len(keys)
+    kv_heads = keys.shape[0]
     span = -(-(base + slots.shape[1]) // LANES) * LANES
     out, scores = torch.empty(n, heads, width), torch.empty(heads, n, span)
     job = _Attend(

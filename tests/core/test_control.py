@@ -75,12 +75,12 @@ def test_the_slowest_stage_sets_the_pace():
 
 def rates(control, *pieces, now=0.0, total=1000):
     """Feed (tokens, tokens/s); whether it speculated after each."""
-    control.decided(1, now, total)
+    control.decided(1, now, total, 0.25)
     seen = []
     for tokens, rate in pieces:
         for _ in range(tokens):
             now, total = now + 1 / rate, total - 1
-            control.decided(1, now, total)
+            control.decided(1, now, total, 0.25)
         seen.append(control.speculates)
     return seen
 
@@ -102,14 +102,14 @@ def test_doubt_is_resolved_by_trial():
 def test_what_speculation_sent_does_not_count_for_plain_decoding():
     control = ring(*[(0.05, 0.0)] * 2)
     control._ring.sent(1, (7,), 0.0)
-    control.decided(1, 0.0, 100)
+    control.decided(1, 0.0, 100, 0.25)
     for k in range(1, 9):
-        control.decided(1, 0.1 * k, 100 - k)
+        control.decided(1, 0.1 * k, 100 - k, 0.25)
     assert not control.speculates, "no faster than plain decoding: a trial"
-    control.decided(8, 0.8, 84)  # of a segment that was on its way
+    control.decided(8, 0.8, 84, 0.25)  # of a segment that was on its way
     assert control._attempt.tokens == 16 and control._attempt.each == pytest.approx(0.05)
     for k in range(4):
-        control.decided(1, 0.85 + 0.1 * k, 83 - k)
+        control.decided(1, 0.85 + 0.1 * k, 83 - k, 0.25)
     assert control.speculates and control.plain == pytest.approx(0.1, rel=0.1)
 
 
@@ -128,21 +128,21 @@ def test_what_loses_is_stopped_and_rests_twice_as_long_each_time():
 def test_in_a_short_text_speculation_that_loses_is_not_tried_often():
     control = ring(*[(0.05, 0.0)] * 2)
     now, left = 0.0, 64
-    control.decided(1, now, left)
+    control.decided(1, now, left, 0.25)
     while left:
         now, left = now + (0.2 if control.speculates else 0.1), left - 1
-        control.decided(1, now, left)
+        control.decided(1, now, left, 0.25)
     assert now < 64 * 0.1 / 0.96
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_a_good_drafter_is_not_stopped_by_the_delays_of_a_busy_machine(seed):
     rng, control, now, left = random.Random(seed), ring(*[(0.05, 0.0)] * 2), 0.0, 300
-    control.decided(1, now, left)
+    control.decided(1, now, left, 0.25)
     while left > 0:
         tokens = rng.choice([1, 2, 3, 4]) if control.speculates else 1
         now, left = now + (0.11 + rng.expovariate(50)) * (4 if rng.random() < 0.03 else 1), left - tokens
-        control.decided(tokens, now, max(0, left))
+        control.decided(tokens, now, max(0, left), 0.25)
     assert control._findings.rests == 0, f"seed {seed}"
 
 
