@@ -1,6 +1,7 @@
 """Random runs of the heart against plain decoding, and proof that the fuzz can fail."""
 
 import dataclasses
+import os
 
 import pytest
 
@@ -9,7 +10,8 @@ from flowspec.core.stage import Gather, StageState
 from flowspec.models.cache import RowCache
 from tests.core.world import Case, ToyStage, World, greedy
 
-RUNS = 60
+RUNS = int(os.environ.get("FLOWSPEC_FUZZ", 24))
+"""worlds of each method and loss; more of them before a release"""
 TIGHT = pytest.mark.parametrize("cache_step", [1], indirect=True, ids=["tight"])
 
 

@@ -57,7 +57,7 @@ class ToyModel:
                 return None, None
             keys, _ = cache.update(made, made, layer)
         held = keys[0, 0].numpy()
-        self.seen = [held[admitted.sees(k)] for k in range(len(rows))]
+        self.seen = [np.concatenate([held[: admitted.base], held[np.array(seen, dtype=int)]]) for seen in admitted.behind]
         return rows, rows[:, None] if taps else None
 
 

@@ -33,10 +33,10 @@ def slow(*values):
     "stages,layers,drafter",
     [
         (1, None, "ngram"),
-        (4, "2,1,1,2", "lm"),
-        *(slow(n, layers, drafter) for n, layers in [(2, "1,5"), (6, None)] for drafter in ("lm", "ngram")),
+        (2, "1,5", "lm"),
+        *(slow(n, layers, drafter) for n, layers in [(4, "2,1,1,2"), (6, None)] for drafter in ("lm", "ngram")),
         slow(1, None, "lm"),
-        slow(4, "2,1,1,2", "ngram"),
+        slow(2, "1,5", "ngram"),
     ],
 )
 def test_every_method_writes_transformers_greedy_text(pair, stages, layers, drafter):
@@ -47,7 +47,7 @@ def test_every_method_writes_transformers_greedy_text(pair, stages, layers, draf
                 assert_same(text(engine, prompt, method=method), want)
 
 
-@pytest.mark.parametrize("stages,verify_on", [(1, "last"), slow(1, "coordinator"), slow(3, "last"), (3, "coordinator")])
+@pytest.mark.parametrize("stages,verify_on", [(1, "last"), slow(1, "coordinator"), slow(3, "last"), slow(3, "coordinator")])
 @pytest.mark.parametrize("coupled", ["true", slow("false")])
 def test_every_method_writes_the_same_sampled_text(pair, stages, verify_on, coupled):
     with Engine.from_config(pair.config(stages), [f"verify_on={verify_on}", f"policy.coupled={coupled}"]) as engine:
@@ -58,7 +58,7 @@ def test_every_method_writes_the_same_sampled_text(pair, stages, verify_on, coup
 
 
 @TIGHT
-@pytest.mark.parametrize("seed", [0, 1, *map(slow, range(2, 8))])
+@pytest.mark.parametrize("seed", [0, *map(slow, range(1, 8))])
 def test_any_tree_and_segment(pair, cache_step, seed):
     r = random.Random(seed)
     tree = dict(

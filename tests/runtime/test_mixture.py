@@ -142,7 +142,10 @@ def mixture(pair, *more, head="eagle"):
     return f"drafter=[{', '.join(members)}]"
 
 
-@pytest.mark.parametrize("head,verify_on", [("eagle", "coordinator"), ("eagle", "last"), ("eagle3", "last")])
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in (("eagle", "coordinator"), ("eagle3", "last"))]
+
+
+@pytest.mark.parametrize("head,verify_on", [("eagle", "last"), *SLOW])
 def test_every_method_writes_the_targets_text(request, head, verify_on):
     pair = request.getfixturevalue("pair" if head == "eagle" else "deep")
     words = [mixture(pair, head=head), f"verify_on={verify_on}", "emulate={stage_ms: 5, draft_ms: 1}"]

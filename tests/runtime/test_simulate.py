@@ -31,7 +31,9 @@ def lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("drafter", ["lm", "eagle", "ngram", "none", "mixture", "lms"])
+@pytest.mark.parametrize(
+    "drafter", ["lm", "ngram", "none", "mixture", *(pytest.param(d, marks=pytest.mark.slow) for d in ("eagle", "lms"))]
+)
 def test_a_sweep_says_a_rate_for_every_cell_and_needs_no_model_the_second_time(pair, tmp_path, capsys, drafter):
     drafts, first, second = (tmp_path / name for name in ("d.npz", "a.jsonl", "b.jsonl"))
     live = drafter in ("eagle", "mixture")
