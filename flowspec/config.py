@@ -47,8 +47,8 @@ class Config:
     dtype: str = "auto"
     """Of the weights (int8: a scale for each output, on a CPU); auto: float32 on a CPU, the stored one elsewhere."""
     deterministic: bool = False
-    """A token's logits do not depend on what else is in the batch, to the bit, in any dtype: on a CPU this costs nothing, elsewhere stages
-    compute one row at a time."""
+    """A token's logits do not depend on what else is in the batch, to the bit, in any dtype: native layers on a CPU are like that anyway,
+    others then compute one row at a time."""
     device: str | tuple[str, ...] = "cpu"
     """cpu, cuda (the ranks of a host take its GPUs in turn) or cuda:N: one for all ranks, or one a rank."""
     threads: int | None = None

@@ -88,7 +88,7 @@ class Result:
     stage_overhead_ms: list[float]
     """each stage's own CPU time a segment: neither the model's forward, lm_head, sampling nor waiting"""
     costs: dict[str, Any]
-    """what was measured of the stages, the links and the drafter (core/costs.py): `simulate --costs` reads it"""
+    """what the run has measured so far of the stages, the links and the drafter (core/costs.py): `simulate --costs` reads it"""
     stage_peak_mb: list[float]
     """most resident memory of each stage's process so far, MB"""
     world_size: int
@@ -278,11 +278,13 @@ class Engine:
     # ---- inside ------------------------------------------------------------------------------------
     def _make_driver(self) -> Driver:
         config, manifest = self.config, self.manifest
-        dtype, device = compute_dtype(config, manifest, 0), checked_device(config, 0)
+        dtype, device, pulse = compute_dtype(config, manifest, 0), checked_device(config, 0), self._transport.pulses[0]
+        pulse.at("loading the drafter")
         head = load_head(manifest, 0, dtype, device) if 0 in config.head_ranks(manifest.num_stages) else None
         if head and config.deterministic:
             head.alone = True
-        drafter = make_drafter(config.drafters, config.folder, manifest, head, dtype, device)
+        drafter = make_drafter(config.drafters, config.folder, manifest, head, dtype, device, lambda size: pulse.move())
+        pulse.at()
         least = config.emulate.draft_ms / 1000 if config.computes else 0.0
         self._draft = DraftThread(drafter, self._transport.inbox, least) if drafter else None
         verifying = None if config.verifies_last else head
@@ -395,7 +397,7 @@ def checked_device(config: Config, rank: int) -> str:
 
 
 def compute_dtype(config: Config, manifest: Manifest, rank: int) -> torch.dtype:
-    """auto: float32 on a CPU (half precision is slow there), the stored dtype elsewhere."""
+    """auto: float32 on a CPU (exact, and no slower on small models), the stored dtype elsewhere."""
     name = config.dtype
     if name == "auto":
         name = "float32" if config.device_of(rank) == "cpu" else manifest.dtype

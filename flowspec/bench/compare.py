@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,7 +77,7 @@ def compare(engine: Engine, prompts: Sequence[str], options: argparse.Namespace)
     seed = 0
     chosen = _variants(config.policy, methods(options.methods, METHODS), without(options))
     measured = _runs(engine, prompts, chosen, temperatures, int(options.repeats), random.Random(seed))
-    runs = list(_kept(measured, claimed(folder / "records.jsonl")))
+    runs = list(_kept(measured, _claimed(folder / "records.jsonl")))
     forecasters = {coupled: _forecaster(config, coupled) for coupled in {config.policy.coupled, *(v.policy.coupled for v in chosen)}}
     predicted = _predictions(runs, forecasters, stages)
     records = [_record(run, predicted[_cell(run)]) for run in runs]
@@ -126,12 +127,24 @@ def _run(engine: Engine, number: int, repeat: int, prompt: str, variant: Variant
     return Run(variant, number, repeat, generation.request, generation.result, timeline.summary(generation.spans), draft_ms)
 
 
+def _claimed(path: Path) -> Path:
+    try:
+        return claimed(path)
+    except OSError as error:
+        raise UserError(f"--output: cannot write {path}: {error.strerror}") from None
+
+
 def _kept(runs: Iterable[Run], path: Path) -> Iterator[Run]:
     """The runs, each written to a file as it comes, so that an interrupted comparison keeps what it has."""
     with open(path, "w") as file:
         for run in runs:
-            file.write(report.line(_record(run, None)))
-            file.flush()
+            try:
+                file.write(report.line(_record(run, None)))
+                file.flush()
+            except OSError as error:  # a full disk
+                with suppress(OSError):  # which refuses what is buffered once more
+                    file.close()
+                raise UserError(f"--output: cannot write {path}: {error.strerror}; what it holds so far is kept") from None
             yield run
 
 

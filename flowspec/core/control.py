@@ -52,7 +52,9 @@ class Findings:
     rests: int = 0
     """times that it was stopped since it last paid"""
     trials: int = 0
-    """of plain decoding"""
+    """of plain decoding, lately: fewer are needed the more there were"""
+    since: int = 0
+    """tokens since the last of them"""
 
 
 class _Prices(NamedTuple):
@@ -120,9 +122,12 @@ class Controller:
     """tokens that the first rest from speculation lasts"""
     CHANGED = 1.3
     """times what it was: what the growing context makes of a plain token's time before it is tried anew, if in doubt"""
+    OLD = 512
+    """tokens of the run after which what a trial found is to be tried anew, if in doubt: the few tokens of it may have met a busy moment"""
 
     def __init__(self, ring: Ring, stages: int, fixed_rows: int | None, findings: Findings):
         self._ring, self._stages, self._fixed_rows, self._findings = ring, stages, fixed_rows, findings
+        findings.trials //= 2
         self._prices = _Prices.of(ring, stages)
         self.speculates = True
         self._now: Stretch | None = None
@@ -153,7 +158,7 @@ class Controller:
     def rows(self) -> int:
         """The most rows of a segment. What a row costs is a guess at first, so the first segments are short: two rows, and twice as many
         each time that the first stage has told its cost."""
-        return self._fixed_rows or int(min(self._ring.MOST, 2.0 ** min(10, 1 + self._ring.news)))
+        return min(self._ring.MOST, self._fixed_rows or int(2.0 ** min(10, 1 + self._ring.news)))
 
     def worth(self, reaches: Sequence[float]) -> int:
         """How many of a segment's nodes to send, given their probabilities to be needed, falling: as many as gain most. A node that is
@@ -196,6 +201,7 @@ class Controller:
             self._draining, self._now = tokens > 1, Stretch(now, self.CLIP[False])
             return
         took = self._now.decided(tokens, now, self.plain)
+        self._findings.since += tokens
         if not self._ring.costs:
             return
         if self.speculates:
@@ -238,7 +244,7 @@ class Controller:
     def _settle(self, stretch: Stretch, now: float) -> None:
         """A stretch of plain decoding is over. After a trial: was it faster?"""
         assert self._attempt is not None
-        self._ring.plain = stretch.each, self._ring.context
+        self._ring.plain, self._findings.since = (stretch.each, self._ring.context), 0
         self._prices = self._prices._replace(grown=1.0)
         if not self._counted:
             self._lost += self._attempt.seconds / stretch.each - self._attempt.tokens
@@ -262,8 +268,9 @@ class Controller:
 
     @property
     def _tried(self) -> bool:
-        """Plain decoding was tried behind a context like this."""
-        return self._ring.plain is not None and 1 / self.CHANGED < self._priced().grown < self.CHANGED
+        """Plain decoding was tried not long ago, behind a context like this."""
+        like_this = self._ring.plain is not None and 1 / self.CHANGED < self._priced().grown < self.CHANGED
+        return like_this and self._findings.since < self.OLD
 
     def explain(self) -> list[str]:
         """What was chosen, and why; for people."""

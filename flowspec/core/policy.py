@@ -37,7 +37,7 @@ class TreeConfig:
     depth: int | None = None
     """Drafter levels after the first (EAGLE-2's counting): the tree reaches depth + 1 below the root."""
     segment: int | None = None
-    """Rows in a segment."""
+    """Rows in a segment; flowspec sends at most 96."""
 
     def __post_init__(self) -> None:
         for name in ("budget", "top_k", "depth", "segment"):

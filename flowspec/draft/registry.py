@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +17,19 @@ if TYPE_CHECKING:
 
 
 def make_drafter(
-    configs: Sequence[DrafterConfig], folder: Path, manifest: Manifest, head: Head | None, dtype: torch.dtype, device: str
+    configs: Sequence[DrafterConfig],
+    folder: Path,
+    manifest: Manifest,
+    head: Head | None,
+    dtype: torch.dtype,
+    device: str,
+    progress: Callable[[int], None] = lambda size: None,
 ) -> Drafter | None:
     """The drafter of this target, several as one, with paths relative to `folder`; None for kind none.
 
-    `head` is the target's lm_head, for kinds that have none of their own (config.needs_lm_head)."""
-    made = [drafter for config in configs if (drafter := _one(config, folder, manifest, head, dtype, device))]
+    `head` is the target's lm_head, for kinds that have none of their own (config.needs_lm_head). `progress(bytes)` is called as a
+    draft model's tensors come."""
+    made = [drafter for config in configs if (drafter := _one(config, folder, manifest, head, dtype, device, progress))]
     if len(made) < 2:
         return made[0] if made else None
     from flowspec.draft.mixture import MixtureDrafter
@@ -30,12 +37,20 @@ def make_drafter(
     return MixtureDrafter(made)
 
 
-def _one(config: DrafterConfig, folder: Path, manifest: Manifest, head: Head | None, dtype: torch.dtype, device: str) -> Drafter | None:
+def _one(
+    config: DrafterConfig,
+    folder: Path,
+    manifest: Manifest,
+    head: Head | None,
+    dtype: torch.dtype,
+    device: str,
+    progress: Callable[[int], None],
+) -> Drafter | None:
     if config.kind == "lm":
         from flowspec.draft.lm import LmDrafter
         from flowspec.models.stage import load_whole, rehearse
 
-        model, own_head = load_whole(config.checkpoint(folder), dtype, device)
+        model, own_head = load_whole(config.checkpoint(folder), dtype, device, progress)
         rehearse(model, own_head)
         return LmDrafter(model, own_head, manifest.vocab_size)
     if config.reads_features:

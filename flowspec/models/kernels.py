@@ -138,7 +138,7 @@ def _memory(count: int, dtype: torch.dtype) -> Tensor:
     """Walking through a matrix in pages of 4 kB costs a tenth of the time."""
     if not hasattr(mmap, "MADV_HUGEPAGE") or count * dtype.itemsize < 1 << 21:
         return torch.empty(count, dtype=dtype)
-    area = mmap.mmap(-1, count * dtype.itemsize)
+    area = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has no huge pages
     area.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(area, dtype=dtype, count=count)
 

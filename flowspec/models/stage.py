@@ -329,14 +329,16 @@ def load_head(manifest: Manifest, rank: int, dtype: torch.dtype, device: str) ->
     return Head(TensorFile(manifest.path(entry)).read(HEAD, stored_as(dtype)).to(device), dtype)
 
 
-def load_whole(folder: Path, dtype: torch.dtype, device: str) -> tuple[StageModel, Head]:
-    """A whole checkpoint as one stage and its head: a draft model."""
+def load_whole(
+    folder: Path, dtype: torch.dtype, device: str, progress: Callable[[int], None] = lambda size: None
+) -> tuple[StageModel, Head]:
+    """A whole checkpoint as one stage and its head: a draft model; `progress` as for `load_stage`."""
     config, checkpoint = read_config(folder), Checkpoint(folder)
     family = family_of(config)
     model = StageModel(config, config["num_hidden_layers"], first=True, last=True)
     files = {checkpoint.file(name).path: checkpoint.file(name) for name in checkpoint.names}
     tensors = (pair for file in files.values() for pair in module_tensors(file, family, 0, stored_as(dtype)))
-    model.load(tensors, device, str(folder), dtype)
+    model.load(_counted(tensors, progress), device, str(folder), dtype)
     tied = HEAD not in checkpoint.names
     need(not tied or bool(config.get("tie_word_embeddings")), f"{folder} has no {HEAD}, and config.json does not tie it to the embedding")
     weight = model.get_parameter("embed_tokens.weight") if tied else checkpoint.file(HEAD).read(HEAD, stored_as(dtype)).to(device)

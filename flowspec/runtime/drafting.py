@@ -63,7 +63,7 @@ class DraftThread:
         self._awaited = 0  # rows of them
         self.forget()
         self.read = 0.0
-        """seconds that it took to read a token of this request's prompt"""
+        """seconds that it took to read a token of the last prompt that it read"""
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="draft", daemon=True)
         self._thread.start()
@@ -99,8 +99,8 @@ class DraftThread:
             self._do(lambda: self._drafter.learn(rest))
 
     def draft(self, request: Request, draft: Draft) -> None:
-        log = self._log  # the next request may have begun by the time this is done
-        self._do(lambda: self._propose(request, draft, log))
+        log, cost = self._log, self.cost  # the next request may have begun by the time this is done
+        self._do(lambda: self._propose(request, draft, log, cost))
 
     def commit(self, commit: Commit, features: Tensor | None) -> None:
         self._do(lambda: self._drafter.commit(commit, features))
@@ -129,9 +129,9 @@ class DraftThread:
         _, seconds = self._at_least(log, lambda: self._drafter.begin(request, noise, features))
         self.read = seconds / request.prompt_length
 
-    def _propose(self, request: Request, draft: Draft, log: Log) -> None:
+    def _propose(self, request: Request, draft: Draft, log: Log, cost: RowCost) -> None:
         drafted, seconds = self._at_least(log, lambda: self._drafter.propose(draft.nodes))
-        self.cost.observe(len(draft.nodes), seconds)
+        cost.observe(len(draft.nodes), seconds)
         self._inbox.put(Local(request.id, drafted))
 
     def _at_least(self, log: Log, work: Callable):

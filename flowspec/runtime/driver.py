@@ -98,15 +98,11 @@ class Driver:
         self._transport, self._thread, self._head, self._vocabulary = transport, draft, head, vocabulary
         self._clock = transport.inbox.clock
         self._hidden_scale = hidden_scale  # of emulated links, for the bytes in a trace
-        self._learnt = Learnt()
+        self.forget()
 
     def forget(self) -> None:
         """The next request is as the first of the run."""
-        self._learnt = Learnt()
-        if self._thread:
-            self._thread.forget()
-        for rank in range(1, self._transport.world_size):
-            self._transport.send_control(rank, wire.forget())
+        self._learnt, self._fresh = Learnt(), True
 
     def generate(
         self, request: Request, policy: Policy, switches: PolicyConfig, stats: Stats, trace: bool = False
@@ -153,7 +149,10 @@ class Driver:
     def _begin(self, request: Request, switches: PolicyConfig) -> None:
         self._noise = noise_for(request.sampling, self._vocabulary)
         layers = self._draft.layers if self._draft else ()
-        self._transport.send_next(wire.start(request, self._log.on, self._reads_features, layers, switches))
+        self._transport.send_next(wire.start(request, self._log.on, self._reads_features, layers, switches, self._fresh))
+        if self._fresh and self._thread:
+            self._thread.forget()
+        self._fresh = False
         prompt = torch.tensor(request.prompt[:-1], dtype=torch.int32)
         for chunk in prompt.split(PREFILL_ROWS) if len(prompt) else ():
             self._transport.send_next(wire.prefill(request.id, chunk))

@@ -24,10 +24,11 @@ FORMAT = 2
 
 
 # ---- round the ring --------------------------------------------------------------------------------
-def start(request: Request, trace: bool, features: bool, layers: Sequence[int], switches: PolicyConfig) -> Message:
+def start(request: Request, trace: bool, features: bool, layers: Sequence[int], switches: PolicyConfig, fresh: bool = False) -> Message:
     """A request begins: stages make room for it, and note what they do when it is traced. `features`: rank 0's drafter reads
-    the last stage's rows of the prompt and of all nodes that become text; `layers`: it reads what enters these layers there."""
-    about = {"request": request.id, "trace": trace, "features": features, "layers": list(layers)}
+    the last stage's rows of the prompt and of all nodes that become text; `layers`: it reads what enters these layers there;
+    `fresh`: what stages measured in earlier requests is forgotten."""
+    about = {"request": request.id, "trace": trace, "features": features, "layers": list(layers), "fresh": fresh}
     about |= {"drop_dead": switches.drop_dead, "abort": switches.abort}
     return Message("start", about | {"sampling": dataclasses.asdict(request.sampling)})
 
@@ -144,7 +145,7 @@ def end(request: int) -> Message:
 
 
 class Report(NamedTuple):
-    """What a stage did for a request."""
+    """What a stage did for a request, and what it has measured in the run so far."""
 
     busy: float
     """seconds spent computing"""
@@ -172,11 +173,6 @@ def read_report(message: Message) -> Report:
     fields = {name: message.meta[name] for name in Report._fields}
     read = {"spans": [Span(*span) for span in fields["spans"]], "points": [Point(*point) for point in fields["points"]]}
     return Report(**{**fields, **read})
-
-
-def forget() -> Message:
-    """What was measured so far is of no interest any more."""
-    return Message("forget")
 
 
 def ping() -> Message:
@@ -218,7 +214,7 @@ def limits(tree: int, hidden: int, layers: int, positions: int) -> Limits:
     numbers = 8 * ELEMENT * rows  # of each node: id, parent, token, position, gap, and room between tensors
     features = ELEMENT * rows * hidden
     ring = dict.fromkeys(("prefill", "segment", "features", "choices", "prompt_features"), Limit(FACTS, numbers + features))
-    words = ("start", "prune", "started", "cost", "idle", "prefilled", "end", "forget", "ping", "pong", "loading", "loaded", STOP.kind)
+    words = ("start", "prune", "started", "cost", "idle", "prefilled", "end", "ping", "pong", "loading", "loaded", STOP.kind)
     return {
         **ring,
         **dict.fromkeys(words, Limit(FACTS, 0)),

@@ -124,6 +124,8 @@ class Worker:
         if request in self._over:
             self._over.discard(request)
         else:
+            if message.meta["fresh"]:
+                self._meter = Meter()
             sampling = wire.read_sampling(message)
             noise = noise_for(sampling, self.head.vocabulary) if self.head else None
             log = Log(message.meta["trace"], request, self.emulate.hidden_scale)
@@ -138,12 +140,14 @@ class Worker:
         live = self._live.get(message.meta["request"])
         if live is None:
             return
-        rows = message.tensors[0]
+        rows, context = message.tensors[0], live.sequence.state.length
         self._arrived(live, message, self._clock.now(), None)
         begun = self._clock.now()
         out = live.sequence.prefill(rows, self._moves)
         self._pretend(begun, len(rows), self._moves)
-        self._account(live, len(rows), begun)
+        if message.meta["request"] not in self._live:
+            return
+        self._account(live, len(rows), context, begun)
         self.transport.send_control(0, wire.prefilled(message.meta["request"]))
         self._hand_over(message, live, live.sequence.prefilled())
         if not self._is_last:
@@ -172,13 +176,13 @@ class Worker:
         if not worth:
             return
         begun = self._clock.now()
-        needed = self._needed(request, live, ids)
+        needed, context = self._needed(request, live, ids), live.sequence.state.length
         kept, positions, out = live.sequence.verify(ids, parents, message.tensors[1], live.drop_dead, needed)
         live.rows, live.segments = live.rows + len(kept), live.segments + 1
         nodes = _only(nodes, kept)
         walked = self._walk(live, nodes, positions, out) if out is not None and self.head else None
         whole = out is not None and self._pretend(begun, len(kept), needed)
-        self._account(live, len(kept), begun, whole, segment=number, ids=nodes[0])
+        self._account(live, len(kept), context, begun, whole, segment=number, ids=nodes[0])
         if out is None or not whole:
             if self._is_first:
                 self.transport.send_control(0, wire.idle(request))
@@ -261,9 +265,6 @@ class Worker:
         points, row = self._meter.forward.points(), self._meter.row
         return wire.Report(live.busy, live.rows, live.segments, live.overhead, points, row, peak_memory(), live.log.spans)
 
-    def _on_forget(self, message: Message) -> None:
-        self._meter = Meter()
-
     def _on_ping(self, message: Message) -> None:
         self.transport.send_control(0, wire.pong(message))
 
@@ -293,10 +294,10 @@ class Worker:
             return False
         return True
 
-    def _account(self, live: _Live, rows: int, begun: float, whole: bool = True, **about) -> None:
-        """A forward over `rows` rows that began at `begun` is over, and where this stage verifies, lm_head and picks as well."""
+    def _account(self, live: _Live, rows: int, context: int, begun: float, whole: bool = True, **about) -> None:
+        """A forward over `rows` rows behind `context` others, which began at `begun`, is over, and where this stage verifies, lm_head
+        and picks as well. (A prune may have shortened the cache meanwhile.)"""
         spent = self._clock.now() - begun
-        context = live.sequence.state.length - rows
         if whole and self._meter.forward_over(rows, spent, context):
             self.transport.send_control(0, wire.cost(live.request, self._meter.cost(self.transport.rank, context)))
         live.log.add(self.transport.rank, "compute", "prefill", begun, begun + spent, **about)

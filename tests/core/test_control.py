@@ -31,6 +31,11 @@ def test_the_marginal_rule_takes_the_dearest_row_of_stages_and_links():
     assert ring(JUMP).theta == pytest.approx(0.032 / 7 / 0.05), "a row among eight"
 
 
+def test_a_segment_has_no_more_rows_than_costs_are_known_of():
+    control = ring((0.05, 0.0), rows=128)
+    assert control.rows == 96 and control.worth([0.9] * control.rows) == 96
+
+
 def test_a_segment_takes_as_many_rows_as_gain_most():
     line = ring((0.05, 0.005))
     assert line.worth([1.0, 0.5, 0.3, 0.2, 0.09, 0.02]) == 4, "0.005 of 0.055: while P >= 0.091"
@@ -97,6 +102,21 @@ def test_doubt_is_resolved_by_trial():
     assert 1 / control.plain == pytest.approx(14)
     control = ring(*[(0.05, 0.0)] * 2)
     assert rates(control, (8, 12.0), (3, 10.0), (20, 12.0)) == [False, True, True], "speculation has won"
+
+
+def test_what_a_disturbed_trial_found_is_not_believed_for_ever():
+    """A token is believed to take 0.15 s; in truth 0.1 without speculation, 0.118 with it."""
+    known, findings, turned_off = Ring(), Findings(trials=9), 0
+    known.measured(Cost(1, Curve.line(0.1, 0.0), 0.0))
+    known.plain = 0.15, 0
+    for _ in range(30):
+        control, now, left = Controller(known, 1, None, findings), 0.0, 100
+        control.decided(1, now, left, 0.25)
+        while left:
+            now, left = now + (0.118 if control.speculates else 0.1), left - 1
+            control.decided(1, now, left, 0.25)
+            turned_off += not control.speculates
+    assert known.plain[0] == pytest.approx(0.1) and findings.rests >= 1 and turned_off > 1000
 
 
 def test_what_speculation_sent_does_not_count_for_plain_decoding():

@@ -336,3 +336,14 @@ def test_a_mutant_is_caught(model, monkeypatch, mutant):
 def test_a_mutant_is_caught_in_a_run(monkeypatch, request, mutant):
     break_(monkeypatch, *getattr(Mutants, mutant)()[:3])
     assert quick(request.getfixturevalue("spans"))
+
+
+def test_a_forward_is_told_behind_the_context_that_it_had(model):
+    """A prune in the midst of it may shorten the cache by more rows than the forward has."""
+    stage = Stage(model, stage_ms=80.0)
+    stage.prefill(3)
+    stage.segment([*range(40)], [-1, *[0] * 39])
+    dies = wire.prune(REQUEST.id, Prune(1, 0, 1))
+    stage.segment([*range(40, 80)], [1, *[2] * 39], [(0.033, dies)])
+    assert stage.live.sequence.state.length == 6, "compacted"
+    assert sorted(p.context for p in stage.worker._meter.forward.points()) == [0, 23], "40 rows behind 3 and behind 43"
