@@ -20,6 +20,8 @@ from flowspec.models.jit import LANES, Shared, compiled, part
 
 TILE = 64
 """tokens whose keys, or values, all queries of a group read before the next are fetched"""
+SCORES = 1 << 18
+"""of a group of heads at a time: more would leave the processor's nearer caches"""
 LOWEST = -1e30
 """a score of no weight"""
 
@@ -45,14 +47,17 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, base: int, slots: Tensor
     query: [n, heads, head_dim]; keys, values: [kv_heads, length, head_dim] with a stride between heads; slots: int64 [n, most];
     counts: int64 [n], how many of a row's slots count."""
     n, heads, width = query.shape
-    kv_heads = keys.shape[0]
-    span = -(-(base + slots.shape[1]) // LANES) * LANES
-    out, scores = torch.empty(n, heads, width), torch.empty(heads, n, span)
-    job = _Attend(
-        query.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(), scores.data_ptr(), slots.data_ptr(), counts.data_ptr(),
-        n, heads, heads // kv_heads, query.stride(0), keys.stride(0), base, slots.shape[1], span, kv_heads, scaling,
-    )  # fmt: skip
-    _functions()[f"attend{width}"](job, kv_heads, worth_threads=n * heads * (base + 1) > 1 << 14)
+    kv_heads, most = keys.shape[0], slots.shape[1]
+    span, share = -(-(base + most) // LANES) * LANES, heads // kv_heads
+    part = min(n, max(1, SCORES // (share * span)))  # rows at a time
+    out, scores = torch.empty(n, heads, width), torch.empty(heads, part, span)
+    for k in range(0, n, part):
+        rows = min(part, n - k)
+        job = _Attend(
+            query[k:].data_ptr(), keys.data_ptr(), values.data_ptr(), out[k:].data_ptr(), scores.data_ptr(), slots[k:].data_ptr(),
+            counts[k:].data_ptr(), rows, heads, share, query.stride(0), keys.stride(0), base, most, span, kv_heads, scaling,
+        )  # fmt: skip
+        _functions()[f"attend{width}"](job, kv_heads, worth_threads=rows * heads * (base + 1) > 1 << 14)
     return out
 
 
@@ -271,10 +276,13 @@ class _Attention:
 
     def write(self) -> None:
         c, b, f = self.c, self.b, self.f
-        for tile in self._tiles():
+        for begin, end in self._tiles():
+            eights = b.sub(end, b.and_(b.sub(end, begin), c.n(LANES - 1)))  # the tokens below it are whole vectors of scores
             with self._queries() as (_, query, _, scores):
                 q = self._vectors(query)
-                with c.turns(*tile) as token:
+                with c.turns(begin, eights, LANES) as token:
+                    self._score_eight(q, token, c.at(scores, token))
+                with c.turns(eights, end) as token:
                     self._score(q, token, c.at(scores, token))
         with self._queries() as (row, query, out, scores):
             q = self._vectors(query)
@@ -326,12 +334,34 @@ class _Attention:
         at = self.b.add(self.b.mul(row, self.f["most"]), place)
         return self.c.load(self.c.at(self.f["slots"], at, self.c.int), self.c.int)
 
-    def _score(self, query: list[Any], token: Any, to: Any) -> None:
+    def _products(self, query: list[Any], token: Any) -> Any:
+        """q k of a token, still to be folded."""
         keys = self._vectors(self.c.at(self.keys, self.b.mul(token, self.c.n(self.width))))
         total = self.b.fmul(query[0], keys[0])
         for q, key in zip(query[1:], keys[1:], strict=True):
             total = self.c.call("fma", q, key, total)
-        self.c.store(self.b.fmul(self.c.folded(self.b.fadd, total), self.f["scaling"]), to)
+        return total
+
+    def _score(self, query: list[Any], token: Any, to: Any) -> None:
+        total = self.c.folded(self.b.fadd, self._products(query, token))
+        self.c.store(self.b.fmul(total, self.f["scaling"]), to)
+
+    def _score_eight(self, query: list[Any], token: Any, to: Any) -> None:
+        """Of the tokens from this one on: halves upon one another as in `folded`, in the same order, but of two tokens at a time."""
+
+        def folded(first: int, count: int) -> Any:
+            if count == 1:
+                return self._products(query, self.b.add(token, self.c.n(first)))
+            left, right = folded(first, count // 2), folded(first + count // 2, count // 2)
+            part = LANES // count  # numbers of a token that are left
+            near = [k for k in range(2 * LANES) if k % (2 * part) < part]
+            halves = (self.b.shuffle_vector(left, right, self._lanes([k + far for k in near])) for far in (0, part))
+            return self.b.fadd(*halves)
+
+        self.c.store(self.b.fmul(folded(0, LANES), self.c.spread(self.f["scaling"])), to)
+
+    def _lanes(self, lanes: list[int]) -> Any:
+        return self.c.ir.Constant(self.c.integers, lanes)
 
     def _add(self, sums: list[Any], token: Any, weight: Any) -> None:
         weight = self.c.spread(self.c.load(weight, self.c.float))
