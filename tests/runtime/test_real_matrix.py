@@ -111,3 +111,22 @@ def test_a_weak_draft_is_a_checkpoint_with_a_head_of_its_own(pair, tmp_path, cap
     for wrong in (["--agree", "2"], ["--agree", "0"]):
         assert weaken.main([*words, *wrong]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+@torch.inference_mode()
+def test_a_draft_with_room_computes_what_it_did_and_its_new_tokens_lose(pair, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    words = ["--draft", str(pair.draft), "--target", str(pair.draft), "--agree", "1"]
+    assert weaken.main([*words, "--output", str(tmp_path / "roomy"), "--vocab", "5000", "--positions", "4096"]) == 0
+    small, roomy = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in (pair.draft, tmp_path / "roomy"))
+    own = small.config.vocab_size
+    assert (roomy.config.vocab_size, roomy.config.max_position_embeddings) == (5000, 4096)
+    text = torch.arange(5, 45)[None]
+    want, got = (model.model(text).last_hidden_state for model in (small, roomy))
+    torch.testing.assert_close(got[..., : want.shape[-1]], want, rtol=1e-4, atol=1e-4)
+    logits = roomy(text).logits
+    assert (logits[..., own:] < logits[..., :own].min() - 1).all()
+    capsys.readouterr()
+    assert weaken.main([*words, "--output", str(tmp_path / "no"), "--vocab", "5"]) == 2
+    assert "--vocab" in capsys.readouterr().err
