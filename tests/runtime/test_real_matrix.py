@@ -124,7 +124,7 @@ def test_a_draft_with_room_computes_what_it_did_and_its_new_tokens_lose(pair, tm
     assert (roomy.config.vocab_size, roomy.config.max_position_embeddings) == (5000, 4096)
     text = torch.arange(5, 45)[None]
     want, got = (model.model(text).last_hidden_state for model in (small, roomy))
-    torch.testing.assert_close(got[..., : want.shape[-1]], want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got[..., : want.shape[-1]], want, rtol=2e-3, atol=2e-3)
     logits = roomy(text).logits
     assert (logits[..., own:] < logits[..., :own].min() - 1).all()
     capsys.readouterr()
