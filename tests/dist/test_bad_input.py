@@ -445,6 +445,7 @@ def test_output_that_takes_no_more_is_one_line(pair):
         assert code == 2 and err.endswith(line) and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_output_that_was_closed_before_is_no_matter(pair):
     assert said(["--help"], None, closed=True) == (0, "")
     code, err = said(ring_words(pair), None, closed=True)

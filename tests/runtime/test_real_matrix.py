@@ -113,6 +113,7 @@ def test_a_weak_draft_is_a_checkpoint_with_a_head_of_its_own(pair, tmp_path, cap
         assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_a_draft_with_room_computes_what_it_did_and_its_new_tokens_lose(pair, tmp_path, capsys):
     from transformers import AutoModelForCausalLM
