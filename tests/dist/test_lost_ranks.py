@@ -47,9 +47,9 @@ SLOW = pytest.mark.slow
     "when,rank",
     [
         pytest.param(while_decoding, 0, marks=SLOW),
-        (while_decoding, 2),
+        pytest.param(while_decoding, 2, marks=SLOW),
         pytest.param(while_prefilling, 1, marks=SLOW),
-        pytest.param(while_idle, 1, marks=SLOW),
+        (while_idle, 1),
     ],
 )
 def test_a_killed_rank_ends_the_run_and_is_named(pair, command, when, rank):

@@ -32,7 +32,7 @@ def lines(path) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    "drafter", ["lm", "ngram", "none", "mixture", *(pytest.param(d, marks=pytest.mark.slow) for d in ("eagle", "lms"))]
+    "drafter", ["lm", "ngram", "none", *(pytest.param(d, marks=pytest.mark.slow) for d in ("eagle", "mixture", "lms"))]
 )
 def test_a_sweep_says_a_rate_for_every_cell_and_needs_no_model_the_second_time(pair, tmp_path, capsys, drafter):
     drafts, first, second = (tmp_path / name for name in ("d.npz", "a.jsonl", "b.jsonl"))
