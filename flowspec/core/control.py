@@ -55,6 +55,8 @@ class Findings:
     """of plain decoding, lately: fewer are needed the more there were"""
     since: int = 0
     """tokens since the last of them"""
+    resting: int = 0
+    """tokens that are left of a rest: it goes on in the next request"""
 
 
 class _Prices(NamedTuple):
@@ -118,8 +120,8 @@ class Controller:
     PATIENCE = 4.0
     LEAD = 4.0
     """tokens' plain time of gains that are remembered against later losses"""
-    REST = 8
-    """tokens that the first rest from speculation lasts"""
+    REST = (8, 128)
+    """tokens that a rest from speculation lasts, the first and the longest"""
     CHANGED = 1.3
     """times what it was: what the growing context makes of a plain token's time before it is tried anew, if in doubt"""
     OLD = 512
@@ -129,10 +131,10 @@ class Controller:
         self._ring, self._stages, self._fixed_rows, self._findings = ring, stages, fixed_rows, findings
         findings.trials //= 2
         self._prices = _Prices.of(ring, stages)
-        self.speculates = True
+        self.speculates = findings.resting == 0
         self._now: Stretch | None = None
         self._lead = 0.0  # seconds that this stretch of speculation has gained on plain decoding, of late
-        self._until = 0  # tokens that the present stretch of plain decoding lasts
+        self._until = findings.resting  # tokens that the present stretch of plain decoding lasts
         self._lost = 0.0  # plain tokens' time that speculation has lost so far
         self._begun = 0  # tokens that were left then
         self._promise = 0.0
@@ -192,7 +194,7 @@ class Controller:
         """So many more tokens are text, and so many are left. `promise`: the probability that drafts gave to what was chosen, of late;
         None before a draft was judged: until then (a drafter reads the prompt, say) nothing was tried."""
         if self._now is None or (promise is None and self.speculates and self._attempt is None):
-            self._now, self._begun = Stretch(now, self.CLIP[True]), left
+            self._now, self._begun = Stretch(now, self.CLIP[self.speculates]), left
             return
         self._promise = promise or 0.0
         self._foreseen = self._begun - left + min(left, self.AHEAD)
@@ -209,8 +211,10 @@ class Controller:
             if self._lead == self.LEAD * self.plain and self._now.each * self.CLOSE < self.plain:
                 self._findings.rests = 0
             self._doubt(self._now, now, left)
-        elif self._now.tokens >= self._until:
-            self._settle(self._now, now)
+        else:
+            self._findings.resting = max(0, self._until - self._now.tokens)
+            if not self._findings.resting:
+                self._settle(self._now, now)
 
     @property
     def _allowed(self) -> float:
@@ -243,13 +247,13 @@ class Controller:
 
     def _settle(self, stretch: Stretch, now: float) -> None:
         """A stretch of plain decoding is over. After a trial: was it faster?"""
-        assert self._attempt is not None
         self._ring.plain, self._findings.since = (stretch.each, self._ring.context), 0
         self._prices = self._prices._replace(grown=1.0)
-        if not self._counted:
-            self._lost += self._attempt.seconds / stretch.each - self._attempt.tokens
+        attempt = self._attempt  # None: the rest began in an earlier request
+        if attempt is not None and not self._counted:
+            self._lost += attempt.seconds / stretch.each - attempt.tokens
             self._counted = True
-        slower = self._trial and stretch.each < self._attempt.each
+        slower = self._trial and attempt is not None and stretch.each < attempt.each
         self._trial = False
         if slower:
             self._until = stretch.tokens + self._rest()
@@ -258,8 +262,9 @@ class Controller:
 
     def _rest(self) -> int:
         """Tokens of plain decoding: twice as many each time."""
+        first, longest = self.REST
         self._findings.rests += 1
-        return self.REST * 2 ** (self._findings.rests - 1)
+        return min(longest, first * 2 ** min(10, self._findings.rests - 1))
 
     def _turn(self, now: float) -> None:
         self.speculates = not self.speculates

@@ -119,6 +119,25 @@ def test_what_a_disturbed_trial_found_is_not_believed_for_ever():
     assert known.plain[0] == pytest.approx(0.1) and findings.rests >= 1 and turned_off > 1000
 
 
+def test_a_rest_goes_on_in_the_next_request():
+    known, findings = Ring(), Findings()
+    known.measured(Cost(1, Curve.line(0.1, 0.0), 0.0))
+
+    def text(token, promise, tokens=64):
+        """Seconds of a text, a token of which takes so long with speculation and 0.1 without it."""
+        control, now, left = Controller(known, 1, None, findings), 0.0, tokens
+        control.decided(1, now, left, promise)
+        while left:
+            now, left = now + (token if control.speculates else 0.1), left - 1
+            control.decided(1, now, left, promise)
+        return now
+
+    useless = [text(0.15, 0.05) for _ in range(20)]
+    assert useless[0] < 6.4 / 0.96 and sum(useless) < 20 * 6.4 / 0.99, "tried seldom in the end"
+    good = [text(0.04, 0.8) for _ in range(4)]
+    assert good[-1] < 3.0 and findings.rests == 0, "and yet another drafter, or another text, is found out"
+
+
 def test_what_speculation_sent_does_not_count_for_plain_decoding():
     control = ring(*[(0.05, 0.0)] * 2)
     control._ring.sent(1, (7,), 0.0)
