@@ -253,12 +253,12 @@ class Controller:
         if attempt is not None and not self._counted:
             self._lost += attempt.seconds / stretch.each - attempt.tokens
             self._counted = True
-        slower = self._trial and attempt is not None and stretch.each < attempt.each
-        self._trial = False
-        if slower:
+        slower = attempt is not None and stretch.each < attempt.each
+        if self._trial and slower:
             self._until = stretch.tokens + self._rest()
-        elif self._allowed > self.LOSS[0]:
+        elif (attempt is not None and not slower) or self._allowed > self.LOSS[0]:  # it was no loss after all, or there is some to lose
             self._turn(now)
+        self._trial = False
 
     def _rest(self) -> int:
         """Tokens of plain decoding: twice as many each time."""

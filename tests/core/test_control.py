@@ -119,6 +119,13 @@ def test_what_a_disturbed_trial_found_is_not_believed_for_ever():
     assert known.plain[0] == pytest.approx(0.1) and findings.rests >= 1 and turned_off > 1000
 
 
+def test_what_was_faster_after_all_is_taken_up_again():
+    """Plain decoding looked fast for a moment: 20 tok/s, and is 8 since; speculation brought 10, and has used up what it may lose."""
+    control = ring(*[(0.05, 0.0)] * 2)
+    control._lost = 100.0
+    assert rates(control, (8, 10.0), (3, 20.0), (40, 8.0)) == [False, False, True]
+
+
 def test_a_rest_goes_on_in_the_next_request():
     known, findings = Ring(), Findings()
     known.measured(Cost(1, Curve.line(0.1, 0.0), 0.0))
