@@ -212,9 +212,14 @@ class Controller:
                 self._findings.rests = 0
             self._doubt(self._now, now, left)
         else:
-            self._findings.resting = max(0, self._until - self._now.tokens)
+            self._findings.resting = 0 if self._regrets(self._now) else max(0, self._until - self._now.tokens)
             if not self._findings.resting:
                 self._settle(self._now, now)
+
+    def _regrets(self, stretch: Stretch) -> bool:
+        """Plain decoding turns out to be clearly slower than what was stopped for it."""
+        attempt = self._attempt
+        return attempt is not None and not self._trial and stretch.tokens >= self.FIRST and attempt.each * self.CLOSE < stretch.each
 
     @property
     def _allowed(self) -> float:
