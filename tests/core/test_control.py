@@ -126,7 +126,8 @@ def test_what_was_faster_after_all_is_taken_up_again():
     assert rates(control, (8, 10.0), (3, 20.0), (40, 8.0)) == [False, False, True]
     control = ring(*[(0.05, 0.0)] * 2)
     control._findings.rests = 4
-    assert rates(control, (8, 12.0), (3, 20.0), (60, 8.0)) == [False, False, True], "a rest of 128 tokens is cut short"
+    seen = rates(control, (8, 12.0), (3, 20.0), *[(1, 8.0)] * 60)
+    assert not any(seen[:10]) and any(seen[10:]), "a rest of 128 tokens is cut short"
 
 
 def test_a_rest_goes_on_in_the_next_request():
