@@ -572,8 +572,10 @@ def sleeper(monkeypatch):
     def start(**changed: str | None) -> int:
         env = {name: value for name, value in {**os.environ, **changed}.items() if value is not None}
         started.append(subprocess.Popen(["sleep", "60"], env=env))
-        name = Path(f"/proc/{started[-1].pid}/comm")
-        while name.read_text() != "sleep\n":  # the environment is exec's
+        process = Path(f"/proc/{started[-1].pid}")
+        while (process / "comm").read_text() != "sleep\n" or not (
+            process / "environ"
+        ).read_bytes():  # exec's, which gives it its name first
             time.sleep(0.01)
         return started[-1].pid
 

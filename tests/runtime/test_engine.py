@@ -30,7 +30,7 @@ def test_the_result_agrees_with_the_tokens(pair):
 
 def test_what_was_measured_lasts_from_request_to_request_until_it_is_forgotten(pair):
     def forwards(engine):
-        generation = engine.generate([5, 6, 7], max_new_tokens=12)
+        generation = engine.generate([5, 6, 7], method="naive", max_new_tokens=12)
         list(generation)
         costs = generation.result.costs
         return sum(times for _, _, _, times in costs["stages"][1]["forwards"]), sum(times for _, _, _, times in costs["draft"])
