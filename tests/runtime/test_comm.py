@@ -575,7 +575,7 @@ def sleeper(monkeypatch):
         process = Path(f"/proc/{started[-1].pid}")
         while (process / "comm").read_text() != "sleep\n" or not (
             process / "environ"
-        ).read_bytes():  # exec's, which gives it its name first
+        ).read_bytes():  # exec's: the name comes first
             time.sleep(0.01)
         return started[-1].pid
 
