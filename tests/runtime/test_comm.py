@@ -573,9 +573,7 @@ def sleeper(monkeypatch):
         env = {name: value for name, value in {**os.environ, **changed}.items() if value is not None}
         started.append(subprocess.Popen(["sleep", "60"], env=env))
         process = Path(f"/proc/{started[-1].pid}")
-        while (process / "comm").read_text() != "sleep\n" or not (
-            process / "environ"
-        ).read_bytes():  # exec's: the name comes first
+        while (process / "comm").read_text() != "sleep\n" or not (process / "environ").read_bytes():  # exec's: the name comes first
             time.sleep(0.01)
         return started[-1].pid
 
