@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from flowspec.errors import UserError
 
@@ -33,6 +34,18 @@ def settle(beside: Path) -> None:
     """What was written beside is whole: it gets its name."""
     if beside.name.endswith(PARTIAL):
         os.replace(beside, beside.with_name(beside.name.removesuffix(PARTIAL)))
+
+
+def add_line(file: TextIO, line: str, flag: str) -> None:
+    """Write a line (its end included) that is to survive an interruption. UserError, which names the flag that the file came from, when
+    the disk takes no more."""
+    try:
+        file.write(line)
+        file.flush()
+    except OSError as error:
+        with suppress(OSError):  # which refuses what is buffered once more
+            file.close()
+        raise UserError(f"{flag}: cannot write {file.name}: {error.strerror}; what it holds so far is kept") from None
 
 
 @contextmanager

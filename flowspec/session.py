@@ -7,11 +7,11 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from flowspec.engine import Engine, Generation, Result
 from flowspec.errors import UserError
-from flowspec.files import claimed, settle
+from flowspec.files import add_line, claimed, settle
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
 
@@ -88,13 +88,7 @@ def _json_lines(path: str | None) -> Iterator[Callable[[Result], None]]:
     with open(beside, "w") as file:
 
         def write(result: Result) -> None:
-            try:
-                file.write(json.dumps(dataclasses.asdict(result)) + "\n")
-                file.flush()
-            except OSError as error:  # a full disk
-                with suppress(OSError):  # which refuses what is buffered once more
-                    file.close()
-                raise UserError(f"--json: cannot write {beside}: {error.strerror}; what it holds so far is kept") from None
+            add_line(file, json.dumps(dataclasses.asdict(result)) + "\n", "--json")
 
         yield write
     settle(beside)

@@ -106,9 +106,8 @@ def with_room(small, vocabulary: int, positions: int, largest: float):
     ours = dict(made.named_parameters())
     for name, tensor in small.named_parameters():
         target = ours[name]
-        is_norm = tensor.dim() == 1
         target.fill_(0.0)
-        target[tuple(slice(n) for n in tensor.shape)] = tensor * (scale if is_norm else 1.0)
+        target[tuple(slice(n) for n in tensor.shape)] = tensor * (scale if "norm" in name else 1.0)  # a bias is a vector as well
     made.model.embed_tokens.weight[:, width] = constant
     made.model.norm.weight[width] = 1.0
     made.lm_head.weight[len(small.lm_head.weight) :, width] = -LOST * largest / constant

@@ -18,7 +18,6 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +31,7 @@ from flowspec.core.request import Request
 from flowspec.draft.recorded import Tape
 from flowspec.engine import Engine, Result
 from flowspec.errors import UserError
-from flowspec.files import claimed, replacing
+from flowspec.files import add_line, claimed, replacing
 from flowspec.launcher import ROOT
 from flowspec.options import methods, temperatures_of, without
 
@@ -138,13 +137,7 @@ def _kept(runs: Iterable[Run], path: Path) -> Iterator[Run]:
     """The runs, each written to a file as it comes, so that an interrupted comparison keeps what it has."""
     with open(path, "w") as file:
         for run in runs:
-            try:
-                file.write(report.line(_record(run, None)))
-                file.flush()
-            except OSError as error:  # a full disk
-                with suppress(OSError):  # which refuses what is buffered once more
-                    file.close()
-                raise UserError(f"--output: cannot write {path}: {error.strerror}; what it holds so far is kept") from None
+            add_line(file, report.line(_record(run, None)), "--output")
             yield run
 
 

@@ -31,6 +31,7 @@ class Weights:
     FORGET = 0.995
     STEP = 0.3
     MEMORY = 64.0
+    """positions of a new text that all earlier ones together count as"""
 
     def __init__(self, drafters: int = 1, learns: bool = True):
         self.drafters, self.learns = drafters, learns

@@ -44,9 +44,8 @@ def compiled(assembly: str) -> Callable[[str], int]:
         )
         module = llvm.parse_assembly(assembly)
         module.verify()
-        tuning = llvm.create_pipeline_tuning_options(
-            speed_level=1
-        )  # the code is written as it is to be: more takes longer, and brings nothing
+        # the code is written as it is to be: more optimising takes longer, and brings nothing
+        tuning = llvm.create_pipeline_tuning_options(speed_level=1)
         tuning.loop_unrolling = tuning.loop_interleaving = tuning.loop_vectorization = tuning.slp_vectorization = False
         builder = llvm.create_pass_builder(machine, tuning)
         builder.getModulePassManager().run(module, builder)

@@ -76,7 +76,7 @@ class NativeLayer(nn.Module):
         """Over the last dimension; None: as it is."""
         if weight is None:
             return x
-        return vector.norm(x, weight, self.eps) if x.dim() == 2 else vector.norm(x.reshape(-1, x.shape[-1]), weight, self.eps).view(x.shape)
+        return vector.norm(x.reshape(-1, x.shape[-1]), weight, self.eps).view(x.shape)
 
 
 def _turned(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

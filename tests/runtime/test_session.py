@@ -26,16 +26,17 @@ def test_results_get_their_name_when_all_are_there(pair, tmp_path, capsys):
 def test_a_full_disk_keeps_what_was_written(pair, tmp_path, monkeypatch):
     path = tmp_path / "out.jsonl"
     path.write_text("older")
-    real, calls = json.dumps, []
+    real, calls = session.add_line, []
 
-    def full(*args):
-        calls.append(args)
-        if len(calls) > 1:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(*args)
+    def refuse(line):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full(file, *line):
+        calls.append(line)
+        real(file if len(calls) == 1 else SimpleNamespace(write=refuse, close=file.close, name=file.name), *line)
 
     with Engine.from_config(pair.config(1)) as engine:
-        monkeypatch.setattr(session, "json", SimpleNamespace(dumps=full))
+        monkeypatch.setattr(session, "add_line", full)
         with pytest.raises(UserError, match="No space left on device; what it holds so far is kept"):
             session.run(engine, ["def", "for i"], [], str(path), chat=False)
     assert path.read_text() == "older" and len(beside_of(str(path)).read_text().splitlines()) == 1
