@@ -138,7 +138,7 @@ def _launch(options: argparse.Namespace, argv: list[str]) -> int:
         check_reference(options.reference, manifest, config.dtype)
     check_writable(getattr(options, "json", None))
     check_writable(str(config.trace_path) if config.trace else None, "trace")
-    return launch(argv, manifest.num_stages + 1)
+    return launch(argv, manifest.topology.world_size)
 
 
 def _prompts(options: argparse.Namespace, path: Path, config: Config) -> list[str]:

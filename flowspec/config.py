@@ -20,6 +20,7 @@ import yaml
 from flowspec.core.cost import Emulate
 from flowspec.core.policy import METHODS, PolicyConfig, TreeConfig
 from flowspec.core.request import Sampling, need
+from flowspec.core.topology import Topology
 from flowspec.draft.config import DrafterConfig
 from flowspec.errors import UserError
 
@@ -107,10 +108,10 @@ class Config:
     def verifies_last(self) -> bool:
         return self.verify_on != "coordinator"
 
-    def head_ranks(self, stages: int) -> list[int]:
+    def head_ranks(self, topology: Topology) -> list[int]:
         """The ranks that load lm_head: where tokens are picked, and rank 0 if its drafter needs it."""
-        picking = stages if self.verifies_last else 0
-        return sorted({picking, 0}) if self.needs_lm_head else [picking]
+        picking = topology.last if self.verifies_last else topology.COORDINATOR
+        return sorted({picking, topology.COORDINATOR}) if self.needs_lm_head else [picking]
 
     def shared(self) -> dict[str, str]:
         """What must be equal on all ranks of a run: key -> value as text."""

@@ -127,7 +127,7 @@ class Engine:
     def __init__(self, config: Config, manifest: Manifest, transport: Transport, on_close: Sequence[Callable[[], None]] = ()):
         transport = shaped(transport, config.emulate)
         self.config, self.manifest, self._transport = config, manifest, transport
-        self.rank, self.world_size = transport.rank, transport.world_size
+        self.rank, self.topology = transport.rank, transport.topology
         self._on_close = list(on_close)
         self._requests = 0
         self.traced = config.trace is not None
@@ -153,21 +153,21 @@ class Engine:
         from flowspec.runtime.process import check_world, join_run
 
         rank = int(os.environ["RANK"])
-        world_size = Manifest.load(config.stages_path).num_stages + 1
-        check_world(world_size, config.emulate.shapes_links)
+        topology = Manifest.load(config.stages_path).topology
+        check_world(topology, config.emulate.shapes_links)
         manifest = check_run(config, [rank])
         set_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         warm_up(config, manifest, rank)
         takes_part = rank > 0 or not config.verifies_last
         facts = facts_of(config.shared(), manifest, dtype_name(config, manifest, rank) if takes_part else None)
-        transport, leave = join_run(world_size, facts, wire_limits(config, manifest), config.emulate)
+        transport, leave = join_run(topology, facts, wire_limits(config, manifest), config.emulate)
         return cls(config, manifest, transport, [leave])
 
     @classmethod
     def over_threads(cls, config: Config, manifest: Manifest) -> Engine:
         """Rank 0's engine with all stages as threads of this process."""
-        set_threads(config, manifest.num_stages + 1)
-        first, *others = inproc.ring(manifest.num_stages + 1)
+        set_threads(config, manifest.topology.world_size)
+        first, *others = inproc.ring(manifest.topology)
         stages = [threading.Thread(target=_stage_thread, args=(config, manifest, end, first), daemon=True) for end in others]
         for thread in stages:
             thread.start()
@@ -188,7 +188,7 @@ class Engine:
     def wait_until_loaded(self, show: Callable[[int, dict], None] = lambda rank, facts: None) -> None:
         """Until every stage holds its weights; `show(rank, {megabytes, seconds})` on the way, with `what` when it is done. RankLost
         when one stands still."""
-        waiting = self.world_size - 1
+        waiting = self.topology.stages
         while waiting:
             rank, message = receive(self._transport)
             show(rank, message.meta)
@@ -238,7 +238,7 @@ class Engine:
             if self.rank == 0:
                 if self._draft:
                     self._draft.close()
-                for rank in range(1, self.world_size):
+                for rank in self.topology.stage_ranks:
                     self._transport.send_control(rank, wire.STOP)
             self._transport.close()
             leaving, self._on_close = self._on_close, []
@@ -254,7 +254,7 @@ class Engine:
     def _write_trace(self) -> None:
         """The timeline of all requests so far, into the file that `trace` names."""
         path, spans, self._spans = self.config.trace_path, self._spans, []
-        facts = {"method": self.config.method, "stages": self.world_size - 1, "emulated": self.config.emulate.active}
+        facts = {"method": self.config.method, "stages": self.topology.stages, "emulated": self.config.emulate.active}
         trace.write(path, spans, facts)
         log.info("timeline written to %s", path)
 
@@ -266,13 +266,14 @@ class Engine:
     @property
     def dtype_name(self) -> str:
         """The computing dtype of the last stage."""
-        return dtype_name(self.config, self.manifest, self.manifest.num_stages)
+        return dtype_name(self.config, self.manifest, self.topology.last)
 
     @property
     def sums_in(self) -> str:
         """The dtype of rows and sums of the last stage, where `dtype_name` is that of its weights."""
-        stages, dtype = self.manifest.num_stages, compute_dtype(self.config, self.manifest, self.manifest.num_stages)
-        packs = packs_weights(read_config(self.manifest.folder(stages)), dtype, self.config.device_of(stages))
+        last = self.topology.last
+        dtype = compute_dtype(self.config, self.manifest, last)
+        packs = packs_weights(read_config(self.manifest.folder(last)), dtype, self.config.device_of(last))
         return "float32" if packs else self.dtype_name
 
     # ---- inside ------------------------------------------------------------------------------------
@@ -280,7 +281,7 @@ class Engine:
         config, manifest = self.config, self.manifest
         dtype, device, pulse = compute_dtype(config, manifest, 0), checked_device(config, 0), self._transport.pulses[0]
         pulse.at("loading the drafter")
-        head = load_head(manifest, 0, dtype, device) if 0 in config.head_ranks(manifest.num_stages) else None
+        head = load_head(manifest, 0, dtype, device) if 0 in config.head_ranks(manifest.topology) else None
         if head and config.deterministic:
             head.alone = True
         drafter = make_drafter(config.drafters, config.folder, manifest, head, dtype, device, lambda size: pulse.move())
@@ -301,7 +302,7 @@ class Engine:
         stats, ids, accepted = Stats(), [], 0
         stream = TextStream(self.text.tokenizer, stop, request.prompt)
         features = self._draft is not None and self._draft.features
-        policy = make_policy(config.method, config.tree, config.policy, self.manifest.num_stages, features)
+        policy = make_policy(config.method, config.tree, config.policy, self.topology.stages, features)
         tokens = self._driver.generate(request, policy, config.policy, stats, self.traced)
         try:
             for token in tokens:
@@ -341,7 +342,7 @@ class Engine:
             stage_overhead_ms=[report.overhead * 1000 / max(1, report.segments) for report in stages],
             costs=self._costs(stats, stages).to_json(),
             stage_peak_mb=[round(report.peak_mb, 1) for report in stages],
-            world_size=self.world_size,
+            world_size=self.topology.world_size,
             seed=request.sampling.seed or 0,
             temperature=request.sampling.temperature,
             emulated=config.emulate.active,
@@ -425,7 +426,7 @@ def _work(config: Config, manifest: Manifest, transport: Transport) -> None:
             transport.send_control(0, wire.loading(size / 1e6, said - begun))
 
     model = load_stage(manifest, rank, dtype, device, progress)
-    head = load_head(manifest, rank, dtype, device) if manifest.is_last(rank) and config.verifies_last else None
+    head = load_head(manifest, rank, dtype, device) if rank == manifest.topology.last and config.verifies_last else None
     size = model.size / 1e6
     if config.deterministic:
         model.compute_alone()

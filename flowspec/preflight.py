@@ -37,14 +37,13 @@ def check_run(config: Config, ranks: Sequence[int] | None = None) -> Manifest:
 
     `ranks` are those whose files lie on this machine; None: all of them."""
     manifest = Manifest.load(config.stages_path)
-    world_size = manifest.num_stages + 1
+    topology = manifest.topology
     devices = 1 if isinstance(config.device, str) else len(config.device)
-    need(
-        devices in (1, world_size), f"device lists {devices} ranks, the model is split for {world_size} (rank 0 and {manifest.num_stages})"
-    )
-    config.emulate.check_stages(manifest.num_stages)
-    ranks = range(world_size) if ranks is None else ranks
-    verify_files(manifest, ranks, lm_head=config.head_ranks(manifest.num_stages))
+    split = f"the model is split for {topology.world_size} (rank 0 and {topology.stages})"
+    need(devices in (1, topology.world_size), f"device lists {devices} ranks, {split}")
+    config.emulate.check_stages(topology.stages)
+    ranks = topology.ranks if ranks is None else ranks
+    verify_files(manifest, ranks, lm_head=config.head_ranks(topology))
     for rank in ranks:
         folder = manifest.folder(rank)
         check_same_model(manifest, read_config(folder), str(folder / CONFIG), AGAIN)

@@ -22,7 +22,7 @@ def show_loading(engine: Engine) -> None:
     def show(rank: int, facts: dict) -> None:
         size, seconds = facts["megabytes"], facts["seconds"]
         what = facts.get("what", "loading")
-        print(f"rank {rank} of {engine.world_size - 1}: {what}, {size:.1f} MB in {seconds:.1f} s", file=sys.stderr, flush=True)
+        print(f"rank {rank} of {engine.topology.last}: {what}, {size:.1f} MB in {seconds:.1f} s", file=sys.stderr, flush=True)
 
     engine.wait_until_loaded(show)
 

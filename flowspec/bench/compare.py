@@ -68,7 +68,7 @@ class Run(NamedTuple):
 
 def compare(engine: Engine, prompts: Sequence[str], options: argparse.Namespace) -> bool:
     """Run, predict, print, write; False if two methods wrote different tokens."""
-    config, stages = engine.config, engine.world_size - 1
+    config, stages = engine.config, engine.topology.stages
     temperatures = temperatures_of(options, config)
     if options.sweep:
         check_simulable(config)

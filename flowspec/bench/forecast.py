@@ -85,7 +85,7 @@ class Target:
     """The target as one, out of the files of its stages: what it makes of a text that is known."""
 
     def __init__(self, manifest: Manifest):
-        self._parts = [stage.load_stage(manifest, rank, torch.float32, "cpu") for rank in range(1, manifest.num_stages + 1)]
+        self._parts = [stage.load_stage(manifest, rank, torch.float32, "cpu") for rank in manifest.topology.stage_ranks]
 
     def features(self, tokens: Sequence[int]) -> Tensor:
         """[len(tokens), hidden], behind the final norm."""

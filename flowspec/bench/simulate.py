@@ -116,7 +116,7 @@ def _split_stages(config: Config, options: argparse.Namespace) -> int:
     from flowspec.models.manifest import Manifest
 
     need(config.stages_path.exists() or not options.synthetic, "--synthetic without a split model: say how many --stages")
-    return Manifest.load(config.stages_path).num_stages
+    return Manifest.load(config.stages_path).topology.stages
 
 
 def _choices(text: str) -> list[str]:

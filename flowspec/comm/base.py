@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from flowspec.core.topology import Topology
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Message:
@@ -143,7 +145,7 @@ class Transport(Protocol):
     """One rank's end of the ring. Items of the inbox are (sender's rank, Message)."""
 
     rank: int
-    world_size: int
+    topology: Topology
     inbox: Inbox
     pulses: list[Pulse]
     """by rank: this rank's own, and what is known here of the others'"""

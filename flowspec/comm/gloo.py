@@ -18,6 +18,7 @@ from flowspec.comm.base import Inbox, Lost, Message, Pulse
 from flowspec.comm.codec import HEADER, Limit, Limits, decode, encode, payload_size
 from flowspec.comm.shaped import Arrivals
 from flowspec.core.cost import Emulate
+from flowspec.core.topology import Topology
 
 FOREVER = datetime.timedelta(days=30)
 _BYE = Message("bye")
@@ -91,13 +92,14 @@ class GlooTransport:
     limits: what messages of each kind can hold; emulate: what links may delay; pulses: those that the heartbeat keeps."""
 
     def __init__(self, lost: Lost, limits: Limits, emulate: Emulate, pulses: list[Pulse], still: float):
-        self.rank, self.world_size, self.pulses, self.still = dist.get_rank(), dist.get_world_size(), pulses, still
+        self.rank, self.topology = dist.get_rank(), Topology.of_world(dist.get_world_size())
+        self.pulses, self.still = pulses, still
         self.inbox = Inbox()
         self._closing = False
         self._lost_peer = lost
         ring, control = (dist.new_group(backend="gloo", timeout=FOREVER) for _ in range(2))
-        after, before = (self.rank + 1) % self.world_size, (self.rank - 1) % self.world_size
-        peers = range(1, self.world_size) if self.rank == 0 else [0]
+        after, before = self.topology.next(self.rank), self.topology.previous(self.rank)
+        peers = self.topology.control_peers(self.rank)
         limits = {**limits, _BYE.kind: _BYE_LIMIT}
         links = [(before, ring, False), *((peer, control, True) for peer in peers)]
         self._receivers = [

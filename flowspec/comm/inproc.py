@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from flowspec.comm.base import DUE, STILL, Clock, Inbox, Message, Pulse
+from flowspec.core.topology import Topology
 
 
 class InprocTransport:
-    """One end of a ring of threads; `ring(world_size)` makes all of them."""
+    """One end of a ring of threads; `ring(topology)` makes all of them."""
 
     still = STILL
 
     def __init__(self, rank: int, inboxes: list[Inbox], pulses: list[Pulse]):
-        self.rank, self.world_size, self.pulses = rank, len(inboxes), pulses
+        self.rank, self.topology, self.pulses = rank, Topology.of_world(len(inboxes)), pulses
         self.inbox, self._inboxes = inboxes[rank], inboxes
 
     def send_next(self, message: Message) -> None:
-        self._inboxes[(self.rank + 1) % self.world_size].put((self.rank, message), due=message.meta.pop(DUE, 0.0))
+        self._inboxes[self.topology.next(self.rank)].put((self.rank, message), due=message.meta.pop(DUE, 0.0))
 
     def send_control(self, to: int, message: Message) -> None:
         self._inboxes[to].put((self.rank, message), urgent=True, due=message.meta.pop(DUE, 0.0))
@@ -24,6 +25,6 @@ class InprocTransport:
         """Nothing to stop: there are no threads and no sockets."""
 
 
-def ring(world_size: int, clock: Clock | None = None) -> list[InprocTransport]:
-    inboxes, pulses = [Inbox(clock) for _ in range(world_size)], [Pulse() for _ in range(world_size)]
-    return [InprocTransport(rank, inboxes, pulses) for rank in range(world_size)]
+def ring(topology: Topology, clock: Clock | None = None) -> list[InprocTransport]:
+    inboxes, pulses = [Inbox(clock) for _ in topology.ranks], [Pulse() for _ in topology.ranks]
+    return [InprocTransport(rank, inboxes, pulses) for rank in topology.ranks]

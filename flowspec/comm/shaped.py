@@ -58,10 +58,10 @@ class ShapedTransport:
 
     def __init__(self, inner: Transport, emulate: Emulate):
         self._inner = inner
-        self.rank, self.world_size, self.inbox = inner.rank, inner.world_size, inner.inbox
+        self.rank, self.topology, self.inbox = inner.rank, inner.topology, inner.inbox
         self.pulses, self.still = inner.pulses, inner.still
         self._next = _Link(emulate, inner.inbox.clock)
-        self._control = {to: _Link(emulate, inner.inbox.clock) for to in (range(1, self.world_size) if self.rank == 0 else [0])}
+        self._control = {to: _Link(emulate, inner.inbox.clock) for to in self.topology.control_peers(self.rank)}
 
     def send_next(self, message: Message) -> None:
         self._inner.send_next(self._next.due(message))

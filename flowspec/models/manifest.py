@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from flowspec.core.topology import Topology
 from flowspec.errors import UserError
 
 FORMAT = 1
@@ -72,8 +73,9 @@ class Manifest:
     root: Path = field(default=Path(), compare=False)
 
     @property
-    def num_stages(self) -> int:
-        return len(self.ranks) - 1
+    def topology(self) -> Topology:
+        """Of a run of the split model."""
+        return Topology.of_world(len(self.ranks))
 
     def folder(self, rank: int) -> Path:
         """Where this rank's config.json lies, and on rank 0 the tokenizer."""
@@ -81,14 +83,6 @@ class Manifest:
 
     def path(self, entry: FileEntry | RankEntry) -> Path:
         return self.root / entry.file
-
-    def is_first(self, rank: int) -> bool:
-        """Holds the embedding. With one stage, rank 1 is first and last."""
-        return rank == 1
-
-    def is_last(self, rank: int) -> bool:
-        """Holds the final norm."""
-        return rank == self.num_stages
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Manifest:
@@ -102,12 +96,6 @@ class Manifest:
         path = Path(path)
         path = path / FILE_NAME if path.is_dir() else path
         _replace_text(path, yaml.safe_dump(_plain(self), sort_keys=False, width=1000))
-
-
-def role_of(rank: int, num_stages: int) -> str:
-    if rank == 0:
-        return "coordinator"
-    return "last" if rank == num_stages else "first" if rank == 1 else "stage"
 
 
 # ---- YAML ------------------------------------------------------------------------------------------

@@ -27,11 +27,12 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NoReturn
 
+from flowspec.core.topology import Topology
 from flowspec.errors import UserError
 from flowspec.models.families import CONFIG, EMBEDDING, HEAD, NORM, layer_of, layer_tensors, read_config
 from flowspec.models.fingerprint import embedding_hash
 from flowspec.models.hub import COORDINATOR_FILES, MODEL_FILES, local_folder
-from flowspec.models.manifest import CACHE_NAME, FILE_NAME, FileEntry, Manifest, RankEntry, role_of
+from flowspec.models.manifest import CACHE_NAME, FILE_NAME, FileEntry, Manifest, RankEntry
 from flowspec.models.weights import (
     CHUNK,
     CONVERTED,
@@ -260,7 +261,7 @@ class Job:
             self.progress.percent(self.done / self.total)
 
     def _rank(self, folder: Path, rank: int, head: FileEntry) -> RankEntry:
-        name, role = rank_name(rank), role_of(rank, len(self.ranges))
+        name, role = rank_name(rank), Topology(len(self.ranges)).role(rank)
         weights = self._tensors(folder, f"{name}/{MODEL}", self.stages[rank - 1] if rank else [])
         own_head = head if rank == 0 else linked(folder, head, f"{name}/{LM_HEAD}") if role == "last" else None
         layers = self.ranges[rank - 1] if rank else (0, 0)

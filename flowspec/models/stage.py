@@ -282,9 +282,9 @@ def load_stage(
     manifest: Manifest, rank: int, dtype: torch.dtype, device: str, progress: Callable[[int], None] = lambda size: None
 ) -> StageModel:
     """The layers of one rank of a split model; `progress(bytes)` after each tensor, in bytes as computed with."""
-    config, entry = read_config(manifest.folder(rank)), manifest.ranks[rank]
+    config, entry, ring = read_config(manifest.folder(rank)), manifest.ranks[rank], manifest.topology
     path = manifest.path(entry)
-    model = StageModel(config, entry.num_layers, manifest.is_first(rank), manifest.is_last(rank))
+    model = StageModel(config, entry.num_layers, rank == ring.FIRST, rank == ring.last)
     tensors = module_tensors(TensorFile(path), family_of(config), entry.layers[0], stored_as(dtype))
     return model.load(_counted(tensors, progress), device, str(path), dtype)
 

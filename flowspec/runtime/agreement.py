@@ -16,6 +16,7 @@ from importlib import metadata
 import torch.distributed as dist
 
 from flowspec.core.request import need
+from flowspec.core.topology import Topology
 from flowspec.errors import UserError
 from flowspec.models.manifest import Manifest, RankEntry
 from flowspec.runtime.wire import FORMAT
@@ -53,12 +54,12 @@ def _digest(rank: RankEntry) -> str:
     return hashlib.sha256(repr([(f.file, f.bytes, f.sha256) for f in files]).encode()).hexdigest()[:SHORT]
 
 
-def agree(store: dist.Store, rank: int, world_size: int, facts: Facts, name: Callable[[int], str]) -> None:
+def agree(store: dist.Store, topology: Topology, rank: int, facts: Facts, name: Callable[[int], str]) -> None:
     """UserError, the same on every rank, unless all ranks of the run tell the same facts. `name` is how a rank is called in it."""
     store = dist.PrefixStore("flowspec/agreement", store)
     store.set(str(rank), json.dumps(facts))
     told: list[Facts] = []
-    for other in range(world_size):
+    for other in topology.ranks:
         try:
             store.wait([str(other)], PATIENCE)
         except RuntimeError:  # DistStoreError is one
@@ -70,7 +71,7 @@ def agree(store: dist.Store, rank: int, world_size: int, facts: Facts, name: Cal
     store.set(f"heard/{rank}", "")
     if rank == 0:  # the store may live as long as this process: the others are to hear all of it
         with contextlib.suppress(RuntimeError):
-            store.wait([f"heard/{other}" for other in range(world_size)], PATIENCE)
+            store.wait([f"heard/{other}" for other in topology.ranks], PATIENCE)
     raise UserError(difference)
 
 

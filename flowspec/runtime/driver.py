@@ -96,7 +96,7 @@ class Driver:
         self, transport: Transport, draft: DraftThread | None, vocabulary: int, head: Head | None = None, hidden_scale: float = 1.0
     ):
         self._transport, self._thread, self._head, self._vocabulary = transport, draft, head, vocabulary
-        self._clock = transport.inbox.clock
+        self._topology, self._clock = transport.topology, transport.inbox.clock
         self._hidden_scale = hidden_scale  # of emulated links, for the bytes in a trace
         self.forget()
 
@@ -169,7 +169,7 @@ class Driver:
                 if self._log.on:
                     self._fates.sent(action.ids, action.parents)
             elif isinstance(action, Prune):
-                for rank in range(1, self._transport.world_size):
+                for rank in self._topology.stage_ranks:
                     self._transport.send_control(rank, wire.prune(request.id, action))
             elif isinstance(action, Draft) and self._draft:
                 self._draft.draft(request, action)
@@ -235,7 +235,7 @@ class Driver:
 
     def _prompt_features(self, message: Message) -> None:
         assert self._draft is not None, "features that nobody asked for"
-        self._log.arrived(message, self._transport.world_size - 1, 0, self._transport.inbox.since, self._clock.now(), None)
+        self._log.arrived(message, self._topology.last, 0, self._transport.inbox.since, self._clock.now(), None)
         self._draft.learn(message.tensors[0])
 
     def _returned(self, request: Request, message: Message) -> Returned:
@@ -253,7 +253,7 @@ class Driver:
             came = tuple(message.tensors[0].tolist())
         choices = _Choices(picks)
         choices.looked_up = self._picks
-        self._log.arrived(message, self._transport.world_size - 1, 0, self._transport.inbox.since, self._clock.now(), came)
+        self._log.arrived(message, self._topology.last, 0, self._transport.inbox.since, self._clock.now(), came)
         return Returned(number, tuple(picks), choices)
 
     def _to_pick(self, request: Request, head: Head, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Picks:
@@ -267,12 +267,11 @@ class Driver:
     # ---- the end -----------------------------------------------------------------------------------
     def _end(self, request: Request) -> None:
         """Stages forget the request; rows of it that are still on their way are dropped where they arrive."""
-        for rank in range(1, self._transport.world_size):
+        for rank in self._topology.stage_ranks:
             self._transport.send_control(rank, wire.end(request.id))
 
     def _await_reports(self, request: Request, stats: Stats) -> None:
-        stages = range(1, self._transport.world_size)
-        while len(stats.reports) < len(stages):
+        while len(stats.reports) < self._topology.stages:
             item = receive(self._transport)
             if not isinstance(item, Local) and item[1].kind == "report" and item[1].meta["request"] == request.id:
                 stats.reports[item[0]] = wire.read_report(item[1])
@@ -284,10 +283,10 @@ class Driver:
         """Each rank's clock minus ours, by the quickest of a few questions (Cristian 1989): off by half its way there and back at most."""
         best: dict[int, tuple[float, float]] = {}
         for _ in range(QUESTIONS):
-            for rank in range(1, self._transport.world_size):
+            for rank in self._topology.stage_ranks:
                 self._transport.send_control(rank, wire.ping())
             answers = 0
-            while answers < self._transport.world_size - 1:
+            while answers < self._topology.stages:
                 item = receive(self._transport)
                 if not isinstance(item, Local) and item[1].kind == "pong":
                     sent, clock, now = item[1].meta["sent"], item[1].meta["clock"], self._clock.now()

@@ -23,6 +23,7 @@ from flowspec.comm.gloo import FOREVER, GlooTransport
 from flowspec.comm.heartbeat import Heartbeat
 from flowspec.core.cost import Emulate
 from flowspec.core.request import need
+from flowspec.core.topology import Topology
 from flowspec.errors import RankLost, UserError
 from flowspec.runtime.agreement import Facts, agree
 
@@ -69,12 +70,12 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def check_world(world_size: int, one_clock: bool) -> None:
+def check_world(topology: Topology, one_clock: bool) -> None:
     """UserError when torchrun started another number of ranks than the model was split for, or on several machines what needs one clock."""
-    started, stages = int(os.environ["WORLD_SIZE"]), world_size - 1
+    started, world_size = int(os.environ["WORLD_SIZE"]), topology.world_size
     need(
         started == world_size,
-        f"wrong world size: the model is split for {world_size} ranks (rank 0 and {stages} stages), torchrun started {started}",
+        f"wrong world size: the model is split for {world_size} ranks (rank 0 and {topology.stages} stages), torchrun started {started}",
     )
     here = int(os.environ.get("LOCAL_WORLD_SIZE", started))
     need(
@@ -83,7 +84,7 @@ def check_world(world_size: int, one_clock: bool) -> None:
     )
 
 
-def join_run(world_size: int, facts: Facts, limits: Limits, emulate: Emulate) -> tuple[GlooTransport, Callable[[], None]]:
+def join_run(topology: Topology, facts: Facts, limits: Limits, emulate: Emulate) -> tuple[GlooTransport, Callable[[], None]]:
     """Connect to the other ranks; the transport, and what to call after it was closed.
 
     RankLost when one of them does not come in time, UserError when they do not run what this one runs: `facts`, as
@@ -91,24 +92,24 @@ def join_run(world_size: int, facts: Facts, limits: Limits, emulate: Emulate) ->
     need({"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys(), "MASTER_ADDR and MASTER_PORT say where ranks meet: start them by torchrun")
     if os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost", "::1"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")  # listen on loopback only
-    rank, pulses, pace = int(os.environ["RANK"]), [Pulse() for _ in range(world_size)], _pace()
+    rank, pulses, pace = int(os.environ["RANK"]), [Pulse() for _ in topology.ranks], _pace()
     with _Connecting(_seconds_to_connect()) as connecting:
-        store, another = _stores(rank, world_size)
+        store, another = _stores(rank, topology.world_size)
         heartbeat = Heartbeat(another, rank, pulses, lambda r, why: _mourn(heartbeat, rank, r, why, hung=True), **pace)
         heartbeat.announce()
         heartbeat.start(connecting.awaits)  # from here on a rank that fails to connect is noticed
         try:
-            agree(store, rank, world_size, facts, lambda r: rank_name(r, heartbeat.host(r)))
+            agree(store, topology, rank, facts, lambda r: rank_name(r, heartbeat.host(r)))
         except UserError:
             heartbeat.stop()  # the others leave by themselves: nobody is to be called lost
             raise
         pulses[rank].at(CONNECTING)
         connecting.to = lambda: _unconnected(heartbeat, pulses, rank)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=FOREVER)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=topology.world_size, timeout=FOREVER)
         lost = lambda r, why: _mourn(heartbeat, rank, r, why, hung=False)  # noqa: E731
         transport = GlooTransport(lost, limits, emulate, pulses, pace.get("still", STILL))
         pulses[rank].at()
-    log.info("joined a run of %d ranks as %s", world_size, rank_name(rank, socket.gethostname()))
+    log.info("joined a run of %d ranks as %s", topology.world_size, rank_name(rank, socket.gethostname()))
 
     def depart() -> None:
         heartbeat.stop()

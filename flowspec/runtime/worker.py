@@ -101,8 +101,8 @@ class Worker:
 
     def __post_init__(self) -> None:
         self._clock = self.transport.inbox.clock
-        self._is_first = self.transport.rank == 1
-        self._is_last = self.transport.rank == self.transport.world_size - 1
+        rank, topology = self.transport.rank, self.transport.topology
+        self._is_first, self._is_last = rank == topology.FIRST, rank == topology.last
         self._pulse = self.transport.pulses[self.transport.rank]
         self._meter = Meter()
         self._live: dict[int, _Live] = {}

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import yaml
 
 from flowspec.config import load_config
+from flowspec.core.topology import Topology
 from flowspec.errors import UserError
 from flowspec.models.manifest import Manifest
 from flowspec.preflight import check_run
@@ -72,7 +73,7 @@ def test_every_rank_says_the_same_through_the_store(pair):
 
     def join(rank):
         try:
-            agree(store, rank, 3, told[rank], name)
+            agree(store, Topology(2), rank, told[rank], name)
         except UserError as error:
             said[rank] = str(error)
 
@@ -88,7 +89,7 @@ def test_every_rank_says_the_same_through_the_store(pair):
 def test_a_rank_that_tells_nothing_is_named(pair, monkeypatch):
     monkeypatch.setattr(agreement, "PATIENCE", timedelta(seconds=0.05))
     with pytest.raises(UserError, match=r"rank 1 \(HOST\) does not tell which model"):
-        agree(dist.HashStore(), 0, 2, facts(pair), name)
+        agree(dist.HashStore(), Topology(1), 0, facts(pair), name)
 
 
 @pytest.mark.parametrize("text", ["", "3", "[]", '{"split": 1}', '{"split": {"layers": 4}}', "[" * 100_000])
@@ -96,7 +97,7 @@ def test_a_rank_that_tells_something_else_is_named(pair, text):
     store = dist.HashStore()
     dist.PrefixStore("flowspec/agreement", store).set("1", text)
     with pytest.raises(UserError, match=r"rank 1 \(HOST\) tells something else"):
-        agree(store, 0, 2, facts(pair), name)
+        agree(store, Topology(1), 0, facts(pair), name)
 
 
 @pytest.mark.parametrize("field,value", [("hidden_size", 64), ("model_type", "mistral"), ("vocab_size", 321), ("max_positions", 99)])

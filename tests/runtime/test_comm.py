@@ -28,6 +28,7 @@ from flowspec.core.cost import Emulate
 from flowspec.core.messages import FRAME_BYTES, PREFILL_ROWS, Prune, Segment, Started
 from flowspec.core.policy import PolicyConfig
 from flowspec.core.request import Request, Sampling
+from flowspec.core.topology import Topology
 from flowspec.errors import RankLost, UserError
 from flowspec.runtime import process, waiting, wire
 from flowspec.runtime.process import check_world
@@ -280,9 +281,9 @@ def control_and_back(t) -> list:
         [(source, m)] = receive(t, 1)
         t.send_control(0, Message("answer", {"to": m.meta["question"], "by": t.rank}, m.tensors))
         return [source, m.kind]
-    for rank in range(1, t.world_size):
+    for rank in t.topology.stage_ranks:
         t.send_control(rank, Message("question", {"question": rank * 11}, (torch.arange(rank),)))
-    return sorted([source, m.meta["to"], m.meta["by"], m.tensors[0].tolist()] for source, m in receive(t, t.world_size - 1))
+    return sorted([source, m.meta["to"], m.meta["by"], m.tensors[0].tolist()] for source, m in receive(t, t.topology.stages))
 
 
 def overtaken(t) -> list:
@@ -305,7 +306,7 @@ SCENARIOS = {f.__name__: f for f in (in_order, big, every_tensor, control_and_ba
 
 def over_threads(scenario: str, emulate: Emulate | None) -> list:
     before = set(threading.enumerate())
-    ends: list = list(inproc.ring(WORLD))
+    ends: list = list(inproc.ring(Topology.of_world(WORLD)))
     ends = [ShapedTransport(end, emulate) for end in ends] if emulate else ends
     seen: list = [None] * WORLD
 
@@ -410,7 +411,7 @@ def test_a_frame_weighs_about_what_is_sent_beside_the_tensors():
 
 
 def test_only_a_network_that_is_emulated_is_shaped():
-    [end] = inproc.ring(1)
+    [end] = inproc.ring(Topology(0))
     assert shaped(end, Emulate(stage_ms=5.0)) is end
     wrapped = shaped(end, Emulate(link_ms=0.1))
     assert isinstance(wrapped, ShapedTransport)
@@ -419,7 +420,7 @@ def test_only_a_network_that_is_emulated_is_shaped():
 
 def test_no_message_arrives_before_its_time_nor_out_of_order():
     emulate = Emulate(link_ms=20.0, link_mbps=8.0, hidden_scale=3.0)  # 1000 bytes a millisecond
-    first, second = inproc.ring(2)
+    first, second = inproc.ring(Topology(1))
     end = ShapedTransport(first, emulate)
     sizes = [10_000, 0, 4_000, 20_000]
     begun = time.monotonic()
@@ -451,7 +452,7 @@ def test_a_time_from_the_wire_hides_no_message():
 
 def test_what_an_emulated_link_asks_for_is_what_it_gets():
     emulate = Emulate(link_ms=20.0, link_mbps=8.0)
-    first, second = inproc.ring(2)
+    first, second = inproc.ring(Topology(1))
     end, arrivals = ShapedTransport(first, emulate), Arrivals(emulate)
     for _ in range(20):  # faster than the link carries them
         end.send_next(Message("any", {}, (torch.zeros(1000, dtype=torch.uint8),)))
@@ -606,7 +607,7 @@ def test_a_process_id_that_somebody_else_wrote_into_the_store_is_not_killed(slee
 # ---- waiting ---------------------------------------------------------------------------------------
 def test_rank_0_waits_for_a_stage_that_moves_and_names_one_that_stands_still(monkeypatch):
     monkeypatch.setattr(waiting, "_LOOK", 0.02)
-    ends = inproc.ring(3)
+    ends = inproc.ring(Topology(2))
     for end in ends:
         end.still = 0.3
     ends[0].inbox.put("here")
@@ -746,9 +747,9 @@ if __name__ == "__main__":
 def test_emulated_links_need_one_clock(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    check_world(3, one_clock=False)
+    check_world(Topology(2), one_clock=False)
     with pytest.raises(UserError, match=r"emulate.link_ms.*1 of 3 are not"):
-        check_world(3, one_clock=True)
+        check_world(Topology(2), one_clock=True)
 
 
 def test_an_item_is_not_seen_before_it_is_due_and_control_that_is_due_leaves_first():

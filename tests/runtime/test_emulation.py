@@ -15,6 +15,7 @@ from flowspec.core.cost import Emulate
 from flowspec.core.messages import FRAME_BYTES, Commit, Draft, Drafted, DraftNode, Proposal, Prune, Woke
 from flowspec.core.policy import PolicyConfig
 from flowspec.core.request import Request, Sampling
+from flowspec.core.topology import Topology
 from flowspec.engine import Engine
 from flowspec.models.manifest import Manifest
 from flowspec.models.stage import ALWAYS, StageModel, load_stage
@@ -151,7 +152,7 @@ class Checks:
 
     def links_are_charged(model):
         clock = VirtualClock()
-        first, second = inproc.ring(2, clock)
+        first, second = inproc.ring(Topology(1), clock)
         end = ShapedTransport(first, Emulate(link_ms=20.0, link_mbps=8.0, hidden_scale=3.0))  # 1000 bytes a millisecond
         begun, due = clock.now(), []
         for elements, numbers in ((1000, 0), (0, 0), (500, 1000)):
