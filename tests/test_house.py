@@ -116,6 +116,13 @@ def test_the_core_is_pure(path):
         assert top in {"numpy", "flowspec"} or top in sys.stdlib_module_names, f"{name_of(path)} imports {name}"
 
 
+def test_the_number_of_ranks_is_reckoned_with_in_one_place():
+    """core/topology.py says who is first, last and next; nobody else adds to, or counts up to, a number of stages or ranks."""
+    sums = re.compile(r"world_size *[-+%]|[-+] *world_size|(num_)?stages *[-+] *1\b|range\(1, .*(stages|ranks|world)")
+    found = [path for path in PACKAGE if name_of(path) != "flowspec/core/topology.py" and sums.search(path.read_text())]
+    assert not found, [name_of(path) for path in found]
+
+
 def test_torch_distributed_appears_where_ranks_meet_and_nowhere_else():
     found = set()
     for path in PACKAGE:

@@ -23,6 +23,7 @@ from flowspec.bench.forecast import PAPER, SIMULATED, Forecaster, Models, check_
 from flowspec.config import Config, load_config
 from flowspec.core.costs import Costs, merged, read
 from flowspec.core.request import Request, Sampling, need
+from flowspec.core.topology import Topology
 from flowspec.draft.config import DrafterConfig
 from flowspec.errors import UserError
 from flowspec.files import replacing
@@ -59,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         same = cell.config.policy.coupled == config.policy.coupled or not is_taped(config)
         need(same, "--vary: drafts are remembered with the target's noise or without; run another simulation for policy.coupled")
         need(
-            costs is not None or all(emulate.stage_seconds(stage, 1) > 0 for stage in range(1, cell.stages + 1)),
+            costs is not None or all(emulate.stage_seconds(stage, 1) > 0 for stage in Topology(cell.stages).stage_ranks),
             "simulate needs the devices' times: give emulate.stage_ms, as configs/devices/ do, above 0 for each stage, or --costs FILE",
         )
         for found in costs.values() if costs else ():

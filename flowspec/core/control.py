@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flowspec.core.ring import Ring
+from flowspec.core.topology import Topology
 
 
 class Stretch:
@@ -180,7 +181,7 @@ class Controller:
     @property
     def lap(self) -> float:
         """Seconds that the root alone needs for the round: a token's, without speculation, by these costs."""
-        return self._priced().round + (self._stages + 1) * self._ring.known_hop
+        return self._priced().round + Topology(self._stages).hops * self._ring.known_hop
 
     # ---- whether to speculate ----------------------------------------------------------------------
     @property

@@ -6,7 +6,7 @@ id is used twice in a request. The root is the newest known token that has not b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,6 +30,13 @@ class Segment(NamedTuple):
     ids: tuple[int, ...]
     parents: tuple[int, ...]
     tokens: tuple[int, ...]
+
+    def only(self, kept: Sequence[int]) -> Segment:
+        """The part at these indices."""
+        if len(kept) == len(self.ids):
+            return self
+        ids, parents, tokens = (tuple(column[k] for k in kept) for column in self[1:])
+        return Segment(self.number, ids, parents, tokens)
 
 
 class Prune(NamedTuple):

@@ -21,6 +21,7 @@ from flowspec.core.learnt import Learnt
 from flowspec.core.messages import KEPT, Drafted
 from flowspec.core.request import Request, need
 from flowspec.core.score import Scorer
+from flowspec.core.topology import Topology
 from flowspec.core.tree import Node, TokenTree
 
 METHODS = ("ar", "serial", "naive", "pruned", "pipedec", "flowspec")
@@ -377,7 +378,7 @@ class PipeDec(_Attached):
     with it are at most 1 + S * width nodes; a budget below that narrows the layers. `segment` is the width."""
 
     def __init__(self, config: TreeConfig, stages: int, just_in_time: bool):
-        self.credits = stages + 1
+        self.credits = Topology(stages).hops
         self.just_in_time = just_in_time
         self.width = config.segment or 16
         self.top_k = config.top_k or 16
@@ -428,7 +429,7 @@ def make_policy(method: str, tree: TreeConfig, switches: PolicyConfig, stages: i
         return PipeDec(tree, stages, switches.just_in_time)
     if method == "ar":
         return Rounds(dataclasses.replace(tree, budget=1), pieces=1)
-    return Rounds(tree, pieces={"serial": 1, "naive": stages + 1, "pruned": stages + 1}[method], pruning=method == "pruned")
+    return Rounds(tree, pieces=1 if method == "serial" else Topology(stages).hops, pruning=method == "pruned")
 
 
 def best_first(node: Node) -> tuple[float, int]:

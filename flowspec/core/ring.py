@@ -51,7 +51,7 @@ class Ring:
         sent_at = self.waiting.pop(event.number, None)
         if sent_at is None:  # it came back before this news did
             return
-        self.hop = min(self.hop, (now - sent_at - event.waited) / 2)
+        self.hop = max(0.0, min(self.hop, (now - sent_at - event.waited) / 2))  # whatever a stage says of its wait
         # the slowest stage or link sets the pace: what leaves sooner would only wait there
         self.free_at = now + (max(event.expected, self._pace(event.rows)) if event.rows else 0.0) - self.known_hop
 

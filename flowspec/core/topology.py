@@ -38,6 +38,11 @@ class Topology:
         return range(self.FIRST, self.world_size)
 
     @property
+    def hops(self) -> int:
+        """Of a message that goes once round the ring."""
+        return self.world_size
+
+    @property
     def last(self) -> int:
         """The stage that holds the last layers and the final norm."""
         return self.stages

@@ -6,7 +6,7 @@ The layers, rotary embedding and norms are transformers' own classes; rows, posi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flowspec.core.messages import PREFILL_ROWS, Prune
 from flowspec.core.request import need
-from flowspec.core.stage import Admitted, Gather, StageState, Waiting
+from flowspec.core.stage import Admitted, StageState, Waiting
 from flowspec.errors import UserError
 from flowspec.models import attention, jit, kernels, native, vector
 from flowspec.models.attention import Seen
@@ -141,62 +141,33 @@ class Tapped(NamedTuple):
     """[n, layers * hidden]"""
 
 
-class Sequence:
-    """One request in one model: the books and the cache, moved together. Features are left on the model's device, where they may
-    still be computed, or wanted `to_host`: a forward then ends when they are there.
+class Cached:
+    """The rows of one request in one model. Which row holds what is the caller's to know (core/stage.py).
+
+    Features are left on the model's device, where they may still be computed, or wanted `to_host`: a forward then ends when they are there.
 
     taps: layers of this model (0 its first) whose inputs are wanted of every token that becomes text."""
 
     def __init__(self, model: StageModel, to_host: bool = False, taps: Seq[int] = ()):
-        self.model, self.state, self.cache = model, StageState(), RowCache()
-        self._to_host = to_host
-        self._due: list[Gather] | None = None  # moves of rows that must wait for the forward under way
-        self._taps, self._waiting = taps, Waiting[Tensor]()
+        self.model, self.cache = model, RowCache()
+        self._to_host, self._taps = to_host, taps
+        self._waiting = Waiting[Tensor]()
         self._entered: Tensor | None = None  # the taps of the last forward
         self.model_cpu = 0.0
         """CPU seconds that this thread spent in the model"""
 
-    def prefill(self, rows: Tensor, needed: Needed = ALWAYS) -> Tensor:
-        """Prompt rows (tokens or features [n, hidden]) through the model; features [n, hidden]. `needed` hears of each layer."""
-        return self._whole(rows, self.state.extend(len(rows)), needed)
+    def forward(self, rows: Tensor, admitted: Admitted, needed: Needed = ALWAYS, ids: Seq[int] | None = None) -> Tensor | None:
+        """These rows (tokens, or features [n, hidden]) through the model: features [n, hidden], or None once they are not `needed`.
 
-    def verify(
-        self, ids: list[int], parents: list[int], rows: Tensor, drop: bool = True, needed: Needed = ALWAYS
-    ) -> tuple[list[int], np.ndarray, Tensor | None]:
-        """Tree rows through the model: which were worth it (n indices; all, unless `drop`), their positions [n], their
-        features [n, hidden], None if they were not `needed` any more before the last layer."""
-        admitted = self.state.admit(ids, parents, drop)
-        if not admitted.kept:
-            return [], admitted.positions, rows[:0]
-        rows = rows if len(admitted.kept) == len(ids) else rows[admitted.kept]
-        out = self._forward(rows, admitted, needed, alone=True)
-        if self._entered is not None:
-            self._waiting.hold((ids[k] for k in admitted.kept), self._entered)
-        return admitted.kept, admitted.positions, out
-
-    def extend_and_verify(self, rows: Tensor, at: int, ids: list[int], parents: list[int]) -> tuple[np.ndarray, Tensor]:
-        """In one forward m rows of committed tokens, at the positions from `at` on, and behind them n tree rows that are all worth it.
-
-        rows: [m + n, hidden]; positions [m + n] and features [m + n, hidden] of all of them."""
-        admitted = self.state.extend(len(rows) - len(ids), at).then(self.state.admit(ids, parents))
-        assert len(admitted.kept) == len(rows), "a row that is not worth it"
-        return admitted.positions, self._whole(rows, admitted)
-
-    def _whole(self, rows: Tensor, admitted: Admitted, needed: Needed = ALWAYS) -> Tensor:
-        out = self._forward(rows, admitted, needed)
-        assert out is not None
-        return out
-
-    def _forward(self, rows: Tensor, admitted: Admitted, needed: Needed, alone: bool = False) -> Tensor | None:
+        `ids`: the nodes of a tree that they are; None: rows of the text. What entered the taps is held until it is known which
+        nodes became text."""
         begun = time.thread_time()
-        self._due = []
-        forward = self._in_parts if alone and self.model.alone else self._through
+        forward = self._in_parts if ids is not None and self.model.alone else self._through
         out, self._entered = forward(rows, admitted, needed)
-        due, self._due = self._due, None
-        for gather in due:
-            self.cache.gather(gather)
         if self._to_host:
             out, self._entered = (made if made is None else on_host(made) for made in (out, self._entered))
+        if ids is not None and self._entered is not None:
+            self._waiting.hold(ids, self._entered)
         self.model_cpu += time.thread_time() - begun
         return out
 
@@ -215,23 +186,46 @@ class Sequence:
             entered += [] if tapped is None else [tapped]
         return torch.cat(outs), torch.cat(entered) if entered else None
 
-    def prefilled(self) -> Tapped | None:
-        """The taps of the prompt's rows that went through last; None without taps."""
-        return None if self._entered is None else Tapped(self.state.context - len(self._entered), self._entered)
+    def entered(self, at: int) -> Tapped | None:
+        """The taps of the text's rows that went through last, the first of them at position `at`; None without taps."""
+        return None if self._entered is None else Tapped(at, self._entered)
 
-    def prune(self, prune: Prune) -> Tapped | None:
-        """What was decided: the taps of what became text, if there are any. `needed` may call it in the midst of a forward, none of
-        whose rows is text yet: its taps are held when it ends."""
-        at, text = self.state.context, self.state.decided(prune)
-        gather = self.state.prune(prune)
-        if gather and self._due is not None:
-            self._due.append(gather)
-        elif gather:
-            self.cache.gather(gather)
+    def settle(self, at: int, text: Iterable[int], alive: Container[int]) -> Tapped | None:
+        """The taps of the nodes that became text, at the positions from `at` on, if there are any. What is not alive is forgotten."""
         if not self._taps:
             return None
-        rows = self._waiting.settle(text, self.state.row)
+        rows = self._waiting.settle(text, alive)
         return Tapped(at, torch.stack(rows)) if rows else None
+
+
+class Sequence:
+    """A drafter's request: the books and the cache, moved together."""
+
+    def __init__(self, model: StageModel):
+        self.state, self._rows = StageState(), Cached(model)
+
+    def prefill(self, rows: Tensor) -> Tensor:
+        """Rows of the text (tokens or features [n, hidden]) at its end, through the model: features [n, hidden]."""
+        return self._forward(rows, self.state.extend(len(rows)))
+
+    def extend_and_verify(self, rows: Tensor, at: int, ids: list[int], parents: list[int]) -> tuple[np.ndarray, Tensor]:
+        """In one forward m rows of committed tokens, at the positions from `at` on, and behind them n tree rows that are all worth it.
+
+        rows: [m + n, hidden]; positions [m + n] and features [m + n, hidden] of all of them."""
+        admitted = self.state.extend(len(rows) - len(ids), at).then(self.state.admit(ids, parents))
+        assert len(admitted.kept) == len(rows), "a row that is not worth it"
+        return admitted.positions, self._forward(rows, admitted)
+
+    def prune(self, prune: Prune) -> None:
+        """Follow a decision."""
+        gather = self.state.prune(prune)
+        if gather:
+            self._rows.cache.gather(gather)
+
+    def _forward(self, rows: Tensor, admitted: Admitted) -> Tensor:
+        out = self._rows.forward(rows, admitted)
+        assert out is not None
+        return out
 
 
 class Head:
@@ -302,10 +296,10 @@ def rehearse(model: StageModel, head: Head | None = None, rows: Callable[[int], 
         return
     width, first = model.config.hidden_size, model.embed_tokens is not None
     rows = rows or (lambda n: torch.zeros(n, dtype=torch.long) if first else torch.zeros(n, width, dtype=model.dtype))
-    sequence = Sequence(model, to_host=True)
+    books, cached = StageState(), Cached(model, to_host=True)
     for n in (*SIZES, 1):
-        out = sequence.prefill(rows(n))
-        if head:
+        out = cached.forward(rows(n), books.extend(n))
+        if head and out is not None:
             head(out)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -30,10 +30,6 @@ log = logging.getLogger(__name__)
 
 QUESTIONS = 5
 """of each stage's clock, after a traced request"""
-
-
-NEWS: dict[str, Callable[[Message], Event]] = {"started": wire.read_started, "cost": wire.read_cost, "idle": wire.read_idle}
-"""what stages say beside the ring, and how it is read"""
 
 
 class Committed(NamedTuple):
@@ -226,8 +222,8 @@ class Driver:
             assert self._draft is not None, "features that nobody asked for"
             self._draft.layer_features(message.meta["layers"], message.meta["at"], message.tensors[0])
             return None
-        if message.kind in NEWS:
-            return NEWS[message.kind](message)
+        if message.kind in wire.NEWS:
+            return wire.read_news(message)
         return self._returned(request, message)
 
     def _took(self, seconds: float) -> None:

@@ -58,20 +58,20 @@ def segment(request: int, segment: Segment) -> Message:
     return Message("segment", _numbered(request, segment.number), (nodes, tokens))
 
 
-def rows_of(request: int, number: int, ids: Sequence[int], parents: Sequence[int], tokens: Sequence[int], rows: Tensor) -> Message:
+def rows_of(request: int, segment: Segment, rows: Tensor) -> Message:
     """A segment on its way between stages: per node its id, its parent, its token (by which a last stage knows whether the node
     became text) and a feature row."""
-    return Message("segment", _numbered(request, number), (torch.tensor([ids, parents, tokens], dtype=torch.int32), rows))
+    return Message("segment", _numbered(request, segment.number), (torch.tensor(segment[1:], dtype=torch.int32), rows))
 
 
-def read_nodes(message: Message) -> tuple[list[int], list[int], list[int]]:
-    """Of a segment's nodes the ids, parents and tokens, which are its rows on the first hop."""
+def read_segment(message: Message) -> Segment:
+    """The nodes of either; on the first hop their tokens are the rows."""
     nodes, rows = message.tensors
     ids, parents, *tokens = nodes.tolist()
-    return ids, parents, tokens[0] if tokens else rows.tolist()
+    return Segment(message.meta["number"], tuple(ids), tuple(parents), tuple(tokens[0] if tokens else rows.tolist()))
 
 
-def features(request: int, number: int, ids: list[int], positions: Tensor, rows: Tensor) -> Message:
+def features(request: int, number: int, ids: Sequence[int], positions: Tensor, rows: Tensor) -> Message:
     """A segment back at rank 0 that verifies itself: the last stage's normed rows."""
     return Message("features", _numbered(request, number), (torch.tensor(ids, dtype=torch.int32), positions, rows))
 
@@ -106,32 +106,30 @@ def text_features(request: int, layers: Sequence[int], at: int, rows: Tensor) ->
     return Message("text_features", {"request": request, "layers": list(layers), "at": at}, (rows,))
 
 
-def started(request: int, started: Started) -> Message:
-    return Message("started", {"request": request, **started._asdict()})
+NEWS: dict[str, type[Started] | type[Cost] | type[Idle]] = {"started": Started, "cost": Cost, "idle": Idle}
+"""what stages tell rank 0 (core/machine.py), by the kind of its message"""
+_KINDS = {event: kind for kind, event in NEWS.items()}
 
 
-def read_started(message: Message) -> Started:
-    return Started(*(message.meta[name] for name in Started._fields))
+def news(request: int, event: Started | Cost | Idle) -> Message:
+    about = event._asdict()
+    if isinstance(event, Cost):
+        about["forward"] = dataclasses.asdict(event.forward)
+    return Message(_KINDS[type(event)], {"request": request, **about})
 
 
-def cost(request: int, cost: Cost) -> Message:
-    return Message("cost", {"request": request, **cost._asdict(), "forward": dataclasses.asdict(cost.forward)})
+def read_news(message: Message) -> Started | Cost | Idle:
+    """KeyError for another kind."""
+    event = NEWS[message.kind]
+    about = {name: message.meta[name] for name in event._fields}
+    if event is Cost:
+        about["forward"] = _curve(about["forward"])
+    return event(**about)
 
 
-def read_cost(message: Message) -> Cost:
-    forward = message.meta["forward"]
-    knots = tuple((rows, seconds) for rows, seconds in forward["knots"])
-    curve = Curve(knots, (forward["deep"][0], forward["deep"][1]), forward["context"])
-    return Cost(message.meta["stage"], curve, message.meta["row"])
-
-
-def idle(request: int) -> Message:
-    """The first stage abandoned a forward, so it is free earlier than it said."""
-    return Message("idle", {"request": request})
-
-
-def read_idle(message: Message) -> Idle:
-    return Idle()
+def _curve(fields: dict[str, Any]) -> Curve:
+    knots = tuple((rows, seconds) for rows, seconds in fields["knots"])
+    return Curve(knots, (fields["deep"][0], fields["deep"][1]), fields["context"])
 
 
 def prefilled(request: int) -> Message:

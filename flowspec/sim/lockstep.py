@@ -43,8 +43,8 @@ class LockStep:
         self.budget = tree.budget or 80
         self.tree = TokenTree(request.prompt[-1], request.prompt_length - 1)
         self.outcome = Outcome()
-        self._links = [ring.link(sender) for sender in range(ring.stages + 1)]
-        self._free = [0.0] * (ring.stages + 1)
+        self._links = [ring.link(sender) for sender in ring.topology.ranks]
+        self._free = [0.0] * ring.topology.world_size
         self._fates, self._spans = Fates(), list[Span]()
         self._segments = 0
         self._scorer = Scorer(calibrate=False, ngrams=False)
@@ -70,7 +70,7 @@ class LockStep:
         known = 0.0
         for begin in range(0, self.request.prompt_length - 1, PREFILL_ROWS):
             rows, arrival = min(PREFILL_ROWS, self.request.prompt_length - 1 - begin), 0.0
-            for rank in range(self.ring.stages + 1):
+            for rank in self.ring.topology.ranks:
                 if rank:
                     arrival = self._free[rank] = max(arrival, self._free[rank]) + self.ring.seconds(rank, rows, begin)
                 if rank < self.ring.stages or self.ring.features:
@@ -95,7 +95,7 @@ class LockStep:
         """Draft a tree and send it in near-equal pieces, small ones first; each stage computes all but the last that reaches it."""
         now, pool = self._draft(now)
         nodes = [self.tree.root, *sorted(pool, key=best_first)[: self.budget - 1]]
-        pieces = self.ring.stages + 1
+        pieces = self.ring.topology.hops
         cuts = [len(nodes) * k // pieces for k in range(pieces + 1)]
         items = [self._send(0, nodes[a:b], now) for a, b in itertools.pairwise(cuts)]
         waiting = []

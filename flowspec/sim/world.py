@@ -1,6 +1,6 @@
 """One request over a ring whose stages and links only take time: a discrete-event simulation.
 
-Rank 0 is the real `Scheduler` with a real policy, a stage the real `StageState`; drafts are real or made up. What a stage
+Rank 0 is the real `Scheduler` with a real policy, a stage the real `StageMachine`; drafts are real or made up. What a stage
 would compute is not needed: the text is known, and only the target's choices on the path of the text are ever looked up.
 Features for a drafter that reads them are bytes on the last hop, and the prompt's are what its first draft waits for.
 What takes no time here: rank 0's own work, the drafter's commits, everything between a message's arrival and its
@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from flowspec.core.cost import Emulate, Meter
+from flowspec.core.cost import Emulate
 from flowspec.core.costs import Costs
 from flowspec.core.learnt import Learnt
+from flowspec.core.machine import Arrived, Begin, Chunk, Compute, Computed, Decided, Pass, StageEvent, StageMachine, Tell
 from flowspec.core.messages import (
     FRAME_BYTES,
     PREFILL_ROWS,
@@ -30,18 +31,16 @@ from flowspec.core.messages import (
     DraftNode,
     Event,
     Finish,
-    Idle,
     Prune,
     Returned,
     Segment,
-    Started,
     Wake,
     Woke,
 )
 from flowspec.core.policy import Policy, PolicyConfig
 from flowspec.core.request import Request
 from flowspec.core.scheduler import Scheduler
-from flowspec.core.stage import Accepted, StageState
+from flowspec.core.topology import Topology
 from flowspec.core.tree import TokenTree
 from flowspec.trace import Fates, Span, untangled
 
@@ -71,6 +70,10 @@ class RingSpec:
     """rank 0's drafter reads the target's features of the prompt and of what becomes text"""
     costs: Costs | None = None
     """measured ones, instead of those of `emulate`"""
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(self.stages)
 
     def seconds(self, stage: int, rows: int, context: int) -> float:
         """A forward of stage 1.. over so many rows behind so many others."""
@@ -125,23 +128,27 @@ class Link:
 
 
 class _Forward(NamedTuple):
-    """On its way in a stage; no segment: over a chunk of the prompt."""
+    """On its way in a stage."""
 
-    segment: Segment | None
-    rows: int
-    context: int
+    what: Compute
     begin: float
     end: float
+    whole: bool = True
+    """False: it is abandoned at its end"""
 
 
 @dataclass
 class _Stage:
-    rank: int
-    state: StageState = field(default_factory=StageState)
-    meter: Meter = field(default_factory=Meter)
-    queue: deque = field(default_factory=deque)
+    machine: StageMachine
+    queue: deque[tuple[float, float, Segment | None, int]] = field(default_factory=deque)
+    """(when it was sent, when it arrived, the segment, its rows); no segment: a chunk of the prompt"""
     running: _Forward | None = None
     rows: int = 0
+    """of trees, computed"""
+
+    @property
+    def rank(self) -> int:
+        return self.machine.rank
 
 
 class _Choices(Mapping):
@@ -200,18 +207,20 @@ class World:
         self.request, self.text, self.guesser, self.ring, self.switches = request, text, guesser, ring, switches
         self.scheduler = Scheduler(request, policy, learnt, drafts=guesser is not None)
         self.outcome = Outcome()
-        self._stages = [_Stage(rank) for rank in range(1, ring.stages + 1)]
-        self._links = [ring.link(sender) for sender in range(ring.stages + 1)]
+        self._topology = ring.topology
+        self._stages = [_Stage(StageMachine(rank, self._topology)) for rank in self._topology.stage_ranks]
+        self._links = [ring.link(sender) for sender in self._topology.ranks]
         self._fates, self._spans = Fates(), list[Span]()
         self._events: list[tuple[float, int, Callable, tuple]] = []
         self._order = itertools.count()
         self._drafter_free = ring.reading(request.prompt_length)  # the drafter does so first
         self._awaited = request.prompt_length - 1 if ring.features else 0  # rows of the prompt's features
         self._held: list[Draft] = []  # until they are here
-        self._accepted = Accepted()
         self._wake = 0
 
     def run(self) -> Outcome:
+        for stage in self._stages:
+            stage.machine.handle(Begin(self.request.id, self.switches.drop_dead, self.switches.abort))
         prompt = len(self.request.prompt) - 1
         for begin in range(0, prompt, PREFILL_ROWS):
             self._send(0, None, min(PREFILL_ROWS, prompt - begin), 0.0)
@@ -292,96 +301,64 @@ class World:
         self._handle(now, Returned(segment.number, segment.ids, self._choices(segment)))
 
     # ---- links and stages --------------------------------------------------------------------------
-    def _send(self, sender: int, segment: Segment | None, rows: int, now: float) -> None:
-        """From rank `sender` to the next of the ring; no segment: a chunk of the prompt."""
-        size = self.ring.hop_bytes(sender, rows, segment is not None, self._became_text(sender, segment))
+    def _send(self, sender: int, segment: Segment | None, rows: int, now: float, accepted: int = 0) -> None:
+        """From rank `sender` to the next of the ring; no segment: a chunk of the prompt. `accepted` of the rows became text."""
+        size = self.ring.hop_bytes(sender, rows, segment is not None, accepted)
         arrival = self._links[sender].arrival(size, now)
         self._note(sender, "send", now, arrival, segment, bytes=size)
-        if sender < self.ring.stages:
-            self._stages[sender].meter.hop(rows, arrival - now)
-            self._at(arrival, self._on_arrival, self._stages[sender], segment, rows)
+        if sender != self._topology.last:
+            stage = self._stages[self._topology.next(sender) - self._topology.FIRST]
+            self._at(arrival, self._on_arrival, stage, (now, arrival, segment, rows))
         elif segment is not None:
             self._at(arrival, self._on_returned, segment)
         else:
             self._at(arrival, self._on_prompt_features, rows)
 
-    def _became_text(self, sender: int, segment: Segment | None) -> int:
-        """Nodes of a segment that the last stage (if that is the sender) finds to be text."""
-        if segment is None or sender < self.ring.stages:
-            return 0
-        choices = self._choices(segment)
-        return len(self._accepted.walk(*segment[1:], lambda k: choices.get(segment.ids[k], -1)))
-
-    def _on_arrival(self, now: float, stage: _Stage, segment: Segment | None, rows: int) -> None:
-        stage.queue.append((now, segment, rows))
+    def _on_arrival(self, now: float, stage: _Stage, what: tuple[float, float, Segment | None, int]) -> None:
+        stage.queue.append(what)
         self._next(now, stage)
-
-    def _on_prune(self, now: float, stage: _Stage, prune: Prune) -> None:
-        stage.state.prune(prune)
-        running = stage.running
-        if running and running.segment and self.switches.abort and stage.state.all_dead(running.segment.ids):
-            layer = self.ring.seconds(stage.rank, running.rows, running.context) / self.ring.emulate.LAYERS
-            end = running.begin + math.ceil((now - running.begin) / layer) * layer if layer else now
-            if end < running.end:
-                stage.running = running._replace(end=end)
-                self._at(end, self._on_abandoned, stage, stage.running)
 
     def _next(self, now: float, stage: _Stage) -> None:
-        """Take what waits, as runtime/worker.py does: drop what is dead, tell rank 0, compute the rest."""
+        """Take what waits, until there is something to compute."""
         while stage.queue and not stage.running:
-            arrived, segment, rows = stage.queue.popleft()
+            sent, arrived, segment, rows = stage.queue.popleft()
             self._note(stage.rank, "receive", arrived, now, segment)
-            if segment is None:
-                stage.state.extend(rows)
-            else:
-                if self.switches.drop_dead:
-                    segment = _only(segment, stage.state.worth(segment.ids, segment.parents))
-                rows = len(segment.ids)
-                if stage.rank == 1:
-                    self._announce(now, stage, segment.number, rows, now - arrived)
-                if not rows:
-                    continue
-                stage.state.admit(segment.ids, segment.parents, self.switches.drop_dead)
-                stage.rows += rows
-            context = stage.state.length - rows
-            seconds = self.ring.seconds(stage.rank, rows, context)
-            stage.running = _Forward(segment, rows, context, now, now + seconds)
-            self._at(now + seconds, self._on_computed, stage, stage.running)
+            request = self.request.id
+            self._handled(now, stage, Arrived(request, segment, now - arrived, arrived - sent) if segment else Chunk(request, rows))
 
-    def _announce(self, now: float, stage: _Stage, number: int, rows: int, waited: float) -> None:
-        expected = stage.meter.forward.predict(rows, stage.state.length) if rows else 0.0
-        self._tell(now, Started(number, rows, expected, waited))
+    def _handled(self, now: float, stage: _Stage, event: StageEvent, accepted: int = 0) -> None:
+        """Perform what a stage decides, as runtime/worker.py does; what moves in its cache takes no time here."""
+        for action in stage.machine.handle(event):
+            if isinstance(action, Compute):
+                stage.rows += action.rows if action.segment else 0
+                end = now + self.ring.seconds(stage.rank, action.rows, action.context)
+                stage.running = _Forward(action, now, end)
+                self._at(end, self._on_computed, stage, stage.running)
+            elif isinstance(action, Tell):
+                self._at(now + self.ring.latency, self._handle, action.event)
+            elif isinstance(action, Pass) and (action.segment or stage.rank != self._topology.last or self.ring.features):
+                self._send(stage.rank, action.segment, len(action.rows), now, accepted)
 
-    def _tell(self, now: float, event: Event) -> None:
-        """A control message to rank 0."""
-        self._at(now + self.ring.latency, self._handle, event)
-
-    def _on_abandoned(self, now: float, stage: _Stage, forward: _Forward) -> None:
-        assert forward.segment is not None
-        stage.running = None
-        self._note(stage.rank, "compute", forward.begin, now, forward.segment)
-        if stage.rank == 1:
-            self._tell(now, Idle())
-        self._next(now, stage)
+    def _on_prune(self, now: float, stage: _Stage, prune: Prune) -> None:
+        self._handled(now, stage, Decided(self.request.id, prune))
+        running = stage.running
+        if running and running.whole and not stage.machine.wanted():
+            layer = (running.end - running.begin) / self.ring.emulate.LAYERS
+            end = running.begin + math.ceil((now - running.begin) / layer) * layer if layer else now
+            if end < running.end:
+                stage.running = running._replace(end=end, whole=False)
+                self._at(end, self._on_computed, stage, stage.running)
 
     def _on_computed(self, now: float, stage: _Stage, forward: _Forward) -> None:
         if stage.running is not forward:  # it was abandoned
             return
-        stage.running, (segment, rows, _, begin, _) = None, forward
-        self._note(stage.rank, "compute", begin, now, segment)
-        if stage.meter.forward_over(rows, now - begin, forward.context):
-            self._tell(now, stage.meter.cost(stage.rank, forward.context))
-        if segment is not None and self.switches.drop_dead:
-            segment = _only(segment, stage.state.alive(segment.ids))
-            rows = len(segment.ids)
-        if rows and (segment is not None or stage.rank < self.ring.stages or self.ring.features):
-            self._send(stage.rank, segment, rows, now)
+        stage.running, segment = None, forward.what.segment
+        self._note(stage.rank, "compute", forward.begin, now, segment)
+        accepted = self._walked(stage, segment) if segment and forward.whole and stage.rank == self._topology.last else 0
+        self._handled(now, stage, Computed(now - forward.begin, forward.whole), accepted)
         self._next(now, stage)
 
-
-def _only(segment: Segment, kept: Sequence[int]) -> Segment:
-    """The part of a segment at these indices."""
-    if len(kept) == len(segment.ids):
-        return segment
-    ids, parents, tokens = (tuple(column[k] for k in kept) for column in segment[1:])
-    return Segment(segment.number, ids, parents, tokens)
+    def _walked(self, stage: _Stage, segment: Segment) -> int:
+        """How many of the nodes of a segment the last stage finds to be text."""
+        choices = self._choices(segment)
+        return len(stage.machine.walk(lambda k: choices.get(segment.ids[k], -1)))

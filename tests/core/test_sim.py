@@ -12,6 +12,7 @@ import torch
 from flowspec.comm.shaped import wire_bytes
 from flowspec.core.cost import Emulate
 from flowspec.core.learnt import Learnt
+from flowspec.core.machine import Begin
 from flowspec.core.messages import FRAME_BYTES, Commit, Drafted, DraftNode, Proposal, Prune, Segment
 from flowspec.core.policy import METHODS, PolicyConfig, TreeConfig, make_policy
 from flowspec.core.request import Request, Sampling
@@ -197,13 +198,14 @@ def test_a_forward_is_abandoned_once_at_the_end_of_its_layer_whatever_prunes_fol
     ring = RingSpec(stages=1, emulate=Emulate(stage_ms=80), hidden=256)  # layers of 10 ms
     world = World(wanted, text, make_policy("ar", TreeConfig(), PolicyConfig(), 1), None, ring, PolicyConfig())
     [stage] = world._stages
+    stage.machine.handle(Begin(wanted.id))
     for number, id in enumerate((0, 8)):
-        world._on_arrival(0.0, stage, Segment(number, (id,), (-1,), (1,)), 1)
+        world._on_arrival(0.0, stage, (0.0, 0.0, Segment(number, (id,), (-1,), (1,)), 1))
     world._on_prune(0.011, stage, Prune(1, -1, 7))
     world._on_prune(0.012, stage, Prune(2, -1, 8))
     while world._events:
         now, _, happen, what = heapq.heappop(world._events)
-        if happen in (world._on_abandoned, world._on_computed):
+        if happen == world._on_computed:
             happen(now, *what)
     computed = [(s.begin, s.end) for s in world._spans if s.row == "compute"]
     assert computed == [pytest.approx((0.0, 0.02)), pytest.approx((0.02, 0.1))]
@@ -226,7 +228,7 @@ def test_the_simulated_bytes_are_those_of_the_real_messages(verify_last, accepte
         answer = wire.choices(1, 1, text, [0] * len(text), [0.0] * len(text), rows[: len(text)] if features else None)
     else:
         answer = wire.features(1, 1, list(ids), positions, rows)
-    real = [wire.segment(1, Segment(1, ids, ids, ids)), wire.rows_of(1, 1, ids, ids, ids, rows), answer]
+    real = [wire.segment(1, Segment(1, ids, ids, ids)), wire.rows_of(1, Segment(1, ids, ids, ids), rows), answer]
     became_text = len(accepted or ())
     assert [wire_bytes(m, scale) for m in real] == [ring.hop_bytes(sender, 3, accepted=became_text) for sender in (0, 1, 2)]
     prompt = [wire.prefill(1, tokens), wire.prefill(1, rows), wire.prompt_features(1, rows)]

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from flowspec.core.curve import Curve
+from flowspec.core.machine import Decided
 from flowspec.core.messages import Cost, Idle, Prune, Started
 from flowspec.core.policy import METHODS
 from flowspec.core.stage import StageState
 from flowspec.models.cache import RowCache
 from tests.core.test_fuzz import CacheMutants
-from tests.core.world import Case, ToyStage, World, greedy
+from tests.core.world import REQUEST, Case, Stage, World, greedy
 
 BOUNDS = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 FAST = settings(max_examples=30, stateful_step_count=40, derandomize=True, **BOUNDS)
@@ -27,7 +28,7 @@ SECONDS = st.floats(0.001, 3.0)
 class Still(World):
     """A world in which messages wait until they are told to arrive; each link keeps its order."""
 
-    def __init__(self, case: Case, stage=ToyStage):
+    def __init__(self, case: Case, stage=Stage):
         super().__init__(case, stage)
         self.links: dict[str, deque] = defaultdict(deque)
         self.cuts = 0  # prunes that shall come in the midst of the forward at hand
@@ -44,7 +45,7 @@ class Still(World):
 
 
 class RingMachine(RuleBasedStateMachine):
-    stage = ToyStage
+    stage = Stage
 
     def __init__(self):
         super().__init__()
@@ -58,7 +59,7 @@ class RingMachine(RuleBasedStateMachine):
     def _request(self, case: Case) -> None:
         self.world, self.want = Still(case, self.stage), greedy(case.request)
         for stage in self.world.stages:
-            stage.sequence.cache.STEP, stage.sequence.cache.SHARE = self.step, 0.0
+            stage.cached.cache.STEP, stage.cached.cache.SHARE = self.step, 0.0
         self.world.begin(self.now)
 
     @property
@@ -97,7 +98,7 @@ class RingMachine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 5))
     def an_old_prune_comes_again(self, which):
         stage = self.world.stages[which % len(self.world.stages)]
-        stage.prune(Prune(stage.state.version, stage.state.root, stage.state.root))
+        stage.perform(Decided(REQUEST, Prune(stage.state.version, stage.state.root, stage.state.root)))
 
     @precondition(lambda self: self.world.links["control"])
     @rule()
@@ -181,7 +182,7 @@ class Uncounted(StageState):
 
 @pytest.mark.parametrize("state", [Forgetful, Unsettled, Uncounted])
 def test_broken_books_are_caught(state):
-    stage = type("Broken", (ToyStage,), {"STATE": state, "COMPACT": 4})
+    stage = type("Broken", (Stage,), {"STATE": state, "COMPACT": 4})
     fails(type("Mutant", (RingMachine,), {"stage": stage}))
 
 
@@ -190,7 +191,7 @@ def test_broken_books_are_caught(state):
 def test_a_broken_cache_is_caught(name, monkeypatch):
     for method, broken in getattr(CacheMutants, name)().items():
         monkeypatch.setattr(RowCache, method, broken)
-    fails(type("Mutant", (RingMachine,), {"stage": type("Compacting", (ToyStage,), {"COMPACT": 4})}))
+    fails(type("Mutant", (RingMachine,), {"stage": type("Compacting", (Stage,), {"COMPACT": 4})}))
 
 
 def fails(machine) -> None:

@@ -14,14 +14,17 @@ import numpy as np
 import torch
 
 from flowspec.core.curve import Curve
-from flowspec.core.messages import Commit, Cost, Draft, Drafted, Finish, Idle, Proposal, Prune, Returned, Segment, Started, Wake, Woke
+from flowspec.core.machine import Arrived, Begin, Chunk, Compute, Computed, Decided, Move, Pass, Settled, StageMachine, Tell
+from flowspec.core.messages import Commit, Cost, Draft, Drafted, Finish, Idle, Proposal, Prune, Returned, Segment, Wake, Woke
 from flowspec.core.policy import PolicyConfig, TreeConfig, make_policy
 from flowspec.core.request import Request, Sampling
 from flowspec.core.scheduler import Scheduler
-from flowspec.core.stage import Accepted, StageState
-from flowspec.models.stage import Sequence
+from flowspec.core.stage import StageState
+from flowspec.core.topology import Topology
+from flowspec.models.stage import Cached
 
 VOCABULARY = 40
+REQUEST = 1
 
 
 def target(context: tuple[int, ...]) -> int:
@@ -61,46 +64,70 @@ class ToyModel:
         return rows, rows[:, None] if taps else None
 
 
-class ToyStage:
-    """The production books and cache around a toy model; hands over the token of each node that became text."""
+class Stage:
+    """The production machine and cache around a toy model; hands over the token of each node that became text."""
 
     STATE = StageState
     COMPACT = StageState.COMPACT
 
-    def __init__(self):
-        self.model, self.computed, self.handed = ToyModel(), 0, []
-        self.sequence = Sequence(self.model, taps=[0])
-        self.sequence.state = self.STATE()
-        self.sequence.state.COMPACT = self.COMPACT
+    def __init__(self, rank: int, topology: Topology):
+        self.model, self.rows, self.handed, self.abandoned = ToyModel(), [], [], 0
+        self.cached = Cached(self.model, taps=[0])
+        self.machine = StageMachine(rank, topology, self._books)
+
+    def _books(self) -> StageState:
+        state = self.STATE()
+        state.COMPACT = self.COMPACT
+        return state
 
     @property
     def state(self) -> StageState:
-        return self.sequence.state
+        return self.machine.books(REQUEST)
 
-    def prefill(self, tokens):
-        self.sequence.prefill(torch.tensor(tokens))
-        self.handed += tokens
+    def perform(self, event, tokens=(), between=lambda: None, walk=None):
+        """What an event leads to outside this stage: [Tell or Pass], and of a forward that was not abandoned for each of its nodes the
+        tokens it attends to in order of position. `between` its layers something may happen; `walk`: a last stage's choices."""
+        told, seen = [], {}
+        for action in self.machine.handle(event):
+            if isinstance(action, Compute):
+                more, seen = self._compute(action, torch.tensor(tokens), between, walk)
+                told += more
+            else:
+                told += self._perform(action)
         self.validate()
+        return told, seen
 
-    def prune(self, prune):
-        at = self.state.context
-        assert at == len(self.handed), "something of the text was left out, or handed over twice"
-        tapped = self.sequence.prune(prune)
-        if tapped:
-            assert tapped.at == at
-            self.handed += tapped.rows[:, 0].tolist()
+    def _compute(self, action, tokens, between, walk):
+        def needed() -> bool:
+            between()
+            return self.machine.wanted()
 
-    def forward(self, segment, drop=True, needed=lambda: True):
-        """The segment's surviving part and, for each row, the tokens it attends to in order of position; None if that was abandoned."""
-        self.model.seen = []  # should no row survive
-        kept, _, out = self.sequence.verify(list(segment.ids), list(segment.parents), torch.tensor(segment.tokens), drop, needed)
-        self.computed += len(kept)
-        self.validate()
-        return only(segment, kept), None if out is None else {segment.ids[k]: path(s) for k, s in zip(kept, self.model.seen, strict=True)}
+        segment, kept = action.segment, action.admitted.kept
+        out = self.cached.forward(tokens[kept], action.admitted, needed, segment and segment.ids)
+        if out is None:
+            self.abandoned += 1
+        elif segment is None:
+            self.handed += tokens.tolist()
+        elif walk:
+            self.machine.walk(walk)
+        told = [t for a in self.machine.handle(Computed(0.5, out is not None)) for t in self._perform(a)]
+        return told, {i: path(s) for i, s in zip(segment.ids, self.model.seen, strict=True)} if segment and out is not None else {}
+
+    def _perform(self, action):
+        if isinstance(action, Move):
+            self.cached.cache.gather(action.gather)
+        elif isinstance(action, Settled):
+            assert action.at == len(self.handed), "something of the text was left out, or handed over twice"
+            tapped = self.cached.settle(action.at, action.text, self.state.row)
+            self.handed += tapped.rows[:, 0].tolist() if tapped else []
+        else:
+            return [action]
+        return []
 
     def validate(self) -> None:
         self.state.validate()
-        assert self.sequence.cache.length == self.state.length <= self.sequence.cache.capacity
+        moved = self.machine.running is None  # else a move of rows may be due
+        assert not moved or self.cached.cache.length == self.state.length <= self.cached.cache.capacity
 
 
 def path(rows: np.ndarray) -> tuple[int, ...]:
@@ -108,10 +135,6 @@ def path(rows: np.ndarray) -> tuple[int, ...]:
     rows = rows[rows[:, 1].argsort(kind="stable")]
     assert (rows[:, 1] == np.arange(1, len(rows) + 1)).all(), "rows that are not one path"
     return tuple(rows[:, 0].tolist())
-
-
-def only(segment: Segment, kept) -> Segment:
-    return Segment(segment.number, *(tuple(field[k] for k in kept) for field in segment[1:]))
 
 
 @dataclass
@@ -130,7 +153,7 @@ class Case:
         self.slow_prunes = r.choice([0.1, 1.0, 8.0])
         prompt = tuple(r.randrange(VOCABULARY) for _ in range(r.randint(1, 9)))
         eos = frozenset(r.sample(range(VOCABULARY), r.choice([0, 0, 1, 2])))
-        self.request = Request(id=1, prompt=prompt, sampling=Sampling(max_new_tokens=r.randint(1, 70)), eos=eos)
+        self.request = Request(id=REQUEST, prompt=prompt, sampling=Sampling(max_new_tokens=r.randint(1, 70)), eos=eos)
         self.tree = TreeConfig(
             budget=r.choice([None, 1, 2, 5, 30, 200]),
             top_k=r.choice([None, 1, 2, 4]),
@@ -147,17 +170,20 @@ class Case:
 class World:
     """Runs one case. `stage` may be a mutant's class."""
 
-    def __init__(self, case: Case, stage=ToyStage):
+    def __init__(self, case: Case, stage=Stage):
         self.case, self.random = case, case.random
         policy = make_policy(case.method, case.tree, case.switches, case.stages, case.features)
         self.scheduler = Scheduler(case.request, policy, drafts=case.drafts)
-        self.stages = [stage() for _ in range(case.stages)]
+        self.topology = Topology(case.stages)
+        self.stages = [stage(rank, self.topology) for rank in self.topology.stage_ranks]
+        for each in self.stages:
+            each.machine.handle(Begin(REQUEST, case.switches.drop_dead, case.switches.abort))
         self.context = {-1: case.request.prompt[:-1]}  # node -> the text up to it, for the drafter and the checks
         self.out, self.reason = [], None
         self.heap, self.tick, self.last = [], itertools.count(), {}
         self.prunes = [deque() for _ in self.stages]  # on their way to each
         self.busy = 0.0
-        self.accepted, self.text_nodes = Accepted(), set()  # what the last stage takes to be text
+        self.text_nodes = set()  # what the last stage takes to be text
 
     def run(self) -> list[int]:
         self.begin()
@@ -217,56 +243,55 @@ class World:
                 self.reason = action.reason
 
     def _on_prefill(self, now, k, tokens):
-        self.stages[k].prefill(tokens)
+        told, _ = self.stages[k].perform(Chunk(REQUEST, len(tokens)), tokens)
+        self._tell(now, told)
         if k + 1 < len(self.stages):
             self._post(f"hop{k + 1}", now, self.random.random(), ("prefill", k + 1, tokens))
 
     def _on_segment(self, now, k, segment):
-        switches, state = self.case.switches, self.stages[k].state
+        case, stage, choices = self.case, self.stages[k], {}
+        last = k + 1 == len(self.stages)
 
-        def needed() -> bool:
+        def between() -> None:
             if self.interrupted():
                 self._on_prune(now, k)
-            return not (switches.abort and state.all_dead(segment.ids))
 
-        kept, seen = self.stages[k].forward(segment, switches.drop_dead, needed)
-        assert switches.drop_dead or kept == segment, "a row was dropped"
-        for i, tokens in (seen or {}).items():
-            assert tokens == self.context[i] or not (i in state.row or switches.drop_dead), "a stage attended to the wrong rows"
-        if k == 0:
-            started = Started(segment.number, len(kept.ids), 0.5 if kept.ids else 0.0, 0.0)
-            self._post("control", now, self.random.random(), ("news", started))
-            if seen is None or self.random.random() < 0.1:
-                self._post("control", now, self.random.random(), ("news", Idle()))
+        def walk(j) -> int:
+            node = stage.machine.running.segment.ids[j]
+            return choices.setdefault(node, target(self.context[node]))
+
+        arrived = Arrived(REQUEST, segment, self.random.random(), self.random.random())
+        told, seen = stage.perform(arrived, segment.tokens, between, walk if last and case.verify_last else None)
+        for i, tokens in seen.items():
+            assert tokens == self.context[i] or not (i in stage.state.row or case.switches.drop_dead), "a stage attended to the wrong rows"
+        self._tell(now, told)
+        for action in told:
+            if isinstance(action, Pass):
+                assert case.switches.drop_dead or action.segment == segment, "a row was dropped"
+                answer = ("returned", self._answer(action.segment, choices)) if last else ("segment", k + 1, action.segment)
+                self._post("return" if last else f"hop{k + 1}", now, 0.5 + self.random.random(), answer)
+
+    def _tell(self, now, told) -> None:
+        """What stages say beside the ring; now and then they say that one is free, or that forwards cost something else."""
+        events = [action.event for action in told if isinstance(action, Tell)]
+        events += [Idle()] if self.random.random() < 0.1 else []
         if self.random.random() < 0.3:
             curve = Curve.line(self.random.random(), 0.1 * self.random.random())
-            cost = Cost(k + 1, curve, 0.1 * self.random.random())
-            self._post("control", now, self.random.random(), ("news", cost))
-        if seen is None or not kept.ids:
-            return
-        if k + 1 < len(self.stages):
-            self._post(f"hop{k + 1}", now, 0.5 + self.random.random(), ("segment", k + 1, kept))
-        else:
-            self._post("return", now, 0.5 + self.random.random(), ("returned", self._answer(kept)))
+            events.append(Cost(self.random.choice(self.topology.stage_ranks), curve, 0.1 * self.random.random()))
+        for event in events:
+            self._post("control", now, self.random.random(), ("news", event))
 
-    def _answer(self, kept):
+    def _answer(self, segment, choices):
         """Of a last stage that walks, or of all rows where rank 0 picks: it looks at those it walks over."""
         if not self.case.verify_last:
-            return Returned(kept.number, kept.ids, {i: target(self.context[i]) for i in kept.ids})
-        choices = {}
-
-        def choose(k):
-            return choices.setdefault(kept.ids[k], target(self.context[kept.ids[k]]))
-
-        found = self.accepted.walk(kept.ids, kept.parents, kept.tokens, choose)
-        assert [kept.ids[k] for k in found] == list(choices)
+            return Returned(segment.number, segment.ids, {i: target(self.context[i]) for i in segment.ids})
         self.text_nodes.update(choices)
-        assert all(target(self.context[kept.parents[j]]) == kept.tokens[j] for j in found if kept.parents[j] != -1)
-        return Returned(kept.number, tuple(choices), choices)
+        return Returned(segment.number, tuple(choices), choices)
 
     def _on_prune(self, now, k):
         if self.prunes[k]:
-            self.stages[k].prune(self.prunes[k].popleft())
+            told, _ = self.stages[k].perform(Decided(REQUEST, self.prunes[k].popleft()))
+            assert not told
 
     def _on_draft(self, now, draft):
         proposals = []

@@ -11,7 +11,8 @@ from flowspec.core.messages import Prune
 from flowspec.core.stage import StageState
 from flowspec.models import jit
 from flowspec.models.attention import Seen
-from flowspec.models.stage import Sequence, load_whole
+from flowspec.models.stage import load_whole
+from tests.stages import Hand
 
 SMALL = dict(vocab_size=320, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6, max_position_embeddings=512)
 MODELS = {
@@ -36,7 +37,7 @@ def folder(request, tmp_path_factory):
 @torch.inference_mode()
 def plainly(model, head, prompt, text):
     """Logits after each token of the text, a row at a time."""
-    sequence = Sequence(model)
+    sequence = Hand(model)
     sequence.prefill(torch.tensor(prompt))
     logits = []
     for k, token in enumerate(text):
@@ -49,7 +50,7 @@ def plainly(model, head, prompt, text):
 @torch.inference_mode()
 def speculatively(model, head, prompt, text, random):
     """The same, the text's nodes in segments among others that die: children of any living node, in any number."""
-    sequence, logits = Sequence(model), []
+    sequence, logits = Hand(model), []
     sequence.prefill(torch.tensor(prompt))
     version, new, done = 0, 0, 0  # nodes of the text are those whose id is in `path`
     path, sent = {}, []

@@ -178,7 +178,7 @@ def test_all_that_a_ring_says_is_within_the_limits_of_its_kind():
         wire.start(request, True, True, range(layers), PolicyConfig()),
         wire.prefill(1, torch.zeros(PREFILL_ROWS, hidden, dtype=torch.float64)),
         wire.prompt_features(1, rows),
-        wire.rows_of(1, 9, ids, ids, ids, rows),
+        wire.rows_of(1, Segment(9, tuple(ids), tuple(ids), tuple(ids)), rows),
         wire.features(1, 9, ids, torch.arange(tree), rows),
         wire.choices(1, 9, ids, ids, [0.5] * tree, rows),
         wire.text_features(1, range(layers), 0, rows.repeat(1, layers)),
@@ -396,13 +396,14 @@ def test_hidden_rows_weigh_two_bytes_an_element_times_the_scale_and_numbers_as_t
 def test_a_frame_weighs_about_what_is_sent_beside_the_tensors():
     """A cost is longer, with its curve, but comes every few forwards only."""
     ids = list(range(1000, 1016))
+    segment = Segment(77, tuple(ids), tuple(ids), tuple(ids))
     tokens, rows = torch.zeros(16, dtype=torch.int32), torch.zeros(16, 64)
     for message in (
         wire.prune(1, Prune(57, 990, 1005)),
-        wire.segment(1, Segment(77, tuple(ids), tuple(ids), tuple(ids))),
-        wire.rows_of(1, 77, ids, ids, ids, rows),
+        wire.segment(1, segment),
+        wire.rows_of(1, segment, rows),
         wire.choices(1, 77, ids, ids, [0.5] * 16),
-        wire.started(1, Started(77, 16, 0.0123456789, 0.0)),
+        wire.news(1, Started(77, 16, 0.0123456789, 0.0)),
         wire.prefill(1, tokens),
     ):
         header, payload = encode(message)

@@ -12,8 +12,9 @@ from flowspec.core.stage import StageState
 from flowspec.lossless import tolerance
 from flowspec.models.device import on_host, placed
 from flowspec.models.manifest import Manifest
-from flowspec.models.stage import Sequence, load_head, load_stage
+from flowspec.models.stage import load_head, load_stage
 from tests.dist.conftest import Command
+from tests.stages import Hand
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 PROMPT = "def add(a, b):\n    return"
@@ -32,7 +33,7 @@ def test_what_comes_to_the_host_is_computed_and_what_leaves_it_may_be_overwritte
 def logits(pair, device: str, dtype: torch.dtype) -> torch.Tensor:
     """After a prompt, a tree of which one branch is taken out, and a node behind it, through two stages: [5, vocabulary]."""
     manifest = Manifest.load(pair.split(2))
-    sequences = [Sequence(load_stage(manifest, rank, dtype, device), to_host=True) for rank in (1, 2)]
+    sequences = [Hand(load_stage(manifest, rank, dtype, device), to_host=True) for rank in (1, 2)]
     head, found = load_head(manifest, 2, dtype, device), []
     for tokens, ids, parents in [([5, 6, 7], [], []), ([8, 9, 10, 11], [0, 1, 2, 3], [-1, 0, 0, 2]), ([12], [4], [3])]:
         rows = torch.tensor(tokens)

@@ -22,6 +22,7 @@ from flowspec.models.manifest import Manifest
 from flowspec.models.stage import Head, Sequence, load_stage
 from flowspec.runtime import wire
 from flowspec.runtime.worker import Worker
+from tests.stages import Hand
 
 META = torch.device("meta")
 
@@ -85,7 +86,7 @@ def stage(pair, rank: int):
 @pytest.mark.parametrize("rank", [1, 2])
 def test_a_forward_a_gather_and_a_head_touch_nothing_on_the_host(pair, monkeypatch, rank):
     monkeypatch.setattr(StageState, "COMPACT", -1)
-    sequence = Sequence(stage(pair, rank))
+    sequence = Hand(stage(pair, rank))
     rows = torch.tensor([1, 2, 3]) if rank == 1 else torch.zeros(3, 48)
     with OneDevice():
         assert sequence.prefill(rows).device == META
@@ -135,11 +136,11 @@ def test_no_tensor_reaches_the_transport_before_it_is_on_the_host(pair, monkeypa
     worker = Worker(end, stage(pair, rank), first_layer=3 * (rank - 1))
     request = Request(id=1, prompt=(1, 2, 3), sampling=Sampling(seed=1))
     rows = torch.tensor([1, 2], dtype=torch.int32) if rank == 1 else torch.zeros(2, 48)
-    worker._on_start(wire.start(request, False, features, layers, PolicyConfig()))
-    worker._on_prefill(wire.prefill(1, rows))
-    segment = wire.segment(1, Segment(1, (0, 1), (-1, 0), (3, 4)))
-    worker._on_segment(segment if rank == 1 else wire.rows_of(1, 1, [0, 1], [-1, 0], [3, 4], rows))
-    worker._on_prune(wire.prune(1, Prune(1, 0, 1)))
+    worker.take(wire.start(request, False, features, layers, PolicyConfig()))
+    worker.take(wire.prefill(1, rows))
+    segment = Segment(1, (0, 1), (-1, 0), (3, 4))
+    worker.take(wire.segment(1, segment) if rank == 1 else wire.rows_of(1, segment, rows))
+    worker.take(wire.prune(1, Prune(1, 0, 1)))
     told = ["text_features"] * bool(layers)
     assert copied == 2 * [META, *[META] * bool(layers)]  # one copy a forward, and one of what entered the layers
     with_tensors = [message for message in end.sent if message.tensors]

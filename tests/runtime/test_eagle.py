@@ -34,6 +34,7 @@ from flowspec.runtime.drafting import DraftThread, Joined
 from flowspec.runtime.tracing import Log
 from flowspec.sampling import NoiseRows
 from tests.conftest import KNOWN, eagle3, features_given
+from tests.stages import Hand
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROMPT = (5, 6, 7, 8)
@@ -448,7 +449,7 @@ def test_an_incremental_tree_proposes_what_a_fresh_forward_with_the_same_feature
             anchor = path[-1][0]
             kept = {i: p[len(path) :] for i, p in paths.items() if root in p}
             paths = kept or {root[0]: [root]}
-    assert drafter._sequence.cache.length == drafter._sequence.state.length
+    assert drafter._sequence._rows.cache.length == drafter._sequence.state.length
 
 
 def test_rows_of_text_are_made_of_the_targets_features_once_they_are_known(eagle, monkeypatch):
@@ -671,25 +672,23 @@ def test_what_an_eagle3_head_learns_is_what_enters_the_targets_layers(deep, monk
 def test_a_prune_in_the_midst_of_a_forward_hands_over_what_was_there_before_it(deep, monkeypatch):
     """Nothing of the forward under way is text yet; its rows are handed over by the next prune. Dead and abandoned rows never are."""
     monkeypatch.setattr(StageState, "COMPACT", -1)
-    sequence = Sequence(load_stage(Manifest.load(deep.split(1)), 1, torch.float32, "cpu"), taps=[2, 4, 5])
+    sequence = Hand(load_stage(Manifest.load(deep.split(1)), 1, torch.float32, "cpu"), taps=[2, 4, 5])
     sequence.prefill(torch.tensor([5, 6, 7]))
-    told = [sequence.prefilled()]
     sequence.verify([0, 1, 2], [-1, 0, 0], torch.tensor([8, 9, 10]))
 
     def needed():
-        if len(told) == 1:
-            told.append(sequence.prune(Prune(1, 0, 1)))
+        sequence.prune(Prune(1, 0, 1))
         return True
 
     sequence.verify([3, 4], [1, 2], torch.tensor([11, 12]), drop=False, needed=needed)
     assert sequence.verify([5], [1], torch.tensor([13]), needed=lambda: False)[2] is None
-    told.append(sequence.prune(Prune(2, 3, 6)))
-    assert sequence.prune(Prune(2, 3, 6)) is None
+    for _ in range(2):  # the second time it is old news
+        sequence.prune(Prune(2, 3, 6))
     with torch.no_grad():
         states = deep.model.model(torch.tensor([[5, 6, 7, 8, 9, 11]]), output_hidden_states=True).hidden_states
-    assert [tapped.at for tapped in told] == [0, 3, 4]
+    assert [tapped.at for tapped in sequence.told] == [0, 3, 4]
     want = torch.cat([states[k][0] for k in (2, 4, 5)], -1)
-    torch.testing.assert_close(torch.cat([tapped.rows for tapped in told]), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat([tapped.rows for tapped in sequence.told]), want, rtol=1e-4, atol=1e-4)
 
 
 def test_features_of_several_layers_are_put_side_by_side_in_the_texts_order():

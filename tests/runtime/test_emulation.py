@@ -12,7 +12,8 @@ from flowspec.comm import inproc, shaped
 from flowspec.comm.base import Inbox, Message, Pulse
 from flowspec.comm.shaped import ShapedTransport
 from flowspec.core.cost import Emulate
-from flowspec.core.messages import FRAME_BYTES, Commit, Draft, Drafted, DraftNode, Proposal, Prune, Woke
+from flowspec.core.machine import StageMachine
+from flowspec.core.messages import FRAME_BYTES, Commit, Draft, Drafted, DraftNode, Proposal, Prune, Segment, Woke
 from flowspec.core.policy import PolicyConfig
 from flowspec.core.request import Request, Sampling
 from flowspec.core.topology import Topology
@@ -59,29 +60,33 @@ class Stage:
         self.end, self.model, self.layers, self.layer_ms = Ring(rank), model, 0, layer_ms
         self.clock = self.end.inbox.clock
         self.worker = Worker(self.end, model, emulate=Emulate(**emulate))
-        self.worker._on_start(wire.start(REQUEST, True, False, (), switches or PolicyConfig()))
+        self.worker.take(wire.start(REQUEST, True, False, (), switches or PolicyConfig()))
 
     @property
     def live(self):
         return self.worker._live[REQUEST.id]
 
+    @property
+    def state(self):
+        return self.worker.machine.books(REQUEST.id)
+
     def prefill(self, rows: int) -> float:
-        return self._took(self.worker._on_prefill, wire.prefill(REQUEST.id, self._rows(rows)))
+        return self._took(wire.prefill(REQUEST.id, self._rows(rows)))
 
     def segment(self, ids, parents, meanwhile=()) -> float:
         """Seconds that it took; `meanwhile`: (seconds from its beginning, message beside the ring)."""
         for after, message in meanwhile:
             self.end.inbox.put((0, message), urgent=True, due=self.clock.now() + after)
-        return self._took(self.worker._on_segment, wire.rows_of(REQUEST.id, 1, ids, parents, ids, self._rows(len(ids))))
+        return self._took(wire.rows_of(REQUEST.id, Segment(1, tuple(ids), tuple(parents), tuple(ids)), self._rows(len(ids))))
 
     def _rows(self, n: int) -> torch.Tensor:
         return torch.ones(n, dtype=torch.int32) if self.model.embed_tokens is not None else torch.ones(n, 48)
 
-    def _took(self, work, message) -> float:
+    def _took(self, message) -> float:
         self.end.kinds()
         self.layers, begun = 0, self.clock.now()
         hooks = [layer.register_forward_hook(self._layer) for layer in self.model.layers]
-        work(message)
+        self.worker.take(message)
         for hook in hooks:
             hook.remove()
         return self.clock.now() - begun
@@ -103,7 +108,7 @@ class Checks:
             took += [stage.segment([6, 7, 8], [1, 2, 99])]
             assert took[3] == exactly(base + 2 * slope), "a row that is not computed is not charged"
             assert stage.segment([10], [98]) == 0.0, "nor is a forward of none"
-            assert stage.live.busy == exactly(sum(took)) and (stage.live.rows, stage.live.segments) == (8, 3)
+            assert stage.live.busy == exactly(sum(took)) and (stage.live.computed, stage.live.segments) == (8, 3)
             assert [s.end - s.begin for s in stage.live.log.spans if s.row == "compute"] == [*map(exactly, took)]
 
     def computing_is_part_of_what_is_charged(model):
@@ -131,8 +136,7 @@ class Checks:
             stage.segment([0], [-1])
             assert stage.segment([1, 2], [0, 0], [(after, dies)]) == exactly(layers * 0.010) and stage.layers == layers
             assert ("idle" in stage.end.kinds()) == (layers < 3)
-            sequence = stage.live.sequence
-            assert sequence.cache.length == sequence.state.length
+            assert stage.live.rows.cache.length == stage.state.length
         stage = Stage(model, layer_ms=10.0, switches=PolicyConfig(abort=False))
         stage.segment([0], [-1])
         assert stage.segment([1, 2], [0, 0], [(0.005, dies)]) == exactly(0.030) and stage.layers == 3
@@ -251,7 +255,7 @@ class Mutants:
         return Emulate, "stage_seconds", lambda good, self, stage, rows: good(self, stage, 0), "rows_are_charged"
 
     def all_forwards_are_of_one_row():
-        return Worker, "_pretend", lambda good, self, begun, rows, needed: good(self, begun, 1, needed), "rows_are_charged"
+        return Worker, "_pretend", lambda good, self, begun, rows: good(self, begun, 1), "rows_are_charged"
 
     def forwards_are_free():
         return Worker, "_pretend", lambda good, self, *about: True, "rows_are_charged"
@@ -260,21 +264,28 @@ class Mutants:
         return Emulate, "stage_seconds", lambda good, self, stage, rows: good(self, 1, rows), "rows_are_charged"
 
     def computing_comes_on_top():
-        def _pretend(good, self, begun, rows, needed):
-            return good(self, self._clock.now(), rows, needed)
+        def _pretend(good, self, begun, rows):
+            return good(self, self._clock.now(), rows)
 
         return Worker, "_pretend", _pretend, "computing_is_part_of_what_is_charged"
 
     def all_is_needed():
-        return Worker, "_needed", lambda good, self, *about: ALWAYS, "a_forward_is_abandoned_between_two_layers"
+        return Worker, "_needed", lambda good, self: True, "a_forward_is_abandoned_between_two_layers"
 
     def all_is_needed_of_what_is_emulated():
         check = "an_emulated_forward_ends_with_the_layer_in_which_its_rows_died"
-        return Worker, "_pretend", lambda good, self, begun, rows, needed: good(self, begun, rows, ALWAYS), check
+
+        def _pretend(good, self, begun, rows):
+            self.machine.wanted, wanted = lambda: True, self.machine.wanted
+            whole = good(self, begun, rows)
+            self.machine.wanted = wanted
+            return whole
+
+        return Worker, "_pretend", _pretend, check
 
     def all_that_lives_is_needed():
         check = "an_emulated_forward_ends_with_the_layer_in_which_its_rows_died"
-        return Worker, "_needed", lambda good, self, *about: lambda: self._hear_control() or True, check
+        return Worker, "_needed", lambda good, self: self._hear_control() or True, check
 
     def layers_are_never_asked():
         def forward(good, self, *inputs, **more):
@@ -285,16 +296,16 @@ class Mutants:
         return StageModel, "forward", forward, "a_forward_is_abandoned_between_two_layers"
 
     def forwards_are_abandoned_though_that_is_off():
-        def _needed(good, self, request, live, ids):
-            live.abort = True
-            return good(self, request, live, ids)
+        def wanted(good, self):
+            self._live[REQUEST.id].abort = True
+            return good(self)
 
-        return Worker, "_needed", _needed, "a_forward_is_abandoned_between_two_layers"
+        return StageMachine, "wanted", wanted, "a_forward_is_abandoned_between_two_layers"
 
     def what_is_abandoned_ends_at_once():
-        def _pretend(good, self, begun, rows, needed):
+        def _pretend(good, self, begun, rows):
             self._clock.sleep, sleep = lambda seconds: None, self._clock.sleep
-            whole = good(self, begun, rows, needed)
+            whole = good(self, begun, rows)
             self._clock.sleep = sleep
             return whole
 
@@ -346,5 +357,5 @@ def test_a_forward_is_told_behind_the_context_that_it_had(model):
     stage.segment([*range(40)], [-1, *[0] * 39])
     dies = wire.prune(REQUEST.id, Prune(1, 0, 1))
     stage.segment([*range(40, 80)], [1, *[2] * 39], [(0.033, dies)])
-    assert stage.live.sequence.state.length == 6, "compacted"
-    assert sorted(p.context for p in stage.worker._meter.forward.points()) == [0, 23], "40 rows behind 3 and behind 43"
+    assert stage.state.length == 6, "compacted"
+    assert sorted(p.context for p in stage.worker.machine.meter.forward.points()) == [0, 23], "40 rows behind 3 and behind 43"

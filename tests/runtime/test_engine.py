@@ -85,7 +85,7 @@ def test_what_fails_in_a_stage_is_raised_here(pair, monkeypatch):
     def fail(self, message):
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr(Worker, "_on_segment", fail)
+    monkeypatch.setattr(Worker, "take", fail)
     engine = Engine.from_config(pair.config(2))
     with pytest.raises(RuntimeError, match="no such luck"):
         list(engine.generate([5, 6, 7]))

@@ -10,6 +10,7 @@ from flowspec.core.stage import StageState
 from flowspec.models.manifest import Manifest
 from flowspec.models.split import main as split
 from flowspec.models.stage import Sequence, load_head, load_stage, load_whole
+from tests.stages import Hand
 
 SMALL = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=128)
 CONFIGS = {
@@ -57,7 +58,7 @@ def close(a, b):
 def test_prefill_in_chunks(family):
     model, stages, head, _ = family
     tokens = list(range(1, 20))
-    sequences = [Sequence(s) for s in stages]
+    sequences = [Hand(s) for s in stages]
     rows = []
     for a, b in [(0, 1), (1, 9), (9, 19)]:
         x = torch.tensor(tokens[a:b])
@@ -73,7 +74,7 @@ def test_a_tree_in_segments_of_any_size(family, size):
     model, stages, head, _ = family
     prompt, parents = [5, 6, 7, 8], {0: -1, 1: 0, 2: 0, 3: 1, 4: 1, 5: 2, 6: 3, 7: 3, 8: 5}
     tokens = {i: 10 + 3 * i for i in parents}
-    sequences = [Sequence(s) for s in stages]
+    sequences = [Hand(s) for s in stages]
     x = torch.tensor(prompt)
     for sequence in sequences:
         x = sequence.prefill(x)
@@ -96,7 +97,7 @@ def test_a_pruned_and_gathered_cache(family, monkeypatch, cache_step):
     model, stages, head, _ = family
     for limit in (-1, 64):  # gather at once, or leave the dead rows in place
         monkeypatch.setattr(StageState, "COMPACT", limit)
-        sequences = [Sequence(s) for s in stages]
+        sequences = [Hand(s) for s in stages]
         x = torch.tensor([1, 2, 3])
         for s in sequences:
             x = s.prefill(x)
@@ -118,7 +119,7 @@ def test_an_abandoned_forward_leaves_no_trace(family, monkeypatch, cache_step):
     """Its rows are never read, and a gather that is due meanwhile waits until it is over."""
     model, stages, head, _ = family
     monkeypatch.setattr(StageState, "COMPACT", -1)  # gather at every prune
-    first, second = (Sequence(s) for s in stages)
+    first, second = (Hand(s) for s in stages)
     first_rows = first.prefill(torch.tensor([1, 2, 3]))
     second.prefill(first_rows)
     _, _, x = first.verify([0, 1, 2], [-1, 0, 0], torch.tensor([20, 21, 22]))
@@ -142,7 +143,7 @@ def test_an_abandoned_forward_leaves_no_trace(family, monkeypatch, cache_step):
 def test_a_forward_can_be_abandoned_at_any_layer_and_any_number_of_times(family, cache_step, rows):
     """Also where its rows cross the capacity: what comes after it has room in every layer."""
     model, stages, head, _ = family
-    sequences = [Sequence(s) for s in stages]
+    sequences = [Hand(s) for s in stages]
     x = torch.tensor([1, 2, 3])
     for s in sequences:
         x = s.prefill(x)
@@ -162,7 +163,7 @@ def test_a_forward_can_be_abandoned_at_any_layer_and_any_number_of_times(family,
 
 def test_dead_rows_may_be_computed_but_are_never_seen(family):
     model, stages, head, _ = family
-    sequences = [Sequence(s) for s in stages]
+    sequences = [Hand(s) for s in stages]
     x = torch.tensor([1, 2, 3])
     for s in sequences:
         x = s.prefill(x)
@@ -187,7 +188,7 @@ def test_a_draft_model_is_a_whole_checkpoint(family):
 
 def test_states_with_no_rows(family):
     _, stages, _, _ = family
-    sequence = Sequence(stages[0])
+    sequence = Hand(stages[0])
     sequence.prefill(torch.tensor([1, 2]))
     kept, positions, rows = sequence.verify([7], [6], torch.tensor([3]))  # neither the root nor below a row
     assert kept == [] and len(rows) == 0 and positions.shape == (0,)
