@@ -18,7 +18,8 @@ from typing import Any
 import yaml
 
 from flowspec.core.cost import Emulate
-from flowspec.core.policy import METHODS, PolicyConfig, TreeConfig
+from flowspec.core.policies import METHODS
+from flowspec.core.policy import PolicyConfig, TreeConfig
 from flowspec.core.request import Sampling, need
 from flowspec.core.topology import Topology
 from flowspec.draft.config import DrafterConfig

@@ -26,7 +26,9 @@ from flowspec.comm.codec import Limits
 from flowspec.comm.shaped import shaped
 from flowspec.config import Config, load_config
 from flowspec.core.costs import Costs
-from flowspec.core.policy import Continuous, PolicyConfig, make_policy
+from flowspec.core.policies import make_policy
+from flowspec.core.policies.continuous import Continuous
+from flowspec.core.policy import PolicyConfig
 from flowspec.core.request import Request, Sampling, need
 from flowspec.draft.registry import make_drafter
 from flowspec.models.families import family_of, read_config
@@ -302,7 +304,7 @@ class Engine:
         stats, ids, accepted = Stats(), [], 0
         stream = TextStream(self.text.tokenizer, stop, request.prompt)
         features = self._draft is not None and self._draft.features
-        policy = make_policy(config.method, config.tree, config.policy, self.topology.stages, features)
+        policy = make_policy(config.method, config.tree, config.policy, self.topology, features)
         tokens = self._driver.generate(request, policy, config.policy, stats, self.traced)
         try:
             for token in tokens:

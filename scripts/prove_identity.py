@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from flowspec import Engine
 from flowspec.config import DTYPES
-from flowspec.core.policy import METHODS, SWITCHES, PolicyConfig, TreeConfig
+from flowspec.core.policies import METHODS
+from flowspec.core.policy import SWITCHES, PolicyConfig, TreeConfig
 from flowspec.launcher import ROOT
 from flowspec.lossless import tolerance_of
 from flowspec.models.cache import RowCache

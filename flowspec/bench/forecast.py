@@ -14,8 +14,9 @@ from torch import Tensor
 from flowspec.config import Config
 from flowspec.core.cost import Emulate
 from flowspec.core.costs import Costs
-from flowspec.core.policy import METHODS, make_policy
+from flowspec.core.policies import METHODS, make_policy
 from flowspec.core.request import Request, Sampling, need
+from flowspec.core.topology import Topology
 from flowspec.draft.base import Drafter
 from flowspec.draft.config import DrafterConfig
 from flowspec.draft.recorded import LiveDrafter, RecordedDrafter, SyntheticDrafter, Tape, load, made_up_text, save
@@ -135,8 +136,8 @@ class Forecaster:
         count instead of what is emulated."""
         config = config or self.config
         features = self.profile is None and config.reads_features
-        policy = None if method == PAPER else make_policy(method, config.tree, config.policy, stages, features)
-        guesser = self._guesser(tape, config) if policy is None or policy.budget > 1 else None  # a tree of one node needs none
+        policy = None if method == PAPER else make_policy(method, config.tree, config.policy, Topology(stages), features)
+        guesser = self._guesser(tape, config) if policy is None or policy.drafts else None
         ring = RingSpec(
             stages=stages,
             emulate=emulate or (emulated(config) if self.profile is None else config.emulate),

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flowspec.bench.timeline import MISSING, can_draw
-from flowspec.core.policy import METHODS
+from flowspec.core.policies import METHODS
 from flowspec.core.request import need
 from flowspec.files import replacing
 

@@ -128,10 +128,10 @@ class Controller:
     OLD = 512
     """tokens of the run after which what a trial found is to be tried anew, if in doubt: the few tokens of it may have met a busy moment"""
 
-    def __init__(self, ring: Ring, stages: int, fixed_rows: int | None, findings: Findings):
-        self._ring, self._stages, self._fixed_rows, self._findings = ring, stages, fixed_rows, findings
+    def __init__(self, ring: Ring, topology: Topology, fixed_rows: int | None, findings: Findings):
+        self._ring, self._topology, self._fixed_rows, self._findings = ring, topology, fixed_rows, findings
         findings.trials //= 2
-        self._prices = _Prices.of(ring, stages)
+        self._prices = _Prices.of(ring, topology.stages)
         self.speculates = findings.resting == 0
         self._now: Stretch | None = None
         self._lead = 0.0  # seconds that this stretch of speculation has gained on plain decoding, of late
@@ -148,7 +148,7 @@ class Controller:
     # ---- rows --------------------------------------------------------------------------------------
     def _priced(self) -> _Prices:
         if self._prices.times is not self._ring.times:
-            self._prices = _Prices.of(self._ring, self._stages)
+            self._prices = _Prices.of(self._ring, self._topology.stages)
         return self._prices
 
     @property
@@ -181,7 +181,7 @@ class Controller:
     @property
     def lap(self) -> float:
         """Seconds that the root alone needs for the round: a token's, without speculation, by these costs."""
-        return self._priced().round + Topology(self._stages).hops * self._ring.known_hop
+        return self._priced().round + self._topology.hops * self._ring.known_hop
 
     # ---- whether to speculate ----------------------------------------------------------------------
     @property

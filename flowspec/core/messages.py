@@ -6,7 +6,7 @@ id is used twice in a request. The root is the newest known token that has not b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -151,14 +151,19 @@ def _drafters(proposal: Proposal) -> int:
     return proposal.z.shape[1] if proposal.z.ndim == 2 else 1
 
 
-class Returned(NamedTuple):
-    """A segment came back; `choices[id]` is the token the target picks after that node (looked up on the walk only).
+Choose = Callable[[int, Sequence[int]], int]
+"""(node, the nodes decided before it) -> the token that the target picks after it"""
 
-    A last stage that picks walks itself: `ids` are those of its nodes that are text, often none. When rank 0 picks, all that live."""
+
+class Returned(NamedTuple):
+    """A segment came back, and what the target picks after these of its nodes can be told.
+
+    A last stage that picks walks itself: they are those that are text, often none. When rank 0 picks, all that live."""
 
     number: int
     ids: tuple[int, ...]
-    choices: Mapping[int, int]
+    choose: Choose
+    """asked of the nodes of the walk alone, once each and in their order"""
 
 
 class Started(NamedTuple):

@@ -8,11 +8,11 @@ because the target picked it at a node whose path is the text so far; so the tex
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 from flowspec.core.learnt import Learnt
 from flowspec.core.messages import (
     Action,
+    Choose,
     Commit,
     Cost,
     Draft,
@@ -38,7 +38,7 @@ class Scheduler:
 
     def __init__(self, request: Request, policy: Policy, learnt: Learnt | None = None, drafts: bool = True):
         """`learnt`: by the run's earlier requests; it goes on learning."""
-        self.request, self.policy, self.drafts = request, policy, drafts
+        self.request, self.policy, self.drafts = request, policy, drafts and policy.drafts
         self.tree = TokenTree(request.prompt[-1], request.prompt_length - 1)
         learnt = learnt or Learnt()
         self.ring = learnt.ring
@@ -49,7 +49,7 @@ class Scheduler:
         self.tokens: list[int] = []
         self.finished = False
         self._drafting, self._draft_begun = False, 0.0
-        self._known: dict[int, Mapping[int, int]] = {}
+        self._known: dict[int, Choose] = {}
 
     @property
     def remaining(self) -> int:
@@ -81,7 +81,7 @@ class Scheduler:
     def _returned(self, event: Returned, now: float) -> list[Action]:
         self.ring.returned(event.number, now)
         self.returned_segments += 1
-        self._known.update({i: event.choices for i in event.ids if i in self.tree})
+        self._known.update({i: event.choose for i in event.ids if i in self.tree})
         if self.tree.root.id not in self._known or not self.policy.verify_now(len(self.ring.out)):
             return []
         path, tokens, accepted, child = self._walk()
@@ -111,7 +111,7 @@ class Scheduler:
         accepted: list[bool] = []
         node: Node | None = self.tree.root
         while node is not None and node.id in self._known:
-            token = int(self._known[node.id][node.id])
+            token = int(self._known[node.id](node.id, [n.id for n in path]))
             path.append(node)
             tokens.append(token)
             node = node.children.get(token)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -67,24 +67,6 @@ class Stats:
     """what all ranks did, on rank 0's clock; empty unless the request was traced"""
 
 
-class _Choices(Mapping):
-    """Node id -> the target's token, looked up on the walk only; remembers the picks for their gaps."""
-
-    def __init__(self, picks: Mapping[int, Pick]):
-        self._picks = picks
-        self.looked_up: dict[int, Pick] = {}
-
-    def __getitem__(self, id: int) -> int:
-        found = self.looked_up[id] = self._picks[id]
-        return found.token
-
-    def __len__(self) -> int:
-        return len(self._picks)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._picks)
-
-
 class Driver:
     """Serves one request after another. `head` is given when rank 0 verifies (verify_on: coordinator)."""
 
@@ -104,7 +86,7 @@ class Driver:
         self, request: Request, policy: Policy, switches: PolicyConfig, stats: Stats, trace: bool = False
     ) -> Generator[Committed, None, None]:
         """The text as it is committed. Closing the iterator cancels the request. `stats` is filled as it goes."""
-        self._draft = self._thread if policy.budget > 1 else None  # a tree of one node needs no drafter
+        self._draft = self._thread if policy.drafts else None
         self._reads_features = self._draft is not None and self._draft.features
         self._features: dict[int, tuple[torch.Tensor, int]] = {}  # node that came back -> rows and its row there, if they are read
         self._scheduler = scheduler = Scheduler(request, policy, self._learnt, drafts=self._draft is not None)
@@ -247,10 +229,13 @@ class Driver:
             assert head is not None, f"a {message.kind} message, but this rank does not verify"
             picks = self._to_pick(request, head, *message.tensors)
             came = tuple(message.tensors[0].tolist())
-        choices = _Choices(picks)
-        choices.looked_up = self._picks
+
+        def choose(node: int, path: Sequence[int]) -> int:
+            found = self._picks[node] = picks[node]
+            return found.token
+
         self._log.arrived(message, self._topology.last, 0, self._transport.inbox.since, self._clock.now(), came)
-        return Returned(number, tuple(picks), choices)
+        return Returned(number, tuple(picks), choose)
 
     def _to_pick(self, request: Request, head: Head, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Picks:
         """The picks of those nodes that live: nobody asks for others."""

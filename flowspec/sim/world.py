@@ -13,7 +13,7 @@ import heapq
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -41,7 +41,6 @@ from flowspec.core.policy import Policy, PolicyConfig
 from flowspec.core.request import Request
 from flowspec.core.scheduler import Scheduler
 from flowspec.core.topology import Topology
-from flowspec.core.tree import TokenTree
 from flowspec.trace import Fates, Span, untangled
 
 
@@ -149,26 +148,6 @@ class _Stage:
     @property
     def rank(self) -> int:
         return self.machine.rank
-
-
-class _Choices(Mapping):
-    """Node id -> the target's token after it; right for nodes on the text's own path, and no other is looked up."""
-
-    def __init__(self, ids: tuple[int, ...], tree: TokenTree, text: Sequence[int], start: int):
-        self._ids, self._tree, self._text, self._start = ids, tree, text, start
-
-    def __getitem__(self, id: int) -> int:
-        """KeyError for a node that was refused meanwhile, and behind the end of the text."""
-        at = self._tree.nodes[id].position + 1 - self._start
-        if at >= len(self._text):
-            raise KeyError(id)
-        return self._text[at]
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._ids)
 
 
 @dataclass
@@ -294,11 +273,15 @@ class World:
             for draft in self._held:
                 self._draft(draft, now)
 
-    def _choices(self, segment: Segment) -> _Choices:
-        return _Choices(segment.ids, self.scheduler.tree, self.text, self.request.prompt_length)
-
     def _on_returned(self, now: float, segment: Segment) -> None:
-        self._handle(now, Returned(segment.number, segment.ids, self._choices(segment)))
+        choices = {i: choice for i in segment.ids if (choice := self._choice(i)) is not None}
+        self._handle(now, Returned(segment.number, tuple(choices), lambda node, path: choices[node]))
+
+    def _choice(self, node: int) -> int | None:
+        """The target's token after a node of the text; None for what rank 0 has refused meanwhile, and behind the text's end."""
+        found = self.scheduler.tree.nodes.get(node)
+        at = len(self.text) if found is None else found.position + 1 - self.request.prompt_length
+        return self.text[at] if at < len(self.text) else None
 
     # ---- links and stages --------------------------------------------------------------------------
     def _send(self, sender: int, segment: Segment | None, rows: int, now: float, accepted: int = 0) -> None:
@@ -360,5 +343,5 @@ class World:
 
     def _walked(self, stage: _Stage, segment: Segment) -> int:
         """How many of the nodes of a segment the last stage finds to be text."""
-        choices = self._choices(segment)
-        return len(stage.machine.walk(lambda k: choices.get(segment.ids[k], -1)))
+        choices = {k: self._choice(id) for k, id in enumerate(segment.ids)}
+        return len(stage.machine.walk(lambda k: -1 if (choice := choices[k]) is None else choice))

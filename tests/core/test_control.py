@@ -8,6 +8,7 @@ from flowspec.core.control import Controller, Findings
 from flowspec.core.curve import Curve
 from flowspec.core.messages import Cost, Started
 from flowspec.core.ring import Ring
+from flowspec.core.topology import Topology
 
 
 def ring(*costs, row=0.0, hop=0.0, rows=None):
@@ -16,7 +17,7 @@ def ring(*costs, row=0.0, hop=0.0, rows=None):
     for stage, cost in enumerate(costs, 1):
         ring.measured(Cost(stage, cost if isinstance(cost, Curve) else Curve.line(*cost), row))
     ring.hop, ring.news = hop, 9
-    return Controller(ring, len(costs), rows, Findings())
+    return Controller(ring, Topology(len(costs)), rows, Findings())
 
 
 JUMP = Curve(((1.0, 0.05), (2.0, 0.08), (8.0, 0.082), (128.0, 0.9)))
@@ -48,7 +49,7 @@ def test_a_segment_takes_as_many_rows_as_gain_most():
 
 def test_the_first_segments_are_short():
     empty, seen = Ring(), []
-    control = Controller(empty, 2, None, Findings())
+    control = Controller(empty, Topology(2), None, Findings())
     for _ in range(6):
         seen.append(control.rows)
         empty.measured(Cost(2, Curve.line(0.05, 0.001), 0.0))  # says nothing of the first stage
@@ -110,7 +111,7 @@ def test_what_a_disturbed_trial_found_is_not_believed_for_ever():
     known.measured(Cost(1, Curve.line(0.1, 0.0), 0.0))
     known.plain = 0.15, 0
     for _ in range(30):
-        control, now, left = Controller(known, 1, None, findings), 0.0, 100
+        control, now, left = Controller(known, Topology(1), None, findings), 0.0, 100
         control.decided(1, now, left, 0.25)
         while left:
             now, left = now + (0.118 if control.speculates else 0.1), left - 1
@@ -136,7 +137,7 @@ def test_a_rest_goes_on_in_the_next_request():
 
     def text(token, promise, tokens=64):
         """Seconds of a text, a token of which takes so long with speculation and 0.1 without it."""
-        control, now, left = Controller(known, 1, None, findings), 0.0, tokens
+        control, now, left = Controller(known, Topology(1), None, findings), 0.0, tokens
         control.decided(1, now, left, promise)
         while left:
             now, left = now + (token if control.speculates else 0.1), left - 1

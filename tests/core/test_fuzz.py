@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from flowspec.core.policy import METHODS
+from flowspec.core.policies import METHODS
 from flowspec.core.stage import Gather, StageState
 from flowspec.models.cache import RowCache
 from tests.core.world import Case, Stage, World, greedy

@@ -5,9 +5,11 @@ import pytest
 
 from flowspec.core.curve import Curve
 from flowspec.core.messages import Commit, Cost, Draft, Drafted, DraftNode, Finish, Proposal, Prune, Returned, Segment, Started, Wake, Woke
-from flowspec.core.policy import PolicyConfig, TreeConfig, make_policy
+from flowspec.core.policies import make_policy
+from flowspec.core.policy import PolicyConfig, TreeConfig
 from flowspec.core.request import Request, Sampling
 from flowspec.core.scheduler import Scheduler
+from flowspec.core.topology import Topology
 from flowspec.errors import UserError
 
 ROOT = DraftNode(0, -1, 9)
@@ -20,15 +22,20 @@ def proposal(**chances):
 
 
 def scheduler(method="flowspec", stages=2, new=20, eos=(), drafts=True, jit=False, **tree):
-    policy = make_policy(method, TreeConfig(**tree), PolicyConfig(just_in_time=jit), stages)
+    policy = make_policy(method, TreeConfig(**tree), PolicyConfig(just_in_time=jit), Topology(stages))
     request = Request(id=1, prompt=(7, 8, 9), sampling=Sampling(max_new_tokens=new), eos=frozenset(eos))
     return Scheduler(request, policy, drafts=drafts)
+
+
+def back(number, choices):
+    """A segment with the target's tokens after some of its nodes."""
+    return Returned(number, tuple(choices), lambda node, path: choices[node])
 
 
 def test_plain_decoding_is_one_row_at_a_time():
     s = scheduler("ar")
     assert s.start(0.0) == [Segment(1, (0,), (-1,), (9,))]
-    assert s.handle(Returned(1, (0,), {0: 5}), 1.0) == [
+    assert s.handle(back(1, {0: 5}), 1.0) == [
         Prune(1, 0, 1),
         Commit((0,), (5,), (False,), 1),
         Segment(2, (1,), (0,), (5,)),
@@ -51,10 +58,10 @@ def test_a_hit_keeps_the_subtree_and_a_miss_keeps_nothing():
     s.start(0.0)
     s.handle(Drafted.pack((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)
     s.handle(Drafted.pack((1, 2), (proposal(t1=0.9), proposal(t2=0.9))), 2.0)
-    hit = s.handle(Returned(1, (0,), {0: 6}), 3.0)
+    hit = s.handle(back(1, {0: 6}), 3.0)
     assert hit[:2] == [Prune(1, 0, 2), Commit((0,), (6,), (True,), 2)]
     assert set(s.tree.nodes) == {2, 4}
-    miss = s.handle(Returned(2, (1, 2), {1: 0, 2: 30}), 4.0)
+    miss = s.handle(back(2, {1: 0, 2: 30}), 4.0)
     assert miss == [Prune(2, 2, 5), Commit((2,), (30,), (False,), 5), Segment(4, (5,), (2,), (30,))]
     assert len(s.tree) == 1
     assert s.handle(Drafted.pack((3, 4), (None, None)), 5.0) == [Draft((DraftNode(5, 2, 30),))], "one drafter forward at a time"
@@ -66,7 +73,7 @@ def test_several_tokens_of_one_segment_are_committed_at_once():
     for node, token in [(0, 5), (1, 6), (2, 4)]:
         actions = s.handle(Drafted.pack((node,), (proposal(**{f"t{token}": 0.9}),)), 1.0)
     assert actions == [Segment(1, (0, 1, 2, 3), (-1, 0, 1, 2), (9, 5, 6, 4))]
-    assert s.handle(Returned(1, (0, 1, 2, 3), {0: 5, 1: 6, 2: 30}), 2.0)[:2] == [
+    assert s.handle(back(1, {0: 5, 1: 6, 2: 30}), 2.0)[:2] == [
         Prune(1, 2, 4),
         Commit((0, 1, 2), (5, 6, 30), (True, True, False), 4),
     ]
@@ -78,9 +85,9 @@ def test_naive_waits_for_all_its_pieces():
     s.handle(Drafted.pack((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)
     pieces = s.handle(Drafted.pack((1, 2), (proposal(t1=0.9), proposal(t2=0.9))), 1.0)
     assert [p.ids for p in pieces] == [(0,), (1, 3), (2, 4)]
-    assert s.handle(Returned(1, (0,), {0: 5}), 2.0) == []
-    assert s.handle(Returned(2, (1, 3), {1: 1, 3: 8}), 2.0) == []
-    commit = s.handle(Returned(3, (2, 4), {2: 0, 4: 0}), 2.0)[1]
+    assert s.handle(back(1, {0: 5}), 2.0) == []
+    assert s.handle(back(2, {1: 1, 3: 8}), 2.0) == []
+    commit = s.handle(back(3, {2: 0, 4: 0}), 2.0)[1]
     assert commit.tokens == (5, 1, 8) and commit.accepted == (True, True, False)
 
 
@@ -90,8 +97,8 @@ def test_pruned_verifies_every_piece_and_drafts_only_between_rounds():
     s.handle(Drafted.pack((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)
     pieces = s.handle(Drafted.pack((1, 2), (proposal(t1=0.9), proposal(t2=0.9))), 1.0)
     assert [p.ids for p in pieces] == [(0,), (1, 3), (2, 4)]
-    assert s.handle(Returned(1, (0,), {0: 5}), 2.0) == [Prune(1, 0, 1), Commit((0,), (5,), (True,), 1)]
-    assert s.handle(Returned(2, (1, 3), {1: 1, 3: 8}), 3.0) == [
+    assert s.handle(back(1, {0: 5}), 2.0) == [Prune(1, 0, 1), Commit((0,), (5,), (True,), 1)]
+    assert s.handle(back(2, {1: 1, 3: 8}), 3.0) == [
         Prune(2, 3, 5),
         Commit((1, 3), (1, 8), (True, False), 5),
         Draft((DraftNode(5, 3, 8),)),
@@ -102,7 +109,7 @@ def test_pruned_ends_a_round_at_a_token_that_was_drafted_but_not_sent():
     s = scheduler("pruned", stages=1, budget=2, top_k=2, depth=1, new=2)
     s.start(0.0)
     assert [p.ids for p in s.handle(Drafted.pack((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)] == [(0,), (1,)]
-    assert s.handle(Returned(1, (0,), {0: 6}), 2.0) == [
+    assert s.handle(back(1, {0: 6}), 2.0) == [
         Prune(1, 0, 3),
         Commit((0,), (6,), (False,), 3),
         Segment(3, (3,), (0,), (6,)),
@@ -134,13 +141,13 @@ def test_pipedec_sends_the_best_of_each_layer_and_drafts_from_it():
 
 def test_a_layer_of_pipedec_is_chosen_among_the_children_of_the_living():
     s = layered()
-    assert s.handle(Returned(1, (0,), {0: 6}), 4.0) == [
+    assert s.handle(back(1, {0: 6}), 4.0) == [
         Prune(1, 0, 2),
         Commit((0,), (6,), (True,), 2),
         Segment(4, (5,), (4,), (8,)),
         Draft((DraftNode(5, 4, 8),)),
     ]
-    assert s.handle(Returned(2, (2,), {2: 30}), 5.0) == [
+    assert s.handle(back(2, {2: 30}), 5.0) == [
         Prune(2, 2, 6),
         Commit((2,), (30,), (False,), 6),
         Segment(5, (6,), (2,), (30,)),
@@ -160,7 +167,7 @@ def test_just_in_time_a_layer_is_chosen_when_it_leaves():
 
 def test_a_full_tree_holds_the_next_layer_back_until_the_root_moves_on():
     s = layered(budget=5)
-    assert s.handle(Returned(1, (0,), {0: 5}), 4.0)[2] == Segment(4, (5,), (3,), (7,))
+    assert s.handle(back(1, {0: 5}), 4.0)[2] == Segment(4, (5,), (3,), (7,))
     assert [a for a in scheduler("pipedec", budget=1).start(0.0) if isinstance(a, Draft)] == [], "no room for any"
 
 
@@ -169,7 +176,7 @@ def test_depth_bounds_the_layers_of_pipedec():
     s.start(0.0)
     s.handle(Drafted.pack((0,), (proposal(t5=0.9),)), 1.0)
     assert s.handle(Drafted.pack((1,), (proposal(t6=0.9),)), 2.0) == [Segment(3, (2,), (1,), (6,))], "two levels below the root"
-    assert s.handle(Returned(1, (0,), {0: 5}), 3.0)[2:] == [Draft((DraftNode(2, 1, 6),))]
+    assert s.handle(back(1, {0: 5}), 3.0)[2:] == [Draft((DraftNode(2, 1, 6),))]
 
 
 def test_an_end_token_inside_the_accepted_path_ends_the_text_there():
@@ -177,7 +184,7 @@ def test_an_end_token_inside_the_accepted_path_ends_the_text_there():
     s.start(0.0)
     s.handle(Drafted.pack((0,), (proposal(t5=0.9),)), 1.0)
     s.handle(Drafted.pack((1,), (proposal(t6=0.9),)), 1.0)
-    actions = s.handle(Returned(1, (0, 1, 2), {0: 5, 1: 6, 2: 7}), 2.0)
+    actions = s.handle(back(1, {0: 5, 1: 6, 2: 7}), 2.0)
     assert actions == [Commit((0,), (5,), (True,), 3), Finish("stop")]
     assert s.handle(Woke(), 3.0) == []
 
@@ -187,7 +194,7 @@ def test_the_limit_cuts_an_accepted_path():
     s.start(0.0)
     actions = s.handle(Drafted.pack((0,), (proposal(t5=0.9),)), 1.0)
     assert actions == [Segment(1, (0, 1), (-1, 0), (9, 5))], "a node deeper than the limit is never drafted"
-    assert s.handle(Returned(1, (0, 1), {0: 5, 1: 6}), 2.0) == [Commit((0, 1), (5, 6), (True, False), 2), Finish("length")]
+    assert s.handle(back(1, {0: 5, 1: 6}), 2.0) == [Commit((0, 1), (5, 6), (True, False), 2), Finish("length")]
 
 
 def test_without_a_drafter_nothing_is_drafted():
@@ -197,7 +204,7 @@ def test_without_a_drafter_nothing_is_drafted():
 def test_a_dead_proposal_is_dropped():
     s = scheduler()
     s.start(0.0)
-    s.handle(Returned(1, (0,), {0: 30}), 1.0)
+    s.handle(back(1, {0: 30}), 1.0)
     assert s.handle(Drafted.pack((0,), (proposal(t5=0.9),)), 2.0) == [Draft((DraftNode(1, 0, 30),))]
     assert len(s.tree) == 1
 
@@ -216,7 +223,7 @@ def test_a_segment_that_returned_has_started():
     s = scheduler(jit=True, top_k=1)
     s.start(0.0)
     s.handle(Drafted.pack((0,), (proposal(t5=0.9),)), 1.0)
-    assert s.handle(Returned(1, (0,), {0: 5}), 2.0)[-1] == Segment(2, (1,), (0,), (5,))
+    assert s.handle(back(1, {0: 5}), 2.0)[-1] == Segment(2, (1,), (0,), (5,))
     assert s.handle(Started(1, 1, 9.0, 0.0), 2.1) == [], "old news changes nothing"
 
 
@@ -236,7 +243,9 @@ def test_bad_trees_are_named(name):
 # ---- riding refresh --------------------------------------------------------------------------------
 def refreshing(**tree):
     """The root (0) with children 1 (t5) and 2 (t6), both drafted; 3 (t1) and 5 (t2) are 1's, 4 is 2's."""
-    policy = make_policy("flowspec", TreeConfig(top_k=2, **tree), PolicyConfig(just_in_time=False, calibrate=False), 4, features=True)
+    policy = make_policy(
+        "flowspec", TreeConfig(top_k=2, **tree), PolicyConfig(just_in_time=False, calibrate=False), Topology(4), features=True
+    )
     s = Scheduler(Request(id=1, prompt=(7, 8, 9), sampling=Sampling(max_new_tokens=20)), policy)
     s.start(0.0)
     s.handle(Drafted.pack((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)
@@ -253,7 +262,7 @@ def test_a_new_root_is_drafted_again_from_its_true_feature_and_rides_with_the_fr
     s, actions = refreshing()
     frontier = tuple(n.id for n in asked(actions).nodes)
     assert 1 not in frontier
-    s.handle(Returned(1, (0,), {0: 5}), 4.0)
+    s.handle(back(1, {0: 5}), 4.0)
     again = asked(s.handle(Drafted.pack(frontier, [proposal(t9=0.9)] * len(frontier)), 5.0))
     assert again.nodes[0] == DraftNode(1, 0, 5), "the root first, what is new behind it"
     assert len(again.nodes) > 1
@@ -262,7 +271,7 @@ def test_a_new_root_is_drafted_again_from_its_true_feature_and_rides_with_the_fr
 def test_a_node_that_is_drafted_again_moves_its_subtree():
     s, actions = refreshing()
     frontier = tuple(n.id for n in asked(actions).nodes)
-    s.handle(Returned(1, (0,), {0: 5}), 4.0)
+    s.handle(back(1, {0: 5}), 4.0)
     again = asked(s.handle(Drafted.pack(frontier, [proposal(t9=0.9)] * len(frontier)), 5.0))
     nodes = s.tree.nodes
     before = {i: nodes[i].score - nodes[1].score for i in (3, 5)}
@@ -282,5 +291,5 @@ def test_without_features_nothing_is_drafted_twice():
     s.start(0.0)
     s.handle(Drafted.pack((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)
     s.handle(Drafted.pack((1, 2), (proposal(t1=0.9), proposal(t1=0.9))), 2.0)
-    actions = s.handle(Returned(1, (0,), {0: 5}), 3.0)
+    actions = s.handle(back(1, {0: 5}), 3.0)
     assert not any(n.id == 1 for a in actions if isinstance(a, Draft) for n in a.nodes)

@@ -14,8 +14,10 @@ from flowspec.core.cost import Emulate
 from flowspec.core.learnt import Learnt
 from flowspec.core.machine import Begin
 from flowspec.core.messages import FRAME_BYTES, Commit, Drafted, DraftNode, Proposal, Prune, Segment
-from flowspec.core.policy import METHODS, PolicyConfig, TreeConfig, make_policy
+from flowspec.core.policies import METHODS, make_policy
+from flowspec.core.policy import PolicyConfig, TreeConfig
 from flowspec.core.request import Request, Sampling
+from flowspec.core.topology import Topology
 from flowspec.draft.recorded import LiveDrafter, RecordedDrafter, SyntheticDrafter, Tape, load, made_up_text, save
 from flowspec.errors import UserError
 from flowspec.runtime import wire
@@ -41,7 +43,7 @@ def simulate(
     tree = tree or TreeConfig()
     if method == "flowspec-paper":
         return LockStep(wanted, text, tree, guesser, ring).run()
-    return World(wanted, text, make_policy(method, tree, switches, ring.stages), guesser, ring, switches).run()
+    return World(wanted, text, make_policy(method, tree, switches, ring.topology), guesser, ring, switches).run()
 
 
 @pytest.mark.parametrize("profile", [[1.0], [0.6, 0.2, 0.1], [0.0, 0.3], [1e-9]])
@@ -142,7 +144,7 @@ def against_plain(shape, stages, profile, tokens, slowed=1.0):
     for method in ("ar", "flowspec"):
         ring = Shaped(stages=stages, emulate=Emulate(link_ms=0.3, draft_ms=8), hidden=256, shape=shape, slowed=slowed)
         guesser = None if method == "ar" else Liar() if profile is None else SyntheticDrafter(wanted, text, profile)
-        policy = make_policy(method, TreeConfig(), PolicyConfig(), stages)
+        policy = make_policy(method, TreeConfig(), PolicyConfig(), Topology(stages))
         rate[method] = Shared(wanted, text, policy, guesser, ring, PolicyConfig()).run().tokens_per_second
     return rate["flowspec"] / rate["ar"], policy.control
 
@@ -170,7 +172,7 @@ def test_a_second_request_begins_with_what_the_first_has_learnt():
     ring = RingSpec(stages=2, emulate=dataclasses.replace(BOARD, token_ms=50), hidden=256)
     learnt, spent, forwarded, rows = Learnt(), [], [], []
     for _ in range(2):
-        policy = make_policy("flowspec", TreeConfig(), switches := PolicyConfig(), ring.stages)
+        policy = make_policy("flowspec", TreeConfig(), switches := PolicyConfig(), ring.topology)
         world = World(wanted, text, policy, Liar(), ring, switches, learnt)
         rows.append(policy.control.rows)
         out = world.run()
@@ -186,7 +188,7 @@ def test_speculation_that_does_not_pay_is_turned_off_and_tried_again():
     """Without calibration nothing else stops it from sending what a liar is sure of."""
     wanted, text = request(tokens=200), made_up_text(200)
     ring = RingSpec(stages=2, emulate=dataclasses.replace(BOARD, token_ms=50), hidden=256)
-    policy = make_policy("flowspec", TreeConfig(), switches := PolicyConfig(calibrate=False), ring.stages)
+    policy = make_policy("flowspec", TreeConfig(), switches := PolicyConfig(calibrate=False), ring.topology)
     out = World(wanted, text, policy, Liar(), ring, switches).run()
     assert out.tokens == text
     assert policy.control._findings.rests >= 1 and policy.ring.plain
@@ -196,7 +198,7 @@ def test_speculation_that_does_not_pay_is_turned_off_and_tried_again():
 def test_a_forward_is_abandoned_once_at_the_end_of_its_layer_whatever_prunes_follow():
     wanted, text = request(), made_up_text(40)
     ring = RingSpec(stages=1, emulate=Emulate(stage_ms=80), hidden=256)  # layers of 10 ms
-    world = World(wanted, text, make_policy("ar", TreeConfig(), PolicyConfig(), 1), None, ring, PolicyConfig())
+    world = World(wanted, text, make_policy("ar", TreeConfig(), PolicyConfig(), ring.topology), None, ring, PolicyConfig())
     [stage] = world._stages
     stage.machine.handle(Begin(wanted.id))
     for number, id in enumerate((0, 8)):

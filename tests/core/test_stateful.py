@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from flowspec.core.curve import Curve
 from flowspec.core.machine import Decided
 from flowspec.core.messages import Cost, Idle, Prune, Started
-from flowspec.core.policy import METHODS
+from flowspec.core.policies import METHODS
 from flowspec.core.stage import StageState
 from flowspec.models.cache import RowCache
 from tests.core.test_fuzz import CacheMutants

@@ -16,7 +16,8 @@ import torch
 from flowspec.core.curve import Curve
 from flowspec.core.machine import Arrived, Begin, Chunk, Compute, Computed, Decided, Move, Pass, Settled, StageMachine, Tell
 from flowspec.core.messages import Commit, Cost, Draft, Drafted, Finish, Idle, Proposal, Prune, Returned, Segment, Wake, Woke
-from flowspec.core.policy import PolicyConfig, TreeConfig, make_policy
+from flowspec.core.policies import make_policy
+from flowspec.core.policy import PolicyConfig, TreeConfig
 from flowspec.core.request import Request, Sampling
 from flowspec.core.scheduler import Scheduler
 from flowspec.core.stage import StageState
@@ -172,7 +173,7 @@ class World:
 
     def __init__(self, case: Case, stage=Stage):
         self.case, self.random = case, case.random
-        policy = make_policy(case.method, case.tree, case.switches, case.stages, case.features)
+        policy = make_policy(case.method, case.tree, case.switches, Topology(case.stages), case.features)
         self.scheduler = Scheduler(case.request, policy, drafts=case.drafts)
         self.topology = Topology(case.stages)
         self.stages = [stage(rank, self.topology) for rank in self.topology.stage_ranks]
@@ -284,9 +285,9 @@ class World:
     def _answer(self, segment, choices):
         """Of a last stage that walks, or of all rows where rank 0 picks: it looks at those it walks over."""
         if not self.case.verify_last:
-            return Returned(segment.number, segment.ids, {i: target(self.context[i]) for i in segment.ids})
+            return Returned(segment.number, segment.ids, lambda i, path: target(self.context[i]))
         self.text_nodes.update(choices)
-        return Returned(segment.number, tuple(choices), choices)
+        return Returned(segment.number, tuple(choices), lambda i, path: choices[i])
 
     def _on_prune(self, now, k):
         if self.prunes[k]:

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from flowspec import __version__
-from flowspec.core.policy import METHODS
+from flowspec.core.policies import METHODS
 from flowspec.engine import Engine
 from flowspec.trace import read
 from tests.dist.conftest import PATIENCE, ROOT, Command

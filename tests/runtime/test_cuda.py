@@ -7,7 +7,7 @@ import torch
 
 from flowspec import Engine
 from flowspec.core.messages import Prune
-from flowspec.core.policy import METHODS
+from flowspec.core.policies import METHODS
 from flowspec.core.stage import StageState
 from flowspec.lossless import tolerance
 from flowspec.models.device import on_host, placed

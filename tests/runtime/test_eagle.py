@@ -18,7 +18,7 @@ from flowspec import Engine, UserError
 from flowspec.comm.base import Inbox
 from flowspec.config import load_config
 from flowspec.core.messages import Commit, Draft, DraftNode, Prune
-from flowspec.core.policy import METHODS
+from flowspec.core.policies import METHODS
 from flowspec.core.request import Request, Sampling
 from flowspec.core.stage import StageState
 from flowspec.draft.eagle import EagleDrafter

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from flowspec.core.policy import METHODS as ALL_METHODS
+from flowspec.core.policies import METHODS as ALL_METHODS
 from flowspec.engine import Engine
 
 METHODS = [*(m for m in ALL_METHODS if m != "ar"), "ar"]

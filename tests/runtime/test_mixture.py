@@ -9,7 +9,7 @@ import torch
 from flowspec import Engine, UserError
 from flowspec.config import load_config
 from flowspec.core.messages import Commit, Drafted, DraftNode, Proposal
-from flowspec.core.policy import METHODS
+from flowspec.core.policies import METHODS
 from flowspec.core.request import Request, Sampling
 from flowspec.core.score import Scorer
 from flowspec.core.tree import TokenTree

@@ -12,7 +12,8 @@ from rich.console import Console
 from flowspec import UserError
 from flowspec.bench import report
 from flowspec.bench.report import Record, Spread, best, chart, identical, markdown, save, show, summarise, sweep_table, table
-from flowspec.core.policy import METHODS, SWITCHES
+from flowspec.core.policies import METHODS
+from flowspec.core.policy import SWITCHES
 
 RATES = {  # method -> prompt -> tokens/s of each repeat; hand-made so that medians are exact in binary
     "flowspec": {1: [20.0, 22.0, 24.0], 2: [40.0, 30.0, 32.0]},

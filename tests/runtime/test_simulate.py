@@ -17,7 +17,7 @@ from flowspec.cli import _parser, main
 from flowspec.config import load_config
 from flowspec.core.cost import Emulate, Point
 from flowspec.core.costs import Costs, merged
-from flowspec.core.policy import METHODS
+from flowspec.core.policies import METHODS
 from flowspec.core.request import Request, Sampling
 from flowspec.options import DEMO_PROMPTS
 from flowspec.preflight import read_prompts

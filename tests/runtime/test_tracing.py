@@ -8,7 +8,7 @@ import pytest
 from flowspec import Engine, UserError
 from flowspec.bench.timeline import summary
 from flowspec.cli import main
-from flowspec.core.policy import METHODS
+from flowspec.core.policies import METHODS
 from flowspec.runtime.tracing import merged
 from flowspec.trace import Fates, Span, read
 

@@ -1,0 +1,28 @@
+"""The methods by name: three shapes of policy, and what tells the methods of a shape apart. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from flowspec.core.policies.continuous import Continuous
+from flowspec.core.policies.pipedec import PipeDec
+from flowspec.core.policies.rounds import Rounds
+from flowspec.core.policy import Policy, PolicyConfig, TreeConfig
+from flowspec.core.topology import Topology
+
+Maker = Callable[[TreeConfig, PolicyConfig, Topology, bool], Policy]
+_MAKERS: dict[str, Maker] = {
+    "ar": lambda tree, *_: Rounds(dataclasses.replace(tree, budget=1), pieces=1),
+    "serial": lambda tree, *_: Rounds(tree, pieces=1),
+    "naive": lambda tree, switches, ring, *_: Rounds(tree, pieces=ring.hops),
+    "pruned": lambda tree, switches, ring, *_: Rounds(tree, pieces=ring.hops, pruning=True),
+    "pipedec": lambda tree, switches, ring, *_: PipeDec(tree, ring, switches.just_in_time),
+    "flowspec": lambda tree, switches, ring, features: Continuous(tree, ring, switches, features),
+}
+METHODS = tuple(_MAKERS)
+
+
+def make_policy(method: str, tree: TreeConfig, switches: PolicyConfig, topology: Topology, features: bool = False) -> Policy:
+    """The policy of a method for one request. `features`: its drafter reads the target's."""
+    return _MAKERS[method](tree, switches, topology, features)

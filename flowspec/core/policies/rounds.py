@@ -1,0 +1,74 @@
+"""Plain decoding, serial tree speculation and chunked pipelines: draft a whole tree, send it in pieces, begin again. Pure.
+
+With a tree of one node this is plain autoregression, with one piece serial tree speculation, with as many pieces as the ring has hops
+the naive chunked pipeline, verified when all are back; told to prune, it verifies every piece as it comes back."""
+
+from __future__ import annotations
+
+import itertools
+
+from flowspec.core.messages import Drafted
+from flowspec.core.policy import Attached, TreeConfig, best_first
+from flowspec.core.score import Scorer
+from flowspec.core.tree import Node
+
+
+class Rounds(Attached):
+    """Draft a tree level by level (EAGLE-2), send its best `budget` nodes in `pieces`, verify once all are back, start afresh.
+
+    With `pruning`, every piece is verified as it comes back, and what it rules out is dropped on its way; nothing is
+    drafted meanwhile. The round ends at a token that was not sent."""
+
+    just_in_time = False
+
+    def __init__(self, config: TreeConfig, pieces: int, pruning: bool = False):
+        self.budget = config.budget or 80
+        self.drafts = self.budget > 1
+        self.top_k = config.top_k or 10
+        self.levels = (config.depth or 6) + 1
+        self.segment_rows = config.segment
+        self.credits = self.pieces = pieces
+        self.pruning = pruning
+        self.scorer = Scorer(calibrate=False, ngrams=False)
+
+    def rerooted(self) -> None:
+        if self.tree.root.sent:  # the round goes on
+            return
+        self.level = 0
+        self.planned: list[list[Node]] | None = None
+
+    def proposed(self, nodes: list[Node], drafted: Drafted) -> None:
+        for node, tokens, scores in self.scorer.scored(nodes, drafted, self.top_k):
+            for token, score in zip(tokens, scores, strict=True):
+                self.tree.add(node, token, score)
+
+    def draft(self) -> list[Node]:
+        """The best top_k nodes of the deepest level; none once the tree is deep enough."""
+        if self.planned is not None or self.level >= min(self.levels, self.levels_left()):
+            return []
+        frontier = [n for n in self.tree.nodes.values() if self.tree.depth(n) == self.level]
+        self.level += 1
+        return sorted(frontier, key=best_first)[: self.top_k]
+
+    def segment(self, drafting: bool) -> list[Node]:
+        if self.planned is None:
+            if drafting:
+                return []
+            self.planned = self._plan()
+        return self.planned.pop(0) if self.planned else []
+
+    def verify_now(self, segments_out: int) -> bool:
+        return self.pruning or (segments_out == 0 and not self.planned)
+
+    def keeps(self, child: Node) -> bool:
+        return self.pruning and child.sent
+
+    def _plan(self) -> list[list[Node]]:
+        """Near-equal pieces in score order, small ones first; more of them if `segment` caps their rows."""
+        nodes = sorted(self.tree.nodes.values(), key=best_first)[: self.budget]
+        pieces = min(self.pieces, len(nodes))
+        if self.segment_rows:
+            pieces = max(pieces, -(-len(nodes) // self.segment_rows))
+            self.credits = max(self.credits, pieces)
+        cuts = [len(nodes) * k // pieces for k in range(pieces + 1)]
+        return [nodes[a:b] for a, b in itertools.pairwise(cuts)]
