@@ -2,7 +2,7 @@
 
 import sys
 
-from flowspec.models.split import main
+from flowspec.commands.split import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -91,6 +91,10 @@ class Config:
         return self.drafter if isinstance(self.drafter, tuple) else (self.drafter,)
 
     @property
+    def drafter_kinds(self) -> str:
+        return " + ".join(drafter.kind for drafter in self.drafters)
+
+    @property
     def computes(self) -> bool:
         """A drafter is a model: what it drafts takes a forward."""
         return any(drafter.computes for drafter in self.drafters)

@@ -1,4 +1,4 @@
-"""A result file is written beside its name and gets the name when it is whole."""
+"""Where things lie; and a result file is written beside its name and gets the name when it is whole."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ from typing import TextIO
 
 from flowspec.errors import UserError
 
+ROOT = Path(__file__).resolve().parent.parent
+"""the checkout; or the folder of packages in which flowspec is installed"""
+CHECKOUT = (ROOT / "demo" / "target").is_dir()
+SHIPPED = ROOT if CHECKOUT else ROOT / "flowspec" / "shipped"
+"""holds `demo` and `configs`"""
+BUILD = ROOT / "build" if CHECKOUT else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flowspec"
+"""for what commands make of their own accord"""
 PARTIAL = ".partial"
 """ending of a result file that is not complete yet"""
 

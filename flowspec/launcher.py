@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from flowspec.files import ROOT
+
 QUIET = 128 + signal.SIGPIPE
 """exit code when whoever read standard output had enough, as of a tool that the signal ends"""
 

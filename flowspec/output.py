@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 from flowspec.errors import RankLost, UserError
 
 Command = Callable[[Sequence[str]], int]
 TAKES_NO_MORE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
 
 
 def command(main: Command) -> Callable[..., int]:

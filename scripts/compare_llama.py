@@ -48,10 +48,10 @@ from write_gguf import Llama, write_gguf
 
 from flowspec.config import load_config
 from flowspec.errors import UserError
-from flowspec.launcher import ROOT
+from flowspec.files import ROOT
 from flowspec.models.manifest import Manifest
-from flowspec.models.split import Parser, split
-from flowspec.output import command
+from flowspec.models.split import split
+from flowspec.output import Parser, command
 from flowspec.preflight import check_prompt, check_run, check_writable, read_prompts
 from flowspec.text import Text, check_same_tokens, load_tokenizer
 

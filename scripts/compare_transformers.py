@@ -45,11 +45,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from flowspec.config import Config, load_config
 from flowspec.engine import Engine
 from flowspec.errors import RankLost, UserError
-from flowspec.launcher import ROOT
+from flowspec.files import ROOT
 from flowspec.lossless import tolerance
 from flowspec.models.manifest import Manifest
-from flowspec.models.split import Parser, Source, split
-from flowspec.output import command
+from flowspec.models.split import Source, split
+from flowspec.output import Parser, command
 from flowspec.preflight import check_prompt, check_run, check_writable, read_prompts
 from flowspec.text import Text
 

@@ -45,11 +45,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from flowspec.errors import UserError
-from flowspec.launcher import ROOT
+from flowspec.files import ROOT
 from flowspec.models.families import EMBEDDING, HEAD, NORM, rope_types
-from flowspec.models.split import CONFIG, COORDINATOR_FILES, DTYPES, Parser, Source, read_bytes, staged_folder
+from flowspec.models.split import CONFIG, COORDINATOR_FILES, DTYPES, Source, read_bytes, staged_folder
 from flowspec.models.weights import INDEX, Checkpoint, Entry, write_file, write_tensors
-from flowspec.output import command
+from flowspec.output import Parser, command
 from flowspec.preflight import read_prompts
 from flowspec.text import load_tokenizer
 

@@ -29,7 +29,7 @@ from flowspec import Engine
 from flowspec.config import DTYPES
 from flowspec.core.policies import METHODS
 from flowspec.core.policy import SWITCHES, PolicyConfig, TreeConfig
-from flowspec.launcher import ROOT
+from flowspec.files import ROOT
 from flowspec.lossless import tolerance_of
 from flowspec.models.cache import RowCache
 from flowspec.models.split import split

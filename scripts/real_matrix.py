@@ -35,10 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from flowspec.config import DTYPES, build
 from flowspec.core.request import need
 from flowspec.errors import UserError
-from flowspec.files import replacing
-from flowspec.launcher import ROOT, is_rank
-from flowspec.models.split import Parser
-from flowspec.output import command
+from flowspec.files import ROOT, replacing
+from flowspec.launcher import is_rank
+from flowspec.output import Parser, command
 
 METHODS = ("ar", "flowspec")
 AGREEMENT = {"good": 0.8, "weak": 0.3, "useless": 0.0}

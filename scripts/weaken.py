@@ -27,9 +27,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from flowspec.core.request import need
 from flowspec.errors import UserError
-from flowspec.launcher import ROOT
-from flowspec.models.split import COORDINATOR_FILES, Parser, Source, read_bytes, staged_folder
-from flowspec.output import command
+from flowspec.files import ROOT
+from flowspec.models.split import COORDINATOR_FILES, Source, read_bytes, staged_folder
+from flowspec.output import Parser, command
 from flowspec.preflight import read_prompts
 from flowspec.text import check_same_tokens, load_tokenizer
 

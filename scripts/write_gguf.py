@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from flowspec.errors import UserError
 from flowspec.files import replacing
 from flowspec.models.families import EMBEDDING, HEAD, NORM
-from flowspec.models.split import Parser, Source
+from flowspec.models.split import Source
 from flowspec.models.weights import Checkpoint
-from flowspec.output import command
+from flowspec.output import Parser, command
 from flowspec.text import Text
 
 MISSING = "writing GGUF needs the package gguf: install it with .venv/bin/pip install -r requirements_llama.txt"

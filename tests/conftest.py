@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from flowspec.commands.split import main as split
 from flowspec.draft.eagle import EagleDrafter
 from flowspec.models.cache import RowCache
-from flowspec.models.split import main as split
 
 TEXT = ["def add(a, b):\n    return a + b\n", "for i in range(10):\n    print(i, 'é', '語')\n"] * 4
 

@@ -7,7 +7,6 @@ method learns outlives its request: the measured costs of the stages start afres
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import itertools
@@ -18,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,9 +31,7 @@ from flowspec.core.request import Request
 from flowspec.draft.recorded import Tape
 from flowspec.engine import Engine, Result
 from flowspec.errors import UserError
-from flowspec.files import add_line, claimed, replacing
-from flowspec.launcher import ROOT
-from flowspec.options import methods, temperatures_of, without
+from flowspec.files import BUILD, add_line, claimed, replacing
 
 WARM_UP_TOKENS = 8
 SWEEP = {
@@ -53,6 +51,23 @@ class Variant(NamedTuple):
     policy: PolicyConfig
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to compare."""
+
+    methods: Sequence[str] = METHODS
+    without: Sequence[str] = ()
+    """also flowspec with each of these switches off alone"""
+    temperatures: Sequence[float]
+    repeats: int = 3
+    sweep: bool = False
+    """also each baseline's best tree settings, by simulation"""
+    output: Path | None = None
+    """where tables, records and the chart go; None: BUILD/bench/NAME"""
+    command: str = ""
+    """by which it was asked for"""
+
+
 class Run(NamedTuple):
     """One generation of the comparison."""
 
@@ -66,27 +81,26 @@ class Run(NamedTuple):
     """median length of the drafter's forwards"""
 
 
-def compare(engine: Engine, prompts: Sequence[str], options: argparse.Namespace) -> bool:
+def compare(engine: Engine, prompts: Sequence[str], plan: Plan) -> bool:
     """Run, predict, print, write; False if two methods wrote different tokens."""
     config, stages = engine.config, engine.topology.stages
-    temperatures = temperatures_of(options, config)
-    if options.sweep:
+    if plan.sweep:
         check_simulable(config)
-    folder = _folder(options.output or ROOT / "build" / "bench" / f"{config.name}_s{stages}")
+    folder = _folder(plan.output or BUILD / "bench" / f"{config.name}_s{stages}")
     seed = 0
-    chosen = _variants(config.policy, methods(options.methods, METHODS), without(options))
-    measured = _runs(engine, prompts, chosen, temperatures, int(options.repeats), random.Random(seed))
+    chosen = _variants(config.policy, plan.methods, plan.without)
+    measured = _runs(engine, prompts, chosen, plan.temperatures, plan.repeats, random.Random(seed))
     runs = list(_kept(measured, _claimed(folder / "records.jsonl")))
     forecasters = {coupled: _forecaster(config, coupled) for coupled in {config.policy.coupled, *(v.policy.coupled for v in chosen)}}
     predicted = _predictions(runs, forecasters, stages)
     records = [_record(run, predicted[_cell(run)]) for run in runs]
     title = f"{config.name}, {stages} stages{', emulated times' if config.emulate.active else ''}"
     report.show(records, title)
-    if options.sweep:
-        _sweep(forecasters[config.policy.coupled], [r.method for r in records], stages, temperatures)
+    if plan.sweep:
+        _sweep(forecasters[config.policy.coupled], [r.method for r in records], stages, plan.temperatures)
     different = report.identical(records)
     print("\n".join(different) or "every method wrote the same tokens")
-    _write(folder, records, title, _facts(engine, options, seed))
+    _write(folder, records, title, _facts(engine, plan, seed))
     return not different
 
 
@@ -98,7 +112,7 @@ def _variants(policy: PolicyConfig, methods: Sequence[str], without: Sequence[st
 
 # ---- measured --------------------------------------------------------------------------------------
 def _runs(
-    engine: Engine, prompts: Sequence[str], chosen: list[Variant], temperatures: list[float], repeats: int, order: random.Random
+    engine: Engine, prompts: Sequence[str], chosen: list[Variant], temperatures: Sequence[float], repeats: int, order: random.Random
 ) -> Iterator[Run]:
     for variant in chosen:
         list(engine.generate(prompts[0], method=variant.method, policy=variant.policy, max_new_tokens=WARM_UP_TOKENS))
@@ -238,16 +252,15 @@ def _simulated(forecaster: Forecaster, tapes: Sequence[Tape], method: str, stage
 
 
 # ---- written ---------------------------------------------------------------------------------------
-def _facts(engine: Engine, options: argparse.Namespace, seed: int) -> dict[str, Any]:
+def _facts(engine: Engine, plan: Plan, seed: int) -> dict[str, Any]:
     import torch
 
-    command = " ".join(["python -m flowspec bench", *options.given])
     machine = f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}"
     return {
-        "command": command,
+        "command": plan.command,
         "machine": machine,
         "date": time.strftime("%Y-%m-%d"),
-        "repeats": int(options.repeats),
+        "repeats": plan.repeats,
         "order": f"shuffled, seed {seed}",
         "emulated": engine.config.emulate.active,
         "kept between requests": "nothing",

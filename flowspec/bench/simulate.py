@@ -1,35 +1,21 @@
-"""`python -m flowspec simulate CONFIG`: predicted tokens/s of any number of stages, link and method, and the picture of one run.
-
-The text and the drafts are the model pair's own, made by a real run without emulation the first time and kept in --drafts FILE
-(with it, later simulations need no model); or made up with --synthetic. Every figure printed here is simulated.
-"""
+"""Many runs in virtual time: numbers of stages, temperatures, settings and methods, with emulated costs or measured ones."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import itertools
 import json
-import os
-import statistics
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from flowspec import trace
-from flowspec.bench import timeline
-from flowspec.bench.forecast import PAPER, SIMULATED, Forecaster, Models, check_simulable, is_taped, made_up
-from flowspec.config import Config, load_config
+from flowspec.bench.forecast import Forecaster
+from flowspec.config import Config
+from flowspec.core.cost import Emulate
 from flowspec.core.costs import Costs, merged, read
 from flowspec.core.request import Request, Sampling, need
-from flowspec.core.topology import Topology
 from flowspec.draft.config import DrafterConfig
 from flowspec.errors import UserError
-from flowspec.files import replacing
-from flowspec.models.split import Parser
-from flowspec.options import add_shared, benchmark_prompts, configuration, methods, numbers, split_demo, temperatures_of
-from flowspec.preflight import check_prompt, check_run, check_writable
+from flowspec.preflight import check_prompt, check_run
 from flowspec.sim.world import Outcome
 
 
@@ -43,112 +29,8 @@ class Cell(NamedTuple):
     config: Config
 
 
-def main(argv: Sequence[str]) -> int:
-    options = _parser().parse_intermixed_args(argv)
-    path, config = configuration(options)
-    split_demo(config)
-    for name in ("json", "png", "trace_file"):
-        check_writable(getattr(options, name), "--" + name.replace("_file", ""))
-    temperatures = temperatures_of(options, config)
-    if config.sampling.seed is None:
-        config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, seed=1))
-    costs = load_costs(Path(options.costs)) if options.costs else None
-    cells = list(_cells(options, path, config, temperatures))
-    for cell in cells:
-        emulate = cell.config.emulate
-        need(cell.config.drafter == config.drafter, "--vary: one drafter a simulation; run another one for another")
-        same = cell.config.policy.coupled == config.policy.coupled or not is_taped(config)
-        need(same, "--vary: drafts are remembered with the target's noise or without; run another simulation for policy.coupled")
-        need(
-            costs is not None or all(emulate.stage_seconds(stage, 1) > 0 for stage in Topology(cell.stages).stage_ranks),
-            "simulate needs the devices' times: give emulate.stage_ms, as configs/devices/ do, above 0 for each stage, or --costs FILE",
-        )
-        for found in costs.values() if costs else ():
-            need(cell.stages == len(found.stages), f"{options.costs} was measured over {len(found.stages)} stages, not {cell.stages}")
-    forecaster = _forecaster(options, config, temperatures)
-    chosen = methods(options.methods, SIMULATED) if options.methods else [config.method] if len(cells) == 1 else list(SIMULATED)
-    results = _run(forecaster, cells, chosen, costs)
-    if options.drafts:
-        forecaster.save(Path(options.drafts))
-        if not (options.synthetic or is_taped(config)):
-            print(f"note: {_kinds(config)} is asked live, in each run; {options.drafts} holds the target's texts alone", file=sys.stderr)
-    _show(options, cells, chosen, results)
-    if forecaster.lacked:
-        print(
-            f"note: {forecaster.lacked} drafts are not in {options.drafts} and were left out; run it where the models are", file=sys.stderr
-        )
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="flowspec simulate", description=__doc__.split("\n\n")[1])
-    add_shared(parser)
-    parser.add_argument("--prompts", default="4", metavar="N", help="use the first N prompts (default 4)")
-    parser.add_argument("--stages", metavar="N,N", help="numbers of stages to simulate (default: as the model is split)")
-    parser.add_argument("--temperatures", metavar="X,X", help="temperatures to simulate")
-    parser.add_argument("--methods", metavar="M,M", help=f"methods: {' '.join(SIMULATED)} ({PAPER}: lock step as published)")
-    parser.add_argument(
-        "--vary", action="append", default=[], metavar="KEY=A,B", help="values of a key, such as emulate.link_mbps=125,1000"
-    )
-    parser.add_argument("--costs", metavar="FILE", help="measured costs instead of emulate: what run --json or bench compare wrote")
-    parser.add_argument("--drafts", metavar="FILE", help="recorded drafts: made if absent, completed where it lacks some")
-    parser.add_argument("--offline", action="store_true", help="use --drafts alone: load no model")
-    parser.add_argument("--synthetic", metavar="P,P", help="no models: the target's token is the draft's k-th choice with this probability")
-    parser.add_argument("--json", metavar="FILE", help="write a line a cell, method and prompt")
-    parser.add_argument("--png", metavar="FILE", help="draw the last run of the last cell")
-    parser.add_argument("--trace", dest="trace_file", metavar="FILE", help="keep it as a Chrome trace")
-    return parser
-
-
-# ---- what is simulated -----------------------------------------------------------------------------
-def _cells(options: argparse.Namespace, path: Path, config: Config, temperatures: list[float]) -> Iterator[Cell]:
-    stages = numbers(options.stages, int, "--stages") if options.stages else [_split_stages(config, options)]
-    for n in stages:
-        need(n >= 1, f"--stages: {n} is no number of stages")
-    choices = [_choices(text) for text in options.vary]
-    overrides = [word for word in options.words if "=" in word]
-    for varied in itertools.product(*choices):
-        base = load_config(path, [*overrides, *varied]) if varied else config
-        for count, temperature in itertools.product(stages, temperatures):
-            yield Cell(count, temperature, varied, base)
-
-
-def _split_stages(config: Config, options: argparse.Namespace) -> int:
-    from flowspec.models.manifest import Manifest
-
-    need(config.stages_path.exists() or not options.synthetic, "--synthetic without a split model: say how many --stages")
-    return Manifest.load(config.stages_path).topology.stages
-
-
-def _choices(text: str) -> list[str]:
-    key, sign, values = text.partition("=")
-    need(bool(sign and key and values), f"--vary {text!r}: it is written KEY=A,B, such as emulate.link_mbps=125,1000")
-    return [f"{key}={value}" for value in values.split(",")]
-
-
-def _forecaster(options: argparse.Namespace, config: Config, temperatures: list[float]) -> Forecaster:
-    if options.synthetic:
-        return made_up(config, numbers(options.synthetic, float, "--synthetic"), int(numbers(options.prompts, int, "--prompts")[0]))
-    check_simulable(config)
-    need(not options.offline or is_taped(config), f"--offline: {_kinds(config)} is asked live, so its drafts are in no file")
-    forecaster = Forecaster(config, Models.of(config))
-    forecaster.offline = options.offline
-    if options.drafts and os.path.exists(options.drafts):
-        forecaster.load(Path(options.drafts))
-    need(not options.offline or bool(forecaster.tapes), "--offline needs --drafts FILE, an existing file")
-    if not options.offline:
-        wanted = [dataclasses.replace(config.sampling, temperature=t) for t in temperatures]
-        _record(forecaster, config, benchmark_prompts(options), wanted)
-    return forecaster
-
-
-def _kinds(config: Config) -> str:
-    return " + ".join(drafter.kind for drafter in config.drafters)
-
-
-def _record(forecaster: Forecaster, config: Config, prompts: list[str], samplings: list[Sampling]) -> None:
+def record(forecaster: Forecaster, config: Config, prompts: list[str], samplings: list[Sampling]) -> None:
     """The target's text for each prompt and sampling that has no tape yet: by plain decoding over threads, nothing emulated."""
-    from flowspec.core.cost import Emulate
     from flowspec.text import Text
 
     manifest = check_run(config)
@@ -186,7 +68,7 @@ def load_costs(path: Path) -> dict[str, Costs]:
     return {method: merged(several) for method, several in costs.items()}
 
 
-def _run(
+def run(
     forecaster: Forecaster, cells: list[Cell], chosen: list[str], costs: dict[str, Costs] | None
 ) -> dict[tuple[int, str], list[Outcome]]:
     """(cell's index, method) -> an outcome a prompt. `costs`: by method, those of all where a method has none."""
@@ -198,45 +80,3 @@ def _run(
             own = costs.get(method, costs[""]) if costs else None
             results[k, method] = [forecaster.run(tape, method, cell.stages, config=cell.config, costs=own) for tape in tapes]
     return results
-
-
-# ---- what is shown ---------------------------------------------------------------------------------
-def _show(options: argparse.Namespace, cells: list[Cell], chosen: list[str], results: dict[tuple[int, str], list[Outcome]]) -> None:
-    from rich.table import Table
-
-    from flowspec.bench.report import console
-
-    table = Table(title="simulated tokens/s (median of prompts, min .. max)")
-    for name in ("S", "T", *(c.partition("=")[0] for c in cells[0].varied)):
-        table.add_column(name, justify="right")
-    for method in chosen:
-        table.add_column(method, justify="right")
-    for k, cell in enumerate(cells):
-        about = [str(cell.stages), f"{cell.temperature:g}", *(v.partition("=")[2] for v in cell.varied)]
-        table.add_row(*about, *(_rates(results[k, method]) for method in chosen))
-    console().print(table)
-    if options.json:
-        _write(options.json, cells, results)
-    outcome = results[len(cells) - 1, chosen[-1]][-1]
-    facts = {"method": chosen[-1], "stages": cells[-1].stages, "simulated": True}
-    if len(results) == 1 or options.png or options.trace_file:
-        print("\n".join(timeline.sketch(outcome.spans)))
-        print(timeline.verdict(outcome.spans, facts))
-    if options.trace_file:
-        trace.write(options.trace_file, outcome.spans, facts)
-    if options.png:
-        timeline.draw(outcome.spans, options.png, facts)
-
-
-def _rates(outcomes: list[Outcome]) -> str:
-    rates = [o.tokens_per_second for o in outcomes if o.tokens_per_second is not None]
-    return f"{statistics.median(rates):.1f} ({min(rates):.0f}..{max(rates):.0f})" if rates else "-"
-
-
-def _write(path: str, cells: list[Cell], results: dict[tuple[int, str], list[Outcome]]) -> None:
-    with replacing(path) as beside, open(beside, "w") as file:
-        for (k, method), outcomes in results.items():
-            about = {"stages": cells[k].stages, "temperature": cells[k].temperature, "varied": list(cells[k].varied), "method": method}
-            for prompt, o in enumerate(outcomes, 1):
-                figures = {"prompt": prompt, "tokens_per_second": o.tokens_per_second, "new_tokens": len(o.tokens), "simulated": True}
-                file.write(json.dumps(about | figures) + "\n")

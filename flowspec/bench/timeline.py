@@ -6,21 +6,17 @@ a `window` is a pair of seconds since the first span, as in the trace's file.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowspec.core.request import need
 from flowspec.files import replacing
-from flowspec.models.split import Parser
-from flowspec.trace import VERDICTS, Span, read
+from flowspec.trace import VERDICTS, Span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -392,31 +388,7 @@ def _legend(axes: Axes, spans: Sequence[Span]) -> None:
     axes.figure.legend(handles=patches, loc="outside lower right", ncols=len(patches), frameon=False, fontsize=9)
 
 
-# ---- the command -----------------------------------------------------------------------------------
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="flowspec trace", description="Say where the time of a traced run went, and draw it.")
-    parser.add_argument("file", metavar="FILE", help="what a run wrote with trace=FILE")
-    parser.add_argument("--png", metavar="OUT", help="the picture (default: FILE with the suffix .png)")
-    parser.add_argument("--from", dest="first", type=float, metavar="S", help="draw from this second on (default: where decoding begins)")
-    parser.add_argument("--to", dest="last", type=float, metavar="S", help=f"draw until this second (default: {SHOWN} s later)")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`flowspec trace FILE`: print the verdict, draw the picture. UserError for bad input."""
-    options = _parser().parse_args(argv)
-    spans, facts = read(options.file)
-    print(verdict(spans, facts))
-    if options.png is None and not can_draw():
-        print(f"no picture: {MISSING}", file=sys.stderr)
-        return 0
-    path = options.png or Path(options.file).with_suffix(".png")
-    draw(spans, path, facts, _asked(spans, options.first, options.last))
-    print(f"drawn: {path}", file=sys.stderr)
-    return 0
-
-
-def _asked(spans: Sequence[Span], first: float | None, last: float | None) -> Interval:
-    """The window, in seconds since the first span, of what was given and what was not."""
+def window(spans: Sequence[Span], first: float | None, last: float | None) -> Interval:
+    """What to draw, in seconds since the first span: as given, else from where decoding begins, SHOWN seconds."""
     begin = _decoding(spans)[0][0] - min(s.begin for s in spans) if first is None else first
     return begin, begin + SHOWN if last is None else last

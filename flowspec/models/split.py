@@ -10,7 +10,6 @@ folder beside OUT and renamed at the end, so a split that fails or is interrupte
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import math
@@ -25,7 +24,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import NoReturn
 
 from flowspec.core.topology import Topology
 from flowspec.errors import UserError
@@ -46,50 +44,10 @@ from flowspec.models.weights import (
     write_file,
     write_tensors,
 )
-from flowspec.output import command
 
 MODEL, LM_HEAD = "model.safetensors", "lm_head.safetensors"
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 METADATA = {"format": "pt"}
-
-
-# ---- the command -----------------------------------------------------------------------------------
-class Parser(argparse.ArgumentParser):
-    """Errors are one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-
-def parser() -> Parser:
-    each = Parser(prog="split_models.py", description="Cut a Hugging Face checkpoint into one folder a rank.")
-    each.add_argument(
-        "--model", required=True, metavar="DIR_OR_HUB_ID", help="folder with a safetensors checkpoint, or a name on the Hugging Face hub"
-    )
-    each.add_argument("--stages", required=True, type=int, metavar="N", help="number of stages; there is one rank more, the coordinator")
-    each.add_argument("--output", required=True, metavar="OUT", help="folder to write; an older split there is replaced")
-    each.add_argument("--layers", metavar="8,8,8,8", help="layers of each stage (default: near equal, the later stages get the remainder)")
-    each.add_argument("--dtype", default="auto", metavar="auto|float32|float16|bfloat16", help="dtype to store (default: auto, as it is)")
-    return each
-
-
-@command
-def main(argv: Sequence[str]) -> int:
-    """Exit code: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
-    args = parser().parse_args(argv)
-    with _sigterm_interrupts():
-        split(args.model, args.stages, args.output, layers=args.layers, dtype=args.dtype, progress=Screen())
-    return 0
-
-
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """A plain kill cleans up like Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class Progress:

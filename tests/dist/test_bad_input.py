@@ -11,13 +11,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from flowspec import cli
+from flowspec.commands import ring
 from tests.dist.conftest import PATIENCE, PATIENT, ROOT
 
 
 @pytest.fixture
 def refused(capsys, monkeypatch):
     """`refused(*words)`: the one line that the command prints."""
-    monkeypatch.setattr(cli, "launch", lambda *_: pytest.fail("ranks were about to be started"))
+    monkeypatch.setattr(ring, "launch", lambda *_: pytest.fail("ranks were about to be started"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
     def run(*words: object) -> str:
@@ -32,7 +33,7 @@ def refused(capsys, monkeypatch):
 
 def test_what_is_right_is_not_refused(pair, monkeypatch):
     started = []
-    monkeypatch.setattr(cli, "launch", lambda argv, world_size: started.append(world_size) or 0)
+    monkeypatch.setattr(ring, "launch", lambda argv, world_size: started.append(world_size) or 0)
     for words in [
         ["--prompt", "a"],
         ["--chat"],
@@ -145,7 +146,7 @@ def test_a_wrong_configuration_file_is_refused_by_name(tmp_path, refused, text, 
 
 @pytest.mark.parametrize("which,named", [("no/where", "no such folder"), ("empty", "config.json"), ("draft", "another embedding")])
 def test_a_wrong_reference_is_refused_by_name(pair, tmp_path, capsys, monkeypatch, which, named):
-    monkeypatch.setattr(cli, "launch", lambda *_: pytest.fail("ranks were about to be started"))
+    monkeypatch.setattr(ring, "launch", lambda *_: pytest.fail("ranks were about to be started"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     folder = {"empty": tmp_path, "draft": pair.draft}.get(which, which)
     assert cli.main(["verify", str(pair.config(2)), "--prompt", "for", "--reference", str(folder)]) == 2
@@ -231,7 +232,7 @@ def test_only_the_lm_head_that_will_be_used_is_checked(damaged, refused, monkeyp
     [(_, other)] = heads.items()
     (split / folder / "lm_head.safetensors").write_bytes(other.read_bytes())
     other.unlink()
-    monkeypatch.setattr(cli, "launch", lambda *_: 0)
+    monkeypatch.setattr(ring, "launch", lambda *_: 0)
     assert cli.main(["run", *map(str, words)]) == 0
 
 
@@ -280,7 +281,7 @@ def eagle3(deep, tmp_path):
 @pytest.fixture
 def started(monkeypatch):
     """`started(*words)`: the command gets as far as to start ranks."""
-    monkeypatch.setattr(cli, "launch", lambda *_: 0)
+    monkeypatch.setattr(ring, "launch", lambda *_: 0)
     return lambda *words: cli.main(["run", *map(str, words), "--prompt", "for"]) == 0
 
 
@@ -362,7 +363,7 @@ def test_a_path_may_be_a_name_on_the_hub(pair, deep, started, refused, monkeypat
     config, place = {"lm": (pair, "draft"), "eagle": (pair, "head"), "eagle3": (deep, "head3")}[kind]
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: asked.append(name) or str(getattr(config, place)))
     words = [config.config(2, None, kind), "--prompt", "for"]
-    monkeypatch.setattr(cli, "launch", lambda *_: 0)
+    monkeypatch.setattr(ring, "launch", lambda *_: 0)
     assert started(words[0], f"drafter.path=somebody/{kind}-of-the-pair") and asked == [f"somebody/{kind}-of-the-pair"]
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: 1 / 0)
     line = refused(*words, f"drafter.path=somebody/{kind}-that-is-not-there")

@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from flowspec.commands.options import DEMO, split_demo
 from flowspec.config import load_config
 from flowspec.engine import Engine
-from flowspec.options import DEMO, ROOT, split_demo
+from flowspec.files import ROOT
 from flowspec.preflight import read_prompts
 from scripts.prove_identity import DRAFTERS, METHODS, STAGES, generate, split
 

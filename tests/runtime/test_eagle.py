@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
 from flowspec import Engine, UserError
 from flowspec.comm.base import Inbox
+from flowspec.commands.split import parser
 from flowspec.config import load_config
 from flowspec.core.messages import Commit, Draft, DraftNode, Prune
 from flowspec.core.policies import METHODS
@@ -26,7 +27,6 @@ from flowspec.models.eagle import decoder_layer, load_eagle
 from flowspec.models.families import check_config
 from flowspec.models.hub import HUB_ID
 from flowspec.models.manifest import Manifest
-from flowspec.models.split import parser
 from flowspec.models.stage import Head, Sequence, load_head, load_stage
 from flowspec.preflight import check_eagle
 from flowspec.runtime import driver, wire

@@ -10,16 +10,16 @@ import torch
 
 from flowspec import Engine, UserError
 from flowspec.bench import forecast, report
-from flowspec.bench.compare import compare, priced
+from flowspec.bench.compare import Plan, compare, priced
 from flowspec.bench.forecast import PAPER, SIMULATED, Forecaster, Models, emulated, obstacle
 from flowspec.bench.simulate import load_costs
-from flowspec.cli import _parser, main
+from flowspec.cli import main
+from flowspec.commands.options import DEMO_PROMPTS
 from flowspec.config import load_config
 from flowspec.core.cost import Emulate, Point
 from flowspec.core.costs import Costs, merged
 from flowspec.core.policies import METHODS
 from flowspec.core.request import Request, Sampling
-from flowspec.options import DEMO_PROMPTS
 from flowspec.preflight import read_prompts
 from tests.conftest import features_given
 
@@ -119,12 +119,9 @@ def test_drafts_of_another_pair_are_refused(pair, tmp_path, capsys):
 
 # ---- bench compare ---------------------------------------------------------------------------------
 def test_a_comparison_writes_its_records_table_and_chart(pair, tmp_path, capsys):
-    options = _parser("bench").parse_intermixed_args(
-        ["c", *SMALL, "--repeats", "1", "--temperatures", "0,0.9", "--sweep", "--output", str(tmp_path / "out")]
-    )
-    options.given = ["compare", "c"]
+    plan = Plan(temperatures=[0.0, 0.9], repeats=1, sweep=True, output=tmp_path / "out", command="bench compare c")
     with Engine.from_config(pair.config(2), [BOARD, "emulate.stage_ms=5", "sampling.max_new_tokens=8"]) as engine:
-        assert compare(engine, ["def add(a, b):", "for i"], options)
+        assert compare(engine, ["def add(a, b):", "for i"], plan)
     said = capsys.readouterr().out
     assert "every method wrote the same tokens" in said and "tree.segment=16" in said
     records = [report.Record(**line) for line in lines(tmp_path / "out" / "records.jsonl")]
@@ -141,16 +138,14 @@ def test_a_drafter_that_reads_features_is_predicted_where_the_whole_target_is(pa
             monkeypatch.setattr(f"flowspec.bench.{module}.obstacle", lambda config: "rank_02 is not on this machine")
     loaded, real = [], forecast.Target
     monkeypatch.setattr(forecast, "Target", lambda manifest: loaded.append(manifest) or real(manifest))
-    words = ["--repeats", "1", "--methods", "ar,flowspec", "--without", "refresh,abort"]
-    options = _parser("bench").parse_intermixed_args(["c", *words, "--output", str(tmp_path)])
-    options.given = []
+    plan = Plan(methods=["ar", "flowspec"], without=["refresh", "abort"], temperatures=[0.0], repeats=1, output=tmp_path)
     with Engine.from_config(pair.config(2, None, "eagle"), ["sampling.max_new_tokens=8"]) as engine:
-        assert compare(engine, ["def add(a, b):"], options)
+        assert compare(engine, ["def add(a, b):"], plan)
         assert len(loaded) == here  # once for all that is compared
-        options.sweep = True
+        plan = dataclasses.replace(plan, sweep=True)
         if not here:
             with pytest.raises(UserError, match="rank_02 is not on this machine"):
-                compare(engine, ["x"], options)
+                compare(engine, ["x"], plan)
     records = lines(tmp_path / "records.jsonl")
     assert {line["method"] for line in records} == {"ar", "flowspec", "flowspec - refresh", "flowspec - abort"}
     assert all(bool(line["simulated"]) == here for line in records)
@@ -192,11 +187,10 @@ def test_the_simulated_head_reads_what_the_target_makes_of_the_text(pair, monkey
 
 
 def test_different_tokens_are_reported(pair, tmp_path, capsys, monkeypatch):
-    options = _parser("bench").parse_intermixed_args(["c", "--methods", "ar,flowspec", "--repeats", "1", "--output", str(tmp_path)])
-    options.given = []
+    plan = Plan(methods=["ar", "flowspec"], temperatures=[0.0], repeats=1, output=tmp_path)
     monkeypatch.setattr(report, "identical", lambda records: ["prompt 1: differs"])
     with Engine.from_config(pair.config(1), ["sampling.max_new_tokens=4"]) as engine:
-        assert not compare(engine, ["x"], options)
+        assert not compare(engine, ["x"], plan)
     assert "prompt 1: differs" in capsys.readouterr().out
 
 

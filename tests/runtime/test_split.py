@@ -23,12 +23,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from flowspec.commands.split import main
 from flowspec.errors import UserError
 from flowspec.models import split as split_module
 from flowspec.models import weights
 from flowspec.models.families import FAMILIES, check_config, layer_of, module_tensors
 from flowspec.models.manifest import FORMAT, Manifest, verify_files
-from flowspec.models.split import layer_ranges, main, split
+from flowspec.models.split import layer_ranges, split
 from flowspec.models.weights import Checkpoint, Entry, TensorFile, write_tensors
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,10 +5,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3Config
 
+from flowspec.commands.split import main as split
 from flowspec.core.messages import Prune
 from flowspec.core.stage import StageState
 from flowspec.models.manifest import Manifest
-from flowspec.models.split import main as split
 from flowspec.models.stage import Sequence, load_head, load_stage, load_whole
 from tests.stages import Hand
 

@@ -8,7 +8,8 @@ import pytest
 
 from flowspec import UserError
 from flowspec.bench import timeline
-from flowspec.bench.timeline import draw, main, sketch, summary, verdict
+from flowspec.bench.timeline import draw, sketch, summary, verdict
+from flowspec.commands.trace import main
 from flowspec.trace import Fates, Span, read, write
 
 FACTS = {"method": "flowspec", "stages": 2}

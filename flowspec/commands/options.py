@@ -8,16 +8,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from flowspec.config import METHODS, Config, load_config
-from flowspec.core.policy import SWITCHES
 from flowspec.core.request import need
 from flowspec.errors import UserError
-from flowspec.launcher import ROOT
+from flowspec.files import BUILD, CHECKOUT, SHIPPED
 from flowspec.preflight import read_prompts
 from flowspec.version import __version__
 
-DEMO = ROOT / "configs" / "demo.yaml"
+DEMO = SHIPPED / "configs" / "demo.yaml"
 DEMO_PROMPT = "import os\n\n\ndef read_lines(path):"
-DEMO_PROMPTS = ROOT / "demo" / "prompts.jsonl"
+DEMO_PROMPTS = SHIPPED / "demo" / "prompts.jsonl"
 SAMPLING = {
     "temperature": (float, "0 is greedy"),
     "top_p": (float, "keep the likeliest tokens until their probability reaches X"),
@@ -46,7 +45,9 @@ def configuration(options: argparse.Namespace) -> tuple[Path, Config]:
     files = [word for word in options.words if "=" not in word]
     need(len(files) <= 1, f"one configuration at a time: {' and '.join(files)} were given")
     path = Path(files[0]).resolve() if files else DEMO
-    overrides = [word for word in options.words if "=" in word]
+    # what is installed may lie where nothing can be written: its demo is split elsewhere
+    overrides = [] if CHECKOUT or path != DEMO else [f"stages={BUILD / 'demo'}"]
+    overrides += [word for word in options.words if "=" in word]
     overrides += [f"method={options.method}"] if options.method is not None else []
     for name, (kind, _) in SAMPLING.items():
         text = getattr(options, name)
@@ -76,36 +77,9 @@ def methods(text: str, known: Iterable[str], flag: str = "--methods") -> list[st
     return chosen
 
 
-def add_bench(parser: argparse.ArgumentParser) -> None:
-    """Of `bench compare`."""
-    parser.add_argument("--methods", default=",".join(METHODS), metavar="M,M", help=f"of {' '.join(METHODS)} (default: all)")
-    parser.add_argument("--without", metavar="S,S", help="also flowspec with each of these switches of policy off alone, or `all`")
-    parser.add_argument("--prompts", default="5", metavar="N", help="use the first N prompts (default 5)")
-    parser.add_argument("--repeats", default="3", metavar="N", help="runs of each prompt with each method (default 3)")
-    parser.add_argument("--temperatures", metavar="X,X", help="temperatures to compare at (default: the configured one)")
-    parser.add_argument("--output", metavar="FOLDER", help="where the tables, records and chart go (default: build/bench/NAME)")
-    parser.add_argument("--sweep", action="store_true", help="also each baseline's best tree settings, by simulation")
-
-
-def without(options: argparse.Namespace) -> list[str]:
-    """The switches of `policy` that --without names."""
-    if options.without == "all":
-        return list(SWITCHES)
-    return [] if options.without is None else methods(options.without, SWITCHES, "--without")
-
-
 def temperatures_of(options: argparse.Namespace, config: Config) -> list[float]:
     """As --temperatures lists them, else the configured one."""
     return numbers(options.temperatures, float, "--temperatures") if options.temperatures else [config.sampling.temperature]
-
-
-def check_bench(options: argparse.Namespace, config: Config) -> None:
-    """UserError for what is wrong with these, before anything starts."""
-    methods(options.methods, METHODS)
-    without(options)
-    need(number(options.repeats, int, "--repeats") >= 1, f"--repeats is {options.repeats}: it must be at least 1")
-    temperatures_of(options, config)
-    need(config.sampling.max_new_tokens > 1, "sampling.max_new_tokens is 1: a rate takes 2 tokens at least")
 
 
 def given_prompts(options: argparse.Namespace) -> list[str]:
@@ -122,9 +96,9 @@ def benchmark_prompts(options: argparse.Namespace) -> list[str]:
 
 # ---- the demo model --------------------------------------------------------------------------------
 def demo_stages(config: Config) -> int | None:
-    """In how many stages the configuration wants the shipped target (build/demo, build/demo_sN); None: another model."""
+    """In how many stages the configuration wants the shipped target (demo, demo_sN in BUILD); None: another model."""
     folder = config.stages_path.resolve()
-    found = re.fullmatch(r"demo(?:_s(\d+))?", folder.name) if folder.parent == ROOT / "build" else None
+    found = re.fullmatch(r"demo(?:_s(\d+))?", folder.name) if folder.parent == BUILD.resolve() else None
     return int(found[1] or 2) if found else None
 
 
@@ -132,6 +106,6 @@ def split_demo(config: Config) -> None:
     """Split the shipped target if that was not done since it last changed."""
     from flowspec.models.split import split
 
-    stages, source, made = demo_stages(config), ROOT / "demo" / "target", config.stages_path / "stages.yaml"
+    stages, source, made = demo_stages(config), SHIPPED / "demo" / "target", config.stages_path / "stages.yaml"
     if stages and (not made.exists() or made.stat().st_mtime < (source / "model.safetensors").stat().st_mtime):
         split(str(source), stages, config.stages_path)

@@ -1,0 +1,11 @@
+"""A file for each sub-command, with its `main(words) -> exit code`: it reads the command line, calls what does the work, and prints."""
+
+COMMANDS = {
+    "run": "generate text over the ring of stages",
+    "verify": "prove that speculation changes no token",
+    "bench": "compare methods on the same prompts in one call (bench compare CONFIG)",
+    "simulate": "predict tokens/s of any ring and method in virtual time",
+    "trace": "say where the time of a traced run went, and draw it",
+    "split": "cut a checkpoint into a file a stage (split_models.py)",
+}
+"""name, which is also the module's -> what it is for"""

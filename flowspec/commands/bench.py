@@ -1,0 +1,75 @@
+"""`flowspec bench compare`: methods on the same prompts in one call."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flowspec.commands.options import benchmark_prompts, methods, number, temperatures_of
+from flowspec.commands.ring import RingCommand
+from flowspec.config import METHODS, Config
+from flowspec.core.policy import SWITCHES
+from flowspec.core.request import need
+from flowspec.models.manifest import Manifest
+
+if TYPE_CHECKING:
+    from flowspec.engine import Engine
+
+ABOUT = """bench compare CONFIG: all methods on the same prompts, interleaved and in shuffled order, with what the simulator
+predicts beside what was measured."""
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--methods", default=",".join(METHODS), metavar="M,M", help=f"of {' '.join(METHODS)} (default: all)")
+    parser.add_argument("--without", metavar="S,S", help="also flowspec with each of these switches of policy off alone, or `all`")
+    parser.add_argument("--prompts", default="5", metavar="N", help="use the first N prompts (default 5)")
+    parser.add_argument("--repeats", default="3", metavar="N", help="runs of each prompt with each method (default 3)")
+    parser.add_argument("--temperatures", metavar="X,X", help="temperatures to compare at (default: the configured one)")
+    parser.add_argument("--output", metavar="FOLDER", help="where the tables, records and chart go (default: build/bench/NAME)")
+    parser.add_argument("--sweep", action="store_true", help="also each baseline's best tree settings, by simulation")
+
+
+def _prompts(options: argparse.Namespace, path: Path) -> list[str]:
+    return benchmark_prompts(options)
+
+
+def _without(options: argparse.Namespace) -> list[str]:
+    """The switches of `policy` that --without names."""
+    if options.without == "all":
+        return list(SWITCHES)
+    return [] if options.without is None else methods(options.without, SWITCHES, "--without")
+
+
+def _check(options: argparse.Namespace, config: Config, manifest: Manifest) -> None:
+    methods(options.methods, METHODS)
+    _without(options)
+    need(number(options.repeats, int, "--repeats") >= 1, f"--repeats is {options.repeats}: it must be at least 1")
+    temperatures_of(options, config)
+    need(config.sampling.max_new_tokens > 1, "sampling.max_new_tokens is 1: a rate takes 2 tokens at least")
+
+
+def _lead(engine: Engine, options: argparse.Namespace, prompts: list[str]) -> int:
+    from flowspec.bench.compare import Plan, compare
+    from flowspec.runtime.process import report
+
+    plan = Plan(
+        methods=methods(options.methods, METHODS),
+        without=_without(options),
+        temperatures=temperatures_of(options, engine.config),
+        repeats=int(options.repeats),
+        sweep=options.sweep,
+        output=Path(options.output) if options.output else None,
+        command=" ".join(["python -m flowspec bench compare", *options.given]),
+    )
+    same = compare(engine, prompts, plan)
+    if not same:
+        report("methods wrote different tokens: see above", 1)
+    return 0 if same else 1
+
+
+def main(words: Sequence[str]) -> int:
+    compares, asks = list(words[:1]) == ["compare"], not {"-h", "--help"}.isdisjoint(words)
+    need(compares or asks, "bench knows one thing to do: flowspec bench compare CONFIG ...")
+    return RingCommand("bench compare", ABOUT, _add_arguments, _prompts, _lead, _check).main(words[compares:])

@@ -1,0 +1,132 @@
+"""What the commands that run on a ring of ranks share: `run`, `verify`, `bench`.
+
+Such a command is started twice: first as the launcher, which checks all that can be checked without importing torch, then by
+torchrun as each rank. Over several hosts it is started as the ranks alone (launch/run.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from flowspec.commands.options import add_shared, configuration, split_demo
+from flowspec.config import Config
+from flowspec.core.request import need
+from flowspec.errors import RankLost, UserError
+from flowspec.launcher import QUIET, is_rank, launch
+from flowspec.models.manifest import Manifest
+from flowspec.output import Parser, speaking
+
+if TYPE_CHECKING:
+    from flowspec.engine import Engine
+
+LET_RANK_0_SPEAK = 10.0
+"""seconds, for a rank that torchrun started and that was told something wrong: rank 0 has read the same configuration"""
+
+
+@dataclass(frozen=True)
+class RingCommand:
+    """What tells such commands apart. `main(words)` is the whole of one."""
+
+    name: str
+    about: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    prompts: Callable[[argparse.Namespace, Path], list[str]]
+    """of the options and the configuration's path"""
+    lead: Callable[[Engine, argparse.Namespace, list[str]], int]
+    """rank 0's part, once all ranks are loaded: its exit code"""
+    check: Callable[[argparse.Namespace, Config, Manifest], None]
+    """UserError for what is wrong with its own options, before any rank starts"""
+    prepare: Callable[[argparse.Namespace], None] = lambda options: None
+    """of rank 0, before it joins the others: what takes seconds, in which a rank that has joined would be silent"""
+
+    def main(self, words: Sequence[str]) -> int:
+        parser = Parser(prog=f"flowspec {self.name}", description=self.about)
+        add_shared(parser)
+        self.add_arguments(parser)
+        options = parser.parse_intermixed_args(words)
+        options.given = list(words)
+        return _rank(self, options) if is_rank() else _launch(self, options)
+
+
+# ---- as the launcher -------------------------------------------------------------------------------
+def _launch(command: RingCommand, options: argparse.Namespace) -> int:
+    from flowspec.preflight import check_prompt, check_run, check_writable
+    from flowspec.text import Text
+
+    path, config = configuration(options)
+    split_demo(config)
+    manifest = check_run(config)
+    command.check(options, config, manifest)
+    text = Text(manifest.folder(0))
+    for number, prompt in enumerate(command.prompts(options, path), 1):
+        need(prompt != "", f"prompt {number} is empty: give at least one token of text")
+        need(not any("\ud800" <= c <= "\udfff" for c in prompt), f"prompt {number} is not valid UTF-8")
+        check_prompt(text.encode(prompt), manifest, f"prompt {number}")
+    check_writable(str(config.trace_path) if config.trace else None, "trace")
+    return launch([*command.name.split(), *options.given], manifest.topology.world_size)
+
+
+# ---- as a rank -------------------------------------------------------------------------------------
+def _rank(command: RingCommand, options: argparse.Namespace) -> NoReturn:
+    from flowspec.runtime.process import launched, leave, own_name, report
+
+    rank = os.environ["RANK"]
+    place = "rank0" if rank == "0" else f"rank{rank}/stage{rank}"
+    if rank != "0":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun passes Ctrl-C to all; rank 0 answers for them
+    logging.basicConfig(level=options.log_level.upper(), format=f"[{place}] %(levelname)s %(name)s: %(message)s")
+    code = 0
+    try:
+        code = _serve(command, options)
+    except UserError as error:
+        if rank != "0" and not launched():
+            time.sleep(LET_RANK_0_SPEAK)  # it most likely fails for the same reason; torchrun ends us as soon as it has
+        report(str(error), code := 2)
+    except RankLost as error:
+        report(str(error), code := 1)
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException as error:
+        traceback.print_exc()
+        report(f"{own_name()} failed: {type(error).__name__}: {error}", code := 1)
+    leave(code)
+
+
+def _serve(command: RingCommand, options: argparse.Namespace) -> int:
+    """This rank's part of the run; its exit code."""
+    from flowspec.engine import Engine
+
+    path, config = configuration(options)
+    if os.environ["RANK"] == "0":
+        command.prepare(options)
+    engine = Engine.join(config)
+    code = 0
+    if engine.rank:
+        engine.work()
+    else:
+        code = QUIET
+        with speaking():
+            code = _lead(engine, command, options, path)
+    engine.close()  # not after a failure: then nobody is to be told that all is well
+    if config.trace and not engine.rank:
+        print(f"timeline: {config.trace_path} (python -m flowspec trace FILE, or https://ui.perfetto.dev)", file=sys.stderr)
+    return code
+
+
+def _lead(engine: Engine, command: RingCommand, options: argparse.Namespace, path: Path) -> int:
+    from flowspec.commands.session import show_loading
+
+    show_loading(engine)
+    gc.freeze()  # what is loaded stays: the collector need not look at it again between two segments
+    return command.lead(engine, options, command.prompts(options, path))

@@ -1,0 +1,41 @@
+"""`flowspec split`, split_models.py: cut a checkpoint into a folder a rank."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator, Sequence
+
+from flowspec.models.split import Screen, split
+from flowspec.output import Parser, command
+
+
+def parser() -> Parser:
+    each = Parser(prog="split_models.py", description="Cut a Hugging Face checkpoint into one folder a rank.")
+    each.add_argument(
+        "--model", required=True, metavar="DIR_OR_HUB_ID", help="folder with a safetensors checkpoint, or a name on the Hugging Face hub"
+    )
+    each.add_argument("--stages", required=True, type=int, metavar="N", help="number of stages; there is one rank more, the coordinator")
+    each.add_argument("--output", required=True, metavar="OUT", help="folder to write; an older split there is replaced")
+    each.add_argument("--layers", metavar="8,8,8,8", help="layers of each stage (default: near equal, the later stages get the remainder)")
+    each.add_argument("--dtype", default="auto", metavar="auto|float32|float16|bfloat16", help="dtype to store (default: auto, as it is)")
+    return each
+
+
+@command
+def main(argv: Sequence[str]) -> int:
+    """Exit code: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
+    args = parser().parse_args(argv)
+    with _sigterm_interrupts():
+        split(args.model, args.stages, args.output, layers=args.layers, dtype=args.dtype, progress=Screen())
+    return 0
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """A plain kill cleans up like Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
