@@ -12,7 +12,11 @@ def __getattr__(name: str) -> Any:
         from flowspec import engine
 
         return getattr(engine, name)
+    if name == "serve":
+        from flowspec.rank import serve
+
+        return serve
     raise AttributeError(f"module 'flowspec' has no attribute {name!r}")
 
 
-__all__ = ["Engine", "RankLost", "Result", "Token", "UserError", "__version__"]
+__all__ = ["Engine", "RankLost", "Result", "Token", "UserError", "__version__", "serve"]

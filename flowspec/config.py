@@ -20,10 +20,10 @@ import yaml
 from flowspec.core.cost import Emulate
 from flowspec.core.policies import METHODS
 from flowspec.core.policy import PolicyConfig, TreeConfig
-from flowspec.core.request import Sampling, need
+from flowspec.core.request import Sampling
 from flowspec.core.topology import Topology
 from flowspec.draft.config import DrafterConfig
-from flowspec.errors import UserError
+from flowspec.errors import UserError, need
 
 DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 VERIFY_ON = ("auto", "coordinator", "last")

@@ -1,7 +1,6 @@
-"""From a configuration to the objects of this rank, and from a prompt to its text.
+"""Rank 0: from a configuration to a run, and from a prompt to its text. Every other rank is rank.py.
 
-On rank 0 `generate` yields tokens; on the other ranks `work` serves until rank 0 is done. Started by torchrun, a rank
-is a process; without it, `Engine.from_config` runs all ranks as threads of this process.
+Under torchrun a rank is a process; without it, `Engine.from_config` runs all ranks as threads of this process.
 """
 
 from __future__ import annotations
@@ -12,34 +11,30 @@ import logging
 import os
 import secrets
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
-
 from flowspec import trace
 from flowspec.comm import inproc
 from flowspec.comm.base import STILL, Transport
-from flowspec.comm.codec import Limits
 from flowspec.comm.shaped import shaped
 from flowspec.config import Config, load_config
 from flowspec.core.costs import Costs
 from flowspec.core.policies import make_policy
-from flowspec.core.policies.continuous import Continuous
 from flowspec.core.policy import PolicyConfig
-from flowspec.core.request import Request, Sampling, need
+from flowspec.core.request import Request, Sampling
 from flowspec.draft.registry import make_drafter
-from flowspec.models.families import family_of, read_config
+from flowspec.errors import need
+from flowspec.models.families import read_config
 from flowspec.models.manifest import Manifest
-from flowspec.models.stage import load_head, load_stage, packs_weights, rehearse
+from flowspec.models.stage import load_head, packs_weights
 from flowspec.preflight import check_prompt, check_run
+from flowspec.rank import checked_device, compute_dtype, dtype_name, join, set_threads, work_as_thread
 from flowspec.runtime import wire
 from flowspec.runtime.drafting import DraftThread
 from flowspec.runtime.driver import Driver, Stats
 from flowspec.runtime.waiting import receive
-from flowspec.runtime.worker import Worker
 from flowspec.text import Text, TextStream
 from flowspec.trace import Span
 
@@ -124,53 +119,42 @@ class Generation:
 
 
 class Engine:
-    """One rank of a run. Use as a context manager, or call `close`."""
+    """Rank 0 of a run. Use as a context manager, or call `close`."""
 
     def __init__(self, config: Config, manifest: Manifest, transport: Transport, on_close: Sequence[Callable[[], None]] = ()):
         transport = shaped(transport, config.emulate)
         self.config, self.manifest, self._transport = config, manifest, transport
-        self.rank, self.topology = transport.rank, transport.topology
+        self.topology = transport.topology
         self._on_close = list(on_close)
         self._requests = 0
         self.traced = config.trace is not None
         """note what all ranks do during the next requests (Generation.spans)"""
         self._spans: list[Span] = []
         self._running: Generation | None = None
-        if self.rank == 0:
-            self.text = Text(manifest.folder(0))
-            self._driver = self._make_driver()
+        self.text = Text(manifest.folder(0))
+        self._driver = self._make_driver()
 
     @classmethod
     def from_config(cls, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Engine:
         """The engine of a configuration file; `overrides` are `a.b=c` texts. UserError names what is wrong.
 
-        Under torchrun this is the engine of this process's rank; otherwise of rank 0, with the stages as threads."""
+        Under torchrun this process must be rank 0, and the others call `flowspec.serve`; otherwise the stages are threads here."""
         config = load_config(path, overrides)
         return cls.join(config) if "RANK" in os.environ else cls.over_threads(config, check_run(config))
 
     @classmethod
     def join(cls, config: Config) -> Engine:
-        """The engine of this process's rank in a torchrun world."""
-        from flowspec.runtime.agreement import facts_of
-        from flowspec.runtime.process import check_world, join_run
-
-        rank = int(os.environ["RANK"])
-        topology = Manifest.load(config.stages_path).topology
-        check_world(topology, config.emulate.shapes_links)
-        manifest = check_run(config, [rank])
-        set_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        warm_up(config, manifest, rank)
-        takes_part = rank > 0 or not config.verifies_last
-        facts = facts_of(config.shared(), manifest, dtype_name(config, manifest, rank) if takes_part else None)
-        transport, leave = join_run(topology, facts, wire_limits(config, manifest), config.emulate)
-        return cls(config, manifest, transport, [leave])
+        """The engine of a torchrun world, of which this process is rank 0. The others call `flowspec.serve`."""
+        need(os.environ["RANK"] == "0", f"rank {os.environ['RANK']} is a stage: call flowspec.serve there, an Engine is rank 0")
+        member = join(config)
+        return cls(config, member.manifest, member.transport, [member.leave])
 
     @classmethod
     def over_threads(cls, config: Config, manifest: Manifest) -> Engine:
         """Rank 0's engine with all stages as threads of this process."""
         set_threads(config, manifest.topology.world_size)
         first, *others = inproc.ring(manifest.topology)
-        stages = [threading.Thread(target=_stage_thread, args=(config, manifest, end, first), daemon=True) for end in others]
+        stages = [threading.Thread(target=work_as_thread, args=(config, manifest, end, first), daemon=True) for end in others]
         for thread in stages:
             thread.start()
         try:
@@ -186,7 +170,7 @@ class Engine:
             raise
         return engine
 
-    # ---- rank 0 ------------------------------------------------------------------------------------
+    # ---- requests ----------------------------------------------------------------------------------
     def wait_until_loaded(self, show: Callable[[int, dict], None] = lambda rank, facts: None) -> None:
         """Until every stage holds its weights; `show(rank, {megabytes, seconds})` on the way, with `what` when it is done. RankLost
         when one stands still."""
@@ -237,11 +221,10 @@ class Engine:
             if self._spans:
                 self._write_trace()
         finally:
-            if self.rank == 0:
-                if self._draft:
-                    self._draft.close()
-                for rank in self.topology.stage_ranks:
-                    self._transport.send_control(rank, wire.STOP)
+            if self._draft:
+                self._draft.close()
+            for rank in self.topology.stage_ranks:
+                self._transport.send_control(rank, wire.STOP)
             self._transport.close()
             leaving, self._on_close = self._on_close, []
             for leave in leaving:
@@ -259,11 +242,6 @@ class Engine:
         facts = {"method": self.config.method, "stages": self.topology.stages, "emulated": self.config.emulate.active}
         trace.write(path, spans, facts)
         log.info("timeline written to %s", path)
-
-    # ---- the other ranks ---------------------------------------------------------------------------
-    def work(self) -> None:
-        """Load this rank's stage and serve until rank 0 ends the run."""
-        _work(self.config, self.manifest, self._transport)
 
     @property
     def dtype_name(self) -> str:
@@ -360,92 +338,3 @@ class Engine:
             self._draft.read if self._draft else 0.0,
             stats.bookkeeping / max(1, stats.segments),
         )
-
-
-def warm_up(config: Config, manifest: Manifest, rank: int) -> None:
-    """Import the model's code and wake the GPU before there are heartbeats to miss: it takes seconds, and holds the interpreter's lock."""
-    device = checked_device(config, rank)
-    if device != "cpu":
-        one = torch.ones(1, 1, device=device)
-        torch.mm(one, one)
-    if rank > 0:
-        family_of(read_config(manifest.folder(rank))).classes()
-        return
-    for drafter in config.drafters:
-        if drafter.computes:
-            family_of(read_config(drafter.checkpoint(config.folder))).classes()
-
-
-def wire_limits(config: Config, manifest: Manifest) -> Limits:
-    """What messages of a run with this configuration can hold."""
-    tree = max(Continuous.CROWD, config.tree.budget or 0, config.tree.segment or 0)
-    return wire.limits(tree, manifest.hidden_size, manifest.num_layers, manifest.max_positions)
-
-
-def set_threads(config: Config, ranks_here: int) -> None:
-    """CPU threads of a rank: as configured, or an equal share of the cores (torchrun alone would leave one)."""
-    torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // ranks_here))
-
-
-def checked_device(config: Config, rank: int) -> str:
-    """cpu, or cuda:N: without a number the ranks of a host take its GPUs in turn, and share them if there are fewer."""
-    device = config.device_of(rank)
-    if device == "cpu":
-        return device
-    need(torch.cuda.is_available(), f"device is {device}, but torch sees no GPU on rank {rank}")
-    number, count = device.partition(":")[2], torch.cuda.device_count()
-    index = int(number) if number else int(os.environ.get("LOCAL_RANK", rank)) % count
-    need(index < count, f"device is {device}, but torch sees {count} GPUs on rank {rank}, so cuda:{count - 1} is the last")
-    return f"cuda:{index}"
-
-
-def compute_dtype(config: Config, manifest: Manifest, rank: int) -> torch.dtype:
-    """auto: float32 on a CPU (exact, and no slower on small models), the stored dtype elsewhere."""
-    name = config.dtype
-    if name == "auto":
-        name = "float32" if config.device_of(rank) == "cpu" else manifest.dtype
-    return getattr(torch, name)
-
-
-def dtype_name(config: Config, manifest: Manifest, rank: int) -> str:
-    """The computing dtype of a rank, such as float32."""
-    return str(compute_dtype(config, manifest, rank)).removeprefix("torch.")
-
-
-def _work(config: Config, manifest: Manifest, transport: Transport) -> None:
-    rank, begun = transport.rank, time.monotonic()
-    dtype, device = compute_dtype(config, manifest, rank), checked_device(config, rank)
-    said = begun
-
-    pulse = transport.pulses[rank]
-    pulse.at("loading its weights")
-
-    def progress(size: int) -> None:
-        nonlocal said
-        pulse.move()
-        if time.monotonic() - said > 1.0:
-            said = time.monotonic()
-            transport.send_control(0, wire.loading(size / 1e6, said - begun))
-
-    model = load_stage(manifest, rank, dtype, device, progress)
-    head = load_head(manifest, rank, dtype, device) if rank == manifest.topology.last and config.verifies_last else None
-    size = model.size / 1e6
-    if config.deterministic:
-        model.compute_alone()
-        if head:
-            head.alone = True
-    rehearse(model, head)
-    a, b = manifest.ranks[rank].layers
-    transport.send_control(0, wire.loaded(size, time.monotonic() - begun, f"layers {a} to {b - 1}"))
-    Worker(transport, model, head, config.emulate, a).run()
-
-
-def _stage_thread(config: Config, manifest: Manifest, end: Transport, first: Transport) -> None:
-    """A stage as a thread; what goes wrong in it is raised where rank 0 waits."""
-    end = shaped(end, config.emulate)
-    try:
-        _work(config, manifest, end)
-    except BaseException as error:
-        first.inbox.fail(error)
-    finally:
-        end.close()

@@ -7,3 +7,9 @@ class UserError(Exception):
 
 class RankLost(Exception):
     """A peer died or hung: the run cannot go on. Names the rank and what is known of the reason."""
+
+
+def need(ok: bool, message: str) -> None:
+    """Raise UserError(message) unless ok: the one way a bad setting is reported."""
+    if not ok:
+        raise UserError(message)

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowspec.core.request import Sampling, need
+from flowspec.core.request import Sampling
 from flowspec.engine import Engine, Token
-from flowspec.errors import UserError
+from flowspec.errors import UserError, need
 from flowspec.sampling import NoiseRows, noise_for, pick
 
 ROWS = 64

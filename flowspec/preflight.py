@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flowspec.config import Config
-from flowspec.core.request import need
 from flowspec.draft.config import DrafterConfig
-from flowspec.errors import UserError
+from flowspec.errors import UserError, need
 from flowspec.files import beside_of
 from flowspec.models.families import CONFIG, EAGLE_FC, eagle3_layers, eagle_shapes, read_config
 from flowspec.models.fingerprint import CARD, embedding_hash, told_by

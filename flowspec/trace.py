@@ -12,8 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flowspec.core.request import need
-from flowspec.errors import UserError
+from flowspec.errors import UserError, need
 from flowspec.files import replacing
 
 ROWS = ("compute", "send", "receive", "draft")

@@ -51,6 +51,7 @@ from flowspec.models.manifest import Manifest
 from flowspec.models.split import Source, split
 from flowspec.output import Parser, command
 from flowspec.preflight import check_prompt, check_run, check_writable, read_prompts
+from flowspec.rank import serve as serve_stage
 from flowspec.text import Text
 
 DTYPE = "float32"
@@ -145,9 +146,9 @@ def serve_ring(ranks: str, config: str, *overrides: str) -> None:
 
 def serve_rank(config: str, *overrides: str) -> None:
     """One rank of the ring; the first answers."""
+    if os.environ["RANK"] != "0":
+        return serve_stage(config, overrides)
     with Engine.from_config(config, overrides) as engine:
-        if engine.rank:
-            return engine.work()
         engine.wait_until_loaded()
         serve(ring(engine), {"threads": torch.get_num_threads(), "dtype": engine.dtype_name})
 

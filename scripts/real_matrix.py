@@ -33,8 +33,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from flowspec.config import DTYPES, build
-from flowspec.core.request import need
-from flowspec.errors import UserError
+from flowspec.errors import UserError, need
 from flowspec.files import ROOT, replacing
 from flowspec.launcher import is_rank
 from flowspec.output import Parser, command
@@ -234,17 +233,18 @@ def rank(output: Path) -> None:
     """A rank of the ring that ring.yaml describes; rank 0 runs the pairs of ring.json."""
     from flowspec.config import load_config
     from flowspec.engine import Engine
+    from flowspec.rank import serve_as
 
     config = load_config(output / "ring.yaml")
+    if os.environ["RANK"] != "0":
+        serve_as(config)
+        return
     engine = Engine.join(config)
-    if engine.rank:
-        engine.work()
-    else:
-        engine.wait_until_loaded()
-        with open(output / "runs.jsonl", "a") as file:
-            for run in _pairs(engine, [(Cell(*cell), pair) for *cell, pair in json.loads((output / "ring.json").read_text())]):
-                file.write(run.line())
-                file.flush()
+    engine.wait_until_loaded()
+    with open(output / "runs.jsonl", "a") as file:
+        for run in _pairs(engine, [(Cell(*cell), pair) for *cell, pair in json.loads((output / "ring.json").read_text())]):
+            file.write(run.line())
+            file.flush()
     engine.close()
 
 

@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from flowspec.core.request import need
-from flowspec.errors import UserError
+from flowspec.errors import UserError, need
 from flowspec.files import ROOT
 from flowspec.models.split import COORDINATOR_FILES, Source, read_bytes, staged_folder
 from flowspec.output import Parser, command

@@ -18,19 +18,21 @@ LAYERS = [
     {"models", "sampling", "text", "comm", "sim"},
     {"draft"},
     {"runtime"},
-    {"config", "preflight", "engine", "lossless", "launcher"},
+    {"config", "preflight", "rank", "engine", "lossless", "launcher"},
     {"bench", ""},  # "" is flowspec/__init__.py
     {"commands"},
     {"cli", "__main__"},
 ]
 SIDEWAYS = {  # (room, room of the same layer that it may import); everything else goes down
     ("core", "errors"),
-    ("trace", "core"),
     ("trace", "errors"),
     ("trace", "files"),
     ("files", "errors"),
     ("output", "errors"),
     ("preflight", "config"),
+    ("rank", "config"),
+    ("rank", "preflight"),
+    ("engine", "rank"),
     ("engine", "config"),
     ("engine", "preflight"),
     ("lossless", "engine"),

@@ -15,12 +15,13 @@ from flowspec.config import Config
 from flowspec.core.cost import Emulate
 from flowspec.core.costs import Costs
 from flowspec.core.policies import METHODS, make_policy
-from flowspec.core.request import Request, Sampling, need
+from flowspec.core.request import Request, Sampling
 from flowspec.core.topology import Topology
 from flowspec.draft.base import Drafter
 from flowspec.draft.config import DrafterConfig
 from flowspec.draft.recorded import LiveDrafter, RecordedDrafter, SyntheticDrafter, Tape, load, made_up_text, save
 from flowspec.draft.registry import make_drafter
+from flowspec.errors import need
 from flowspec.models import stage
 from flowspec.models.manifest import Manifest
 from flowspec.sampling import noise_for

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from flowspec.bench.timeline import MISSING, can_draw
 from flowspec.core.policies import METHODS
-from flowspec.core.request import need
+from flowspec.errors import need
 from flowspec.files import replacing
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from flowspec.bench.forecast import Forecaster
 from flowspec.config import Config
 from flowspec.core.cost import Emulate
 from flowspec.core.costs import Costs, merged, read
-from flowspec.core.request import Request, Sampling, need
+from flowspec.core.request import Request, Sampling
 from flowspec.draft.config import DrafterConfig
-from flowspec.errors import UserError
+from flowspec.errors import UserError, need
 from flowspec.preflight import check_prompt, check_run
 from flowspec.sim.world import Outcome
 

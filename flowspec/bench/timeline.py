@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flowspec.core.request import need
+from flowspec.errors import need
 from flowspec.files import replacing
 from flowspec.trace import VERDICTS, Span
 

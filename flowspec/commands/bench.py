@@ -11,7 +11,7 @@ from flowspec.commands.options import benchmark_prompts, methods, number, temper
 from flowspec.commands.ring import RingCommand
 from flowspec.config import METHODS, Config
 from flowspec.core.policy import SWITCHES
-from flowspec.core.request import need
+from flowspec.errors import need
 from flowspec.models.manifest import Manifest
 
 if TYPE_CHECKING:

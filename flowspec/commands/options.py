@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from flowspec.config import METHODS, Config, load_config
-from flowspec.core.request import need
-from flowspec.errors import UserError
+from flowspec.errors import UserError, need
 from flowspec.files import BUILD, CHECKOUT, SHIPPED
 from flowspec.preflight import read_prompts
 from flowspec.version import __version__

@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from flowspec.commands.options import add_shared, configuration, split_demo
 from flowspec.config import Config
-from flowspec.core.request import need
-from flowspec.errors import RankLost, UserError
+from flowspec.errors import RankLost, UserError, need
 from flowspec.launcher import QUIET, is_rank, launch
 from flowspec.models.manifest import Manifest
 from flowspec.output import Parser, speaking
@@ -105,21 +104,20 @@ def _rank(command: RingCommand, options: argparse.Namespace) -> NoReturn:
 
 def _serve(command: RingCommand, options: argparse.Namespace) -> int:
     """This rank's part of the run; its exit code."""
+    path, config = configuration(options)
+    if os.environ["RANK"] != "0":
+        from flowspec.rank import serve_as
+
+        serve_as(config)
+        return 0
     from flowspec.engine import Engine
 
-    path, config = configuration(options)
-    if os.environ["RANK"] == "0":
-        command.prepare(options)
-    engine = Engine.join(config)
-    code = 0
-    if engine.rank:
-        engine.work()
-    else:
-        code = QUIET
-        with speaking():
-            code = _lead(engine, command, options, path)
+    command.prepare(options)
+    engine, code = Engine.join(config), QUIET
+    with speaking():
+        code = _lead(engine, command, options, path)
     engine.close()  # not after a failure: then nobody is to be told that all is well
-    if config.trace and not engine.rank:
+    if config.trace:
         print(f"timeline: {config.trace_path} (python -m flowspec trace FILE, or https://ui.perfetto.dev)", file=sys.stderr)
     return code
 

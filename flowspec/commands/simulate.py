@@ -19,8 +19,8 @@ from flowspec.bench.simulate import Cell, load_costs, record, run
 from flowspec.commands.options import add_shared, benchmark_prompts, configuration, methods, numbers, split_demo, temperatures_of
 from flowspec.config import Config, load_config
 from flowspec.core.costs import Costs
-from flowspec.core.request import need
 from flowspec.core.topology import Topology
+from flowspec.errors import need
 from flowspec.files import replacing
 from flowspec.output import Parser
 from flowspec.preflight import check_writable

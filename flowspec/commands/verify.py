@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from flowspec.commands.options import DEMO, DEMO_PROMPT, given_prompts
 from flowspec.commands.ring import RingCommand
 from flowspec.config import Config
-from flowspec.core.request import need
+from flowspec.errors import need
 from flowspec.models.manifest import Manifest
 from flowspec.preflight import check_reference
 

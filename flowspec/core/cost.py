@@ -12,7 +12,7 @@ import numpy as np
 
 from flowspec.core.curve import SHAPE, Curve
 from flowspec.core.messages import PREFILL_ROWS, Cost
-from flowspec.core.request import need
+from flowspec.errors import need
 
 
 class Line:

@@ -9,7 +9,7 @@ from typing import Any
 
 from flowspec.core.cost import Point, RowCost
 from flowspec.core.curve import Curve
-from flowspec.core.request import need
+from flowspec.errors import need
 
 FORMAT = 1
 NEAR = 256

@@ -11,9 +11,10 @@ from typing import Protocol
 
 from flowspec.core.learnt import Learnt
 from flowspec.core.messages import KEPT, Drafted
-from flowspec.core.request import Request, need
+from flowspec.core.request import Request
 from flowspec.core.score import Scorer
 from flowspec.core.tree import Node, TokenTree
+from flowspec.errors import need
 
 
 @dataclass(frozen=True, kw_only=True)

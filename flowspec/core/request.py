@@ -5,15 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from flowspec.errors import UserError
+from flowspec.errors import need
 
 _MASK = (1 << 64) - 1
-
-
-def need(ok: bool, message: str) -> None:
-    """Raise UserError(message) unless ok: the one way a bad setting is reported."""
-    if not ok:
-        raise UserError(message)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flowspec.core.request import need
+from flowspec.errors import need
 from flowspec.models.hub import HEAD_FILES, MODEL_FILES, local_folder
 
 KINDS = ("lm", "eagle", "eagle3", "ngram", "none")

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from flowspec.core.messages import PREFILL_ROWS, Prune
-from flowspec.core.request import need
 from flowspec.core.stage import Admitted, StageState, Waiting
-from flowspec.errors import UserError
+from flowspec.errors import UserError, need
 from flowspec.models import attention, jit, kernels, native, vector
 from flowspec.models.attention import Seen
 from flowspec.models.cache import RowCache

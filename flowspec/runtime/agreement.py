@@ -15,9 +15,8 @@ from importlib import metadata
 
 import torch.distributed as dist
 
-from flowspec.core.request import need
 from flowspec.core.topology import Topology
-from flowspec.errors import UserError
+from flowspec.errors import UserError, need
 from flowspec.models.manifest import Manifest, RankEntry
 from flowspec.runtime.wire import FORMAT
 from flowspec.version import __version__

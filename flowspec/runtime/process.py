@@ -22,9 +22,8 @@ from flowspec.comm.codec import Limits
 from flowspec.comm.gloo import FOREVER, GlooTransport
 from flowspec.comm.heartbeat import Heartbeat
 from flowspec.core.cost import Emulate
-from flowspec.core.request import need
 from flowspec.core.topology import Topology
-from flowspec.errors import RankLost, UserError
+from flowspec.errors import RankLost, UserError, need
 from flowspec.runtime.agreement import Facts, agree
 
 log = logging.getLogger(__name__)

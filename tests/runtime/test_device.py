@@ -15,11 +15,11 @@ from flowspec.core.messages import Prune, Segment
 from flowspec.core.policy import PolicyConfig
 from flowspec.core.request import Request, Sampling
 from flowspec.core.stage import StageState
-from flowspec.engine import checked_device, warm_up
 from flowspec.models.device import on_host, placed
 from flowspec.models.eagle import load_eagle
 from flowspec.models.manifest import Manifest
 from flowspec.models.stage import Head, Sequence, load_stage
+from flowspec.rank import checked_device, warm_up
 from flowspec.runtime import wire
 from flowspec.runtime.worker import Worker
 from tests.stages import Hand

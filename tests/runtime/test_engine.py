@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+import flowspec
 from flowspec import Engine, UserError
 from flowspec.runtime.worker import Worker
 
@@ -105,3 +106,10 @@ def test_closing_leaves_no_thread_behind(pair):
 def test_a_list_of_one_device_is_for_all(pair):
     with Engine.from_config(pair.config(2), ["device=[cpu]"]) as engine:
         assert len(list(engine.generate([5], max_new_tokens=3))) == 3
+
+
+def test_an_engine_is_rank_0_and_the_other_ranks_are_told_what_to_call(pair, monkeypatch):
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(UserError, match=r"rank 2 is a stage: call flowspec\.serve there"):
+        Engine.from_config(pair.config(2))
+    assert callable(flowspec.serve)

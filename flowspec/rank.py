@@ -1,0 +1,150 @@
+"""What it takes to be a rank, and all that a stage (ranks 1..S) is. Rank 0 is engine.py."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+
+from flowspec.comm.base import Transport
+from flowspec.comm.codec import Limits
+from flowspec.comm.shaped import shaped
+from flowspec.config import Config, load_config
+from flowspec.core.policies.continuous import Continuous
+from flowspec.errors import need
+from flowspec.models.families import family_of, read_config
+from flowspec.models.manifest import Manifest
+from flowspec.models.stage import load_head, load_stage, rehearse
+from flowspec.preflight import check_run
+from flowspec.runtime import wire
+from flowspec.runtime.worker import Worker
+
+
+class Member(NamedTuple):
+    """This process, once it has joined its run."""
+
+    manifest: Manifest
+    transport: Transport
+    leave: Callable[[], None]
+    """to be called when the transport is closed"""
+
+
+def join(config: Config) -> Member:
+    """Join the other ranks of a torchrun world. UserError says what is wrong, RankLost who did not come."""
+    from flowspec.runtime.agreement import facts_of
+    from flowspec.runtime.process import check_world, join_run
+
+    rank, topology = int(os.environ["RANK"]), Manifest.load(config.stages_path).topology
+    check_world(topology, config.emulate.shapes_links)
+    manifest = check_run(config, [rank])
+    set_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    warm_up(config, manifest, rank)
+    takes_part = rank != topology.COORDINATOR or not config.verifies_last
+    facts = facts_of(config.shared(), manifest, dtype_name(config, manifest, rank) if takes_part else None)
+    return Member(manifest, *join_run(topology, facts, wire_limits(config, manifest), config.emulate))
+
+
+def serve(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> None:
+    """Be this process's stage in a torchrun world until rank 0 ends the run; arguments as for `Engine.from_config`."""
+    serve_as(load_config(path, overrides))
+
+
+def serve_as(config: Config) -> None:
+    member = join(config)
+    transport = shaped(member.transport, config.emulate)
+    work(config, member.manifest, transport)
+    transport.close()  # not after a failure: then nobody is to be told that all is well
+    member.leave()
+
+
+def warm_up(config: Config, manifest: Manifest, rank: int) -> None:
+    """Import the model's code and wake the GPU before there are heartbeats to miss: it takes seconds, and holds the interpreter's lock."""
+    device = checked_device(config, rank)
+    if device != "cpu":
+        one = torch.ones(1, 1, device=device)
+        torch.mm(one, one)
+    if rank > 0:
+        family_of(read_config(manifest.folder(rank))).classes()
+        return
+    for drafter in config.drafters:
+        if drafter.computes:
+            family_of(read_config(drafter.checkpoint(config.folder))).classes()
+
+
+def wire_limits(config: Config, manifest: Manifest) -> Limits:
+    """What messages of a run with this configuration can hold."""
+    tree = max(Continuous.CROWD, config.tree.budget or 0, config.tree.segment or 0)
+    return wire.limits(tree, manifest.hidden_size, manifest.num_layers, manifest.max_positions)
+
+
+def set_threads(config: Config, ranks_here: int) -> None:
+    """CPU threads of a rank: as configured, or an equal share of the cores (torchrun alone would leave one)."""
+    torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // ranks_here))
+
+
+def checked_device(config: Config, rank: int) -> str:
+    """cpu, or cuda:N: without a number the ranks of a host take its GPUs in turn, and share them if there are fewer."""
+    device = config.device_of(rank)
+    if device == "cpu":
+        return device
+    need(torch.cuda.is_available(), f"device is {device}, but torch sees no GPU on rank {rank}")
+    number, count = device.partition(":")[2], torch.cuda.device_count()
+    index = int(number) if number else int(os.environ.get("LOCAL_RANK", rank)) % count
+    need(index < count, f"device is {device}, but torch sees {count} GPUs on rank {rank}, so cuda:{count - 1} is the last")
+    return f"cuda:{index}"
+
+
+def compute_dtype(config: Config, manifest: Manifest, rank: int) -> torch.dtype:
+    """auto: float32 on a CPU (exact, and no slower on small models), the stored dtype elsewhere."""
+    name = config.dtype
+    if name == "auto":
+        name = "float32" if config.device_of(rank) == "cpu" else manifest.dtype
+    return getattr(torch, name)
+
+
+def dtype_name(config: Config, manifest: Manifest, rank: int) -> str:
+    """The computing dtype of a rank, such as float32."""
+    return str(compute_dtype(config, manifest, rank)).removeprefix("torch.")
+
+
+def work(config: Config, manifest: Manifest, transport: Transport) -> None:
+    """Load this rank's stage and serve until rank 0 ends the run."""
+    rank, begun = transport.rank, time.monotonic()
+    dtype, device = compute_dtype(config, manifest, rank), checked_device(config, rank)
+    said = begun
+
+    pulse = transport.pulses[rank]
+    pulse.at("loading its weights")
+
+    def progress(size: int) -> None:
+        nonlocal said
+        pulse.move()
+        if time.monotonic() - said > 1.0:
+            said = time.monotonic()
+            transport.send_control(0, wire.loading(size / 1e6, said - begun))
+
+    model = load_stage(manifest, rank, dtype, device, progress)
+    head = load_head(manifest, rank, dtype, device) if rank == manifest.topology.last and config.verifies_last else None
+    size = model.size / 1e6
+    if config.deterministic:
+        model.compute_alone()
+        if head:
+            head.alone = True
+    rehearse(model, head)
+    a, b = manifest.ranks[rank].layers
+    transport.send_control(0, wire.loaded(size, time.monotonic() - begun, f"layers {a} to {b - 1}"))
+    Worker(transport, model, head, config.emulate, a).run()
+
+
+def work_as_thread(config: Config, manifest: Manifest, end: Transport, first: Transport) -> None:
+    """A stage as a thread; what goes wrong in it is raised where rank 0 waits."""
+    end = shaped(end, config.emulate)
+    try:
+        work(config, manifest, end)
+    except BaseException as error:
+        first.inbox.fail(error)
+    finally:
+        end.close()
