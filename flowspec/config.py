@@ -70,12 +70,24 @@ class Config:
         _choice("verify_on", self.verify_on, VERIFY_ON)
         need(len(self.drafters) > 0, "drafter is an empty list: name one at least, or kind: none")
         silent = [drafter.where for drafter in self.drafters if drafter.kind == "none"]
-        need(len(self.drafters) == 1 or not silent, f"{''.join(silent[:1])}.kind is none: a list names drafters that draft")
+        need(
+            len(self.drafters) == 1 or not silent,
+            f"{''.join(silent[:1])}.kind is none: a list names drafters that draft",
+        )
         both = {"eagle", "eagle3"} <= {drafter.kind for drafter in self.drafters}
-        need(not both, "drafter lists an eagle and an eagle3 head: they read different features of the target, keep one of the two")
+        need(
+            not both,
+            "drafter lists an eagle and an eagle3 head: they read different features of the target, keep one of the two",
+        )
         for device in [self.device] if isinstance(self.device, str) else self.device:
-            need(re.fullmatch(r"cpu|cuda(:\d+)?", device) is not None, f"device is {device}: it must be cpu, cuda or cuda:N")
-        need(self.threads is None or self.threads >= 1, f"threads is {self.threads}: it must be at least 1, or auto")
+            need(
+                re.fullmatch(r"cpu|cuda(:\d+)?", device) is not None,
+                f"device is {device}: it must be cpu, cuda or cuda:N",
+            )
+        need(
+            self.threads is None or self.threads >= 1,
+            f"threads is {self.threads}: it must be at least 1, or auto",
+        )
 
     @property
     def stages_path(self) -> Path:
@@ -123,7 +135,11 @@ class Config:
         found = {"drafter": ", ".join(drafter.kind for drafter in self.drafters)}
         for key in (f.name for f in dataclasses.fields(self) if f.name not in OWN):
             value = getattr(self, key)
-            inner = {f"{key}.{name}": each for name, each in vars(value).items()} if dataclasses.is_dataclass(value) else {key: value}
+            inner = (
+                {f"{key}.{name}": each for name, each in vars(value).items()}
+                if dataclasses.is_dataclass(value)
+                else {key: value}
+            )
             found |= {name: "auto" if each is None else str(each) for name, each in inner.items()}
         return found
 
@@ -143,7 +159,9 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
-                raise _Duplicate(problem=f"the key {key.value} is given twice", problem_mark=key.start_mark)
+                raise _Duplicate(
+                    problem=f"the key {key.value} is given twice", problem_mark=key.start_mark
+                )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -165,7 +183,10 @@ def load_config(path: str | os.PathLike[str], overrides: typing.Iterable[str] = 
         at = getattr(error, "problem_mark", None)
         what = f": {error.problem}" if isinstance(error, _Duplicate) else " is not valid YAML"
         raise UserError(f"{path}{what}{f' (line {at.line + 1})' if at else ''}") from None
-    need(isinstance(tree, dict), f"{path} holds no configuration: it must be a YAML mapping with at least `stages`")
+    need(
+        isinstance(tree, dict),
+        f"{path} holds no configuration: it must be a YAML mapping with at least `stages`",
+    )
     for override in overrides:
         _apply(tree, override)
     return build(Config, tree, folder=path.resolve().parent, name=path.stem)
@@ -173,7 +194,10 @@ def load_config(path: str | os.PathLike[str], overrides: typing.Iterable[str] = 
 
 def _apply(tree: dict, override: str) -> None:
     key, sign, text = override.partition("=")
-    need(bool(sign) and bool(key), f"{override!r} is not understood: overrides are written key=value, such as tree.budget=64")
+    need(
+        bool(sign) and bool(key),
+        f"{override!r} is not understood: overrides are written key=value, such as tree.budget=64",
+    )
     try:
         value = yaml.load(text, _Loader)
     except _Duplicate as error:
@@ -183,14 +207,20 @@ def _apply(tree: dict, override: str) -> None:
     *parents, leaf = key.split(".")
     for name in parents:
         inner = tree.get(name)
-        need(not isinstance(inner, list), f"{override!r}: {name} is a list, which can only be given anew as a whole: {name}=[..., ...]")
+        need(
+            not isinstance(inner, list),
+            f"{override!r}: {name} is a list, which can only be given anew as a whole: {name}=[..., ...]",
+        )
         tree[name] = tree = dict(inner) if isinstance(inner, dict) else {}
     tree[leaf] = value
 
 
 def build(cls: type, values: Any, where: str = "", **internal: Any) -> Any:
     """A dataclass from plain values: unknown keys, wrong types and missing keys are UserErrors with the key's full name."""
-    need(isinstance(values, dict), f"{where or 'the configuration'} must be a mapping, it is {values!r}")
+    need(
+        isinstance(values, dict),
+        f"{where or 'the configuration'} must be a mapping, it is {values!r}",
+    )
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if not f.metadata.get("internal")}
     made = dict(internal)
@@ -200,7 +230,11 @@ def build(cls: type, values: Any, where: str = "", **internal: Any) -> Any:
         name = f"{where}.{key}" if where else str(key)
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, 1)
-            hint = f"did you mean {name.removesuffix(str(key))}{near[0]}?" if near else f"known here: {', '.join(fields)}"
+            hint = (
+                f"did you mean {name.removesuffix(str(key))}{near[0]}?"
+                if near
+                else f"known here: {', '.join(fields)}"
+            )
             raise UserError(f"unknown key {name}: {hint}")
         made[key] = _convert(hints[key], value, name)
     for f in fields.values():
@@ -219,14 +253,22 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         return None
     for option in options:
         if typing.get_origin(option) is tuple and isinstance(value, list):
-            return tuple(_convert(typing.get_args(option)[0], item, f"{name}.{k}") for k, item in enumerate(value))
+            return tuple(
+                _convert(typing.get_args(option)[0], item, f"{name}.{k}")
+                for k, item in enumerate(value)
+            )
         if option is float and type(value) is int:
             return float(value)
         if option is float and isinstance(value, str) and (number := _number(value)) is not None:
             return number  # YAML 1.1 takes 1e-1 for a text
         if type(value) is option:
             return value
-    wanted = " or ".join("a list" if typing.get_origin(o) else {type(None): "auto"}.get(o, getattr(o, "__name__", "?")) for o in options)
+    wanted = " or ".join(
+        "a list"
+        if typing.get_origin(o)
+        else {type(None): "auto"}.get(o, getattr(o, "__name__", "?"))
+        for o in options
+    )
     raise UserError(f"{name} is {value!r}: expected {wanted}")
 
 

@@ -30,7 +30,14 @@ from flowspec.models.families import read_config
 from flowspec.models.manifest import Manifest
 from flowspec.models.stage import load_head, packs_weights
 from flowspec.preflight import check_prompt, check_run
-from flowspec.rank import checked_device, compute_dtype, dtype_name, join, set_threads, work_as_thread
+from flowspec.rank import (
+    checked_device,
+    compute_dtype,
+    dtype_name,
+    join,
+    set_threads,
+    work_as_thread,
+)
 from flowspec.runtime import wire
 from flowspec.runtime.drafting import DraftThread
 from flowspec.runtime.driver import Driver, Stats
@@ -121,7 +128,13 @@ class Generation:
 class Engine:
     """Rank 0 of a run. Use as a context manager, or call `close`."""
 
-    def __init__(self, config: Config, manifest: Manifest, transport: Transport, on_close: Sequence[Callable[[], None]] = ()):
+    def __init__(
+        self,
+        config: Config,
+        manifest: Manifest,
+        transport: Transport,
+        on_close: Sequence[Callable[[], None]] = (),
+    ):
         transport = shaped(transport, config.emulate)
         self.config, self.manifest, self._transport = config, manifest, transport
         self.topology = transport.topology
@@ -140,12 +153,19 @@ class Engine:
 
         Under torchrun this process must be rank 0, and the others call `flowspec.serve`; otherwise the stages are threads here."""
         config = load_config(path, overrides)
-        return cls.join(config) if "RANK" in os.environ else cls.over_threads(config, check_run(config))
+        return (
+            cls.join(config)
+            if "RANK" in os.environ
+            else cls.over_threads(config, check_run(config))
+        )
 
     @classmethod
     def join(cls, config: Config) -> Engine:
         """The engine of a torchrun world, of which this process is rank 0. The others call `flowspec.serve`."""
-        need(os.environ["RANK"] == "0", f"rank {os.environ['RANK']} is a stage: call flowspec.serve there, an Engine is rank 0")
+        need(
+            os.environ["RANK"] == "0",
+            f"rank {os.environ['RANK']} is a stage: call flowspec.serve there, an Engine is rank 0",
+        )
         member = join(config)
         return cls(config, member.manifest, member.transport, [member.leave])
 
@@ -154,11 +174,21 @@ class Engine:
         """Rank 0's engine with all stages as threads of this process."""
         set_threads(config, manifest.topology.world_size)
         first, *others = inproc.ring(manifest.topology)
-        stages = [threading.Thread(target=work_as_thread, args=(config, manifest, end, first), daemon=True) for end in others]
+        stages = [
+            threading.Thread(
+                target=work_as_thread, args=(config, manifest, end, first), daemon=True
+            )
+            for end in others
+        ]
         for thread in stages:
             thread.start()
         try:
-            engine = cls(config, manifest, first, [functools.partial(thread.join, STILL) for thread in stages])
+            engine = cls(
+                config,
+                manifest,
+                first,
+                [functools.partial(thread.join, STILL) for thread in stages],
+            )
         except BaseException:
             for end in others:
                 first.send_control(end.rank, wire.STOP)
@@ -171,7 +201,9 @@ class Engine:
         return engine
 
     # ---- requests ----------------------------------------------------------------------------------
-    def wait_until_loaded(self, show: Callable[[int, dict], None] = lambda rank, facts: None) -> None:
+    def wait_until_loaded(
+        self, show: Callable[[int, dict], None] = lambda rank, facts: None
+    ) -> None:
         """Until every stage holds its weights; `show(rank, {megabytes, seconds})` on the way, with `what` when it is done. RankLost
         when one stands still."""
         waiting = self.topology.stages
@@ -193,7 +225,9 @@ class Engine:
 
         `method`, `policy` and the keywords of `Sampling` (temperature, top_p, top_k, min_p, seed, max_new_tokens) default to the
         configuration's. Generation ends before a text in `stop`. One generation at a time: a new one cancels the last."""
-        config = dataclasses.replace(self.config, method=method or self.config.method, policy=policy or self.config.policy)
+        config = dataclasses.replace(
+            self.config, method=method or self.config.method, policy=policy or self.config.policy
+        )
         tokens = self.text.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
         check_prompt(tokens, self.manifest)
         wanted = dataclasses.replace(config.sampling, **sampling)
@@ -239,7 +273,11 @@ class Engine:
     def _write_trace(self) -> None:
         """The timeline of all requests so far, into the file that `trace` names."""
         path, spans, self._spans = self.config.trace_path, self._spans, []
-        facts = {"method": self.config.method, "stages": self.topology.stages, "emulated": self.config.emulate.active}
+        facts = {
+            "method": self.config.method,
+            "stages": self.topology.stages,
+            "emulated": self.config.emulate.active,
+        }
         trace.write(path, spans, facts)
         log.info("timeline written to %s", path)
 
@@ -253,32 +291,54 @@ class Engine:
         """The dtype of rows and sums of the last stage, where `dtype_name` is that of its weights."""
         last = self.topology.last
         dtype = compute_dtype(self.config, self.manifest, last)
-        packs = packs_weights(read_config(self.manifest.folder(last)), dtype, self.config.device_of(last))
+        packs = packs_weights(
+            read_config(self.manifest.folder(last)), dtype, self.config.device_of(last)
+        )
         return "float32" if packs else self.dtype_name
 
     # ---- inside ------------------------------------------------------------------------------------
     def _make_driver(self) -> Driver:
         config, manifest = self.config, self.manifest
-        dtype, device, pulse = compute_dtype(config, manifest, 0), checked_device(config, 0), self._transport.pulses[0]
+        dtype, device, pulse = (
+            compute_dtype(config, manifest, 0),
+            checked_device(config, 0),
+            self._transport.pulses[0],
+        )
         pulse.at("loading the drafter")
-        head = load_head(manifest, 0, dtype, device) if 0 in config.head_ranks(manifest.topology) else None
+        head = (
+            load_head(manifest, 0, dtype, device)
+            if 0 in config.head_ranks(manifest.topology)
+            else None
+        )
         if head and config.deterministic:
             head.alone = True
-        drafter = make_drafter(config.drafters, config.folder, manifest, head, dtype, device, lambda size: pulse.move())
+        drafter = make_drafter(
+            config.drafters, config.folder, manifest, head, dtype, device, lambda size: pulse.move()
+        )
         pulse.at()
         least = config.emulate.draft_ms / 1000 if config.computes else 0.0
         self._draft = DraftThread(drafter, self._transport.inbox, least) if drafter else None
         verifying = None if config.verifies_last else head
-        return Driver(self._transport, self._draft, manifest.vocab_size, verifying, config.emulate.hidden_scale)
+        return Driver(
+            self._transport,
+            self._draft,
+            manifest.vocab_size,
+            verifying,
+            config.emulate.hidden_scale,
+        )
 
     def _request(self, tokens: tuple[int, ...], sampling: Sampling) -> Request:
         """With a seed, and no more new tokens than the model has positions for."""
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         room = self.manifest.max_positions - len(tokens)
-        sampling = dataclasses.replace(sampling, seed=seed, max_new_tokens=min(sampling.max_new_tokens, room))
+        sampling = dataclasses.replace(
+            sampling, seed=seed, max_new_tokens=min(sampling.max_new_tokens, room)
+        )
         return Request(id=self._requests, prompt=tokens, sampling=sampling, eos=self.text.eos)
 
-    def _run(self, generation: Generation, request: Request, config: Config, stop: list[str]) -> Iterator[Token]:
+    def _run(
+        self, generation: Generation, request: Request, config: Config, stop: list[str]
+    ) -> Iterator[Token]:
         stats, ids, accepted = Stats(), [], 0
         stream = TextStream(self.text.tokenizer, stop, request.prompt)
         features = self._draft is not None and self._draft.features
@@ -299,7 +359,15 @@ class Engine:
             self._spans += stats.spans if config.trace else []
             generation.result = self._result(request, config, stats, ids, accepted, stream.text)
 
-    def _result(self, request: Request, config: Config, stats: Stats, ids: list[int], accepted: int, text: str) -> Result:
+    def _result(
+        self,
+        request: Request,
+        config: Config,
+        stats: Stats,
+        ids: list[int],
+        accepted: int,
+        text: str,
+    ) -> Result:
         decode = stats.last_token - stats.first_token
         spent = max(stats.ended - stats.begun, 1e-9)
         stages = [stats.reports[rank] for rank in sorted(stats.reports)]
@@ -319,7 +387,9 @@ class Engine:
             forwarded_tokens=stages[0].rows if stages else 0,
             stage_utilisation=[min(1.0, report.busy / spent) for report in stages],
             bookkeeping_ms=stats.bookkeeping * 1000 / max(1, stats.segments),
-            stage_overhead_ms=[report.overhead * 1000 / max(1, report.segments) for report in stages],
+            stage_overhead_ms=[
+                report.overhead * 1000 / max(1, report.segments) for report in stages
+            ],
             costs=self._costs(stats, stages).to_json(),
             stage_peak_mb=[round(report.peak_mb, 1) for report in stages],
             world_size=self.topology.world_size,

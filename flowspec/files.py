@@ -15,7 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECKOUT = (ROOT / "demo" / "target").is_dir()
 SHIPPED = ROOT if CHECKOUT else ROOT / "flowspec" / "shipped"
 """holds `demo` and `configs`"""
-BUILD = ROOT / "build" if CHECKOUT else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flowspec"
+BUILD = (
+    ROOT / "build"
+    if CHECKOUT
+    else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flowspec"
+)
 """for what commands make of their own accord"""
 PARTIAL = ".partial"
 """ending of a result file that is not complete yet"""
@@ -52,7 +56,9 @@ def add_line(file: TextIO, line: str, flag: str) -> None:
     except OSError as error:
         with suppress(OSError):  # which refuses what is buffered once more
             file.close()
-        raise UserError(f"{flag}: cannot write {file.name}: {error.strerror}; what it holds so far is kept") from None
+        raise UserError(
+            f"{flag}: cannot write {file.name}: {error.strerror}; what it holds so far is kept"
+        ) from None
 
 
 @contextmanager

@@ -50,7 +50,9 @@ def _environment(last_words: Path) -> dict[str, str]:
 def _torchrun(argv: Sequence[str], world_size: int) -> None:
     from torch.distributed import run
 
-    logging.disable(logging.CRITICAL)  # of this process: torchrun's report has 66 lines, ours has one
+    logging.disable(
+        logging.CRITICAL
+    )  # of this process: torchrun's report has 66 lines, ours has one
     port = os.environ.get("MASTER_PORT") or str(_free_port())
     where = ["--master-addr", "127.0.0.1", "--master-port", port]
     run.run(run.parse_args(["--nproc-per-node", str(world_size), *where, "-m", "flowspec", *argv]))
@@ -76,8 +78,14 @@ def _obituary(error: Exception, last_words: Path) -> int:
 
     if any(failure.exitcode == QUIET for failure in failures.values()):
         return QUIET
-    rank, failure = min(failures.items(), key=lambda item: (item[1].exitcode == -signal.SIGTERM, item[1].timestamp))
-    how = f"killed by signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+    rank, failure = min(
+        failures.items(), key=lambda item: (item[1].exitcode == -signal.SIGTERM, item[1].timestamp)
+    )
+    how = (
+        f"killed by signal {-failure.exitcode}"
+        if failure.exitcode < 0
+        else f"exit code {failure.exitcode}"
+    )
     return _say(f"{rank_name(rank, socket.gethostname())} died: {how}", 1)
 
 

@@ -44,18 +44,26 @@ def tolerance(dtype: str, layers: int, hidden: int, largest: float = USUAL) -> f
     1.3 times the bound without it in float32, 1.3 in bfloat16 and 1.8 in float16; the usual one (median) 0.4, 0.4 and 0.5. A small
     target of random weights, whose layers rounded otherwise than transformers', reached 4.1: rows can be sensitive."""
     stored = getattr(torch, dtype)
-    stored = stored if stored.is_floating_point else torch.float32  # int8 weights: all that is computed is float32
-    rounding = (torch.finfo(stored).eps + torch.finfo(torch.float32).eps * math.sqrt(hidden / LANES)) / 2
+    stored = (
+        stored if stored.is_floating_point else torch.float32
+    )  # int8 weights: all that is computed is float32
+    rounding = (
+        torch.finfo(stored).eps + torch.finfo(torch.float32).eps * math.sqrt(hidden / LANES)
+    ) / 2
     return MARGIN * rounding * math.sqrt(2 * layers + 1) * largest
 
 
 def tolerance_of(engine: Engine, largest: float = USUAL) -> float:
     """That of this ring."""
-    return tolerance(engine.sums_in, engine.manifest.num_layers, engine.manifest.hidden_size, largest)
+    return tolerance(
+        engine.sums_in, engine.manifest.num_layers, engine.manifest.hidden_size, largest
+    )
 
 
 # ---- how far another choice was --------------------------------------------------------------------
-def distance(logits: Tensor, sampling: Sampling, noise: NoiseRows | None, position: int, token: int) -> float:
+def distance(
+    logits: Tensor, sampling: Sampling, noise: NoiseRows | None, position: int, token: int
+) -> float:
     """By how much the logits [vocabulary] would have to shift against each other for `token` to be picked; 0 where it is.
 
     For that it must be kept by the filters, and each token of a better score must fall behind it or be filtered out."""
@@ -83,9 +91,16 @@ def margins(logp: Tensor, sampling: Sampling) -> Tensor:
         fit = int((above < sampling.top_p).sum())
         above = torch.cat([above, above.new_ones(len(values) - kept)]).clamp(0.0, 1.0)
         # a shift by x multiplies the odds of the mass above a token by e^x at most
-        of_mass = torch.empty_like(logp).scatter_(0, order, math.log(sampling.top_p / (1 - sampling.top_p)) - torch.logit(above))
+        of_mass = torch.empty_like(logp).scatter_(
+            0, order, math.log(sampling.top_p / (1 - sampling.top_p)) - torch.logit(above)
+        )
         by_rank = _from_rank(logp, values, fit)
-        inside = torch.minimum(inside, torch.where(by_rank >= 0, torch.minimum(of_mass, by_rank), torch.maximum(of_mass, by_rank)))
+        inside = torch.minimum(
+            inside,
+            torch.where(
+                by_rank >= 0, torch.minimum(of_mass, by_rank), torch.maximum(of_mass, by_rank)
+            ),
+        )
     if sampling.min_p > 0:
         inside = torch.minimum(inside, logp - values[0] - math.log(sampling.min_p))
     return inside
@@ -97,11 +112,16 @@ def _from_rank(logp: Tensor, values: Tensor, k: int) -> Tensor:
     return torch.where(logp >= values[k - 1], logp - beyond, logp - values[k - 1])
 
 
-def lead_is_certain(logits: Tensor, sampling: Sampling, noise: NoiseRows | None, position: int, allowed: float) -> bool:
+def lead_is_certain(
+    logits: Tensor, sampling: Sampling, noise: NoiseRows | None, position: int, allowed: float
+) -> bool:
     """No shift within `allowed` makes a filter keep or drop a token that matters for the lead of the best over the second."""
     if noise is None or not sampling.filters:
         return True
-    logp, reach = torch.log_softmax(logits.double() / sampling.temperature, -1), allowed / sampling.temperature
+    logp, reach = (
+        torch.log_softmax(logits.double() / sampling.temperature, -1),
+        allowed / sampling.temperature,
+    )
     scores, inside = logp + noise(position), margins(logp, sampling)
     second = scores.masked_fill(inside < 0, -torch.inf).topk(2).values[1]
     return not bool(((scores > second - reach) & (inside.abs() < reach)).any())
@@ -118,17 +138,25 @@ class Reference:
         import transformers
         from transformers import AutoModelForCausalLM
 
-        self._name = f"the unsplit model {folder} (transformers {transformers.__version__}, {dtype})"
+        self._name = (
+            f"the unsplit model {folder} (transformers {transformers.__version__}, {dtype})"
+        )
         transformers.utils.logging.disable_progress_bar()
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True
+            )
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
-            raise UserError(f"--reference: transformers cannot load {folder}: {str(error).splitlines()[0]}") from None
+            raise UserError(
+                f"--reference: transformers cannot load {folder}: {str(error).splitlines()[0]}"
+            ) from None
         for parameter in model.parameters():  # not the rotary frequencies
             for name in (*rounded, dtype):
                 parameter.data = parameter.data.to(getattr(torch, name))
         self._model = model.eval()
-        self._last: tuple[list[int], Tensor] | None = None  # tokens, and their rows behind the final norm
+        self._last: tuple[list[int], Tensor] | None = (
+            None  # tokens, and their rows behind the final norm
+        )
 
     def __str__(self) -> str:
         return self._name
@@ -138,7 +166,10 @@ class Reference:
         """Of each token of the text, the logits that it was picked from: float32 [vocabulary], in order."""
         ids = [*prompt, *text[:-1]]
         if self._last is None or self._last[0] != ids:  # two methods' texts are most often the same
-            self._last = ids, self._model.base_model(torch.tensor([ids]), use_cache=False).last_hidden_state[0]
+            self._last = (
+                ids,
+                self._model.base_model(torch.tensor([ids]), use_cache=False).last_hidden_state[0],
+            )
         for rows in self._last[1][len(prompt) - 1 :].split(ROWS):
             yield from self._model.get_output_embeddings()(rows).float()
 
@@ -190,17 +221,32 @@ class Replay:
         return f"position {first.position} {what} where rounding may do {first.allowed:.2e}, so {kind}{more}"
 
 
-def replay(engine: Engine, reference: Reference, prompt: str, text: Sequence[Token], setting: dict) -> Replay:
+def replay(
+    engine: Engine, reference: Reference, prompt: str, text: Sequence[Token], setting: dict
+) -> Replay:
     """A text of the ring by the unsplit model: what it picks at each position, after the same tokens."""
-    start, sampling = engine.text.encode(prompt), dataclasses.replace(engine.config.sampling, **setting)
+    start, sampling = (
+        engine.text.encode(prompt),
+        dataclasses.replace(engine.config.sampling, **setting),
+    )
     noise, doubts, worst = noise_for(sampling, engine.manifest.vocab_size), [], 0.0
     rows = reference.logits(start, [token.id for token in text])
     for position, (token, logits) in enumerate(zip(text, rows, strict=True), len(start)):
         allowed = tolerance_of(engine, float(logits.abs().max()))
         chosen = pick(logits, sampling, noise, position)
         if chosen.token != token.id:
-            doubts.append(Doubt(position, token.id, chosen.token, distance(logits, sampling, noise, position, token.id), allowed))
-        elif math.isfinite(chosen.gap) and lead_is_certain(logits, sampling, noise, position, allowed):
+            doubts.append(
+                Doubt(
+                    position,
+                    token.id,
+                    chosen.token,
+                    distance(logits, sampling, noise, position, token.id),
+                    allowed,
+                )
+            )
+        elif math.isfinite(chosen.gap) and lead_is_certain(
+            logits, sampling, noise, position, allowed
+        ):
             apart = abs(chosen.gap - token.gap) * (sampling.temperature or 1.0)
             worst = max(worst, apart / allowed)
             if not apart < allowed:
@@ -226,27 +272,49 @@ class Count:
         self.all = self.ties = self.bugs = 0
 
     def add(self, parted: bool, bug: bool) -> None:
-        self.all, self.ties, self.bugs = self.all + 1, self.ties + (parted and not bug), self.bugs + bug
+        self.all, self.ties, self.bugs = (
+            self.all + 1,
+            self.ties + (parted and not bug),
+            self.bugs + bug,
+        )
 
     def __str__(self) -> str:
         same = self.all - self.ties - self.bugs
         return f"{same} of {self.all} identical, {self.ties} parted at a numeric tie, {self.bugs} at a bug"
 
 
-def verify(engine: Engine, prompts: Sequence[str], settings: Sequence[dict], reference: Reference | None = None) -> bool:
+def verify(
+    engine: Engine,
+    prompts: Sequence[str],
+    settings: Sequence[dict],
+    reference: Reference | None = None,
+) -> bool:
     """Each prompt with the configured method and with plain decoding, at each sampling setting: the same tokens? With a reference
     also: the unsplit model's?
 
     Prints a line each, and at the end what was compared; True if all are identical or part at a numeric tie only."""
     method = engine.config.method
     plain = method == "ar" and reference is None
-    need(not plain, "verify compares a method with plain decoding: choose another method than ar, or give --reference DIR")
+    need(
+        not plain,
+        "verify compares a method with plain decoding: choose another method than ar, or give --reference DIR",
+    )
     itself, unsplit, worst = Count(), Count(), 0.0
     for number, prompt in enumerate(prompts, 1):
         for setting in settings:
-            texts = {name: list(engine.generate(prompt, method=name, **setting)) for name in dict.fromkeys((method, "ar"))}
+            texts = {
+                name: list(engine.generate(prompt, method=name, **setting))
+                for name in dict.fromkeys((method, "ar"))
+            }
             found = parting(texts[method], texts["ar"], len(engine.text.encode(prompt)))
-            replays = {name: replay(engine, reference, prompt, text, setting) for name, text in texts.items()} if reference else {}
+            replays = (
+                {
+                    name: replay(engine, reference, prompt, text, setting)
+                    for name, text in texts.items()
+                }
+                if reference
+                else {}
+            )
             bug = found is not None and not may_be_a_tie(engine, found, replays.values())
             itself.add(found is not None, bug)
             said = [verdict(engine, found, len(texts["ar"]), not bug)] if method != "ar" else []
@@ -255,7 +323,9 @@ def verify(engine: Engine, prompts: Sequence[str], settings: Sequence[dict], ref
                 worst = max(worst, replayed.worst)
             words = {name: replayed.verdict(engine) for name, replayed in replays.items()}
             for each in dict.fromkeys(words.values()):  # of both texts most often the same
-                said.append(f"{', '.join(n for n in words if words[n] == each)} and the unsplit model: {each}")
+                said.append(
+                    f"{', '.join(n for n in words if words[n] == each)} and the unsplit model: {each}"
+                )
             print(f"prompt {number}, {describe(setting)}: {'; '.join(said)}", flush=True)
     if method != "ar":
         print(f"{method}: {itself}")
@@ -286,7 +356,11 @@ def may_be_a_tie(engine: Engine, found: Divergence, replays: Collection[Replay])
     """Can rounding explain it? Judged by the unsplit model where that was asked of both texts, else by the lead of plain decoding."""
     if found.speculative is None or found.plain is None:  # one text ends where the other goes on
         return False
-    return not any(replayed.bugs for replayed in replays) if replays else found.gap < tolerance_of(engine)
+    return (
+        not any(replayed.bugs for replayed in replays)
+        if replays
+        else found.gap < tolerance_of(engine)
+    )
 
 
 def verdict(engine: Engine, found: Divergence | None, count: int, tie: bool) -> str:
@@ -303,4 +377,8 @@ def _named(engine: Engine, token: int | None) -> str:
 
 
 def describe(setting: dict) -> str:
-    return "greedy" if setting["temperature"] == 0 else ", ".join(f"{name} {value}" for name, value in setting.items())
+    return (
+        "greedy"
+        if setting["temperature"] == 0
+        else ", ".join(f"{name} {value}" for name, value in setting.items())
+    )

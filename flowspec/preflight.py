@@ -56,7 +56,10 @@ def check_same_model(manifest: Manifest, config: dict, where: str, advice: str) 
     """UserError, by field, unless the manifest is one of the model that this config.json (it lies at `where`) describes."""
     for field, key in MODEL_FACTS.items():
         said, found = getattr(manifest, field), config[key]
-        need(said == found, f"{where}: {key} is {found}, {manifest.root / FILE_NAME} says {said}: {advice}")
+        need(
+            said == found,
+            f"{where}: {key} is {found}, {manifest.root / FILE_NAME} says {said}: {advice}",
+        )
 
 
 def check_reference(reference: str, manifest: Manifest, dtype: str) -> Source:
@@ -64,7 +67,10 @@ def check_reference(reference: str, manifest: Manifest, dtype: str) -> Source:
 
     dtype: the run's."""
     option, advice = "--reference", "give the model that was split"
-    need(dtype != "int8", f"{option}: the unsplit model has no int8 weights; without it the ring is compared with itself")
+    need(
+        dtype != "int8",
+        f"{option}: the unsplit model has no int8 weights; without it the ring is compared with itself",
+    )
     folder = local_folder(reference, option, MODEL_FILES)
     try:
         source = Source.open(folder)
@@ -72,7 +78,10 @@ def check_reference(reference: str, manifest: Manifest, dtype: str) -> Source:
         raise UserError(f"{option}: {error}") from None
     check_same_model(manifest, source.config, f"{option}: {folder / CONFIG}", advice)
     same = manifest.embedding is None or manifest.embedding == embedding_hash(source.checkpoint)
-    need(same, f"{option}: {folder} has another embedding than the model that {manifest.root / FILE_NAME} is a split of: {advice}")
+    need(
+        same,
+        f"{option}: {folder} has another embedding than the model that {manifest.root / FILE_NAME} is a split of: {advice}",
+    )
     return source
 
 
@@ -84,7 +93,10 @@ def check_drafter(drafter: DrafterConfig, folder: Path, manifest: Manifest) -> N
         check_eagle(drafter.kind, path, manifest, f"{drafter.where}.path")
         return
     head = EAGLE_FC in Checkpoint(path).names
-    need(not head, f"{drafter.where}.path: {path} is an EAGLE head, no draft model: set {drafter.where}.kind: eagle (or eagle3)")
+    need(
+        not head,
+        f"{drafter.where}.path: {path} is an EAGLE head, no draft model: set {drafter.where}.kind: eagle (or eagle3)",
+    )
     read_config(path)
     check_same_tokens(Text(manifest.folder(0)).tokenizer, load_tokenizer(path), str(path))
 
@@ -92,10 +104,17 @@ def check_drafter(drafter: DrafterConfig, folder: Path, manifest: Manifest) -> N
 def check_eagle(kind: str, folder: Path, manifest: Manifest, setting: str) -> None:
     """What can be known of an EAGLE head without reading its weights: that it is one of this kind, of this target's sizes."""
     config, where = read_config(folder), f"{setting}: {folder / CONFIG}"
-    size = "target_hidden_size" if kind == "eagle3" and "target_hidden_size" in config else "hidden_size"
+    size = (
+        "target_hidden_size"
+        if kind == "eagle3" and "target_hidden_size" in config
+        else "hidden_size"
+    )
     advice = "give the head that was trained for this target"
     for key, ours in ((size, manifest.hidden_size), ("vocab_size", manifest.vocab_size)):
-        need(config[key] == ours, f"{where}: {key} is {config[key]}, the target's is {ours}: {advice}")
+        need(
+            config[key] == ours,
+            f"{where}: {key} is {config[key]}, the target's is {ours}: {advice}",
+        )
     told, split = told_by(config, folder / CONFIG), manifest.embedding
     same = told is None or split is None or told == split
     need(same, f"{where}: {CARD} is {told}, the target's is {split}: {advice}")
@@ -105,13 +124,22 @@ def check_eagle(kind: str, folder: Path, manifest: Manifest, setting: str) -> No
     checkpoint = Checkpoint(folder)
     for name, shape in eagle_shapes(kind, config, manifest.hidden_size).items():
         found = checkpoint.info(name).shape
-        need(found == shape, f"{setting}: {folder}: {name} has shape {list(found)}, for kind {kind} it must be {list(shape)}")
+        need(
+            found == shape,
+            f"{setting}: {folder}: {name} has shape {list(found)}, for kind {kind} it must be {list(shape)}",
+        )
 
 
 def _check_eagle1(config: dict, where: str, manifest: Manifest) -> None:
     layers = config["num_hidden_layers"]
-    need("draft_vocab_size" not in config, f"{where}: it has a draft_vocab_size, so this is an EAGLE-3 head: set drafter.kind: eagle3")
-    need(layers == 1, f"{where}: num_hidden_layers is {layers}, an EAGLE head has 1 (a draft model is drafter.kind: lm)")
+    need(
+        "draft_vocab_size" not in config,
+        f"{where}: it has a draft_vocab_size, so this is an EAGLE-3 head: set drafter.kind: eagle3",
+    )
+    need(
+        layers == 1,
+        f"{where}: num_hidden_layers is {layers}, an EAGLE head has 1 (a draft model is drafter.kind: lm)",
+    )
 
 
 def _check_eagle3(config: dict, where: str, manifest: Manifest) -> None:
@@ -119,12 +147,21 @@ def _check_eagle3(config: dict, where: str, manifest: Manifest) -> None:
     for key in EAGLE3_VARIANTS:
         need(not config.get(key), f"{where}: {key}: this variant of EAGLE-3 is not supported")
     layers, about = list(eagle3_layers(manifest.num_layers)), config.get("eagle_config") or {}
-    need(layers == sorted(set(layers)), f"{where}: the target has {manifest.num_layers} layers, EAGLE-3 needs 7 or more")
-    need(about.get("use_aux_hidden_state", True), f"{where}: it reads the last layer alone, which is not supported")
+    need(
+        layers == sorted(set(layers)),
+        f"{where}: the target has {manifest.num_layers} layers, EAGLE-3 needs 7 or more",
+    )
+    need(
+        about.get("use_aux_hidden_state", True),
+        f"{where}: it reads the last layer alone, which is not supported",
+    )
     # some count a layer by what enters it, some by what leaves the one before
     reads = about.get(EAGLE3_READS) or config.get(EAGLE3_READS) or layers
     usual = reads in (layers, [k - 1 for k in layers])
-    need(usual, f"{where}: {EAGLE3_READS} is {reads}; only what enters layers {layers} of this target is supported")
+    need(
+        usual,
+        f"{where}: {EAGLE3_READS} is {reads}; only what enters layers {layers} of this target is supported",
+    )
 
 
 def check_prompt(tokens: Sequence[int], manifest: Manifest, name: str = "the prompt") -> None:
@@ -133,7 +170,10 @@ def check_prompt(tokens: Sequence[int], manifest: Manifest, name: str = "the pro
     limit = manifest.max_positions
     strange = [t for t in tokens if not 0 <= t < manifest.vocab_size]
     need(not strange, f"{name} holds token {strange[:1]}; the vocabulary has {manifest.vocab_size}")
-    need(len(tokens) < limit, f"{name} has {len(tokens)} tokens; the model takes {limit} in all, so at most {limit - 1} of prompt")
+    need(
+        len(tokens) < limit,
+        f"{name} has {len(tokens)} tokens; the model takes {limit} in all, so at most {limit - 1} of prompt",
+    )
 
 
 def check_writable(path: str | None, name: str = "--json") -> None:
@@ -154,15 +194,25 @@ def check_writable(path: str | None, name: str = "--json") -> None:
 def read_prompts(path: str) -> list[str]:
     """Prompts of a file: .txt holds one a line, .jsonl an object with `prompt` a line."""
     file = Path(path)
-    need(file.suffix in (".txt", ".jsonl"), f"--prompt-file {path}: the name must end in .txt (a prompt a line) or .jsonl")
+    need(
+        file.suffix in (".txt", ".jsonl"),
+        f"--prompt-file {path}: the name must end in .txt (a prompt a line) or .jsonl",
+    )
     try:
-        lines = [(n, line) for n, line in enumerate(file.read_text("utf-8-sig").split("\n"), 1) if line.strip()]
+        lines = [
+            (n, line)
+            for n, line in enumerate(file.read_text("utf-8-sig").split("\n"), 1)
+            if line.strip()
+        ]
     except OSError as error:
         raise UserError(f"cannot read --prompt-file {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"--prompt-file {path} is not UTF-8 text") from None
     need(bool(lines), f"--prompt-file {path} holds no prompt")
-    return [line.rstrip("\r") if file.suffix == ".txt" else _json_prompt(line, f"{path} line {n}") for n, line in lines]
+    return [
+        line.rstrip("\r") if file.suffix == ".txt" else _json_prompt(line, f"{path} line {n}")
+        for n, line in lines
+    ]
 
 
 def _json_prompt(line: str, where: str) -> str:

@@ -43,8 +43,12 @@ def join(config: Config) -> Member:
     set_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     warm_up(config, manifest, rank)
     takes_part = rank != topology.COORDINATOR or not config.verifies_last
-    facts = facts_of(config.shared(), manifest, dtype_name(config, manifest, rank) if takes_part else None)
-    return Member(manifest, *join_run(topology, facts, wire_limits(config, manifest), config.emulate))
+    facts = facts_of(
+        config.shared(), manifest, dtype_name(config, manifest, rank) if takes_part else None
+    )
+    return Member(
+        manifest, *join_run(topology, facts, wire_limits(config, manifest), config.emulate)
+    )
 
 
 def serve(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> None:
@@ -93,7 +97,10 @@ def checked_device(config: Config, rank: int) -> str:
     need(torch.cuda.is_available(), f"device is {device}, but torch sees no GPU on rank {rank}")
     number, count = device.partition(":")[2], torch.cuda.device_count()
     index = int(number) if number else int(os.environ.get("LOCAL_RANK", rank)) % count
-    need(index < count, f"device is {device}, but torch sees {count} GPUs on rank {rank}, so cuda:{count - 1} is the last")
+    need(
+        index < count,
+        f"device is {device}, but torch sees {count} GPUs on rank {rank}, so cuda:{count - 1} is the last",
+    )
     return f"cuda:{index}"
 
 
@@ -127,7 +134,11 @@ def work(config: Config, manifest: Manifest, transport: Transport) -> None:
             transport.send_control(0, wire.loading(size / 1e6, said - begun))
 
     model = load_stage(manifest, rank, dtype, device, progress)
-    head = load_head(manifest, rank, dtype, device) if rank == manifest.topology.last and config.verifies_last else None
+    head = (
+        load_head(manifest, rank, dtype, device)
+        if rank == manifest.topology.last and config.verifies_last
+        else None
+    )
     size = model.size / 1e6
     if config.deterministic:
         model.compute_alone()

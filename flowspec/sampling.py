@@ -59,7 +59,9 @@ def _bits(seed: int, position: int, tokens: np.ndarray) -> np.ndarray:
 
 def _gumbel(bits: np.ndarray) -> np.ndarray:
     """Standard Gumbel noise, float64, of uniform bits."""
-    uniform = torch.from_numpy((bits + 0.5) * 2.0**-32)  # in (0, 1); torch's logarithm is the same for one number and for many
+    uniform = torch.from_numpy(
+        (bits + 0.5) * 2.0**-32
+    )  # in (0, 1); torch's logarithm is the same for one number and for many
     return (-torch.log(-torch.log(uniform))).numpy()
 
 
@@ -99,7 +101,9 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     """Log-probabilities after temperature, top-k, top-p, min-p: float64 [vocabulary], -inf where filtered out."""
     x = _exact(logits)
     out = torch.from_numpy(x < _least(x, sampling))
-    return torch.log_softmax((logits.double() / sampling.temperature).masked_fill(out, -torch.inf), -1)
+    return torch.log_softmax(
+        (logits.double() / sampling.temperature).masked_fill(out, -torch.inf), -1
+    )
 
 
 def _exact(logits: Tensor) -> np.ndarray:
@@ -197,7 +201,9 @@ SURE = 256
 
 
 def _scores(x: np.ndarray, temperature: float, bits: np.ndarray) -> np.ndarray:
-    return x.astype(np.float64) / temperature + _gumbel(bits)  # what normalises the distribution is the same for all tokens
+    return x.astype(np.float64) / temperature + _gumbel(
+        bits
+    )  # what normalises the distribution is the same for all tokens
 
 
 def _contenders(x: np.ndarray, temperature: float, bits: np.ndarray) -> np.ndarray:
@@ -211,7 +217,11 @@ def _contenders(x: np.ndarray, temperature: float, bits: np.ndarray) -> np.ndarr
     highest = blocks.argmax(1) + width * np.arange(len(blocks))
     s = float(np.partition(_scores(x[highest], temperature, bits[highest]), -2)[-2])
     top = x.max()
-    most = np.exp(np.minimum((x - top) / x.dtype.type(temperature) + x.dtype.type(float(top) / temperature - s), 0))
+    most = np.exp(
+        np.minimum(
+            (x - top) / x.dtype.type(temperature) + x.dtype.type(float(top) / temperature - s), 0
+        )
+    )
     rest = (~bits).astype(np.float32)
     rest *= np.float32(2.0**-32)
     return np.flatnonzero(~(rest > most * x.dtype.type(1.001)))

@@ -55,11 +55,17 @@ class Text:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        return tuple(tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, return_dict=False))
+        return tuple(
+            tokenizer.apply_chat_template(
+                list(turns), add_generation_prompt=True, return_dict=False
+            )
+        )
 
     @property
     def has_template(self) -> bool:
-        return (self.folder / "chat_template.jinja").exists() or bool(_json(self.folder / "tokenizer_config.json").get("chat_template"))
+        return (self.folder / "chat_template.jinja").exists() or bool(
+            _json(self.folder / "tokenizer_config.json").get("chat_template")
+        )
 
 
 class TextStream:
@@ -94,7 +100,9 @@ class TextStream:
         self._window.append(token)
         before = self._tokenizer.decode(self._window[: self._decided], skip_special_tokens=True)
         now = self._tokenizer.decode(self._window, skip_special_tokens=True)
-        if len(now) <= len(before) or now.endswith("\ufffd"):  # nothing new, or an unfinished character
+        if len(now) <= len(before) or now.endswith(
+            "\ufffd"
+        ):  # nothing new, or an unfinished character
             return ""
         del self._window[: self._decided]
         self._decided = len(self._window)
@@ -112,7 +120,9 @@ class TextStream:
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+    return next(
+        (n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0
+    )
 
 
 def _end_tokens(folder: Path) -> list[int]:

@@ -67,7 +67,11 @@ class Fates:
         nodes = list(ids)
         accepted = sum(i in self._accepted for i in nodes)
         dead = sum(self._died.get(i, begin + 1) <= begin for i in nodes)
-        return ("accepted" if accepted else "stale" if dead == len(nodes) else "pruned"), accepted, dead
+        return (
+            ("accepted" if accepted else "stale" if dead == len(nodes) else "pruned"),
+            accepted,
+            dead,
+        )
 
     def judge(self, span: Span) -> Span:
         """A span of work on a segment, whose facts hold its node `ids`: now named by its verdict, with counts for the ids."""
@@ -76,7 +80,9 @@ class Fates:
         facts = dict(span.facts)
         ids = facts.pop("ids")
         name, accepted, dead = self.of(ids, span.begin)
-        return span._replace(name=name, facts={**facts, "rows": len(ids), "accepted": accepted, "dead": dead})
+        return span._replace(
+            name=name, facts={**facts, "rows": len(ids), "accepted": accepted, "dead": dead}
+        )
 
 
 def untangled(spans: Iterable[Span]) -> list[Span]:
@@ -102,11 +108,21 @@ def write(path: str | os.PathLike[str], spans: Iterable[Span], facts: dict[str, 
     for rank in ranks:
         name = "rank 0, coordinator" if rank == 0 else f"rank {rank}, stage {rank}"
         events.append({"ph": "M", "name": "process_name", "pid": rank, "args": {"name": name}})
-        events.append({"ph": "M", "name": "process_sort_index", "pid": rank, "args": {"sort_index": rank}})
+        events.append(
+            {"ph": "M", "name": "process_sort_index", "pid": rank, "args": {"sort_index": rank}}
+        )
     for rank, row in sorted({(s.rank, ROWS.index(s.row)) for s in spans}):
-        events.append({"ph": "M", "name": "thread_name", "pid": rank, "tid": row, "args": {"name": ROWS[row]}})
+        events.append(
+            {"ph": "M", "name": "thread_name", "pid": rank, "tid": row, "args": {"name": ROWS[row]}}
+        )
     for s in spans:
-        event = {"ph": "X", "pid": s.rank, "tid": ROWS.index(s.row), "name": s.name, "args": s.facts}
+        event = {
+            "ph": "X",
+            "pid": s.rank,
+            "tid": ROWS.index(s.row),
+            "name": s.name,
+            "args": s.facts,
+        }
         event |= {"ts": round((s.begin - zero) * 1e6, 1), "dur": round((s.end - s.begin) * 1e6, 1)}
         events.append(event | ({"cname": _COLOURS[s.name]} if s.name in _COLOURS else {}))
     with replacing(path) as beside, open(beside, "w") as file:
@@ -120,16 +136,27 @@ def read(path: str | os.PathLike[str]) -> tuple[list[Span], dict[str, Any]]:
     except OSError as error:
         raise UserError(f"cannot read the trace {path}: {error.strerror}") from None
     except ValueError:
-        raise UserError(f"{path} is not JSON: give a file that a run wrote with trace=FILE") from None
+        raise UserError(
+            f"{path} is not JSON: give a file that a run wrote with trace=FILE"
+        ) from None
     try:
         spans = [_read_event(e) for e in trace["traceEvents"] if e["ph"] == "X"]
         facts = dict(trace.get("otherData", {}))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError):
-        raise UserError(f"{path} is no trace of flowspec's: give a file that a run wrote with trace=FILE") from None
+        raise UserError(
+            f"{path} is no trace of flowspec's: give a file that a run wrote with trace=FILE"
+        ) from None
     need(bool(spans), f"{path} holds no spans")
     return spans, facts
 
 
 def _read_event(event: dict) -> Span:
     begin = event["ts"] / 1e6
-    return Span(int(event["pid"]), ROWS[event["tid"]], event["name"], begin, begin + event["dur"] / 1e6, event["args"])
+    return Span(
+        int(event["pid"]),
+        ROWS[event["tid"]],
+        event["name"],
+        begin,
+        begin + event["dur"] / 1e6,
+        event["args"],
+    )

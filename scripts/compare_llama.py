@@ -43,7 +43,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import compare_transformers
-from compare_transformers import PATIENCE, RATES, Ask, Plan, Run, Server, measure, partings, serve, spread
+from compare_transformers import (
+    PATIENCE,
+    RATES,
+    Ask,
+    Plan,
+    Run,
+    Server,
+    measure,
+    partings,
+    serve,
+    spread,
+)
 from write_gguf import Llama, write_gguf
 
 from flowspec.config import load_config
@@ -76,7 +87,9 @@ def binaries(folder: Path) -> Path:
     """`folder` has them; UserError names what it lacks."""
     lacking = [name for name in BINARIES if not (folder / name).is_file()]
     if lacking:
-        raise UserError(f"--llama {folder} has no {', '.join(lacking)}: name the folder of llama.cpp's binaries, or use --build")
+        raise UserError(
+            f"--llama {folder} has no {', '.join(lacking)}: name the folder of llama.cpp's binaries, or use --build"
+        )
     return folder
 
 
@@ -87,17 +100,34 @@ def build(folder: Path) -> Path:
         return made
     for tools in (("cmake",), ("c++", "g++", "clang++")):
         if not any(map(shutil.which, tools)):
-            raise UserError(f"--build needs {tools[0]}, which is not installed: install it, or name a folder of binaries by --llama")
+            raise UserError(
+                f"--build needs {tools[0]}, which is not installed: install it, or name a folder of binaries by --llama"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     package = folder / f"{PACKAGE}-{VERSION}.tar.gz"
     if not package.exists():
-        wanted = ["--no-deps", "--no-binary", PACKAGE, "--dest", str(folder), f"{PACKAGE}=={VERSION}"]
+        wanted = [
+            "--no-deps",
+            "--no-binary",
+            PACKAGE,
+            "--dest",
+            str(folder),
+            f"{PACKAGE}=={VERSION}",
+        ]
         step(folder, "download the source", [sys.executable, "-m", "pip", "download", *wanted])
     with tarfile.open(package) as tar:
         tar.extractall(folder, filter="data")
     source = folder / f"{PACKAGE}-{VERSION}" / "vendor" / "llama.cpp"
-    step(folder, "configure llama.cpp", ["cmake", "-S", str(source), "-B", str(folder / "build"), *(f"-D{each}" for each in CMAKE)])
-    step(folder, "build llama.cpp", ["cmake", "--build", str(folder / "build"), "--parallel", "2", "--target", *BINARIES])
+    step(
+        folder,
+        "configure llama.cpp",
+        ["cmake", "-S", str(source), "-B", str(folder / "build"), *(f"-D{each}" for each in CMAKE)],
+    )
+    step(
+        folder,
+        "build llama.cpp",
+        ["cmake", "--build", str(folder / "build"), "--parallel", "2", "--target", *BINARIES],
+    )
     return binaries(made)
 
 
@@ -127,13 +157,23 @@ class Side:
     @property
     def name(self) -> str:
         precision = [] if self.precision == "float32" else [self.precision]
-        return " ".join(["rpc" if self.stages else "one", *precision, *([f"draft {self.drafted}"] if self.drafted else [])])
+        return " ".join(
+            [
+                "rpc" if self.stages else "one",
+                *precision,
+                *([f"draft {self.drafted}"] if self.drafted else []),
+            ]
+        )
 
 
 def llama_sides(stages: int) -> list[Side]:
     """Over RPC and in one process, with as many threads in all."""
     kinds = (("float32", 0), ("float32", 3), ("float32", 8), ("q8_0", 0), ("q8_0", 8))
-    return [Side(servers, threads, *kind) for servers, threads in ((stages, 1), (0, stages)) for kind in kinds]
+    return [
+        Side(servers, threads, *kind)
+        for servers, threads in ((stages, 1), (0, stages))
+        for kind in kinds
+    ]
 
 
 def free_ports(count: int) -> list[int]:
@@ -145,20 +185,61 @@ def free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def commands(side: Side, folder: Path, models: Path, room: int, ports: Sequence[int]) -> list[list[str]]:
+def commands(
+    side: Side, folder: Path, models: Path, room: int, ports: Sequence[int]
+) -> list[list[str]]:
     """The RPC servers and, last of all, the llama-server of `side`, one a port."""
     *remote, own = map(str, ports)
-    servers = [[str(folder / RPC_SERVER), "--host", HOST, "--port", port, "--threads", str(side.threads)] for port in remote]
-    words = ["--model", str(models / f"target-{side.precision}.gguf"), "--host", HOST, "--port", own, "--offline", "--fit", "off"]
-    words += ["--load-mode", "none"]  # weights are memory of its own, as ours are: pages of a mapped file leave while it waits
-    words += ["--ctx-size", str(room), "--parallel", "1", "--cache-type-k", "f32", "--cache-type-v", "f32"]
+    servers = [
+        [str(folder / RPC_SERVER), "--host", HOST, "--port", port, "--threads", str(side.threads)]
+        for port in remote
+    ]
+    words = [
+        "--model",
+        str(models / f"target-{side.precision}.gguf"),
+        "--host",
+        HOST,
+        "--port",
+        own,
+        "--offline",
+        "--fit",
+        "off",
+    ]
+    words += [
+        "--load-mode",
+        "none",
+    ]  # weights are memory of its own, as ours are: pages of a mapped file leave while it waits
+    words += [
+        "--ctx-size",
+        str(room),
+        "--parallel",
+        "1",
+        "--cache-type-k",
+        "f32",
+        "--cache-type-v",
+        "f32",
+    ]
     words += ["--threads", "1" if remote else str(side.threads)]
     if remote:
         words += ["--gpu-layers", "all", "--rpc", ",".join(f"{HOST}:{port}" for port in remote)]
         words += ["--tensor-split", ",".join("1" for _ in remote)]
     if side.drafted:
-        words += ["--model-draft", str(models / "draft-float32.gguf"), "--spec-type", "draft-simple", "--spec-draft-device", "none"]
-        words += ["--spec-draft-n-max", str(side.drafted), "--cache-type-k-draft", "f32", "--cache-type-v-draft", "f32"]
+        words += [
+            "--model-draft",
+            str(models / "draft-float32.gguf"),
+            "--spec-type",
+            "draft-simple",
+            "--spec-draft-device",
+            "none",
+        ]
+        words += [
+            "--spec-draft-n-max",
+            str(side.drafted),
+            "--cache-type-k-draft",
+            "f32",
+            "--cache-type-v-draft",
+            "f32",
+        ]
     return [*servers, [str(folder / SERVER), *words]]
 
 
@@ -185,7 +266,11 @@ def wait_for(process: subprocess.Popen, answers: Callable[[], bool], what: str, 
     while not answers():
         if process.poll() is not None or time.monotonic() > until:
             last = (log.read_text(errors="replace").strip().splitlines() or ["nothing"])[-1]
-            state = "is not ready" if process.poll() is None else f"ended (exit code {process.returncode})"
+            state = (
+                "is not ready"
+                if process.poll() is None
+                else f"ended (exit code {process.returncode})"
+            )
             sys.exit(f"flowspec: {what} {state}; its last words: {last}")
         time.sleep(0.05)
 
@@ -206,7 +291,12 @@ def request(port: int, method: str, path: str, body: dict | None = None) -> tupl
     """Status and answer of a llama-server; OSError or HTTPException when there is none."""
     connection = HTTPConnection(HOST, port, timeout=ANSWERING)
     try:
-        connection.request(method, path, None if body is None else json.dumps(body), {"Content-Type": "application/json"})
+        connection.request(
+            method,
+            path,
+            None if body is None else json.dumps(body),
+            {"Content-Type": "application/json"},
+        )
         response = connection.getresponse()
         return response.status, json.loads(response.read())
     finally:
@@ -215,7 +305,13 @@ def request(port: int, method: str, path: str, body: dict | None = None) -> tupl
 
 def completion(port: int, asked: dict) -> dict:
     """One text, in the terms of compare_transformers.Ask."""
-    body = {"prompt": asked["tokens"], "n_predict": asked["new_tokens"], "temperature": 0, "cache_prompt": False, "return_tokens": True}
+    body = {
+        "prompt": asked["tokens"],
+        "n_predict": asked["new_tokens"],
+        "temperature": 0,
+        "cache_prompt": False,
+        "return_tokens": True,
+    }
     begun = time.perf_counter()
     status, said = request(port, "POST", "/completion", body)
     spent = time.perf_counter() - begun
@@ -244,7 +340,12 @@ def serve_llama(settings: str) -> None:
                 log = models / f"{side.name} {number}.log"
                 process = start(stack, command, log)
                 answers = healthy if number == side.stages else listens
-                wait_for(process, lambda port=own[number], answers=answers: answers(port), f"{side.name}: {Path(command[0]).name}", log)
+                wait_for(
+                    process,
+                    lambda port=own[number], answers=answers: answers(port),
+                    f"{side.name}: {Path(command[0]).name}",
+                    log,
+                )
             ports[side.name] = own[-1]
         serve(lambda asked: completion(ports[asked["side"]], asked), {"sides": list(ports)})
 
@@ -260,12 +361,17 @@ class Ring:
     """name -> method"""
 
 
-def rings(draft: Path, eagle: Path | None, overrides: Sequence[str], variants: Sequence[str]) -> list[Ring]:
+def rings(
+    draft: Path, eagle: Path | None, overrides: Sequence[str], variants: Sequence[str]
+) -> list[Ring]:
     """One a drafter and variant (the first is the plain one)."""
     found = []
     for variant in ("", *variants):
         ending, settings = f" {variant}".rstrip(), (*overrides, *variant.split())
-        lm, head = ({"kind": kind, "path": str(path and path.resolve())} for kind, path in (("lm", draft), ("eagle", eagle)))
+        lm, head = (
+            {"kind": kind, "path": str(path and path.resolve())}
+            for kind, path in (("lm", draft), ("eagle", eagle))
+        )
         found.append(Ring(lm, settings, {f"ar{ending}": "ar", f"flowspec lm{ending}": "flowspec"}))
         if eagle:
             found.append(Ring(head, settings, {f"flowspec eagle{ending}": "flowspec"}))
@@ -274,7 +380,9 @@ def rings(draft: Path, eagle: Path | None, overrides: Sequence[str], variants: S
 
 def configured(ring: Ring, path: Path) -> tuple[str, Manifest]:
     """Write its configuration; its dtype and the split's manifest, after checking both."""
-    path.write_text(json.dumps({"stages": "split", "drafter": ring.drafter, "threads": 1, "dtype": "float32"}))  # JSON is YAML
+    path.write_text(
+        json.dumps({"stages": "split", "drafter": ring.drafter, "threads": 1, "dtype": "float32"})
+    )  # JSON is YAML
     config = load_config(path, ring.overrides)
     return config.dtype, check_run(config)
 
@@ -309,7 +417,11 @@ class Facts:
 def over(runs: Sequence[Run], rate: str, side: str, other: str) -> dict | None:
     """How many times as fast `side` was, in the pairs of the same prompt and repeat."""
     theirs = {(run.prompt, run.repeat): getattr(run, rate) for run in runs if run.side == other}
-    mine = [(getattr(run, rate), theirs.get((run.prompt, run.repeat))) for run in runs if run.side == side]
+    mine = [
+        (getattr(run, rate), theirs.get((run.prompt, run.repeat)))
+        for run in runs
+        if run.side == side
+    ]
     return spread(a / b if a and b else None for a, b in mine)
 
 
@@ -320,16 +432,24 @@ def rivals(rates: dict[str, dict]) -> dict[str, str]:
     return {"rpc": "rpc", "best rpc draft": best, "rpc q8_0": "rpc q8_0"}
 
 
-def summary(runs: Sequence[Run], facts: dict[str, Facts], bandwidths: dict[int, float]) -> dict[str, dict]:
+def summary(
+    runs: Sequence[Run], facts: dict[str, Facts], bandwidths: dict[int, float]
+) -> dict[str, dict]:
     """Of each side: its rates, its share of what memory allows plain decoding, and its ratios to its rivals."""
     found: dict[str, dict] = {}
     for side in facts:
-        found[side] = {rate: spread(getattr(run, rate) for run in runs if run.side == side) for rate in RATES}
+        found[side] = {
+            rate: spread(getattr(run, rate) for run in runs if run.side == side) for rate in RATES
+        }
     against = rivals(found)
     for side, about in facts.items():
         limit = bandwidths[about.readers] / about.bytes_a_token
-        found[side]["of_limit"] = found[side]["decode_rate"]["median"] / limit if found[side]["decode_rate"] else None
-        found[side]["over"] = {name: over(runs, "decode_rate", side, other) for name, other in against.items()}
+        found[side]["of_limit"] = (
+            found[side]["decode_rate"]["median"] / limit if found[side]["decode_rate"] else None
+        )
+        found[side]["over"] = {
+            name: over(runs, "decode_rate", side, other) for name, other in against.items()
+        }
     return found
 
 
@@ -338,7 +458,11 @@ def differing(runs: Sequence[Run], facts: dict[str, Facts]) -> list[dict]:
     found = []
     for plain in sorted({about.plain for about in facts.values() if about.plain}):
         group = [side for side, about in facts.items() if about.plain == plain]
-        own = [dataclasses.replace(run, side="ar" if run.side == plain else run.side) for run in runs if run.side in group]
+        own = [
+            dataclasses.replace(run, side="ar" if run.side == plain else run.side)
+            for run in runs
+            if run.side in group
+        ]
         found += [part | {"plain": plain} for part in partings(own, 0.0)]
     return found
 
@@ -347,54 +471,136 @@ def table(sides: dict[str, dict]) -> str:
     """A line a side; medians (least to most)."""
 
     def cell(value: dict | None, digits: int) -> str:
-        return "-" if value is None else f"{value['median']:.{digits}f} ({value['min']:.{digits}f}..{value['max']:.{digits}f})"
+        return (
+            "-"
+            if value is None
+            else f"{value['median']:.{digits}f} ({value['min']:.{digits}f}..{value['max']:.{digits}f})"
+        )
 
     names = list(next(iter(sides.values()))["over"])
     rows = [["", *RATES.values(), "of the limit", *(f"/ {name}" for name in names)]]
     for side, each in sides.items():
         limit = "-" if each["of_limit"] is None else f"{each['of_limit']:.0%}"
-        rows.append([side, *(cell(each[rate], 1) for rate in RATES), limit, *(cell(each["over"][name], 2) for name in names)])
+        rows.append(
+            [
+                side,
+                *(cell(each[rate], 1) for rate in RATES),
+                limit,
+                *(cell(each["over"][name], 2) for name in names),
+            ]
+        )
     widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
-    return "\n".join("  " + "".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  " + "".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
 
 
 def show(found: dict) -> None:
-    print("memory read: " + ", ".join(f"{int(n)} threads {value / 1e9:.1f} GB/s" for n, value in found["bandwidth"].items()))
+    print(
+        "memory read: "
+        + ", ".join(
+            f"{int(n)} threads {value / 1e9:.1f} GB/s" for n, value in found["bandwidth"].items()
+        )
+    )
     print(f"{len(found['runs'])} runs; medians (least..most):\n{table(found['sides'])}")
     for part in found["partings"]:
         where = f"{part['side']} (prompt {part['prompt'] + 1}, repeat {part['repeat'] + 1}) parts from {part['plain']}"
-        print(f"{where} at new token {part['new_token']}, top-2 gap {part['gap']}: {'a numeric tie' if part['tie'] else 'A BUG'}")
+        print(
+            f"{where} at new token {part['new_token']}, top-2 gap {part['gap']}: {'a numeric tie' if part['tie'] else 'A BUG'}"
+        )
     if not found["partings"]:
         print("tokens: the same wherever they must be")
-    print("computed while others had their turn: " + ", ".join(f"{k} {v:.1%} of a core" for k, v in found["idle_cpu"].items()))
-    print("cores that strangers used during a run: {median:.2f} ({min:.2f} to {max:.2f})".format(**found["strangers_cores"]))
+    print(
+        "computed while others had their turn: "
+        + ", ".join(f"{k} {v:.1%} of a core" for k, v in found["idle_cpu"].items())
+    )
+    print(
+        "cores that strangers used during a run: {median:.2f} ({min:.2f} to {max:.2f})".format(
+            **found["strangers_cores"]
+        )
+    )
 
 
 # ---- command line -----------------------------------------------------------------------------------
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    each = Parser(prog="compare_llama.py", description="flowspec against llama.cpp on this machine: real compute, paired runs.")
-    each.add_argument("--model", required=True, type=Path, metavar="DIR", help="the target, a Llama checkpoint")
-    each.add_argument("--draft", required=True, type=Path, metavar="DIR", help="the draft model, of flowspec and of llama.cpp")
-    each.add_argument("--eagle", type=Path, metavar="DIR", help="a head that fits the target: flowspec runs with it too")
+    each = Parser(
+        prog="compare_llama.py",
+        description="flowspec against llama.cpp on this machine: real compute, paired runs.",
+    )
+    each.add_argument(
+        "--model", required=True, type=Path, metavar="DIR", help="the target, a Llama checkpoint"
+    )
+    each.add_argument(
+        "--draft",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="the draft model, of flowspec and of llama.cpp",
+    )
+    each.add_argument(
+        "--eagle",
+        type=Path,
+        metavar="DIR",
+        help="a head that fits the target: flowspec runs with it too",
+    )
     where = each.add_mutually_exclusive_group(required=True)
     where.add_argument("--llama", type=Path, metavar="DIR", help=f"where {', '.join(BINARIES)} are")
-    where.add_argument("--build", type=Path, metavar="DIR", help="build llama.cpp here first (pip, cmake and a compiler; minutes)")
-    each.add_argument("--stages", default=2, type=int, metavar="N", help="of each pipeline (default: 2)")
-    each.add_argument("--prompts", default=ROOT / "demo" / "prompts.jsonl", type=Path, metavar="FILE", help=".txt or .jsonl")
-    each.add_argument("--prompts-used", default=6, type=int, metavar="N", help="of the file, from its beginning (default: 6)")
+    where.add_argument(
+        "--build",
+        type=Path,
+        metavar="DIR",
+        help="build llama.cpp here first (pip, cmake and a compiler; minutes)",
+    )
+    each.add_argument(
+        "--stages", default=2, type=int, metavar="N", help="of each pipeline (default: 2)"
+    )
+    each.add_argument(
+        "--prompts",
+        default=ROOT / "demo" / "prompts.jsonl",
+        type=Path,
+        metavar="FILE",
+        help=".txt or .jsonl",
+    )
+    each.add_argument(
+        "--prompts-used",
+        default=6,
+        type=int,
+        metavar="N",
+        help="of the file, from its beginning (default: 6)",
+    )
     each.add_argument("--new-tokens", default=96, type=int, metavar="N")
     each.add_argument("--repeats", default=3, type=int, metavar="N")
     each.add_argument("--seed", default=0, type=int, metavar="N", help="of the orders")
     each.add_argument(
-        "--also", default=[], action="append", metavar="K=V ...", help="flowspec's sides again with these settings (repeatable)"
+        "--also",
+        default=[],
+        action="append",
+        metavar="K=V ...",
+        help="flowspec's sides again with these settings (repeatable)",
     )
-    each.add_argument("--sides", metavar="A,B", help="run these alone, such as 'ar,flowspec lm,rpc,rpc draft 8'")
+    each.add_argument(
+        "--sides", metavar="A,B", help="run these alone, such as 'ar,flowspec lm,rpc,rpc draft 8'"
+    )
     each.add_argument("--json", metavar="OUT", help="write the whole report")
-    each.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every ring, such as tree.budget=64")
+    each.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings of every ring, such as tree.budget=64",
+    )
     args = each.parse_args(argv)
-    for name, least in (("stages", 1), ("prompts_used", 1), ("new_tokens", 2), ("repeats", 1), ("seed", 0)):
+    for name, least in (
+        ("stages", 1),
+        ("prompts_used", 1),
+        ("new_tokens", 2),
+        ("repeats", 1),
+        ("seed", 0),
+    ):
         if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least {least}")
+            raise UserError(
+                f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least {least}"
+            )
     check_writable(args.json)
     return args
 
@@ -408,7 +614,9 @@ def chosen(wanted: str | None, known: Sequence[str]) -> list[str]:
     return [name for name in known if name in names]
 
 
-def write_models(args: argparse.Namespace, target: Llama, sides: Sequence[Side], tools: Path, models: Path) -> None:
+def write_models(
+    args: argparse.Namespace, target: Llama, sides: Sequence[Side], tools: Path, models: Path
+) -> None:
     """What the sides load."""
     write_gguf(target, models / "target-float32.gguf")
     if any(side.drafted for side in sides):
@@ -416,7 +624,12 @@ def write_models(args: argparse.Namespace, target: Llama, sides: Sequence[Side],
         write_gguf(Llama.open(args.draft), models / "draft-float32.gguf")
     for precision in {side.precision for side in sides} - {"float32"}:
         names = (str(models / f"target-{each}.gguf") for each in ("float32", precision))
-        done = subprocess.run([str(tools / QUANTIZE), *names, precision], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        done = subprocess.run(
+            [str(tools / QUANTIZE), *names, precision],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
             raise UserError(
                 f"{QUANTIZE} cannot make {precision} of {args.model}: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"
@@ -426,19 +639,36 @@ def write_models(args: argparse.Namespace, target: Llama, sides: Sequence[Side],
 def compare(args: argparse.Namespace, folder: Path) -> dict:
     target, theirs = Llama.open(args.model), llama_sides(args.stages)
     ours = rings(args.draft, args.eagle, args.overrides, args.also)
-    names = chosen(args.sides, [side for ring in ours for side in ring.sides] + [side.name for side in theirs])
-    ours, theirs = [ring for ring in ours if ring.sides.keys() & set(names)], [side for side in theirs if side.name in names]
+    names = chosen(
+        args.sides, [side for ring in ours for side in ring.sides] + [side.name for side in theirs]
+    )
+    ours, theirs = (
+        [ring for ring in ours if ring.sides.keys() & set(names)],
+        [side for side in theirs if side.name in names],
+    )
     tools = build(args.build) if args.build else binaries(args.llama)
     split(str(args.model), args.stages, folder / "split")
     manifest, facts, paths = Manifest.load(folder / "split"), {}, []
     for number, ring in enumerate(ours):
         paths.append(folder / f"ring{number}.yaml")
         dtype, _ = configured(ring, paths[-1])
-        plain = next(side for other in ours if other.overrides == ring.overrides for side in other.sides if other.sides[side] == "ar")
-        facts |= {side: Facts(WEIGHT_BYTES[dtype] * target.read_weights, 1, plain) for side in ring.sides}
+        plain = next(
+            side
+            for other in ours
+            if other.overrides == ring.overrides
+            for side in other.sides
+            if other.sides[side] == "ar"
+        )
+        facts |= {
+            side: Facts(WEIGHT_BYTES[dtype] * target.read_weights, 1, plain) for side in ring.sides
+        }
     for side in theirs:
         plain = "ar" if side.precision == "float32" and "ar" in names else None
-        facts[side.name] = Facts(WEIGHT_BYTES[side.precision] * target.read_weights, 1 if side.stages else side.threads, plain)
+        facts[side.name] = Facts(
+            WEIGHT_BYTES[side.precision] * target.read_weights,
+            1 if side.stages else side.threads,
+            plain,
+        )
     texts = read_prompts(str(args.prompts))[: args.prompts_used]
     prompts = [Text(manifest.folder(0)).encode(text) for text in texts]
     for number, prompt in enumerate(prompts, 1):
@@ -450,9 +680,21 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
         servers: dict[str, Server] = {}
         asks: dict[str, Ask] = {}
         for ring, path in zip(ours, paths, strict=True):
-            words = [compare_transformers.__file__, "--serve-ring", str(args.stages + 1), str(path), *ring.overrides]
-            server = servers[f"the ring of {', '.join(ring.sides)}"] = stack.enter_context(Server("the ring", words, 1))
-            asks |= {side: renamed(server.ask, method) for side, method in ring.sides.items() if side in names}
+            words = [
+                compare_transformers.__file__,
+                "--serve-ring",
+                str(args.stages + 1),
+                str(path),
+                *ring.overrides,
+            ]
+            server = servers[f"the ring of {', '.join(ring.sides)}"] = stack.enter_context(
+                Server("the ring", words, 1)
+            )
+            asks |= {
+                side: renamed(server.ask, method)
+                for side, method in ring.sides.items()
+                if side in names
+            }
             server.ready()
         if theirs:
             settings = {
@@ -461,7 +703,9 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
                 "room": plan.room,
                 "sides": [*map(dataclasses.asdict, theirs)],
             }
-            server = servers["llama.cpp"] = stack.enter_context(Server("llama.cpp", [__file__, "--serve-llama", json.dumps(settings)], 1))
+            server = servers["llama.cpp"] = stack.enter_context(
+                Server("llama.cpp", [__file__, "--serve-llama", json.dumps(settings)], 1)
+            )
             asks |= {side.name: server.ask for side in theirs}
             server.ready()
         runs = measure(plan, asks, lambda line: print(line, file=sys.stderr))
@@ -508,5 +752,7 @@ if __name__ == "__main__":
             except KeyboardInterrupt:
                 sys.exit(1)
         case words:
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # a plain kill cleans up like Ctrl-C does
+            signal.signal(
+                signal.SIGTERM, signal.default_int_handler
+            )  # a plain kill cleans up like Ctrl-C does
             sys.exit(main(words))

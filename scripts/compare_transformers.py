@@ -73,12 +73,16 @@ def ring(engine: Engine) -> Ask:
     def answer(asked: dict) -> dict:
         engine.traced = asked["traced"]
         settings = {name: asked[name] for name in ("temperature", "seed")}
-        generation = engine.generate(asked["tokens"], method=asked["side"], max_new_tokens=asked["new_tokens"], **settings)
+        generation = engine.generate(
+            asked["tokens"], method=asked["side"], max_new_tokens=asked["new_tokens"], **settings
+        )
         gaps = [token.gap for token in generation]
         assert generation.result is not None
         facts = dataclasses.asdict(generation.result)
         del facts["text"]
-        return {name: facts.pop(name) for name in ("token_ids", "prefill_seconds", "decode_seconds")} | {"gaps": gaps, "facts": facts}
+        return {
+            name: facts.pop(name) for name in ("token_ids", "prefill_seconds", "decode_seconds")
+        } | {"gaps": gaps, "facts": facts}
 
     return answer
 
@@ -104,16 +108,32 @@ def alone(target: Any, draft: Any) -> Ask:
     @torch.inference_mode()
     def answer(asked: dict) -> dict:
         prompt, clock, hot = torch.tensor([asked["tokens"]]), Clock(), asked["temperature"] > 0
-        options = dict(do_sample=True, temperature=asked["temperature"], top_k=0) if hot else dict(do_sample=False)
-        options |= dict(attention_mask=torch.ones_like(prompt), max_new_tokens=asked["new_tokens"], streamer=clock)
+        options = (
+            dict(do_sample=True, temperature=asked["temperature"], top_k=0)
+            if hot
+            else dict(do_sample=False)
+        )
+        options |= dict(
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=asked["new_tokens"],
+            streamer=clock,
+        )
         options |= dict(assistant_model=draft) if asked["side"] == "assisted" else {}
         torch.manual_seed(asked["seed"])
         begun = time.perf_counter()
         out = target.generate(prompt, **options)
         _, first, *_ = clock.times
         seconds = {"prefill_seconds": first - begun, "decode_seconds": clock.times[-1] - first}
-        facts = {"target_forwards": len(clock.times) - 1, "tokens_of_first_forward": clock.counts[1]}
-        return {"token_ids": out[0, prompt.shape[1] :].tolist(), "gaps": None, **seconds, "facts": facts}
+        facts = {
+            "target_forwards": len(clock.times) - 1,
+            "tokens_of_first_forward": clock.counts[1],
+        }
+        return {
+            "token_ids": out[0, prompt.shape[1] :].tolist(),
+            "gaps": None,
+            **seconds,
+            "facts": facts,
+        }
 
     return answer
 
@@ -134,7 +154,15 @@ def serve_ring(ranks: str, config: str, *overrides: str) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.disable(logging.CRITICAL)
-    words = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}", __file__, "--rank", config, *overrides]
+    words = [
+        "--standalone",
+        "--local-addr=127.0.0.1",
+        f"--nproc-per-node={ranks}",
+        __file__,
+        "--rank",
+        config,
+        *overrides,
+    ]
     try:
         run.run(run.parse_args(words))
     except SignalException:
@@ -155,11 +183,20 @@ def serve_rank(config: str, *overrides: str) -> None:
 
 def serve_alone(model: str, draft: str, threads: str, assistant_tokens: str) -> None:
     torch.set_num_threads(int(threads))
-    target, helper = (AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, DTYPE)).eval() for path in (model, draft))
+    target, helper = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, DTYPE)).eval()
+        for path in (model, draft)
+    )
     helper.generation_config.num_assistant_tokens = int(assistant_tokens) or None
-    settings = {**helper.generation_config._get_default_generation_params(), **helper.generation_config.to_diff_dict()}
+    settings = {
+        **helper.generation_config._get_default_generation_params(),
+        **helper.generation_config.to_diff_dict(),
+    }
     assistant = {name: value for name, value in settings.items() if "assistant" in name}
-    serve(alone(target, helper), {"threads": torch.get_num_threads(), "dtype": DTYPE, "assistant": assistant})
+    serve(
+        alone(target, helper),
+        {"threads": torch.get_num_threads(), "dtype": DTYPE, "assistant": assistant},
+    )
 
 
 # ---- the processes as their parent sees them --------------------------------------------------------
@@ -168,9 +205,19 @@ class Server:
 
     def __init__(self, name: str, command: Sequence[str], threads: int):
         self._name = name
-        quiet = {"TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
-        quiet |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
-        quiet |= {"FLOWSPEC_HEARTBEAT": os.environ.get("FLOWSPEC_HEARTBEAT", "0.5,30")}  # others compute on the same cores
+        quiet = {
+            "TOKENIZERS_PARALLELISM": "false",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+            "TRANSFORMERS_VERBOSITY": "error",
+        }
+        quiet |= {
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": str(threads),
+        }
+        quiet |= {
+            "FLOWSPEC_HEARTBEAT": os.environ.get("FLOWSPEC_HEARTBEAT", "0.5,30")
+        }  # others compute on the same cores
         self._process = subprocess.Popen(
             [sys.executable, *command],
             env={**os.environ, **quiet},
@@ -224,7 +271,9 @@ class Server:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
-            raise RankLost(f"the process of {self._name} ended (exit code {self._process.wait()}): see above")
+            raise RankLost(
+                f"the process of {self._name} ended (exit code {self._process.wait()}): see above"
+            )
         return json.loads(line)
 
 
@@ -233,10 +282,16 @@ def cpu_seconds(pid: int) -> float:
     place = Path(f"/proc/{pid}")
     try:
         fields = (place / "stat").read_text().rpartition(")")[2].split()
-        children = [int(child) for task in (place / "task").iterdir() for child in (task / "children").read_text().split()]
+        children = [
+            int(child)
+            for task in (place / "task").iterdir()
+            for child in (task / "children").read_text().split()
+        ]
     except OSError:
         return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") + sum(map(cpu_seconds, children))
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") + sum(
+        map(cpu_seconds, children)
+    )
 
 
 def machine_seconds() -> float:
@@ -244,7 +299,9 @@ def machine_seconds() -> float:
     place = Path("/proc/stat")
     if not place.exists():
         return 0.0
-    user, nice, system, _, _, *interrupts = map(int, place.read_text().split("\n", 1)[0].split()[1:9])
+    user, nice, system, _, _, *interrupts = map(
+        int, place.read_text().split("\n", 1)[0].split()[1:9]
+    )
     return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
 
 
@@ -277,7 +334,10 @@ class Run:
         return len(self.token_ids) / (self.prefill_seconds + self.decode_seconds)
 
     def record(self) -> dict:
-        times = {name: getattr(self, name) for name in ("prefill_seconds", "decode_seconds", "decode_rate", "total_rate")}
+        times = {
+            name: getattr(self, name)
+            for name in ("prefill_seconds", "decode_seconds", "decode_rate", "total_rate")
+        }
         where = {name: getattr(self, name) for name in ("prompt", "repeat", "turn", "side")}
         return {**where, "new_tokens": len(self.token_ids), **times, "facts": self.facts}
 
@@ -297,7 +357,14 @@ class Plan:
     temperature: float
     seed: int
 
-    def asked(self, side: str, number: int, repeat: int, new_tokens: int | None = None, traced: bool = False) -> dict:
+    def asked(
+        self,
+        side: str,
+        number: int,
+        repeat: int,
+        new_tokens: int | None = None,
+        traced: bool = False,
+    ) -> dict:
         tokens = self.prompts[number]
         wanted = min(new_tokens or self.new_tokens, self.room - len(tokens))
         settings = {"temperature": self.temperature, "seed": self.seed + repeat}
@@ -311,7 +378,10 @@ def measure(plan: Plan, sides: dict[str, Ask], say: Callable[[str], None]) -> li
         ask(plan.asked(side, 0, 0, WARM_UP_TOKENS))
     for repeat, number in itertools.product(range(plan.repeats), range(len(plan.prompts))):
         order = draw.sample(list(sides), len(sides))
-        now = [Run(number, repeat, turn, side, **sides[side](plan.asked(side, number, repeat))) for turn, side in enumerate(order)]
+        now = [
+            Run(number, repeat, turn, side, **sides[side](plan.asked(side, number, repeat)))
+            for turn, side in enumerate(order)
+        ]
         said = ", ".join(f"{run.side} {run.total_rate:.1f}" for run in now)
         say(f"repeat {repeat + 1}, prompt {number + 1}: {said} tokens/s in all")
         runs += now
@@ -321,7 +391,16 @@ def measure(plan: Plan, sides: dict[str, Ask], say: Callable[[str], None]) -> li
 # ---- what they say ---------------------------------------------------------------------------------
 def spread(values: Iterable[float | None]) -> dict | None:
     known = [value for value in values if value is not None]
-    return {"median": statistics.median(known), "min": min(known), "max": max(known), "count": len(known)} if known else None
+    return (
+        {
+            "median": statistics.median(known),
+            "min": min(known),
+            "max": max(known),
+            "count": len(known),
+        }
+        if known
+        else None
+    )
 
 
 def rates(runs: Sequence[Run]) -> dict:
@@ -332,9 +411,13 @@ def rates(runs: Sequence[Run]) -> dict:
         theirs = [run for run in runs if run.side == side]
         found[side] = {}
         for rate in RATES:
-            pairs = [(getattr(mine[run.prompt, run.repeat], rate), getattr(run, rate)) for run in theirs]
+            pairs = [
+                (getattr(mine[run.prompt, run.repeat], rate), getattr(run, rate)) for run in theirs
+            ]
             found[side][rate] = spread(b for _, b in pairs)
-            found[side][f"flowspec_over_{rate}"] = spread(a / b if a and b else None for a, b in pairs)
+            found[side][f"flowspec_over_{rate}"] = spread(
+                a / b if a and b else None for a, b in pairs
+            )
     return found
 
 
@@ -345,11 +428,27 @@ def partings(runs: Sequence[Run], temperature: float) -> list[dict]:
     found = []
     for run in compared:
         want = plain[run.prompt, run.repeat if temperature else 0]
-        at = next((i for i, (a, b) in enumerate(itertools.zip_longest(run.token_ids, want.token_ids)) if a != b), None)
+        at = next(
+            (
+                i
+                for i, (a, b) in enumerate(itertools.zip_longest(run.token_ids, want.token_ids))
+                if a != b
+            ),
+            None,
+        )
         if at is not None:
             gap = want.gaps[at] if want.gaps and at < len(want.gaps) else None
             tie = gap is not None and gap < CLOSE
-            found.append({"side": run.side, "prompt": run.prompt, "repeat": run.repeat, "new_token": at, "gap": gap, "tie": tie})
+            found.append(
+                {
+                    "side": run.side,
+                    "prompt": run.prompt,
+                    "repeat": run.repeat,
+                    "new_token": at,
+                    "gap": gap,
+                    "tie": tie,
+                }
+            )
     return found
 
 
@@ -360,7 +459,15 @@ def report(plan: Plan, texts: Sequence[str], runs: Sequence[Run]) -> dict:
         own = [run for run in runs if run.prompt == number]
         ids = next(run.token_ids for run in own if run.side == "ar")
         lengths = {"prompt_tokens": len(plan.prompts[number]), "new_tokens": len(ids)}
-        each.append({"prompt": text, **lengths, "token_ids": ids, "partings": partings(own, plan.temperature), "sides": rates(own)})
+        each.append(
+            {
+                "prompt": text,
+                **lengths,
+                "token_ids": ids,
+                "partings": partings(own, plan.temperature),
+                "sides": rates(own),
+            }
+        )
     asked = {name: getattr(plan, name) for name in ("new_tokens", "repeats", "temperature", "seed")}
     return {**asked, "sides": rates(runs), "prompts": each, "runs": [run.record() for run in runs]}
 
@@ -369,28 +476,52 @@ def table(sides: dict) -> str:
     """A line a side: its rates, and how many times as fast flowspec was; median (least to most)."""
 
     def cell(found: dict | None, digits: int) -> str:
-        return "-" if found is None else f"{found['median']:.{digits}f} ({found['min']:.{digits}f} to {found['max']:.{digits}f})"
+        return (
+            "-"
+            if found is None
+            else f"{found['median']:.{digits}f} ({found['min']:.{digits}f} to {found['max']:.{digits}f})"
+        )
 
     head = ["", *RATES.values(), "flowspec/it decoding", "in all"]
-    rows = [[side, *(cell(f[r], 1) for r in RATES), *(cell(f[f"flowspec_over_{r}"], 2) for r in RATES)] for side, f in sides.items()]
+    rows = [
+        [side, *(cell(f[r], 1) for r in RATES), *(cell(f[f"flowspec_over_{r}"], 2) for r in RATES)]
+        for side, f in sides.items()
+    ]
     return "\n".join(
-        "  " + "".join(f"{text:<{width}}" for text, width in zip(row, (14, 25, 25, 25, 0), strict=True)) for row in [head, *rows]
+        "  "
+        + "".join(f"{text:<{width}}" for text, width in zip(row, (14, 25, 25, 25, 0), strict=True))
+        for row in [head, *rows]
     )
 
 
 def show(found: dict) -> None:
     for number, each in enumerate(found["prompts"], 1):
-        print(f"prompt {number}: {each['prompt']!r}, {each['prompt_tokens']} tokens, {each['new_tokens']} new")
+        print(
+            f"prompt {number}: {each['prompt']!r}, {each['prompt_tokens']} tokens, {each['new_tokens']} new"
+        )
         for part in each["partings"]:
             where = f"{part['side']} (repeat {part['repeat'] + 1}) parts from ar at new token {part['new_token']}"
-            print(f"  {where}, top-2 gap {part['gap']}: {'a numeric tie' if part['tie'] else 'A BUG'}")
+            print(
+                f"  {where}, top-2 gap {part['gap']}: {'a numeric tie' if part['tie'] else 'A BUG'}"
+            )
         print(table(each["sides"]))
-    print(f"all prompts ({len(found['runs'])} runs; median, least to most):\n{table(found['sides'])}")
+    print(
+        f"all prompts ({len(found['runs'])} runs; median, least to most):\n{table(found['sides'])}"
+    )
     compared = [each for each in found["runs"] if found["temperature"] == 0 or each["side"] in RING]
     ties, bugs = verdict(found)
-    print(f"tokens: {len(compared) - ties - bugs} of {len(compared)} runs identical to ar, {ties} parted at a numeric tie, {bugs} at a bug")
-    print("computed while others had their turn: " + ", ".join(f"{k} {v:.1%} of a core" for k, v in found["idle_cpu"].items()))
-    print("cores that strangers used during a run: {median:.2f} ({min:.2f} to {max:.2f})".format(**found["strangers_cores"]))
+    print(
+        f"tokens: {len(compared) - ties - bugs} of {len(compared)} runs identical to ar, {ties} parted at a numeric tie, {bugs} at a bug"
+    )
+    print(
+        "computed while others had their turn: "
+        + ", ".join(f"{k} {v:.1%} of a core" for k, v in found["idle_cpu"].items())
+    )
+    print(
+        "cores that strangers used during a run: {median:.2f} ({min:.2f} to {max:.2f})".format(
+            **found["strangers_cores"]
+        )
+    )
 
 
 def verdict(found: dict) -> tuple[int, int]:
@@ -401,25 +532,74 @@ def verdict(found: dict) -> tuple[int, int]:
 
 # ---- command line ----------------------------------------------------------------------------------
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    each = Parser(prog="compare_transformers.py", description="flowspec against transformers on this machine: real compute, paired runs.")
+    each = Parser(
+        prog="compare_transformers.py",
+        description="flowspec against transformers on this machine: real compute, paired runs.",
+    )
     each.add_argument("--model", required=True, type=Path, metavar="DIR", help="the target")
-    each.add_argument("--draft", required=True, type=Path, metavar="DIR", help="the draft model, of flowspec and of assisted generation")
-    each.add_argument("--stages", default=2, type=int, metavar="N", help="also the threads of transformers (default: 2)")
-    each.add_argument("--prompts", default=ROOT / "demo" / "prompts.jsonl", type=Path, metavar="FILE", help=".txt or .jsonl")
-    each.add_argument("--prompts-used", default=5, type=int, metavar="N", help="of the file, from its beginning (default: 5)")
+    each.add_argument(
+        "--draft",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="the draft model, of flowspec and of assisted generation",
+    )
+    each.add_argument(
+        "--stages",
+        default=2,
+        type=int,
+        metavar="N",
+        help="also the threads of transformers (default: 2)",
+    )
+    each.add_argument(
+        "--prompts",
+        default=ROOT / "demo" / "prompts.jsonl",
+        type=Path,
+        metavar="FILE",
+        help=".txt or .jsonl",
+    )
+    each.add_argument(
+        "--prompts-used",
+        default=5,
+        type=int,
+        metavar="N",
+        help="of the file, from its beginning (default: 5)",
+    )
     each.add_argument("--new-tokens", default=96, type=int, metavar="N")
     each.add_argument("--repeats", default=3, type=int, metavar="N")
     each.add_argument("--temperature", default=0.0, type=float, metavar="T")
-    each.add_argument("--seed", default=0, type=int, metavar="N", help="of the orders, and of the texts above temperature 0")
     each.add_argument(
-        "--assistant-tokens", default=0, type=int, metavar="N", help="drafted a round by assisted generation (default: its own)"
+        "--seed",
+        default=0,
+        type=int,
+        metavar="N",
+        help="of the orders, and of the texts above temperature 0",
+    )
+    each.add_argument(
+        "--assistant-tokens",
+        default=0,
+        type=int,
+        metavar="N",
+        help="drafted a round by assisted generation (default: its own)",
     )
     each.add_argument("--json", metavar="OUT", help="write the whole report")
-    each.add_argument("--trace", metavar="OUT", help="write a timeline of flowspec on each prompt, run once more at the end")
+    each.add_argument(
+        "--trace",
+        metavar="OUT",
+        help="write a timeline of flowspec on each prompt, run once more at the end",
+    )
     args = each.parse_args(argv)
-    for name, least in (("prompts_used", 1), ("new_tokens", 2), ("repeats", 1), ("seed", 0), ("assistant_tokens", 0)):
+    for name, least in (
+        ("prompts_used", 1),
+        ("new_tokens", 2),
+        ("repeats", 1),
+        ("seed", 0),
+        ("assistant_tokens", 0),
+    ):
         if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least {least}")
+            raise UserError(
+                f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least {least}"
+            )
     check_writable(args.json)
     check_writable(args.trace, "--trace")
     return args
@@ -449,13 +629,27 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
     prompts = [Text(manifest.folder(0)).encode(text) for text in texts]
     for number, prompt in enumerate(prompts, 1):
         check_prompt(prompt, manifest, f"prompt {number}")
-    plan = Plan(prompts, manifest.max_positions, args.new_tokens, args.repeats, args.temperature, args.seed)
+    plan = Plan(
+        prompts, manifest.max_positions, args.new_tokens, args.repeats, args.temperature, args.seed
+    )
     with ExitStack() as stack:
-        many = stack.enter_context(Server("the ring", [__file__, "--serve-ring", str(args.stages + 1), str(config)], 1))
+        many = stack.enter_context(
+            Server("the ring", [__file__, "--serve-ring", str(args.stages + 1), str(config)], 1)
+        )
         words = [args.model, args.draft, args.stages, args.assistant_tokens]
-        one = stack.enter_context(Server("transformers", [__file__, "--serve-alone", *map(str, words)], args.stages))
-        facts = {"ring": many.ready(), "transformers": one.ready() | {"version": transformers.__version__, "torch": torch.__version__}}
-        runs = measure(plan, {side: many.ask if side in RING else one.ask for side in SIDES}, lambda line: print(line, file=sys.stderr))
+        one = stack.enter_context(
+            Server("transformers", [__file__, "--serve-alone", *map(str, words)], args.stages)
+        )
+        facts = {
+            "ring": many.ready(),
+            "transformers": one.ready()
+            | {"version": transformers.__version__, "torch": torch.__version__},
+        }
+        runs = measure(
+            plan,
+            {side: many.ask if side in RING else one.ask for side in SIDES},
+            lambda line: print(line, file=sys.stderr),
+        )
         idle = {"ring": many.idle_cpu(), "transformers": one.idle_cpu()}
         for number in range(len(prompts)) if args.trace else ():
             many.ask(plan.asked("flowspec", number, 0, traced=True))
@@ -492,5 +686,7 @@ if __name__ == "__main__":
         case ["--serve-alone", *words]:
             serve_alone(*words)
         case words:
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # a plain kill cleans up like Ctrl-C does
+            signal.signal(
+                signal.SIGTERM, signal.default_int_handler
+            )  # a plain kill cleans up like Ctrl-C does
             sys.exit(main(words))

@@ -47,7 +47,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from flowspec.errors import UserError
 from flowspec.files import ROOT
 from flowspec.models.families import EMBEDDING, HEAD, NORM, rope_types
-from flowspec.models.split import CONFIG, COORDINATOR_FILES, DTYPES, Source, read_bytes, staged_folder
+from flowspec.models.split import (
+    CONFIG,
+    COORDINATOR_FILES,
+    DTYPES,
+    Source,
+    read_bytes,
+    staged_folder,
+)
 from flowspec.models.weights import INDEX, Checkpoint, Entry, write_file, write_tensors
 from flowspec.output import Parser, command
 from flowspec.preflight import read_prompts
@@ -86,7 +93,13 @@ class Shape:
         )  # fmt: skip
 
     def wider(self, k: int) -> Shape:
-        return replace(self, hidden=k * self.hidden, heads=k * self.heads, kv_heads=k * self.kv_heads, neurons=k * self.neurons)
+        return replace(
+            self,
+            hidden=k * self.hidden,
+            heads=k * self.heads,
+            kv_heads=k * self.kv_heads,
+            neurons=k * self.neurons,
+        )
 
     @property
     def group(self) -> int:
@@ -114,7 +127,11 @@ class Shape:
 
     @property
     def weights(self) -> int:
-        return self.layers * self.layer_weights + (1 if self.tied else 2) * self.vocab * self.hidden + self.hidden
+        return (
+            self.layers * self.layer_weights
+            + (1 if self.tied else 2) * self.vocab * self.hidden
+            + self.hidden
+        )
 
 
 @dataclass(frozen=True)
@@ -134,7 +151,9 @@ class Wanted:
         """UserError, by the option's name, for a shape that cannot compute the small model's function."""
         hidden, layers = self.hidden or small.hidden, self.layers or small.layers
         if hidden % small.hidden or hidden < small.hidden:
-            raise UserError(f"--hidden {hidden}: it must be a multiple of the model's {small.hidden}")
+            raise UserError(
+                f"--hidden {hidden}: it must be a multiple of the model's {small.hidden}"
+            )
         if layers < small.layers:
             raise UserError(f"--layers {layers}: the model has {small.layers} already")
         if self.weights is None:
@@ -147,17 +166,25 @@ class Wanted:
         wide = small.wider(k)
         heads, kv_heads = self.heads or (wide.heads, wide.kv_heads)
         chosen = dict(vocab=self.vocab or small.vocab, positions=self.positions or small.positions)
-        big = replace(wide, heads=heads, kv_heads=kv_heads, head_dim=self.head_dim or small.head_dim, **chosen)
+        big = replace(
+            wide, heads=heads, kv_heads=kv_heads, head_dim=self.head_dim or small.head_dim, **chosen
+        )
         for name, value in chosen.items():
             if value < getattr(small, name):
                 raise UserError(f"--{name} {value}: the model has {getattr(small, name)} already")
         if heads % kv_heads or kv_heads < small.kv_heads or big.group < small.group:
-            raise UserError(f"--heads {heads}/{kv_heads}: the model's {small.heads}/{small.kv_heads} do not fit into these groups")
+            raise UserError(
+                f"--heads {heads}/{kv_heads}: the model's {small.heads}/{small.kv_heads} do not fit into these groups"
+            )
         times = big.head_dim / small.head_dim
         if times < 1 or not math.log(times, 4).is_integer():
-            raise UserError(f"--head-dim {big.head_dim}: it must be the model's {small.head_dim} times a power of 4")
+            raise UserError(
+                f"--head-dim {big.head_dim}: it must be the model's {small.head_dim} times a power of 4"
+            )
         if big.vocab > small.vocab and k == 1:
-            raise UserError(f"--vocab {big.vocab}: new tokens need a wider stream, give --hidden {2 * small.hidden} or more")
+            raise UserError(
+                f"--vocab {big.vocab}: new tokens need a wider stream, give --hidden {2 * small.hidden} or more"
+            )
         return big
 
     def _grown(self, small: Shape, weights: int) -> Shape:
@@ -165,13 +192,17 @@ class Wanted:
         k = 2 if self.vocab and self.vocab > small.vocab else 1
         wide = self._wide(small, k)
         if weights < wide.weights:
-            raise UserError(f"--size-gb: the least is a model of {wide.weights} weights, {weights} were asked for")
+            raise UserError(
+                f"--size-gb: the least is a model of {wide.weights} weights, {weights} were asked for"
+            )
         while replace(self._wide(small, k + 1), layers=2 * small.layers).weights <= weights:
             k += 1
         wide = self._wide(small, k)
         deep = replace(wide, layers=small.layers + (weights - wide.weights) // wide.layer_weights)
         per_neuron = 3 * deep.hidden * deep.layers
-        return replace(deep, neurons=deep.neurons + (weights - deep.weights) // per_neuron // NEURONS * NEURONS)
+        return replace(
+            deep, neurons=deep.neurons + (weights - deep.weights) // per_neuron // NEURONS * NEURONS
+        )
 
 
 @dataclass(frozen=True)
@@ -225,7 +256,11 @@ class Inflation:
 
     @property
     def constant(self) -> Constant | None:
-        return Constant.below(self.small_epsilon * self.small.hidden) if self.big.vocab > self.small.vocab else None
+        return (
+            Constant.below(self.small_epsilon * self.small.hidden)
+            if self.big.vocab > self.small.vocab
+            else None
+        )
 
     @property
     def epsilon(self) -> float:
@@ -239,7 +274,10 @@ class Inflation:
         names: dict[str, tuple[int, ...]] = {EMBEDDING: (big.vocab, big.hidden)}
         for layer in range(big.layers):
             prefix = f"model.layers.{layer}."
-            names |= {prefix + "input_layernorm.weight": (big.hidden,), prefix + "post_attention_layernorm.weight": (big.hidden,)}
+            names |= {
+                prefix + "input_layernorm.weight": (big.hidden,),
+                prefix + "post_attention_layernorm.weight": (big.hidden,),
+            }
             names |= {f"{prefix}{name}.weight": shape for name, shape in big.matrices.items()}
         names[NORM] = (big.hidden,)
         return names if big.tied else names | {HEAD: (big.vocab, big.hidden)}
@@ -262,7 +300,11 @@ class Inflation:
 
     def _old(self, name: str) -> torch.Tensor | None:
         """The small model's tensor; None in the layers it does not have."""
-        return self.checkpoint.file(name).read(name, torch.float32) if name in self.checkpoint.names else None
+        return (
+            self.checkpoint.file(name).read(name, torch.float32)
+            if name in self.checkpoint.names
+            else None
+        )
 
     # ---- the stream
     def _embedding(self, old: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -292,14 +334,22 @@ class Inflation:
         return new
 
     # ---- the matrices
-    def _reader(self, name: str, old: torch.Tensor | None, places: torch.Tensor | slice, shape: tuple[int, ...]) -> torch.Tensor:
+    def _reader(
+        self,
+        name: str,
+        old: torch.Tensor | None,
+        places: torch.Tensor | slice,
+        shape: tuple[int, ...],
+    ) -> torch.Tensor:
         """Old rows, at their places, see the first copy of the stream; new rows are random."""
         new = random_matrix(name, shape)
         if old is not None:
             new[places] = torch.cat([old, torch.zeros(len(old), shape[1] - old.shape[1])], 1)
         return new
 
-    def _attention_reader(self, name: str, kind: str, old: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
+    def _attention_reader(
+        self, name: str, kind: str, old: torch.Tensor | None, shape: tuple[int, ...]
+    ) -> torch.Tensor:
         """As `_reader`; what is new in a head that is in use must not add to its scores."""
         new = self._reader(name, old, self._places(kind), shape)
         if kind == "q_proj" and old is not None:
@@ -308,7 +358,9 @@ class Inflation:
             rows[self._heads[:, None], self._unused_dims] = 0
         return new
 
-    def _writer(self, old: torch.Tensor | None, places: torch.Tensor | slice, shape: tuple[int, ...]) -> torch.Tensor:
+    def _writer(
+        self, old: torch.Tensor | None, places: torch.Tensor | slice, shape: tuple[int, ...]
+    ) -> torch.Tensor:
         """Every copy of the stream gets what the old columns give; new columns are ignored."""
         new = torch.zeros(shape)
         if old is not None:
@@ -344,9 +396,13 @@ class Inflation:
         return (heads[:, None] * self.big.head_dim + dims).flatten()
 
     def entry(self, name: str, shape: tuple[int, ...], dtype: str) -> Entry:
-        return Entry(name, DTYPES[dtype], shape, partial(self._chunks, name, shape, getattr(torch, dtype)))
+        return Entry(
+            name, DTYPES[dtype], shape, partial(self._chunks, name, shape, getattr(torch, dtype))
+        )
 
-    def _chunks(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[memoryview]:
+    def _chunks(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Iterator[memoryview]:
         yield self.tensor(name, shape).to(dtype).view(-1).view(torch.uint8).numpy().data
 
 
@@ -379,7 +435,9 @@ def write_json(path: Path, value: dict) -> None:
 
 def big_config(config: dict, inflation: Inflation, dtype: str) -> dict:
     big = inflation.big
-    rest = {key: value for key, value in config.items() if key not in ("torch_dtype", "layer_types")}
+    rest = {
+        key: value for key, value in config.items() if key not in ("torch_dtype", "layer_types")
+    }
     return rest | {
         "vocab_size": big.vocab, "hidden_size": big.hidden, "num_hidden_layers": big.layers, "num_attention_heads": big.heads,
         "num_key_value_heads": big.kv_heads, "head_dim": big.head_dim, "intermediate_size": big.neurons,
@@ -387,7 +445,9 @@ def big_config(config: dict, inflation: Inflation, dtype: str) -> dict:
     }  # fmt: skip
 
 
-def inflate(model: Path, output: Path, wanted: Wanted, dtype: str, shard_bytes: int = SHARD_BYTES) -> Shape:
+def inflate(
+    model: Path, output: Path, wanted: Wanted, dtype: str, shard_bytes: int = SHARD_BYTES
+) -> Shape:
     """Write the big checkpoint and return its shape. UserError for bad input."""
     source = Source.open(model)
     config = source.config
@@ -397,7 +457,9 @@ def inflate(model: Path, output: Path, wanted: Wanted, dtype: str, shard_bytes: 
     big = wanted.shape(small)
     rotary = {kind for kind in rope_types(config) if kind not in ROPE_OF_ANY_LENGTH}
     if big.positions > small.positions and rotary:
-        raise UserError(f"--positions {big.positions}: rope type {', '.join(sorted(rotary))} may depend on it")
+        raise UserError(
+            f"--positions {big.positions}: rope type {', '.join(sorted(rotary))} may depend on it"
+        )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} exists and is not an empty folder")
     inflation = Inflation(source.checkpoint, small, big, config.get("rms_norm_eps", 1e-6))
@@ -420,7 +482,12 @@ def greedy(folder: Path, prompts: list[list[int]]) -> list[tuple[list[int], list
 
     disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    options = dict(max_new_tokens=CHECKED_TOKENS, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    options = dict(
+        max_new_tokens=CHECKED_TOKENS,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
     texts = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
@@ -440,37 +507,78 @@ def check(small: Path, big: Path, prompts: list[str]) -> bool:
     for number, ((want, leads), (got, _)) in enumerate(texts, 1):
         at = next((i for i, (a, b) in enumerate(itertools.zip_longest(want, got)) if a != b), None)
         verdict = (
-            f"identical ({len(want)} tokens)" if at is None else f"parts at new token {at}: {parting(tokenizer, want, got, leads, at)}"
+            f"identical ({len(want)} tokens)"
+            if at is None
+            else f"parts at new token {at}: {parting(tokenizer, want, got, leads, at)}"
         )
         print(f"prompt {number}: {verdict}", flush=True)
     return all(want == got for (want, _), (got, _) in texts)
 
 
 def parting(tokenizer, want: list[int], got: list[int], leads: list[float], at: int) -> str:
-    old, new = (repr(tokenizer.decode([ids[at]])) if at < len(ids) else "the end" for ids in (want, got))
-    return f"{old} by the small model" + (f" (its lead: {leads[at]:.1e})" if at < len(leads) else "") + f", {new} by the big one"
+    old, new = (
+        repr(tokenizer.decode([ids[at]])) if at < len(ids) else "the end" for ids in (want, got)
+    )
+    return (
+        f"{old} by the small model"
+        + (f" (its lead: {leads[at]:.1e})" if at < len(leads) else "")
+        + f", {new} by the big one"
+    )
 
 
 # ---- command line ----------------------------------------------------------------------------------
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    each = Parser(prog="inflate.py", description="Grow a Llama checkpoint into a larger one that computes the same function.")
+    each = Parser(
+        prog="inflate.py",
+        description="Grow a Llama checkpoint into a larger one that computes the same function.",
+    )
     each.add_argument("--model", required=True, type=Path, metavar="DIR")
     each.add_argument("--output", required=True, type=Path, metavar="DIR")
-    each.add_argument("--size-gb", type=float, metavar="GB", help="of weights as stored, in 10^9 bytes")
-    each.add_argument("--hidden", type=int, metavar="N", help="width of the stream; or --size-gb chooses it")
-    each.add_argument("--layers", type=int, metavar="N", help="decoder layers; or --size-gb chooses them")
-    each.add_argument("--heads", metavar="Q/KV", help="query and key-value heads, such as 32/8 (default: they grow with the width)")
-    each.add_argument("--head-dim", type=int, metavar="N", help="size of a head (default: the model's)")
-    each.add_argument("--vocab", type=int, metavar="N", help="tokens, such as 32000 or 128256; new ones never win (default: the model's)")
-    each.add_argument("--positions", type=int, metavar="N", help="the longest text (default: the model's)")
-    each.add_argument("--dtype", default="float16", choices=("float16", "float32"), help="as stored (default: float16)")
-    each.add_argument("--check", action="store_true", help="replay demo prompts with both models; alone: of an output made before")
+    each.add_argument(
+        "--size-gb", type=float, metavar="GB", help="of weights as stored, in 10^9 bytes"
+    )
+    each.add_argument(
+        "--hidden", type=int, metavar="N", help="width of the stream; or --size-gb chooses it"
+    )
+    each.add_argument(
+        "--layers", type=int, metavar="N", help="decoder layers; or --size-gb chooses them"
+    )
+    each.add_argument(
+        "--heads",
+        metavar="Q/KV",
+        help="query and key-value heads, such as 32/8 (default: they grow with the width)",
+    )
+    each.add_argument(
+        "--head-dim", type=int, metavar="N", help="size of a head (default: the model's)"
+    )
+    each.add_argument(
+        "--vocab",
+        type=int,
+        metavar="N",
+        help="tokens, such as 32000 or 128256; new ones never win (default: the model's)",
+    )
+    each.add_argument(
+        "--positions", type=int, metavar="N", help="the longest text (default: the model's)"
+    )
+    each.add_argument(
+        "--dtype",
+        default="float16",
+        choices=("float16", "float32"),
+        help="as stored (default: float16)",
+    )
+    each.add_argument(
+        "--check",
+        action="store_true",
+        help="replay demo prompts with both models; alone: of an output made before",
+    )
     return each.parse_args(argv)
 
 
 def wanted_of(args: argparse.Namespace) -> Wanted | None:
     """None when nothing is asked for."""
-    sizes = {name: getattr(args, name) for name in ("hidden", "layers", "vocab", "positions", "head_dim")}
+    sizes = {
+        name: getattr(args, name) for name in ("hidden", "layers", "vocab", "positions", "head_dim")
+    }
     for name, value in sizes.items():
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
@@ -478,8 +586,14 @@ def wanted_of(args: argparse.Namespace) -> Wanted | None:
         raise UserError(f"--size-gb is {args.size_gb}, it must be a positive number")
     heads = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", args.heads) if args.heads is not None else None
     if args.heads is not None and not heads:
-        raise UserError(f"--heads is {args.heads!r}: it must be query/key-value heads, such as 32/8")
-    weights = None if args.size_gb is None else int(args.size_gb * 1e9 / getattr(torch, args.dtype).itemsize)
+        raise UserError(
+            f"--heads is {args.heads!r}: it must be query/key-value heads, such as 32/8"
+        )
+    weights = (
+        None
+        if args.size_gb is None
+        else int(args.size_gb * 1e9 / getattr(torch, args.dtype).itemsize)
+    )
     wanted = Wanted(weights, heads=(int(heads[1]), int(heads[2])) if heads else None, **sizes)
     return None if wanted == Wanted() else wanted
 
@@ -487,10 +601,14 @@ def wanted_of(args: argparse.Namespace) -> Wanted | None:
 def run(args: argparse.Namespace) -> int:
     wanted = wanted_of(args)
     if wanted is None and not args.check:
-        raise UserError("--size-gb is missing: how large is the model to be? (Or give --hidden, --layers, --vocab ...)")
+        raise UserError(
+            "--size-gb is missing: how large is the model to be? (Or give --hidden, --layers, --vocab ...)"
+        )
     if wanted is not None:
         big = inflate(args.model, args.output, wanted, args.dtype)
-        stored, computed = (big.weights * getattr(torch, name).itemsize / 1e6 for name in (args.dtype, "float32"))
+        stored, computed = (
+            big.weights * getattr(torch, name).itemsize / 1e6 for name in (args.dtype, "float32")
+        )
         sizes = f"{stored:.0f} MB as stored ({args.dtype}), {computed:.0f} MB as computed with on a CPU (float32)"
         print(f"{args.output}: {big.weights / 1e6:.0f} M weights, {sizes}, {big}", file=sys.stderr)
     if args.check:
@@ -506,5 +624,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a plain kill cleans up like Ctrl-C does
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # a plain kill cleans up like Ctrl-C does
     sys.exit(main())

@@ -36,7 +36,10 @@ from flowspec.models.split import split
 from flowspec.preflight import read_prompts
 
 STAGES = {1: None, 2: "3,5", 3: "1,3,4", 4: None, 6: "1,2,1,1,2,1"}
-LM, EAGLE = (f"{{kind: {kind}, path: {ROOT / 'demo' / folder}}}" for kind, folder in (("lm", "draft"), ("eagle", "eagle")))
+LM, EAGLE = (
+    f"{{kind: {kind}, path: {ROOT / 'demo' / folder}}}"
+    for kind, folder in (("lm", "draft"), ("eagle", "eagle"))
+)
 DRAFTERS = {"lm": LM, "eagle": EAGLE, "ngram": "{kind: ngram}", "mixture": f"[{EAGLE}, {LM}]"}
 TIMES = "{stage_ms: 3, token_ms: 0.05, draft_ms: 1, link_ms: 0.5}"
 SPECULATIVE = [m for m in METHODS if m != "ar"]
@@ -62,7 +65,9 @@ class Proof:
     def __init__(self) -> None:
         self.texts = self.tokens = self.ties = self.bugs = 0
 
-    def compare(self, what: str, got: list[int], want: list[int], gaps: list[float], close: float) -> None:
+    def compare(
+        self, what: str, got: list[int], want: list[int], gaps: list[float], close: float
+    ) -> None:
         """`close`: a gap below which rounding may choose."""
         self.texts, self.tokens = self.texts + 1, self.tokens + len(want)
         if got == want:
@@ -70,31 +75,58 @@ class Proof:
         at = next(i for i, (a, b) in enumerate(itertools.zip_longest(got, want)) if a != b)
         tie = at < len(gaps) and gaps[at] < close
         self.ties, self.bugs = self.ties + tie, self.bugs + (not tie)
-        print(f"{'tie' if tie else 'BUG'}: {what} parts at new token {at}, top-2 gap {gaps[at] if at < len(gaps) else None}", flush=True)
+        print(
+            f"{'tie' if tie else 'BUG'}: {what} parts at new token {at}, top-2 gap {gaps[at] if at < len(gaps) else None}",
+            flush=True,
+        )
 
 
-def prove(engine: Engine, prompts: list[str], context: int, tokens: int, model, proof: Proof, draw: random.Random, where: str) -> None:
+def prove(
+    engine: Engine,
+    prompts: list[str],
+    context: int,
+    tokens: int,
+    model,
+    proof: Proof,
+    draw: random.Random,
+    where: str,
+) -> None:
     other = engine.text.encode("\n\n".join(reversed(prompts)) * (1 + context // 40))
     for number, written in enumerate(prompts):
         prompt = (*other[number : number + context], *engine.text.encode(written))
-        engine.config = dataclasses.replace(engine.config, tree=random_tree(draw), policy=random_switches(draw))
+        engine.config = dataclasses.replace(
+            engine.config, tree=random_tree(draw), policy=random_switches(draw)
+        )
         close = tolerance_of(engine)
         about = f"{where} prompt {number} {engine.config.tree} {engine.config.policy}"
-        sampled = [{"temperature": 0.8, "top_p": 0.9, "seed": s} for s in (1, 2, 3)] if number % 4 == 0 else []
+        sampled = (
+            [{"temperature": 0.8, "top_p": 0.9, "seed": s} for s in (1, 2, 3)]
+            if number % 4 == 0
+            else []
+        )
         for setting in [{"temperature": 0.0}, *sampled]:
             plain = list(engine.generate(prompt, method="ar", max_new_tokens=tokens, **setting))
             want, gaps = [t.id for t in plain], [t.gap for t in plain]
             if model is not None and setting["temperature"] == 0:
-                proof.compare(f"{about} transformers", generate(model, prompt, tokens), want, gaps, close)
+                proof.compare(
+                    f"{about} transformers", generate(model, prompt, tokens), want, gaps, close
+                )
             for method in SPECULATIVE:
-                got = [t.id for t in engine.generate(prompt, method=method, max_new_tokens=tokens, **setting)]
+                got = [
+                    t.id
+                    for t in engine.generate(
+                        prompt, method=method, max_new_tokens=tokens, **setting
+                    )
+                ]
                 proof.compare(f"{about} {method} {setting}", got, want, gaps, close)
 
 
 @torch.inference_mode()
 def generate(model, prompt: tuple[int, ...], tokens: int) -> list[int]:
     ids = torch.tensor([list(prompt)])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
+    )
     return out[0, len(prompt) :].tolist()
 
 
@@ -104,28 +136,57 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--stages", type=int, nargs="*", default=list(STAGES))
     parser.add_argument("--seed", type=int, default=0, help="of the trees")
-    parser.add_argument("--model", type=Path, default=ROOT / "demo" / "target", help="one of the demo target's function and hidden size")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=ROOT / "demo" / "target",
+        help="one of the demo target's function and hidden size",
+    )
     parser.add_argument("--dtype", choices=DTYPES[1:], default="float32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of all stages and of the drafter")
-    parser.add_argument("--growth", type=int, help="rows by which caches grow (default: as in production)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="of all stages and of the drafter"
+    )
+    parser.add_argument(
+        "--growth", type=int, help="rows by which caches grow (default: as in production)"
+    )
     parser.add_argument("--context", type=int, default=0, help="tokens before each prompt")
     args = parser.parse_args()
     if args.growth is not None:
         RowCache.STEP, RowCache.SHARE = args.growth, 0.0
     prompts = read_prompts(str(ROOT / "demo" / "prompts.jsonl"))[: args.prompts]
     whole = args.dtype == "float32" and args.device == "cpu"
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval() if whole else None
+    model = (
+        AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+        if whole
+        else None
+    )
     settings = f"emulate: {TIMES}\nthreads: 1\ndevice: {args.device}\ndtype: {args.dtype}\ndeterministic: {'false' if whole else 'true'}\n"
     proof, draw = Proof(), random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         for stages, (drafter, kind) in itertools.product(args.stages, DRAFTERS.items()):
-            begun, out, config = time.monotonic(), Path(folder) / f"s{stages}", Path(folder) / "config.yaml"
+            begun, out, config = (
+                time.monotonic(),
+                Path(folder) / f"s{stages}",
+                Path(folder) / "config.yaml",
+            )
             if not out.exists():
                 split(str(args.model), stages, out, layers=STAGES[stages])
             config.write_text(f"stages: {out}\ndrafter: {kind}\n{settings}")
             with Engine.from_config(config) as engine:
-                prove(engine, prompts, args.context, args.tokens, model, proof, draw, f"S={stages} {drafter}")
-            print(f"S={stages} {drafter}: {proof.texts} texts so far, {proof.bugs} bugs, {time.monotonic() - begun:.0f} s", flush=True)
+                prove(
+                    engine,
+                    prompts,
+                    args.context,
+                    args.tokens,
+                    model,
+                    proof,
+                    draw,
+                    f"S={stages} {drafter}",
+                )
+            print(
+                f"S={stages} {drafter}: {proof.texts} texts so far, {proof.bugs} bugs, {time.monotonic() - begun:.0f} s",
+                flush=True,
+            )
     same = proof.texts - proof.ties - proof.bugs
     print(f"{proof.texts} texts, {proof.tokens} tokens ({args.dtype}, tree seed {args.seed}): {same} identical, "
           f"{proof.ties} parted at a tie, {proof.bugs} bugs")  # fmt: skip

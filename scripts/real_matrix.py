@@ -44,7 +44,16 @@ AGREEMENT = {"good": 0.8, "weak": 0.3, "useless": 0.0}
 LIMIT = 0.97
 """a cell whose median ratio is below this is listed"""
 WARM_UP_TOKENS = 8
-TEXTS = ("tarfile", "argparse", "inspect", "typing", "optparse", "pickle", "subprocess", "ipaddress")
+TEXTS = (
+    "tarfile",
+    "argparse",
+    "inspect",
+    "typing",
+    "optparse",
+    "pickle",
+    "subprocess",
+    "ipaddress",
+)
 """modules of the standard library whose sources are prompts, a pair each"""
 SKIPPED = 500
 """tokens at the beginning of each, mostly licences"""
@@ -78,15 +87,26 @@ class Matrix:
 
     def __post_init__(self) -> None:
         for name in self.drafters:
-            need(name in AGREEMENT, f"drafters: {name!r} is not known: choose among {', '.join(AGREEMENT)}")
+            need(
+                name in AGREEMENT,
+                f"drafters: {name!r} is not known: choose among {', '.join(AGREEMENT)}",
+            )
         for name in self.dtypes:
             need(name in DTYPES, f"dtypes: {name!r} is not known: choose among {', '.join(DTYPES)}")
         for name in ("contexts", "vocabularies", "stages"):
-            need(all(value >= 1 for value in getattr(self, name)), f"{name}: each must be at least 1")
-        need(self.pairs >= 1 and self.new_tokens >= 2, "pairs must be at least 1, new_tokens at least 2")
+            need(
+                all(value >= 1 for value in getattr(self, name)), f"{name}: each must be at least 1"
+            )
+        need(
+            self.pairs >= 1 and self.new_tokens >= 2,
+            "pairs must be at least 1, new_tokens at least 2",
+        )
         need(self.cells is None or self.cells >= 1, f"cells is {self.cells}: it must be at least 1")
         room = self.model.positions - self.new_tokens
-        need(max(self.contexts) <= room, f"contexts: {max(self.contexts)} leaves no room for the new tokens (model.positions)")
+        need(
+            max(self.contexts) <= room,
+            f"contexts: {max(self.contexts)} leaves no room for the new tokens (model.positions)",
+        )
 
 
 class Ring(NamedTuple):
@@ -146,7 +166,14 @@ def load_matrix(path: Path) -> Matrix:
 
 def cells(matrix: Matrix) -> list[Cell]:
     """Those of a ring side by side, short contexts first."""
-    axes = (matrix.vocabularies, matrix.dtypes, matrix.drafters, matrix.stages, matrix.temperatures, matrix.contexts)
+    axes = (
+        matrix.vocabularies,
+        matrix.dtypes,
+        matrix.drafters,
+        matrix.stages,
+        matrix.temperatures,
+        matrix.contexts,
+    )
     found = [Cell(*values) for values in itertools.product(*axes)]
     drawn = set(random.Random(0).sample(found, len(found))[: matrix.cells])
     return [cell for cell in found if cell in drawn]
@@ -162,7 +189,11 @@ def missing(matrix: Matrix, runs: Iterable[Run]) -> list[tuple[Cell, int]]:
     """The pairs that are still to be measured."""
     done = {(run.cell, run.pair, run.method) for run in runs}
     pairs = itertools.product(cells(matrix), range(1, matrix.pairs + 1))
-    return [(cell, pair) for cell, pair in pairs if any((cell, pair, method) not in done for method in METHODS)]
+    return [
+        (cell, pair)
+        for cell, pair in pairs
+        if any((cell, pair, method) not in done for method in METHODS)
+    ]
 
 
 # ---- models ----------------------------------------------------------------------------------------
@@ -174,20 +205,44 @@ class Models:
 
     def stages(self, ring: Ring) -> Path:
         return self._made(
-            f"{self._target(ring).name}_s{ring.stages}", "split_models.py", "--model", self._target(ring), "--stages", ring.stages
+            f"{self._target(ring).name}_s{ring.stages}",
+            "split_models.py",
+            "--model",
+            self._target(ring),
+            "--stages",
+            ring.stages,
         )
 
     def draft(self, ring: Ring) -> Path:
         """With the target's vocabulary and positions: its lm_head costs what a draft model's costs at that vocabulary."""
-        demo, name = ROOT / "demo" / "target", f"draft_{ring.drafter}_v{ring.vocabulary}_p{self._model.positions}"
+        demo, name = (
+            ROOT / "demo" / "target",
+            f"draft_{ring.drafter}_v{ring.vocabulary}_p{self._model.positions}",
+        )
         about = ("--draft", demo, "--target", demo, "--agree", AGREEMENT[ring.drafter])
-        return self._made(name, "scripts/weaken.py", *about, "--vocab", ring.vocabulary, "--positions", self._model.positions)
+        return self._made(
+            name,
+            "scripts/weaken.py",
+            *about,
+            "--vocab",
+            ring.vocabulary,
+            "--positions",
+            self._model.positions,
+        )
 
     def _target(self, ring: Ring) -> Path:
         m = self._model
         name = f"target_h{m.hidden}_l{m.layers}_{m.heads.replace('/', 'x')}_v{ring.vocabulary}_p{m.positions}"
         shape = ("--hidden", m.hidden, "--layers", m.layers, "--heads", m.heads)
-        about = ("--model", ROOT / "demo" / "target", *shape, "--vocab", ring.vocabulary, "--positions", m.positions)
+        about = (
+            "--model",
+            ROOT / "demo" / "target",
+            *shape,
+            "--vocab",
+            ring.vocabulary,
+            "--positions",
+            m.positions,
+        )
         return self._made(name, "scripts/inflate.py", *about, "--dtype", "float32")
 
     def _made(self, name: str, script: str, *words: object) -> Path:
@@ -200,10 +255,19 @@ class Models:
 
 def _run(words: Sequence[object], quiet: bool = False, **environment: str) -> None:
     """UserError when the command fails, with the last line that it said if it was `quiet`."""
-    done = subprocess.run([str(word) for word in words], stderr=subprocess.PIPE if quiet else None, text=True, env=os.environ | environment)
+    done = subprocess.run(
+        [str(word) for word in words],
+        stderr=subprocess.PIPE if quiet else None,
+        text=True,
+        env=os.environ | environment,
+    )
     if done.returncode:
         said = (done.stderr or "").strip().splitlines()
-        raise UserError(said[-1].removeprefix("flowspec: ") if said else f"{Path(str(words[-1])).name}: exit code {done.returncode}")
+        raise UserError(
+            said[-1].removeprefix("flowspec: ")
+            if said
+            else f"{Path(str(words[-1])).name}: exit code {done.returncode}"
+        )
 
 
 # ---- as the launcher -------------------------------------------------------------------------------
@@ -223,9 +287,25 @@ def measure(matrix: Matrix, output: Path) -> None:
         }
         (output / "ring.yaml").write_text(yaml.safe_dump(config))
         (output / "ring.json").write_text(json.dumps(part))
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ring.stages + 1]
-        _run([*start, __file__, "--rank", output], OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", MASTER_ADDR="127.0.0.1")
-        print(f"ring {number} of {len(rings)} ({', '.join(map(str, ring))}): {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+        start = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            ring.stages + 1,
+        ]
+        _run(
+            [*start, __file__, "--rank", output],
+            OMP_NUM_THREADS="1",
+            TOKENIZERS_PARALLELISM="false",
+            MASTER_ADDR="127.0.0.1",
+        )
+        print(
+            f"ring {number} of {len(rings)} ({', '.join(map(str, ring))}): {time.monotonic() - begun:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 # ---- as a rank -------------------------------------------------------------------------------------
@@ -242,7 +322,10 @@ def rank(output: Path) -> None:
     engine = Engine.join(config)
     engine.wait_until_loaded()
     with open(output / "runs.jsonl", "a") as file:
-        for run in _pairs(engine, [(Cell(*cell), pair) for *cell, pair in json.loads((output / "ring.json").read_text())]):
+        for run in _pairs(
+            engine,
+            [(Cell(*cell), pair) for *cell, pair in json.loads((output / "ring.json").read_text())],
+        ):
             file.write(run.line())
             file.flush()
     engine.close()
@@ -251,17 +334,26 @@ def rank(output: Path) -> None:
 def _pairs(engine, wanted: Sequence[tuple[Cell, int]]) -> Iterator[Run]:
     order = random.Random(0)
     for method in METHODS:
-        for _ in engine.generate(prompt(engine.text.encode, 1, 64), method=method, max_new_tokens=WARM_UP_TOKENS):
+        for _ in engine.generate(
+            prompt(engine.text.encode, 1, 64), method=method, max_new_tokens=WARM_UP_TOKENS
+        ):
             pass
     for cell, pair in wanted:
         for method in order.sample(METHODS, len(METHODS)):
             tokens = prompt(engine.text.encode, pair, cell.context)
-            generation = engine.generate(tokens, method=method, temperature=float(cell.temperature), seed=pair)
+            generation = engine.generate(
+                tokens, method=method, temperature=float(cell.temperature), seed=pair
+            )
             for _ in generation:
                 pass
             result = generation.result
             sha = hashlib.sha256(str(result.token_ids).encode()).hexdigest()[:16]
-            figures = (result.tokens_per_second, result.new_tokens, result.prefill_seconds, result.accepted_per_segment)
+            figures = (
+                result.tokens_per_second,
+                result.new_tokens,
+                result.prefill_seconds,
+                result.accepted_per_segment,
+            )
             yield Run(cell, pair, method, *figures, sha)
 
 
@@ -297,13 +389,22 @@ def outcomes(runs: Iterable[Run]) -> dict[Cell, Outcome]:
         by_cell.setdefault(run.cell, {}).setdefault(run.pair, {})[run.method] = run
     found = {}
     for cell in sorted(by_cell):
-        pairs = [pair for pair in by_cell[cell].values() if len(pair) == 2 and all(run.tokens_per_second for run in pair.values())]
+        pairs = [
+            pair
+            for pair in by_cell[cell].values()
+            if len(pair) == 2 and all(run.tokens_per_second for run in pair.values())
+        ]
         if pairs:
-            rates = {method: [pair[method].tokens_per_second or 0.0 for pair in pairs] for method in METHODS}
+            rates = {
+                method: [pair[method].tokens_per_second or 0.0 for pair in pairs]
+                for method in METHODS
+            }
             ratios = sorted(ours / plain for plain, ours in zip(*rates.values(), strict=True))
             accepted = median(pair["flowspec"].accepted_per_segment for pair in pairs)
             different = sum(pair["ar"].tokens_sha != pair["flowspec"].tokens_sha for pair in pairs)
-            found[cell] = Outcome(ratios, {m: 1000 / median(rates[m]) for m in METHODS}, accepted, different)
+            found[cell] = Outcome(
+                ratios, {m: 1000 / median(rates[m]) for m in METHODS}, accepted, different
+            )
     return found
 
 
@@ -328,12 +429,19 @@ def markdown(found: dict[Cell, Outcome]) -> str:
          *(f"{o.ms[m]:.1f}" for m in METHODS), f"{o.accepted:.2f}", str(o.different)]
         for cell, o in found.items()
     ]  # fmt: skip
-    slow = [f"- {', '.join(map(_short, cell))}: {median(o.ratios):.2f}" for cell, o in found.items() if median(o.ratios) < LIMIT]
+    slow = [
+        f"- {', '.join(map(_short, cell))}: {median(o.ratios):.2f}"
+        for cell, o in found.items()
+        if median(o.ratios) < LIMIT
+    ]
     contexts = sorted({cell.context for cell in found})
     lines: dict[tuple, dict[int, str]] = {}
     for cell, o in found.items():
         lines.setdefault(cell[:5], {})[cell.context] = " / ".join(f"{o.ms[m]:.1f}" for m in METHODS)
-    by_context = [[*map(_short, key), *(line.get(context, "") for context in contexts)] for key, line in lines.items()]
+    by_context = [
+        [*map(_short, key), *(line.get(context, "") for context in contexts)]
+        for key, line in lines.items()
+    ]
     parts = [
         "Tokens/s of flowspec over those of ar, medians of pairs; milliseconds a token while decoding.", _table(head, rows),
         f"Cells below {LIMIT}: {len(slow)} of {len(found)}" + "".join(f"\n{line}" for line in slow),
@@ -357,16 +465,25 @@ def main(argv: Sequence[str]) -> int:
     if is_rank():
         rank(options.rank)
         return 0
-    need(options.matrix is not None, "which matrix? Give a YAML file, such as configs/real/full.yaml")
+    need(
+        options.matrix is not None, "which matrix? Give a YAML file, such as configs/real/full.yaml"
+    )
     matrix = load_matrix(options.matrix)
-    matrix = dataclasses.replace(matrix, **{k: v for k in ("pairs", "new_tokens", "cells") if (v := getattr(options, k)) is not None})
+    matrix = dataclasses.replace(
+        matrix,
+        **{
+            k: v for k in ("pairs", "new_tokens", "cells") if (v := getattr(options, k)) is not None
+        },
+    )
     output = options.output or ROOT / "build" / "bench" / f"real_{options.matrix.stem}"
     output.mkdir(parents=True, exist_ok=True)
     try:
         measure(matrix, output)
     finally:
         wanted = set(cells(matrix))
-        table = markdown(outcomes(run for run in read_runs(output / "runs.jsonl") if run.cell in wanted))
+        table = markdown(
+            outcomes(run for run in read_runs(output / "runs.jsonl") if run.cell in wanted)
+        )
         with replacing(output / "table.md") as beside:
             beside.write_text(table)
         print(table + f"\nwritten to {output}")
@@ -374,12 +491,31 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    each = Parser(prog="real_matrix.py", description="Pairs of flowspec and ar at real shapes, real compute.")
-    each.add_argument("matrix", nargs="?", type=Path, metavar="MATRIX", help="a YAML file of axes, as in configs/real/")
-    each.add_argument("--pairs", type=int, metavar="N", help="of each cell (default: the matrix', or 5)")
-    each.add_argument("--new-tokens", type=int, metavar="N", help="of each run (default: the matrix', or 64)")
-    each.add_argument("--cells", type=int, metavar="N", help="so many of the cells, drawn once and for all (default: the matrix', or all)")
-    each.add_argument("--output", type=Path, metavar="FOLDER", help="default: build/bench/real_NAME")
+    each = Parser(
+        prog="real_matrix.py", description="Pairs of flowspec and ar at real shapes, real compute."
+    )
+    each.add_argument(
+        "matrix",
+        nargs="?",
+        type=Path,
+        metavar="MATRIX",
+        help="a YAML file of axes, as in configs/real/",
+    )
+    each.add_argument(
+        "--pairs", type=int, metavar="N", help="of each cell (default: the matrix', or 5)"
+    )
+    each.add_argument(
+        "--new-tokens", type=int, metavar="N", help="of each run (default: the matrix', or 64)"
+    )
+    each.add_argument(
+        "--cells",
+        type=int,
+        metavar="N",
+        help="so many of the cells, drawn once and for all (default: the matrix', or all)",
+    )
+    each.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="default: build/bench/real_NAME"
+    )
     each.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     return each.parse_args(argv)
 

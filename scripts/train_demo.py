@@ -50,7 +50,9 @@ def sources() -> tuple[list[str], list[str]]:
     return train, held
 
 
-def tokens_of(tokenizer: Tokenizer, files: list[str], seed: int, mark: int | None = None) -> torch.Tensor:
+def tokens_of(
+    tokenizer: Tokenizer, files: list[str], seed: int, mark: int | None = None
+) -> torch.Tensor:
     """All files in random order as one row of tokens. `mark` stands before each; None: END, or nothing where that is unknown."""
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
     mark = tokenizer.token_to_id(END) if mark is None else mark
@@ -65,11 +67,16 @@ def train_tokenizer(out: Path, files: list[str]) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(files, trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=[END], initial_alphabet=alphabet))
+    tokenizer.train_from_iterator(
+        files,
+        trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=[END], initial_alphabet=alphabet),
+    )
     for role in SHAPES:
         (out / role).mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(out / role / "tokenizer.json"))
-        settings = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=END, model_max_length=2 * CONTEXT)
+        settings = dict(
+            tokenizer_class="PreTrainedTokenizerFast", eos_token=END, model_max_length=2 * CONTEXT
+        )
         (out / role / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 
@@ -98,13 +105,20 @@ class Muon(torch.optim.Optimizer):
                     x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
                 x = x.T if p.shape[0] > p.shape[1] else x
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(x, alpha=-0.2 * group["lr"] * math.sqrt(max(p.shape)))  # update RMS 0.2, as AdamW's
+                p.add_(
+                    x, alpha=-0.2 * group["lr"] * math.sqrt(max(p.shape))
+                )  # update RMS 0.2, as AdamW's
 
 
 # ---- training --------------------------------------------------------------------------------------
 def new_model(role: str) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    common = dict(vocab_size=VOCAB, max_position_embeddings=2 * CONTEXT, tie_word_embeddings=True, rms_norm_eps=1e-5)
+    common = dict(
+        vocab_size=VOCAB,
+        max_position_embeddings=2 * CONTEXT,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-5,
+    )
     ends = dict(bos_token_id=0, eos_token_id=0, pad_token_id=0)
     return LlamaForCausalLM(LlamaConfig(**SHAPES[role], **common, **ends))
 
@@ -126,14 +140,21 @@ def load(folder: Path) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def train(role: str, out: Path, data: torch.Tensor, held: torch.Tensor, steps: int, batch: int, lr: float) -> None:
+def train(
+    role: str, out: Path, data: torch.Tensor, held: torch.Tensor, steps: int, batch: int, lr: float
+) -> None:
     model, teacher = new_model(role), load(out / "target").eval() if role == "draft" else None
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
     others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers" in n)]
-    optims = [Muon(matrices, lr=lr), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    optims = [
+        Muon(matrices, lr=lr),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
     draw = torch.Generator().manual_seed(1)
     rows = len(data) // CONTEXT
-    order = torch.cat([torch.randperm(rows - 1, generator=draw) for _ in range(steps * batch // (rows - 1) + 1)])
+    order = torch.cat(
+        [torch.randperm(rows - 1, generator=draw) for _ in range(steps * batch // (rows - 1) + 1)]
+    )
     begun, mean = time.time(), None
     for step in range(steps):
         start = (order[step * batch : (step + 1) * batch] * CONTEXT).tolist()
@@ -151,10 +172,19 @@ def train(role: str, out: Path, data: torch.Tensor, held: torch.Tensor, steps: i
         if (step + 1) % 100 == 0 or step + 1 == steps:
             spent = time.time() - begun
             rate = (step + 1) * batch * CONTEXT / spent
-            print(f"{role} step {step + 1}/{steps} loss {mean:.3f} {rate:.0f} tok/s {spent / 60:.1f} min", flush=True)
+            print(
+                f"{role} step {step + 1}/{steps} loss {mean:.3f} {rate:.0f} tok/s {spent / 60:.1f} min",
+                flush=True,
+            )
         if (step + 1) % 1000 == 0 or step + 1 == steps:
             save(model, out / role)
-    note(out, role, steps=steps, tokens=steps * batch * CONTEXT, minutes=round((time.time() - begun) / 60, 1))
+    note(
+        out,
+        role,
+        steps=steps,
+        tokens=steps * batch * CONTEXT,
+        minutes=round((time.time() - begun) / 60, 1),
+    )
 
 
 def loss_of(model, teacher, ids: torch.Tensor) -> torch.Tensor:
@@ -198,7 +228,10 @@ def about_head(folder: Path) -> list[str]:
     if not folder.exists():
         return []
     facts = json.loads((folder / "training.json").read_text())
-    held, size = facts["held_out"], sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
+    held, size = (
+        facts["held_out"],
+        sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values()),
+    )
     return [
         f"- EAGLE head: {size:,} parameters (a layer of the target's width; it uses the target's embedding and lm_head),",
         f"  {facts['steps']} steps, {facts['tokens']:,} tokens, {facts['minutes']} minutes on two shared cores. Held out: its first choice",
@@ -227,10 +260,16 @@ def write_card(out: Path, files: list[str], data: torch.Tensor, held: torch.Tens
     ]
     for role in SHAPES:
         t, shape = known[role], SHAPES[role]
-        how = "next-token loss" if role == "target" else "cross entropy against the target's distributions"
+        how = (
+            "next-token loss"
+            if role == "target"
+            else "cross entropy against the target's distributions"
+        )
         size_of = f"{params[role]:,} parameters ({shape['num_hidden_layers']} layers, width {shape['hidden_size']})"
         lines.append(f"- {role.capitalize()}: {size_of}, {how},")
-        lines.append(f"  {t['steps']} steps, {t['tokens']:,} tokens, {t['minutes']} minutes on two shared cores.")
+        lines.append(
+            f"  {t['steps']} steps, {t['tokens']:,} tokens, {t['minutes']} minutes on two shared cores."
+        )
     lines += [
         f"- Held out ({facts['positions']:,} positions): target loss {facts['target_loss']} nats a token, its first choice right at",
         f"  {facts['target_accuracy']:.1%}; draft loss {facts['draft_loss']}; the draft's first choice is the target's at",
@@ -262,7 +301,10 @@ def main() -> None:
         train_tokenizer(args.out, files)
     tokenizer = Tokenizer.from_file(str(args.out / "target" / "tokenizer.json"))
     data, held = tokens_of(tokenizer, files, 0), tokens_of(tokenizer, held_files, 0)
-    print(f"{len(files)} files, {len(data):,} tokens to learn from, {len(held):,} held out", flush=True)
+    print(
+        f"{len(files)} files, {len(data):,} tokens to learn from, {len(held):,} held out",
+        flush=True,
+    )
     for role, steps in (("target", args.target_steps), ("draft", args.draft_steps)):
         if args.only in (None, role):
             train(role, args.out, data, held, steps, args.batch, args.lr)

@@ -41,7 +41,13 @@ class Target:
     """The frozen model whose features the head learns."""
 
     def __init__(self, folder: Path, device: str):
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if device != "cpu" else torch.float32).to(device).eval()
+        self.model = (
+            AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto" if device != "cpu" else torch.float32
+            )
+            .to(device)
+            .eval()
+        )
         self.config, self.device = self.model.config, device
         self.tied = bool(self.config.tie_word_embeddings)
         self.name = embedding_hash(Checkpoint(folder))
@@ -64,7 +70,11 @@ class Eagle(nn.Module):
     def __init__(self, config):
         super().__init__()
         hidden = config.hidden_size
-        whole = AutoModel.from_config(type(config).from_dict({**config.to_dict(), "num_hidden_layers": 1, "layer_types": None}))
+        whole = AutoModel.from_config(
+            type(config).from_dict(
+                {**config.to_dict(), "num_hidden_layers": 1, "layer_types": None}
+            )
+        )
         whole.layers[0].input_layernorm = whole.norm = nn.Identity()
         whole.embed_tokens = None
         self.config, self.whole = whole.config, whole.float()
@@ -72,7 +82,9 @@ class Eagle(nn.Module):
 
     def forward(self, embedded: Tensor, features: Tensor) -> Tensor:
         """The features predicted at n tokens [batch, n, hidden], from their embeddings and the features before them."""
-        return self.whole(inputs_embeds=self.fc(torch.cat([embedded, features], -1)), use_cache=False).last_hidden_state
+        return self.whole(
+            inputs_embeds=self.fc(torch.cat([embedded, features], -1)), use_cache=False
+        ).last_hidden_state
 
     def published(self) -> dict[str, Tensor]:
         """Its weights by their published names."""
@@ -84,19 +96,31 @@ def texts(paths: list[Path]) -> tuple[list[str], list[str]]:
     """(to learn from, held out): a file in twenty by the hash of its name; of a few files, the last twentieth of each."""
     if not paths:
         return sources()
-    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    kept = {str(f): f.read_text(errors="ignore") for f in files if f.is_file() and (f in paths or f.suffix in SUFFIXES)}
+    files = [
+        file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
+    ]
+    kept = {
+        str(f): f.read_text(errors="ignore")
+        for f in files
+        if f.is_file() and (f in paths or f.suffix in SUFFIXES)
+    }
     if len(kept) < 60:
         cuts = {name: len(text) - len(text) // 20 for name, text in kept.items()}
-        return [text[: cuts[name]] for name, text in kept.items()], [text[cuts[name] :] for name, text in kept.items()]
+        return [text[: cuts[name]] for name, text in kept.items()], [
+            text[cuts[name] :] for name, text in kept.items()
+        ]
     held = {name for name in kept if hashlib.sha256(name.encode()).digest()[0] % 20 == 0}
-    return [text for name, text in kept.items() if name not in held], [kept[name] for name in sorted(held)]
+    return [text for name, text in kept.items() if name not in held], [
+        kept[name] for name in sorted(held)
+    ]
 
 
 def first_token(config) -> int | None:
     """What stands before each text: the first of the target's begin and end tokens that it has."""
     marks = [config.bos_token_id, config.eos_token_id]
-    return next((mark[0] if isinstance(mark, list) else mark for mark in marks if mark is not None), None)
+    return next(
+        (mark[0] if isinstance(mark, list) else mark for mark in marks if mark is not None), None
+    )
 
 
 # ---- learning --------------------------------------------------------------------------------------
@@ -117,10 +141,14 @@ def loss_of(eagle: Eagle, target: Target, ids: Tensor, args: argparse.Namespace)
 
 
 @torch.no_grad()
-def measure(eagle: Eagle, target: Target, held: Tensor, context: int, rows: int = 60) -> dict[str, float]:
+def measure(
+    eagle: Eagle, target: Target, held: Tensor, context: int, rows: int = 60
+) -> dict[str, float]:
     """On held-out text: how often the head's first choice is the target's, how often the target's is among its best 4 and 16, and
     the first again one level deeper, where the feature that goes in is the head's own guess."""
-    found = dict.fromkeys(("first_choice_agreement", "in_top_4", "in_top_16", "first_choice_one_deeper"), 0.0)
+    found = dict.fromkeys(
+        ("first_choice_agreement", "in_top_4", "in_top_16", "first_choice_one_deeper"), 0.0
+    )
     starts = torch.linspace(0, max(0, len(held) - context), rows).long().unique().tolist()
     eagle.eval()
     for start in starts:
@@ -132,7 +160,9 @@ def measure(eagle: Eagle, target: Target, held: Tensor, context: int, rows: int 
         best = target.logits(guess[0]).topk(16).indices == choice[:, None]
         for name, k in (("first_choice_agreement", 1), ("in_top_4", 4), ("in_top_16", 16)):
             found[name] += best[:, :k].any(-1).float().mean().item()
-        found["first_choice_one_deeper"] += (target.logits(deeper[0]).argmax(-1) == choice[1:]).float().mean().item()
+        found["first_choice_one_deeper"] += (
+            (target.logits(deeper[0]).argmax(-1) == choice[1:]).float().mean().item()
+        )
     eagle.train()
     return {name: round(total / len(starts), 4) for name, total in found.items()}
 
@@ -145,7 +175,10 @@ class Training:
         matrices = [p for p in eagle.parameters() if p.ndim == 2]
         others = [p for p in eagle.parameters() if p.ndim != 2]
         self.eagle, self.out, self.lr, self.target = eagle, out, lr, target
-        self.optims = [Muon(matrices, lr=lr), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+        self.optims = [
+            Muon(matrices, lr=lr),
+            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
+        ]
         self.steps, self.seconds = 0, 0.0
         self.state_path = out.with_name(out.name + ".state.pt")
 
@@ -171,15 +204,33 @@ class Training:
     def save(self, embedding: Tensor | None, **facts) -> None:
         """The head as published, `facts` in training.json, and the state; each written beside and renamed."""
         self.out.mkdir(parents=True, exist_ok=True)
-        tensors = self.eagle.published() | ({} if embedding is None else {"embed_tokens.weight": embedding})
+        tensors = self.eagle.published() | (
+            {} if embedding is None else {"embed_tokens.weight": embedding}
+        )
         half = {name: tensor.detach().half().cpu().contiguous() for name, tensor in tensors.items()}
-        config = self.eagle.config.to_dict() | {"architectures": ["EagleModel"], "dtype": "float16", CARD: self.target}
+        config = self.eagle.config.to_dict() | {
+            "architectures": ["EagleModel"],
+            "dtype": "float16",
+            CARD: self.target,
+        }
         config.pop("_name_or_path", None)
-        replace(self.out / "model.safetensors", lambda path: save_file(half, path, metadata={"format": "pt"}))
-        replace(self.out / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
-        replace(self.out / "training.json", lambda path: path.write_text(json.dumps(facts, indent=1) + "\n"))
+        replace(
+            self.out / "model.safetensors",
+            lambda path: save_file(half, path, metadata={"format": "pt"}),
+        )
+        replace(
+            self.out / "config.json",
+            lambda path: path.write_text(json.dumps(config, indent=1) + "\n"),
+        )
+        replace(
+            self.out / "training.json",
+            lambda path: path.write_text(json.dumps(facts, indent=1) + "\n"),
+        )
         state = {"eagle": self.eagle.state_dict(), "optims": [o.state_dict() for o in self.optims]}
-        replace(self.state_path, lambda path: torch.save(state | {"steps": self.steps, "seconds": self.seconds}, path))
+        replace(
+            self.state_path,
+            lambda path: torch.save(state | {"steps": self.steps, "seconds": self.seconds}, path),
+        )
 
 
 def replace(path: Path, write) -> None:
@@ -188,13 +239,19 @@ def replace(path: Path, write) -> None:
     os.replace(beside, path)
 
 
-def train(training: Training, target: Target, data: Tensor, held: Tensor, args: argparse.Namespace) -> None:
+def train(
+    training: Training, target: Target, data: Tensor, held: Tensor, args: argparse.Namespace
+) -> None:
     """Until a limit is reached or somebody interrupts; saves on the way and at the end."""
     begun, before, mean, saved = time.monotonic(), training.seconds, None, time.monotonic()
     embedding = None if target.tied else target.model.get_input_embeddings().weight
-    while (progress := max(training.steps / args.steps, training.seconds / (60 * args.minutes))) < 1:
+    while (
+        progress := max(training.steps / args.steps, training.seconds / (60 * args.minutes))
+    ) < 1:
         draw = torch.Generator().manual_seed(training.steps)
-        starts = torch.randint(0, len(data) - args.context + 1, (args.batch,), generator=draw).tolist()
+        starts = torch.randint(
+            0, len(data) - args.context + 1, (args.batch,), generator=draw
+        ).tolist()
         ids = torch.stack([data[s : s + args.context] for s in starts]).to(target.device)
         with torch.autocast(target.device.split(":")[0], torch.bfloat16, enabled=args.bfloat16):
             loss = loss_of(training.eagle, target, ids, args)
@@ -202,32 +259,78 @@ def train(training: Training, target: Target, data: Tensor, held: Tensor, args: 
         training.seconds = before + time.monotonic() - begun
         mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
         if training.steps % 50 == 0:
-            print(f"step {training.steps} loss {mean:.4f} {training.seconds / 60:.1f} min, {progress:.0%}", flush=True)
+            print(
+                f"step {training.steps} loss {mean:.4f} {training.seconds / 60:.1f} min, {progress:.0%}",
+                flush=True,
+            )
         if time.monotonic() - saved > SAVE_EVERY:
             saved = time.monotonic()
             training.save(embedding, steps=training.steps, interrupted=True)
     found = measure(training.eagle, target, held, args.context)
     tokens = training.steps * args.batch * args.context
-    settings = {name: getattr(args, name) for name in ("noise", "ce_weight", "levels", "lr", "batch", "context")}
-    about = dict(steps=training.steps, tokens=tokens, minutes=round(training.seconds / 60, 1), settings=settings)
+    settings = {
+        name: getattr(args, name)
+        for name in ("noise", "ce_weight", "levels", "lr", "batch", "context")
+    }
+    about = dict(
+        steps=training.steps,
+        tokens=tokens,
+        minutes=round(training.seconds / 60, 1),
+        settings=settings,
+    )
     training.save(embedding, **about, held_out=found)
     print(f"held out: {found}", flush=True)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", type=Path, required=True, metavar="DIR", help="the target's checkpoint, with tokenizer.json")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the head goes")
-    parser.add_argument("--text", type=Path, nargs="*", default=[], help="files and folders (default: the standard library's sources)")
+    parser.add_argument(
+        "--target",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="the target's checkpoint, with tokenizer.json",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="where the head goes"
+    )
+    parser.add_argument(
+        "--text",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="files and folders (default: the standard library's sources)",
+    )
     parser.add_argument("--steps", type=float, default=float("inf"), help="stop after so many")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many; give one of the two, or both")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=float("inf"),
+        help="stop after so many; give one of the two, or both",
+    )
     parser.add_argument("--batch", type=int, default=4, help="texts a step")
     parser.add_argument("--context", type=int, default=512, help="tokens a text")
     parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--noise", type=float, default=0.1, help="on the features that go in, as a share of their RMS")
-    parser.add_argument("--ce-weight", type=float, default=0.1, help="of the cross entropy beside smooth L1")
-    parser.add_argument("--levels", type=int, default=2, help="learn from its own guesses too, so many levels deep (1: not)")
-    parser.add_argument("--bfloat16", action="store_true", help="multiply in bfloat16: twice as fast where the processor can")
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=0.1,
+        help="on the features that go in, as a share of their RMS",
+    )
+    parser.add_argument(
+        "--ce-weight", type=float, default=0.1, help="of the cross entropy beside smooth L1"
+    )
+    parser.add_argument(
+        "--levels",
+        type=int,
+        default=2,
+        help="learn from its own guesses too, so many levels deep (1: not)",
+    )
+    parser.add_argument(
+        "--bfloat16",
+        action="store_true",
+        help="multiply in bfloat16: twice as fast where the processor can",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resume", action="store_true", help="go on from OUT.state.pt")
     args = parser.parse_args()
@@ -241,9 +344,13 @@ def main() -> None:
     target = Target(args.target, args.device)
     tokenizer = Tokenizer.from_file(str(args.target / "tokenizer.json"))
     learn, held_out = texts(args.text)
-    data, held = (tokens_of(tokenizer, some, 0, first_token(target.config)) for some in (learn, held_out))
+    data, held = (
+        tokens_of(tokenizer, some, 0, first_token(target.config)) for some in (learn, held_out)
+    )
     if min(len(data), len(held)) <= args.context:
-        sys.exit(f"{len(data)} tokens to learn from and {len(held)} held out: too few for --context {args.context}")
+        sys.exit(
+            f"{len(data)} tokens to learn from and {len(held)} held out: too few for --context {args.context}"
+        )
     print(f"{len(data):,} tokens to learn from, {len(held):,} held out", flush=True)
     torch.manual_seed(0)
     training = Training(Eagle(target.config).to(args.device), args.out, args.lr, target.name)

@@ -50,7 +50,9 @@ def seen(draft, target, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
     features, chosen = [], []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        text = target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
+        text = target.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False
+        )
         features.append(draft.model(text[:, :-1]).last_hidden_state[0, len(prompt) - 1 :])
         chosen.append(text[0, len(prompt) :])
     return torch.cat(features), torch.cat(chosen)
@@ -66,7 +68,9 @@ def mixed(head: Tensor, noise: float) -> Tensor:
 def rms(model, prompts: list[list[int]]) -> float:
     """The largest root mean square of what enters the final norm at the tokens of the prompts, twice over to be safe."""
     seen: list[float] = []
-    hook = model.model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].square().mean(-1).sqrt().max().item()))
+    hook = model.model.norm.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].square().mean(-1).sqrt().max().item())
+    )
     for prompt in prompts:
         model(torch.tensor([prompt]))
     hook.remove()
@@ -98,7 +102,11 @@ def with_room(small, vocabulary: int, positions: int, largest: float):
     config = copy.deepcopy(small.config)
     width = config.hidden_size
     config.head_dim = config.head_dim or width // config.num_attention_heads
-    config.hidden_size, config.vocab_size, config.max_position_embeddings = width + PLACES, vocabulary, positions
+    config.hidden_size, config.vocab_size, config.max_position_embeddings = (
+        width + PLACES,
+        vocabulary,
+        positions,
+    )
     made = type(small)(config)
     constant = CONSTANT * small.model.embed_tokens.weight.abs().mean()
     scale = (width / (width + PLACES)) ** 0.5  # what wider norms divide by is smaller by that
@@ -106,14 +114,23 @@ def with_room(small, vocabulary: int, positions: int, largest: float):
     for name, tensor in small.named_parameters():
         target = ours[name]
         target.fill_(0.0)
-        target[tuple(slice(n) for n in tensor.shape)] = tensor * (scale if "norm" in name else 1.0)  # a bias is a vector as well
+        target[tuple(slice(n) for n in tensor.shape)] = tensor * (
+            scale if "norm" in name else 1.0
+        )  # a bias is a vector as well
     made.model.embed_tokens.weight[:, width] = constant
     made.model.norm.weight[width] = 1.0
     made.lm_head.weight[len(small.lm_head.weight) :, width] = -LOST * largest / constant
     return made.eval()
 
 
-def weaken(draft: Path, target: Path, wanted: float, output: Path, vocabulary: int | None = None, positions: int | None = None) -> float:
+def weaken(
+    draft: Path,
+    target: Path,
+    wanted: float,
+    output: Path,
+    vocabulary: int | None = None,
+    positions: int | None = None,
+) -> float:
     """Write the draft and return its agreement. UserError for bad input."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -127,20 +144,34 @@ def weaken(draft: Path, target: Path, wanted: float, output: Path, vocabulary: i
         Source.open(folder)  # a UserError for what is no checkpoint
     tokenizer = load_tokenizer(target)
     check_same_tokens(tokenizer, load_tokenizer(draft), str(draft))
-    small, large = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in (draft, target))
-    prompts = [tokenizer.encode(prompt).ids for prompt in read_prompts(str(ROOT / "demo" / "prompts.jsonl"))[:PROMPTS]]
+    small, large = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        for folder in (draft, target)
+    )
+    prompts = [
+        tokenizer.encode(prompt).ids
+        for prompt in read_prompts(str(ROOT / "demo" / "prompts.jsonl"))[:PROMPTS]
+    ]
     with torch.inference_mode():
         head, found = weakened(small.lm_head.weight.clone(), *seen(small, large, prompts), wanted)
     small.config.tie_word_embeddings = False
     small.lm_head.weight = torch.nn.Parameter(head.clone(), requires_grad=False)
     config = small.config
     if vocabulary or positions:
-        need(config.model_type == "llama", f"{draft} is no Llama: it cannot be given more tokens or positions")
+        need(
+            config.model_type == "llama",
+            f"{draft} is no Llama: it cannot be given more tokens or positions",
+        )
         wider = vocabulary or config.vocab_size, positions or config.max_position_embeddings
         needed = config.vocab_size, config.max_position_embeddings
-        need(all(n >= least for n, least in zip(wider, needed, strict=True)), f"--vocab and --positions: not below {needed}, the draft's")
+        need(
+            all(n >= least for n, least in zip(wider, needed, strict=True)),
+            f"--vocab and --positions: not below {needed}, the draft's",
+        )
         small = with_room(small, *wider, largest=rms(small, prompts))
-    with staged_folder(output.resolve(), sum(weight.nbytes for weight in small.parameters())) as folder:
+    with staged_folder(
+        output.resolve(), sum(weight.nbytes for weight in small.parameters())
+    ) as folder:
         small.save_pretrained(folder)
         for name in COORDINATOR_FILES:
             if (draft / name).is_file():
@@ -151,12 +182,25 @@ def weaken(draft: Path, target: Path, wanted: float, output: Path, vocabulary: i
 @command
 def main(argv: Sequence[str]) -> int:
     """Exit code: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
-    each = Parser(prog="weaken.py", description="Make a draft model that agrees with a target as often as asked.")
+    each = Parser(
+        prog="weaken.py",
+        description="Make a draft model that agrees with a target as often as asked.",
+    )
     each.add_argument("--draft", required=True, type=Path, metavar="DIR")
     each.add_argument("--target", required=True, type=Path, metavar="DIR")
-    each.add_argument("--agree", required=True, type=float, metavar="RATE", help="0 to 1: first choice is the target's")
-    each.add_argument("--vocab", type=int, metavar="N", help="tokens (default: the draft's); new ones never win")
-    each.add_argument("--positions", type=int, metavar="N", help="the longest text (default: the draft's)")
+    each.add_argument(
+        "--agree",
+        required=True,
+        type=float,
+        metavar="RATE",
+        help="0 to 1: first choice is the target's",
+    )
+    each.add_argument(
+        "--vocab", type=int, metavar="N", help="tokens (default: the draft's); new ones never win"
+    )
+    each.add_argument(
+        "--positions", type=int, metavar="N", help="the longest text (default: the draft's)"
+    )
     each.add_argument("--output", required=True, type=Path, metavar="DIR")
     args = each.parse_args(argv)
     found = weaken(args.draft, args.target, args.agree, args.output, args.vocab, args.positions)
@@ -165,5 +209,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a plain kill cleans up like Ctrl-C does
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # a plain kill cleans up like Ctrl-C does
     sys.exit(main())

@@ -69,10 +69,16 @@ class Llama:
         """UserError for what is no such checkpoint."""
         source = Source.open(folder)
         config, rope = source.config, source.config.get("rope_parameters") or {}
-        plain = config["model_type"] == "llama" and rope.get("rope_type", "default") == "default" and not config.get("rope_scaling")
+        plain = (
+            config["model_type"] == "llama"
+            and rope.get("rope_type", "default") == "default"
+            and not config.get("rope_scaling")
+        )
         names = [name for name in source.checkpoint.names if name != HEAD or not source.tied]
         if not plain or not all(name in NAMES or _known(name) for name in names):
-            raise UserError(f"{folder}: only a Llama without biases and without scaled rotary positions can be written as GGUF")
+            raise UserError(
+                f"{folder}: only a Llama without biases and without scaled rotary positions can be written as GGUF"
+            )
         return cls(config, source.checkpoint, names, tuple(sorted(Text(folder).eos)))
 
     @property
@@ -116,7 +122,9 @@ class Llama:
         writer.add_tokenizer_model("llama")
         writer.add_token_list([str(token) for token in range(vocabulary)])
         writer.add_token_scores([0.0] * vocabulary)
-        writer.add_token_types([types.CONTROL if token in self.ends else types.NORMAL for token in range(vocabulary)])
+        writer.add_token_types(
+            [types.CONTROL if token in self.ends else types.NORMAL for token in range(vocabulary)]
+        )
         for token in self.ends[:1]:
             writer.add_eos_token_id(token)
 
@@ -137,7 +145,9 @@ def write_gguf(model: Llama, path: Path) -> None:
         model.describe(writer, gguf.TokenType)
         for name in model.names:
             shape = model.checkpoint.info(name).shape
-            writer.add_tensor_info(gguf_name(name), shape, np.dtype(np.float32), 4 * math.prod(shape))
+            writer.add_tensor_info(
+                gguf_name(name), shape, np.dtype(np.float32), 4 * math.prod(shape)
+            )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -149,7 +159,10 @@ def write_gguf(model: Llama, path: Path) -> None:
 @command
 def main(argv: Sequence[str]) -> int:
     """Exit code: 0, 2 for bad input."""
-    each = Parser(prog="write_gguf.py", description="Write a Llama checkpoint as GGUF for llama.cpp, in float32.")
+    each = Parser(
+        prog="write_gguf.py",
+        description="Write a Llama checkpoint as GGUF for llama.cpp, in float32.",
+    )
     each.add_argument("--model", required=True, type=Path, metavar="DIR")
     each.add_argument("--output", required=True, type=Path, metavar="FILE")
     args = each.parse_args(argv)

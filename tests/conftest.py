@@ -22,7 +22,10 @@ def save_tokenizer(folder, vocabulary: int) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(
+        TEXT,
+        trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False),
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
@@ -32,14 +35,25 @@ def save_head(folder, model: LlamaForCausalLM) -> None:
     Least squares shrinks what it cannot predict; doubled, the head is as sure of itself as policies want it to be."""
     torch.manual_seed(2)
     hidden, config = model.config.hidden_size, model.config.to_dict() | {"num_hidden_layers": 1}
-    like = {f"layers.0.{k}": v for k, v in model.model.layers[0].state_dict().items() if "input_layernorm" not in k}
+    like = {
+        f"layers.0.{k}": v
+        for k, v in model.model.layers[0].state_dict().items()
+        if "input_layernorm" not in k
+    }
     layer = {k: 0.02 * torch.randn_like(v) for k, v in like.items()}
     layer["layers.0.post_attention_layernorm.weight"] += 1
     with torch.no_grad():
         tokens = torch.randint(0, 300, (40, 40))
         features = model.model(tokens).last_hidden_state
-        rows = torch.cat([model.model.embed_tokens(tokens[:, 1:]), features[:, :-1]], -1).flatten(0, 1)
-        fc = 2 * torch.linalg.solve(rows.T @ rows + 0.1 * torch.eye(2 * hidden), rows.T @ features[:, 1:].flatten(0, 1)).T
+        rows = torch.cat([model.model.embed_tokens(tokens[:, 1:]), features[:, :-1]], -1).flatten(
+            0, 1
+        )
+        fc = (
+            2
+            * torch.linalg.solve(
+                rows.T @ rows + 0.1 * torch.eye(2 * hidden), rows.T @ features[:, 1:].flatten(0, 1)
+            ).T
+        )
     folder.mkdir()
     save_file({"fc.weight": fc.contiguous(), **layer}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
@@ -53,18 +67,35 @@ def eagle3(tensors, config: LlamaConfig, tokens, features):
     """The paper's formulas, without a cache: what an EAGLE-3 head predicts at tokens [n] beside fused features [n, hidden]."""
 
     def norm(x, name):
-        return torch.nn.functional.rms_norm(x, x.shape[-1:], tensors[f"midlayer.{name}.weight"], config.rms_norm_eps)
+        return torch.nn.functional.rms_norm(
+            x, x.shape[-1:], tensors[f"midlayer.{name}.weight"], config.rms_norm_eps
+        )
 
     def linear(x, name):
         return x @ tensors[f"midlayer.{name}_proj.weight"].T
 
-    read = torch.cat([norm(tensors["embed_tokens.weight"][tokens], "input_layernorm"), norm(features, "hidden_norm")], -1)
-    q, k, v = (linear(read, f"self_attn.{x}").unflatten(-1, (-1, config.head_dim)).transpose(0, 1)[None] for x in "qkv")
-    q, k = apply_rotary_pos_emb(q, k, *LlamaRotaryEmbedding(config)(features, torch.arange(len(tokens))[None]))
-    mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    read = torch.cat(
+        [
+            norm(tensors["embed_tokens.weight"][tokens], "input_layernorm"),
+            norm(features, "hidden_norm"),
+        ],
+        -1,
+    )
+    q, k, v = (
+        linear(read, f"self_attn.{x}").unflatten(-1, (-1, config.head_dim)).transpose(0, 1)[None]
+        for x in "qkv"
+    )
+    q, k = apply_rotary_pos_emb(
+        q, k, *LlamaRotaryEmbedding(config)(features, torch.arange(len(tokens))[None])
+    )
+    mixed = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=True
+    )
     x = features + linear(mixed[0].transpose(0, 1).flatten(1), "self_attn.o")
     y = norm(x, "post_attention_layernorm")
-    return x + linear(torch.nn.functional.silu(linear(y, "mlp.gate")) * linear(y, "mlp.up"), "mlp.down")
+    return x + linear(
+        torch.nn.functional.silu(linear(y, "mlp.gate")) * linear(y, "mlp.up"), "mlp.down"
+    )
 
 
 def save_head3(folder, model: LlamaForCausalLM, own: int) -> None:
@@ -72,32 +103,65 @@ def save_head3(folder, model: LlamaForCausalLM, own: int) -> None:
     torch.manual_seed(4)
     config, deep = model.config, model.config.num_hidden_layers
     hidden, narrow = config.hidden_size, config.num_key_value_heads * config.head_dim
-    shapes = {f"self_attn.{x}_proj": (n, 2 * hidden) for x, n in (("q", hidden), ("k", narrow), ("v", narrow))}
-    shapes |= {"self_attn.o_proj": (hidden, hidden), "mlp.down_proj": (hidden, config.intermediate_size)}
+    shapes = {
+        f"self_attn.{x}_proj": (n, 2 * hidden)
+        for x, n in (("q", hidden), ("k", narrow), ("v", narrow))
+    }
+    shapes |= {
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.down_proj": (hidden, config.intermediate_size),
+    }
     shapes |= {f"mlp.{x}_proj": (config.intermediate_size, hidden) for x in ("gate", "up")}
-    tensors = {f"midlayer.{name}.weight": shape[1] ** -0.5 * torch.randn(shape) for name, shape in shapes.items()}
-    tensors |= {"fc.weight": 0.1 * torch.randn(hidden, 3 * hidden), "lm_head.weight": 0.1 * torch.randn(own, hidden)}
+    tensors = {
+        f"midlayer.{name}.weight": shape[1] ** -0.5 * torch.randn(shape)
+        for name, shape in shapes.items()
+    }
+    tensors |= {
+        "fc.weight": 0.1 * torch.randn(hidden, 3 * hidden),
+        "lm_head.weight": 0.1 * torch.randn(own, hidden),
+    }
     norms = ("input_layernorm", "hidden_norm", "post_attention_layernorm")
-    tensors |= {name: torch.ones(hidden) for name in ("norm.weight", *(f"midlayer.{n}.weight" for n in norms))}
+    tensors |= {
+        name: torch.ones(hidden)
+        for name in ("norm.weight", *(f"midlayer.{n}.weight" for n in norms))
+    }
     lent = {"embed_tokens.weight": model.model.embed_tokens.weight.detach()}
     with torch.no_grad():
-        texts = [model.generate(torch.tensor([p]), max_new_tokens=30, do_sample=False, pad_token_id=0)[0] for p in KNOWN]
-        states = [model.model(text[None], output_hidden_states=True).hidden_states for text in texts]
+        texts = [
+            model.generate(torch.tensor([p]), max_new_tokens=30, do_sample=False, pad_token_id=0)[0]
+            for p in KNOWN
+        ]
+        states = [
+            model.model(text[None], output_hidden_states=True).hidden_states for text in texts
+        ]
     common = torch.cat([*texts, torch.arange(own)]).unique()[-own:]
     training = torch.optim.Adam([t.requires_grad_() for t in tensors.values()], lr=0.01)
     for text, state in [*zip(texts, states, strict=True)] * 30:
-        fused = torch.cat([state[k][0] for k in (2, deep // 2, deep - 3)], -1) @ tensors["fc.weight"].T
+        fused = (
+            torch.cat([state[k][0] for k in (2, deep // 2, deep - 3)], -1) @ tensors["fc.weight"].T
+        )
         guess = eagle3(tensors | lent, config, text[1:-1], fused[:-2])
-        logits = torch.nn.functional.rms_norm(guess, (hidden,), tensors["norm.weight"], config.rms_norm_eps) @ tensors["lm_head.weight"].T
-        loss = torch.nn.functional.cross_entropy(logits, torch.searchsorted(common, text[2:]).clamp(max=own - 1))
+        logits = (
+            torch.nn.functional.rms_norm(
+                guess, (hidden,), tensors["norm.weight"], config.rms_norm_eps
+            )
+            @ tensors["lm_head.weight"].T
+        )
+        loss = torch.nn.functional.cross_entropy(
+            logits, torch.searchsorted(common, text[2:]).clamp(max=own - 1)
+        )
         training.zero_grad()
         loss.backward()
         training.step()
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     known = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, common, True)
     folder.mkdir()
-    save_file(tensors | {"d2t": common - torch.arange(own), "t2d": known}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config.to_dict() | {"num_hidden_layers": 1, "draft_vocab_size": own}))
+    save_file(
+        tensors | {"d2t": common - torch.arange(own), "t2d": known}, folder / "model.safetensors"
+    )
+    (folder / "config.json").write_text(
+        json.dumps(config.to_dict() | {"num_hidden_layers": 1, "draft_vocab_size": own})
+    )
 
 
 class TinyPair:
@@ -121,10 +185,14 @@ class TinyPair:
         )
         self.model = LlamaForCausalLM(config).eval()
         for p in self.model.parameters():
-            torch.nn.init.normal_(p, std=0.15) if p.ndim == 2 else torch.nn.init.normal_(p, 1.0, 0.1)
+            torch.nn.init.normal_(p, std=0.15) if p.ndim == 2 else torch.nn.init.normal_(
+                p, 1.0, 0.1
+            )
         self.model.save_pretrained(self.target)
         near = LlamaForCausalLM(config)
-        near.load_state_dict({k: v + 0.005 * torch.randn_like(v) for k, v in self.model.state_dict().items()})
+        near.load_state_dict(
+            {k: v + 0.005 * torch.randn_like(v) for k, v in self.model.state_dict().items()}
+        )
         near.save_pretrained(self.draft)
         save_head(self.head, self.model)
         for place in (self.target, self.draft):
@@ -151,8 +219,14 @@ class TinyPair:
         """A configuration file for that split."""
         path = self.folder / f"config_{stages}_{layers}_{drafter}.yaml"
         places = {"lm": "draft", "eagle": "head", "eagle3": "head3"}
-        kind = f"{{kind: {drafter}, path: {getattr(self, places[drafter])}}}" if drafter in places else f"{{kind: {drafter}}}"
-        path.write_text(f"stages: {self.split(stages, layers)}\ndrafter: {kind}\nsampling: {{max_new_tokens: 40}}\n")
+        kind = (
+            f"{{kind: {drafter}, path: {getattr(self, places[drafter])}}}"
+            if drafter in places
+            else f"{{kind: {drafter}}}"
+        )
+        path.write_text(
+            f"stages: {self.split(stages, layers)}\ndrafter: {kind}\nsampling: {{max_new_tokens: 40}}\n"
+        )
         return path
 
     def greedy(self, tokens, n: int) -> list[int]:
@@ -165,7 +239,13 @@ class TinyPair:
     @torch.no_grad()
     def _generate(self, tokens, n: int) -> list[int]:
         ids = torch.tensor([list(tokens)])
-        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False, pad_token_id=0)
+        out = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=n,
+            do_sample=False,
+            pad_token_id=0,
+        )
         return out[0, ids.shape[1] :].tolist()
 
 

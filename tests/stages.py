@@ -2,7 +2,17 @@
 
 import torch
 
-from flowspec.core.machine import Arrived, Begin, Chunk, Compute, Computed, Decided, Move, Settled, StageMachine
+from flowspec.core.machine import (
+    Arrived,
+    Begin,
+    Chunk,
+    Compute,
+    Computed,
+    Decided,
+    Move,
+    Settled,
+    StageMachine,
+)
 from flowspec.core.messages import Segment
 from flowspec.core.topology import Topology
 from flowspec.models.stage import ALWAYS, Cached
@@ -38,7 +48,14 @@ class Hand:
         """Which of the rows were worth it, their positions, and their features; None: they were not `needed` any more."""
         self.machine._live[REQUEST].drop_dead = drop
         segment = Segment(1, tuple(ids), tuple(parents), tuple(ids))
-        compute = next((a for a in self.machine.handle(Arrived(REQUEST, segment, 0.0, 0.0)) if isinstance(a, Compute)), None)
+        compute = next(
+            (
+                a
+                for a in self.machine.handle(Arrived(REQUEST, segment, 0.0, 0.0))
+                if isinstance(a, Compute)
+            ),
+            None,
+        )
         if compute is None:
             return [], torch.zeros(0), rows[:0]
         admitted = compute.admitted

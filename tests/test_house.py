@@ -12,7 +12,12 @@ from flowspec.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = sorted((ROOT / "flowspec").rglob("*.py"))
-SHIPPED = [*PACKAGE, *sorted((ROOT / "scripts").rglob("*.py")), *sorted((ROOT / "launch").rglob("*.py")), ROOT / "split_models.py"]
+SHIPPED = [
+    *PACKAGE,
+    *sorted((ROOT / "scripts").rglob("*.py")),
+    *sorted((ROOT / "launch").rglob("*.py")),
+    ROOT / "split_models.py",
+]
 LAYERS = [
     {"core", "errors", "version", "files", "output", "trace"},
     {"models", "sampling", "text", "comm", "sim"},
@@ -48,7 +53,13 @@ DISTRIBUTED = {
     *("flowspec/runtime/process.py", "flowspec/runtime/agreement.py", "flowspec/launcher.py"),
 }
 LIGHT = [
-    *("flowspec.cli", "flowspec.config", "flowspec.preflight", "flowspec.launcher", "flowspec.models.split"),
+    *(
+        "flowspec.cli",
+        "flowspec.config",
+        "flowspec.preflight",
+        "flowspec.launcher",
+        "flowspec.models.split",
+    ),
     *(f"flowspec.commands.{name}" for name in COMMANDS if name != "simulate"),
 ]
 LONGEST = 60
@@ -115,12 +126,16 @@ def test_no_exception_to_the_layers_is_out_of_use():
 def test_the_core_is_pure(path):
     for name in imports_of(path):
         top = name.split(".")[0]
-        assert top in {"numpy", "flowspec"} or top in sys.stdlib_module_names, f"{name_of(path)} imports {name}"
+        assert top in {"numpy", "flowspec"} or top in sys.stdlib_module_names, (
+            f"{name_of(path)} imports {name}"
+        )
 
 
 def test_every_room_is_in_the_wheel():
     """pyproject.toml lists them, since what is shipped beside them (the demo) has a name of its own there."""
-    said = re.search(r"^packages = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    said = re.search(
+        r"^packages = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE
+    )
     listed = set(re.findall(r'"([^"]+)"', said[1]))
     rooms = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE}
     assert {name for name in listed if ".shipped." not in name} == rooms
@@ -128,15 +143,23 @@ def test_every_room_is_in_the_wheel():
 
 def test_the_number_of_ranks_is_reckoned_with_in_one_place():
     """core/topology.py says who is first, last and next; nobody else adds to, or counts up to, a number of stages or ranks."""
-    sums = re.compile(r"world_size *[-+%]|[-+] *world_size|(num_)?stages *[-+] *1\b|range\(1, .*(stages|ranks|world)")
-    found = [path for path in PACKAGE if name_of(path) != "flowspec/core/topology.py" and sums.search(path.read_text())]
+    sums = re.compile(
+        r"world_size *[-+%]|[-+] *world_size|(num_)?stages *[-+] *1\b|range\(1, .*(stages|ranks|world)"
+    )
+    found = [
+        path
+        for path in PACKAGE
+        if name_of(path) != "flowspec/core/topology.py" and sums.search(path.read_text())
+    ]
     assert not found, [name_of(path) for path in found]
 
 
 def test_torch_distributed_appears_where_ranks_meet_and_nowhere_else():
     found = set()
     for path in PACKAGE:
-        spelled = [ast.unparse(node) for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute)]
+        spelled = [
+            ast.unparse(node) for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute)
+        ]
         if any(f"{name}.".startswith("torch.distributed.") for name in imports_of(path) + spelled):
             found.add(name_of(path))
     assert {name for name in found if not name.startswith("flowspec/models/tp")} == DISTRIBUTED
@@ -146,7 +169,13 @@ def offences(tree: ast.Module) -> list[str]:
     """What may not stand in a shipped file: ways to run what was read, and shells."""
     found = []
     for node in ast.walk(tree):
-        name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+        name = (
+            node.attr
+            if isinstance(node, ast.Attribute)
+            else node.id
+            if isinstance(node, ast.Name)
+            else ""
+        )
         if re.search(r"(gather|scatter|broadcast|send|recv)_object(_list)?$", name):
             found.append(name)
         if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.system", "os.popen"):
@@ -163,7 +192,14 @@ def offences(tree: ast.Module) -> list[str]:
 @pytest.mark.parametrize("path", SHIPPED, ids=name_of)
 def test_nothing_that_is_read_can_run(path):
     assert offences(tree_of(path)) == []
-    assert {name.split(".")[0] for name in imports_of(path)} & {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal"} == set()
+    assert {name.split(".")[0] for name in imports_of(path)} & {
+        "pickle",
+        "cPickle",
+        "dill",
+        "cloudpickle",
+        "shelve",
+        "marshal",
+    } == set()
 
 
 @pytest.mark.parametrize(
@@ -184,7 +220,9 @@ def test_the_search_for_offences_finds_them(text):
 @pytest.mark.parametrize("module", LIGHT)
 def test_what_checks_input_imports_no_torch(module):
     code = f"import sys, {module}; print(*sorted({{'torch', 'transformers'}} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
 
 
@@ -193,5 +231,7 @@ def test_functions_are_short_and_nothing_is_left_to_do(path):
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or 0) - node.lineno + 1
-            assert length <= LONGEST, f"{name_of(path)}:{node.lineno}: {node.name} has {length} lines"
+            assert length <= LONGEST, (
+                f"{name_of(path)}:{node.lineno}: {node.name} has {length} lines"
+            )
     assert re.findall(r"\b(?:TODO|FIXME|XXX)\b", path.read_text()) == []

@@ -91,33 +91,62 @@ def compare(engine: Engine, prompts: Sequence[str], plan: Plan) -> bool:
     chosen = _variants(config.policy, plan.methods, plan.without)
     measured = _runs(engine, prompts, chosen, plan.temperatures, plan.repeats, random.Random(seed))
     runs = list(_kept(measured, _claimed(folder / "records.jsonl")))
-    forecasters = {coupled: _forecaster(config, coupled) for coupled in {config.policy.coupled, *(v.policy.coupled for v in chosen)}}
+    forecasters = {
+        coupled: _forecaster(config, coupled)
+        for coupled in {config.policy.coupled, *(v.policy.coupled for v in chosen)}
+    }
     predicted = _predictions(runs, forecasters, stages)
     records = [_record(run, predicted[_cell(run)]) for run in runs]
     title = f"{config.name}, {stages} stages{', emulated times' if config.emulate.active else ''}"
     report.show(records, title)
     if plan.sweep:
-        _sweep(forecasters[config.policy.coupled], [r.method for r in records], stages, plan.temperatures)
+        _sweep(
+            forecasters[config.policy.coupled],
+            [r.method for r in records],
+            stages,
+            plan.temperatures,
+        )
     different = report.identical(records)
     print("\n".join(different) or "every method wrote the same tokens")
     _write(folder, records, title, _facts(engine, plan, seed))
     return not different
 
 
-def _variants(policy: PolicyConfig, methods: Sequence[str], without: Sequence[str]) -> list[Variant]:
+def _variants(
+    policy: PolicyConfig, methods: Sequence[str], without: Sequence[str]
+) -> list[Variant]:
     """The methods, and flowspec with each of these switches off alone."""
-    lesser = [Variant(f"flowspec - {name}", "flowspec", dataclasses.replace(policy, **{name: False})) for name in without]
+    lesser = [
+        Variant(f"flowspec - {name}", "flowspec", dataclasses.replace(policy, **{name: False}))
+        for name in without
+    ]
     return [Variant(method, method, policy) for method in methods] + lesser
 
 
 # ---- measured --------------------------------------------------------------------------------------
 def _runs(
-    engine: Engine, prompts: Sequence[str], chosen: list[Variant], temperatures: Sequence[float], repeats: int, order: random.Random
+    engine: Engine,
+    prompts: Sequence[str],
+    chosen: list[Variant],
+    temperatures: Sequence[float],
+    repeats: int,
+    order: random.Random,
 ) -> Iterator[Run]:
     for variant in chosen:
-        list(engine.generate(prompts[0], method=variant.method, policy=variant.policy, max_new_tokens=WARM_UP_TOKENS))
+        list(
+            engine.generate(
+                prompts[0],
+                method=variant.method,
+                policy=variant.policy,
+                max_new_tokens=WARM_UP_TOKENS,
+            )
+        )
     engine.traced = True
-    total, done, began = len(prompts) * len(temperatures) * repeats * len(chosen), 0, time.monotonic()
+    total, done, began = (
+        len(prompts) * len(temperatures) * repeats * len(chosen),
+        0,
+        time.monotonic(),
+    )
     for repeat in range(1, repeats + 1):
         turns = list(itertools.product(range(len(prompts)), temperatures))
         order.shuffle(turns)
@@ -128,16 +157,28 @@ def _runs(
                 _progress(done, total, time.monotonic() - began)
 
 
-def _run(engine: Engine, number: int, repeat: int, prompt: str, variant: Variant, temperature: float) -> Run:
+def _run(
+    engine: Engine, number: int, repeat: int, prompt: str, variant: Variant, temperature: float
+) -> Run:
     seed = engine.config.sampling.seed or 0
     engine.forget()  # each run is as the first of a ring: what one has learnt is no gift to the next
-    generation = engine.generate(prompt, method=variant.method, policy=variant.policy, temperature=temperature, seed=seed)
+    generation = engine.generate(
+        prompt, method=variant.method, policy=variant.policy, temperature=temperature, seed=seed
+    )
     for _ in generation:
         pass
     assert generation.result is not None
     drafts = [1000 * (s.end - s.begin) for s in generation.spans if s.row == "draft"]
     draft_ms = statistics.median(drafts) if drafts else None
-    return Run(variant, number, repeat, generation.request, generation.result, timeline.summary(generation.spans), draft_ms)
+    return Run(
+        variant,
+        number,
+        repeat,
+        generation.request,
+        generation.result,
+        timeline.summary(generation.spans),
+        draft_ms,
+    )
 
 
 def _claimed(path: Path) -> Path:
@@ -195,7 +236,10 @@ Cell = tuple[Variant, float, int]
 
 def _forecaster(config: Config, coupled: bool) -> Forecaster:
     """For all variants with or without the noise in their drafts: it loads the models once."""
-    return Forecaster(dataclasses.replace(config, policy=dataclasses.replace(config.policy, coupled=coupled)), Models.of(config))
+    return Forecaster(
+        dataclasses.replace(config, policy=dataclasses.replace(config.policy, coupled=coupled)),
+        Models.of(config),
+    )
 
 
 def _cell(run: Run) -> Cell:
@@ -203,7 +247,9 @@ def _cell(run: Run) -> Cell:
     return run.variant, run.result.temperature, run.prompt
 
 
-def _predictions(runs: Sequence[Run], forecasters: Mapping[bool, Forecaster], stages: int) -> dict[Cell, float | None]:
+def _predictions(
+    runs: Sequence[Run], forecasters: Mapping[bool, Forecaster], stages: int
+) -> dict[Cell, float | None]:
     """Tokens/s in virtual time, with the costs that the configuration emulates, and those measured in these very runs where
     it emulates none. None where there can be no simulation. `forecasters`: by policy.coupled, on which drafts depend."""
     predicted: dict[Cell, float | None] = {}
@@ -216,7 +262,9 @@ def _predictions(runs: Sequence[Run], forecasters: Mapping[bool, Forecaster], st
             same = [r for r in runs if _cell(r)[:2] == cell[:2]]
             emulate, costs = priced(emulated(forecaster.config), same)
             config = dataclasses.replace(forecaster.config, policy=run.variant.policy)
-            predicted[cell] = forecaster.run(tape, run.variant.method, stages, emulate, config, costs).tokens_per_second
+            predicted[cell] = forecaster.run(
+                tape, run.variant.method, stages, emulate, config, costs
+            ).tokens_per_second
     return predicted
 
 
@@ -230,11 +278,20 @@ def priced(emulate: Emulate, runs: Sequence[Run]) -> tuple[Emulate, Costs | None
     return emulate, None
 
 
-def _sweep(forecaster: Forecaster, chosen: Sequence[str], stages: int, temperatures: Sequence[float]) -> None:
+def _sweep(
+    forecaster: Forecaster, chosen: Sequence[str], stages: int, temperatures: Sequence[float]
+) -> None:
     """Print each baseline's best tree settings at each temperature; simulated."""
     for temperature in temperatures:
-        tapes = [t for t in forecaster.tapes.values() if t.request.sampling.temperature == temperature]
-        tried = [(text, m, _simulated(forecaster, tapes, m, stages, tree)) for m in SWEEP if m in chosen for text, tree in _settings(m)]
+        tapes = [
+            t for t in forecaster.tapes.values() if t.request.sampling.temperature == temperature
+        ]
+        tried = [
+            (text, m, _simulated(forecaster, tapes, m, stages, tree))
+            for m in SWEEP
+            if m in chosen
+            for text, tree in _settings(m)
+        ]
         title = f"simulated tokens/s at temperature {temperature:g}: each baseline's best setting"
         report.console().print(report.sweep_table(tried, title))
 
@@ -243,10 +300,15 @@ def _settings(method: str) -> Iterator[tuple[str, TreeConfig]]:
     names = list(SWEEP[method])
     for values in itertools.product(*SWEEP[method].values()):
         chosen = dict(zip(names, values, strict=True))
-        yield " ".join(f"tree.{name}={value}" for name, value in chosen.items()), TreeConfig(**chosen)
+        yield (
+            " ".join(f"tree.{name}={value}" for name, value in chosen.items()),
+            TreeConfig(**chosen),
+        )
 
 
-def _simulated(forecaster: Forecaster, tapes: Sequence[Tape], method: str, stages: int, tree: TreeConfig) -> float:
+def _simulated(
+    forecaster: Forecaster, tapes: Sequence[Tape], method: str, stages: int, tree: TreeConfig
+) -> float:
     config = dataclasses.replace(forecaster.config, tree=tree)
     return rate(forecaster.run(tape, method, stages, config=config) for tape in tapes)
 

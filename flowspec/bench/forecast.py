@@ -19,7 +19,15 @@ from flowspec.core.request import Request, Sampling
 from flowspec.core.topology import Topology
 from flowspec.draft.base import Drafter
 from flowspec.draft.config import DrafterConfig
-from flowspec.draft.recorded import LiveDrafter, RecordedDrafter, SyntheticDrafter, Tape, load, made_up_text, save
+from flowspec.draft.recorded import (
+    LiveDrafter,
+    RecordedDrafter,
+    SyntheticDrafter,
+    Tape,
+    load,
+    made_up_text,
+    save,
+)
 from flowspec.draft.registry import make_drafter
 from flowspec.errors import need
 from flowspec.models import stage
@@ -52,7 +60,9 @@ class Models:
 
 def _named(drafter: DrafterConfig, folder: Path) -> str:
     """A drafter in a tape's source: its kind, and its weights if the tape holds what they make."""
-    weights = sorted(drafter.checkpoint(folder).glob("*.safetensors")) if drafter.kind == "lm" else []
+    weights = (
+        sorted(drafter.checkpoint(folder).glob("*.safetensors")) if drafter.kind == "lm" else []
+    )
     return " ".join([drafter.kind, *(f"{w.name} of {w.stat().st_size} bytes" for w in weights)])
 
 
@@ -74,7 +84,11 @@ def obstacle(config: Config) -> str | None:
     manifest = Manifest.load(config.stages_path)
     needed = [manifest.path(entry) for entry in manifest.ranks[1:]] if config.reads_features else []
     file = next((path for path in needed if not path.exists()), None)
-    return f"drafter.kind eagle is simulated with the whole target, and {file} is not on this machine" if file else None
+    return (
+        f"drafter.kind eagle is simulated with the whole target, and {file} is not on this machine"
+        if file
+        else None
+    )
 
 
 def check_simulable(config: Config) -> None:
@@ -87,7 +101,10 @@ class Target:
     """The target as one, out of the files of its stages: what it makes of a text that is known."""
 
     def __init__(self, manifest: Manifest):
-        self._parts = [stage.load_stage(manifest, rank, torch.float32, "cpu") for rank in manifest.topology.stage_ranks]
+        self._parts = [
+            stage.load_stage(manifest, rank, torch.float32, "cpu")
+            for rank in manifest.topology.stage_ranks
+        ]
 
     def features(self, tokens: Sequence[int]) -> Tensor:
         """[len(tokens), hidden], behind the final norm."""
@@ -137,7 +154,11 @@ class Forecaster:
         count instead of what is emulated."""
         config = config or self.config
         features = self.profile is None and config.reads_features
-        policy = None if method == PAPER else make_policy(method, config.tree, config.policy, Topology(stages), features)
+        policy = (
+            None
+            if method == PAPER
+            else make_policy(method, config.tree, config.policy, Topology(stages), features)
+        )
         guesser = self._guesser(tape, config) if policy is None or policy.drafts else None
         ring = RingSpec(
             stages=stages,
@@ -166,10 +187,19 @@ class Forecaster:
             return None
         if self.offline:
             return RecordedDrafter(tape)
-        noise = noise_for(tape.request.sampling, self.models.vocabulary) if config.policy.coupled else None
+        noise = (
+            noise_for(tape.request.sampling, self.models.vocabulary)
+            if config.policy.coupled
+            else None
+        )
         if is_taped(config):
             return RecordedDrafter(tape, self._drafter, noise)
-        return LiveDrafter(self._drafter, tape.request, noise, self._features_of(tape) if self._drafter.features else None)
+        return LiveDrafter(
+            self._drafter,
+            tape.request,
+            noise,
+            self._features_of(tape) if self._drafter.features else None,
+        )
 
     @functools.cached_property
     def _drafter(self) -> Drafter:
@@ -198,7 +228,10 @@ class Forecaster:
 
     def load(self, path: Path) -> None:
         tapes, source = load(path)
-        need(source == self._source, f"{path} was recorded with {source}; this configuration is {self._source}")
+        need(
+            source == self._source,
+            f"{path} was recorded with {source}; this configuration is {self._source}",
+        )
         self.tapes |= {_key(t.request): t for t in tapes}
 
     @property
@@ -208,9 +241,15 @@ class Forecaster:
 
 def made_up(config: Config, profile: Sequence[float], requests: int) -> Forecaster:
     """A forecaster without models: random acceptance. `profile[k]`: how often the target's token is the draft's k-th choice."""
-    need(all(p >= 0 for p in profile) and 0 < sum(profile) <= 1, "--synthetic: shares between 0 and 1 that sum up to at most 1")
+    need(
+        all(p >= 0 for p in profile) and 0 < sum(profile) <= 1,
+        "--synthetic: shares between 0 and 1 that sum up to at most 1",
+    )
     scale = config.emulate.hidden_scale
-    forecaster = Forecaster(config, Models(name="synthetic", vocabulary=1 << 31, hidden=round(4096 / scale) if scale else 0))
+    forecaster = Forecaster(
+        config,
+        Models(name="synthetic", vocabulary=1 << 31, hidden=round(4096 / scale) if scale else 0),
+    )
     forecaster.profile = profile
     for k in range(requests):
         sampling = dataclasses.replace(config.sampling, seed=k)

@@ -116,7 +116,10 @@ class Row:
 # ---- summaries -------------------------------------------------------------------------------------
 def summarise(records: Sequence[Record]) -> list[Row]:
     """A row a temperature and method: temperatures as they first appear, methods in the order of METHODS, then as they appear."""
-    need(len({len(r.bytes_per_token) for r in records}) < 2, "the records are of rings of different sizes: summarise each size by itself")
+    need(
+        len({len(r.bytes_per_token) for r in records}) < 2,
+        "the records are of rings of different sizes: summarise each size by itself",
+    )
     rows = []
     for same in _grouped(records, lambda r: r.temperature).values():
         methods = _grouped(same, lambda r: r.method)
@@ -133,35 +136,53 @@ def _grouped(records: Iterable[Record], key: Callable[[Record], Key]) -> dict[Ke
 
 def _ordered(methods: Iterable[str]) -> list[str]:
     """Each once, in the order of METHODS, others after."""
-    return sorted(dict.fromkeys(methods), key=lambda method: METHODS.index(method) if method in METHODS else len(METHODS))
+    return sorted(
+        dict.fromkeys(methods),
+        key=lambda method: METHODS.index(method) if method in METHODS else len(METHODS),
+    )
 
 
 def _row(own: list[Record], methods: dict[str, list[Record]]) -> Row:
     """Of a method's own records, and those of each method at the same temperature."""
     measured = _by_prompt(own, lambda r: r.tokens_per_second)
     rates = {prompt: median(values) for prompt, values in measured.items()}
-    expected = {prompt: median(values) for prompt, values in _by_prompt(own, lambda r: r.simulated).items()}
-    over = {base: _paired(own, methods.get(base, [])) for base in BASES if base != FULL or own[0].method not in METHODS}
+    expected = {
+        prompt: median(values) for prompt, values in _by_prompt(own, lambda r: r.simulated).items()
+    }
+    over = {
+        base: _paired(own, methods.get(base, []))
+        for base in BASES
+        if base != FULL or own[0].method not in METHODS
+    }
     return Row(
         temperature=own[0].temperature,
         method=own[0].method,
         rates=rates,
         ratios={prompt: median(values) for prompt, values in over["ar"].items()},
         rate=_spread(rates.values()),
-        noise=max(((max(v) - min(v)) / median(v) for v in measured.values() if len(v) > 1), default=None),
-        over={base: _spread(ratio for values in found.values() for ratio in values) for base, found in over.items()},
+        noise=max(
+            ((max(v) - min(v)) / median(v) for v in measured.values() if len(v) > 1), default=None
+        ),
+        over={
+            base: _spread(ratio for values in found.values() for ratio in values)
+            for base, found in over.items()
+        },
         accepted_per_segment=median(r.accepted_per_segment for r in own),
         utilisation=median(mean(r.utilisation) for r in own),
         bubbles=median(r.bubbles for r in own),
         wasted=median(r.wasted for r in own),
         dead_rows=median(r.dead_rows for r in own),
-        bytes_per_token=[median(link) for link in zip(*(r.bytes_per_token for r in own), strict=True)],
+        bytes_per_token=[
+            median(link) for link in zip(*(r.bytes_per_token for r in own), strict=True)
+        ],
         simulated=_median(expected.values()),
         off=_median(rates[prompt] / expected[prompt] - 1 for prompt in rates if prompt in expected),
     )
 
 
-def _by_prompt(records: list[Record], value: Callable[[Record], float | None]) -> dict[int, list[float]]:
+def _by_prompt(
+    records: list[Record], value: Callable[[Record], float | None]
+) -> dict[int, list[float]]:
     """prompt -> the values of its repeats; None is left out."""
     values: dict[int, list[float]] = {}
     for record in records:
@@ -194,12 +215,16 @@ def _spread(values: Iterable[float]) -> Spread | None:
 def identical(records: Sequence[Record]) -> list[str]:
     """Empty if every method wrote the same tokens at each prompt and temperature; else a line for each where some did not."""
     lines = []
-    for (temperature, prompt), same in _grouped(records, lambda r: (r.temperature, r.prompt)).items():
+    for (temperature, prompt), same in _grouped(
+        records, lambda r: (r.temperature, r.prompt)
+    ).items():
         methods = _grouped(same, lambda r: r.method)
         base = min(methods[_ordered(methods)[0]], key=lambda r: r.repeat)
         wrong = [name for method in _ordered(methods) if (name := _unlike(methods[method], base))]
         if wrong:
-            who = f"{', '.join(wrong)} wrote other tokens than {base.method} in repeat {base.repeat}"
+            who = (
+                f"{', '.join(wrong)} wrote other tokens than {base.method} in repeat {base.repeat}"
+            )
             lines.append(f"prompt {prompt} at temperature {temperature:g}: {who}")
     return lines
 
@@ -283,7 +308,9 @@ def _prompts(rows: Sequence[Row]) -> _Grid:
     for temperature in dict.fromkeys(row.temperature for row in rows):
         of_methods = [known.get((temperature, method)) for method in methods]
         for prompt in sorted({prompt for row in of_methods if row for prompt in row.rates}):
-            lines.append([f"{temperature:g}", f"{prompt}", *(_measured(row, prompt) for row in of_methods)])
+            lines.append(
+                [f"{temperature:g}", f"{prompt}", *(_measured(row, prompt) for row in of_methods)]
+            )
     return ["temp", "prompt", *methods], lines
 
 
@@ -320,11 +347,25 @@ def show(records: Sequence[Record], title: str, on: Console | None = None) -> No
 def _rich(grid: _Grid, title: str, caption: str | None = None) -> Table:
     """Numbers at the right; a gap where the temperature changes."""
     heads, lines = grid
-    shown = Table(title=Text(title), caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True, show_edge=False)
+    shown = Table(
+        title=Text(title),
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        show_edge=False,
+    )
     for head in heads:
-        shown.add_column(head, justify="left" if head in ("temp", "method", "setting") else "right", overflow="fold")
+        shown.add_column(
+            head,
+            justify="left" if head in ("temp", "method", "setting") else "right",
+            overflow="fold",
+        )
     for line, after in zip(lines, [*lines, None][1:], strict=True):
-        shown.add_row(*map(Text, line), end_section=after is not None and heads[0] == "temp" and after[0] != line[0])
+        shown.add_row(
+            *map(Text, line),
+            end_section=after is not None and heads[0] == "temp" and after[0] != line[0],
+        )
     return shown
 
 
@@ -343,13 +384,21 @@ def markdown(records: Sequence[Record], title: str, facts: dict[str, Any]) -> st
 def _facts(facts: dict[str, Any], records: Sequence[Record]) -> str:
     repeats = len({r.repeat for r in records})
     command = f"`{facts['command']}`" if "command" in facts else None
-    said = [facts.get("machine"), command, _clock(facts), facts.get("date"), f"{repeats} repeat{'s' * (repeats != 1)}"]
+    said = [
+        facts.get("machine"),
+        command,
+        _clock(facts),
+        facts.get("date"),
+        f"{repeats} repeat{'s' * (repeats != 1)}",
+    ]
     others = [f"{name}: {fact}" for name, fact in facts.items() if name not in _NAMED]
     return "; ".join([str(fact) for fact in said if fact is not None] + others)
 
 
 def _clock(facts: dict[str, Any]) -> str | None:
-    known = [name for name in ("simulated", "emulated") if facts.get(name)] or ["real"] * ("emulated" in facts)
+    known = [name for name in ("simulated", "emulated") if facts.get(name)] or ["real"] * (
+        "emulated" in facts
+    )
     return f"{known[0]} times" if known else None
 
 
@@ -388,7 +437,12 @@ _GAP = 0.6
 """between temperatures, beside that"""
 
 
-def chart(records: Sequence[Record], path: str | os.PathLike[str], title: str, facts: dict[str, Any] | None = None) -> None:
+def chart(
+    records: Sequence[Record],
+    path: str | os.PathLike[str],
+    title: str,
+    facts: dict[str, Any] | None = None,
+) -> None:
     """A PNG 600 pixels high, written beside and renamed: a bar a method, grouped by temperature. UserError if matplotlib is missing.
 
     A bar is the median tokens/s over prompts, with the least to most of them, a dot a prompt (the first at the left), a hollow
@@ -400,7 +454,9 @@ def chart(records: Sequence[Record], path: str | os.PathLike[str], title: str, f
     from matplotlib.figure import Figure
 
     places = _places(rows)
-    apart = max(0.8, 0.085 * max(len(_short(row)) for row in rows))  # inches; a character below the bars is about so wide
+    apart = max(
+        0.8, 0.085 * max(len(_short(row)) for row in rows)
+    )  # inches; a character below the bars is about so wide
     figure = Figure(figsize=(max(8.0, 1.2 + apart * places[-1]), 6), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -417,7 +473,9 @@ def chart(records: Sequence[Record], path: str | os.PathLike[str], title: str, f
 
 
 def _mark(facts: dict[str, Any]) -> str:
-    return (" (emulated times)" if facts.get("emulated") else "") + (" (simulated)" if facts.get("simulated") else "")
+    return (" (emulated times)" if facts.get("emulated") else "") + (
+        " (simulated)" if facts.get("simulated") else ""
+    )
 
 
 def _short(row: Row) -> str:
@@ -437,7 +495,15 @@ def _bar(axes: Axes, x: float, row: Row) -> None:
     assert row.rate is not None
     axes.bar(x, row.rate.median, _BAR, color=_COLOURS.get(row.method, _OTHER), zorder=2)
     below, above = row.rate.median - row.rate.least, row.rate.most - row.rate.median
-    axes.errorbar(x - _ASIDE, row.rate.median, [[below], [above]], color="black", linewidth=1.2, capsize=4, zorder=3)
+    axes.errorbar(
+        x - _ASIDE,
+        row.rate.median,
+        [[below], [above]],
+        color="black",
+        linewidth=1.2,
+        capsize=4,
+        zorder=3,
+    )
     step = _ASIDE * 1.1 / max(len(row.rates), 2)
     dots = [x + step * (k - (len(row.rates) - 1) / 2) for k in range(len(row.rates))]
     axes.plot(dots, [row.rates[prompt] for prompt in sorted(row.rates)], "o", **_DOT)
@@ -448,8 +514,12 @@ def _bar(axes: Axes, x: float, row: Row) -> None:
         axes.annotate(f"{over.median:.2f}x", (x, top), xytext=(0, 9), fontsize=10, **_NOTE)
 
 
-_DOT: dict[str, Any] = dict(markersize=4, color="white", markeredgecolor="black", markeredgewidth=0.7, zorder=4)
-_DIAMOND: dict[str, Any] = dict(markersize=8.5, color="white", markeredgecolor="black", markeredgewidth=1.5, zorder=3)
+_DOT: dict[str, Any] = dict(
+    markersize=4, color="white", markeredgecolor="black", markeredgewidth=0.7, zorder=4
+)
+_DIAMOND: dict[str, Any] = dict(
+    markersize=8.5, color="white", markeredgecolor="black", markeredgewidth=1.5, zorder=3
+)
 _NOTE: dict[str, Any] = dict(textcoords="offset points", ha="center", fontweight="bold")
 
 
@@ -476,12 +546,23 @@ def _key(axes: Axes, rows: list[Row]) -> None:
 
     keys: list[Any] = [
         Patch(color="#bbbbbb", label="median over prompts"),
-        Line2D([], [], marker="|", ls="", markersize=14, markeredgewidth=1.2, color="black", label="least to most"),
+        Line2D(
+            [],
+            [],
+            marker="|",
+            ls="",
+            markersize=14,
+            markeredgewidth=1.2,
+            color="black",
+            label="least to most",
+        ),
         Line2D([], [], marker="o", ls="", label="a prompt", **_DOT),
     ]
     if any(row.simulated is not None for row in rows):
         keys.append(Line2D([], [], marker="D", ls="", label="simulated", **_DIAMOND))
-    axes.figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=9)
+    axes.figure.legend(
+        handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=9
+    )
 
 
 # ---- sweeps ----------------------------------------------------------------------------------------

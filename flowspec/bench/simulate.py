@@ -29,13 +29,17 @@ class Cell(NamedTuple):
     config: Config
 
 
-def record(forecaster: Forecaster, config: Config, prompts: list[str], samplings: list[Sampling]) -> None:
+def record(
+    forecaster: Forecaster, config: Config, prompts: list[str], samplings: list[Sampling]
+) -> None:
     """The target's text for each prompt and sampling that has no tape yet: by plain decoding over threads, nothing emulated."""
     from flowspec.text import Text
 
     manifest = check_run(config)
     text = Text(manifest.folder(0))
-    missing = [(p, s) for p in prompts for s in samplings if (text.encode(p), s) not in forecaster.tapes]
+    missing = [
+        (p, s) for p in prompts for s in samplings if (text.encode(p), s) not in forecaster.tapes
+    ]
     if not missing:
         return
     for number, prompt in enumerate(prompts, 1):
@@ -43,12 +47,16 @@ def record(forecaster: Forecaster, config: Config, prompts: list[str], samplings
     from flowspec.engine import Engine
 
     print(f"recording {len(missing)} texts of the target ...", file=sys.stderr, flush=True)
-    plain = dataclasses.replace(config, method="ar", drafter=DrafterConfig(), emulate=Emulate(), trace=None)
+    plain = dataclasses.replace(
+        config, method="ar", drafter=DrafterConfig(), emulate=Emulate(), trace=None
+    )
     with Engine.over_threads(plain, manifest) as engine:
         for prompt, sampling in missing:
             about = dataclasses.asdict(sampling)
             ids = [token.id for token in engine.generate(prompt, **about)]
-            forecaster.add(Request(id=0, prompt=text.encode(prompt), sampling=sampling, eos=text.eos), ids)
+            forecaster.add(
+                Request(id=0, prompt=text.encode(prompt), sampling=sampling, eos=text.eos), ids
+            )
 
 
 def load_costs(path: Path) -> dict[str, Costs]:
@@ -58,10 +66,15 @@ def load_costs(path: Path) -> dict[str, Costs]:
     except OSError as error:
         raise UserError(f"--costs: cannot read {path}: {error.strerror}") from None
     except ValueError:
-        raise UserError(f"--costs: {path} is not JSON: give a file that run --json or bench compare wrote") from None
+        raise UserError(
+            f"--costs: {path} is not JSON: give a file that run --json or bench compare wrote"
+        ) from None
     costs: dict[str, list[Costs]] = {"": []}
     for number, line in enumerate(found, 1):
-        known = read(line.get("costs") if isinstance(line, dict) else None, f"--costs: line {number} of {path}")
+        known = read(
+            line.get("costs") if isinstance(line, dict) else None,
+            f"--costs: line {number} of {path}",
+        )
         for method in ("", str(line.get("method", ""))):
             costs.setdefault(method, []).append(known)
     need(bool(found), f"--costs: {path} is empty")
@@ -74,9 +87,16 @@ def run(
     """(cell's index, method) -> an outcome a prompt. `costs`: by method, those of all where a method has none."""
     results = {}
     for k, cell in enumerate(cells):
-        tapes = [t for t in forecaster.tapes.values() if t.request.sampling.temperature == cell.temperature]
+        tapes = [
+            t
+            for t in forecaster.tapes.values()
+            if t.request.sampling.temperature == cell.temperature
+        ]
         need(bool(tapes), f"no text is recorded for temperature {cell.temperature:g}")
         for method in chosen:
             own = costs.get(method, costs[""]) if costs else None
-            results[k, method] = [forecaster.run(tape, method, cell.stages, config=cell.config, costs=own) for tape in tapes]
+            results[k, method] = [
+                forecaster.run(tape, method, cell.stages, config=cell.config, costs=own)
+                for tape in tapes
+            ]
     return results

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 Interval = tuple[float, float]
 SHOWN = 1.5
 """seconds of decoding that a picture shows unless it is told a window"""
-MISSING = "drawing needs matplotlib: install it with .venv/bin/pip install -r requirements_plots.txt"
+MISSING = (
+    "drawing needs matplotlib: install it with .venv/bin/pip install -r requirements_plots.txt"
+)
 
 
 # ---- intervals: lists are sorted and disjoint ------------------------------------------------------
@@ -97,7 +99,10 @@ def summary(spans: Sequence[Span]) -> Summary:
     seconds = _length(window)
     stages = range(1, max(s.rank for s in spans) + 1)
     work = [s for s in spans if _is_work(s)]
-    utilisation = tuple(_length(_both(window, _times(s for s in work if s.rank == stage))) / seconds for stage in stages)
+    utilisation = tuple(
+        _length(_both(window, _times(s for s in work if s.rank == stage))) / seconds
+        for stage in stages
+    )
     idle = _both(window, _outside(_times(s for s in spans if s.rank and s.row == "compute")))
     sending = _times(s for s in spans if s.row == "send")
     still = _both(idle, _outside(sending))
@@ -109,8 +114,10 @@ def summary(spans: Sequence[Span]) -> Summary:
         bubbles=1 - sum(utilisation) / len(stages),
         wire=_length(_both(idle, sending)) / seconds,
         draft=_length(_both(still, _times(s for s in spans if s.row == "draft"))) / seconds,
-        fruitless=sum(s.end - s.begin for s in work if s.name != "accepted") / (seconds * len(stages)),
-        wasted=sum((s.end - s.begin) * (1 - s.facts["accepted"] / s.facts["rows"]) for s in work) / spent,
+        fruitless=sum(s.end - s.begin for s in work if s.name != "accepted")
+        / (seconds * len(stages)),
+        wasted=sum((s.end - s.begin) * (1 - s.facts["accepted"] / s.facts["rows"]) for s in work)
+        / spent,
         accepted_rows=sum(s.facts["accepted"] for s in work) / rows,
         dead_rows=sum(s.facts["dead"] for s in work) / rows,
         bytes_per_link=tuple(_bytes_from(rank, spans) for rank in (0, *stages)),
@@ -119,7 +126,9 @@ def summary(spans: Sequence[Span]) -> Summary:
 
 def _is_work(span: Span) -> bool:
     """A stage's forward of a segment."""
-    return span.rank > 0 and span.row == "compute" and span.name in VERDICTS and span.end > span.begin
+    return (
+        span.rank > 0 and span.row == "compute" and span.name in VERDICTS and span.end > span.begin
+    )
 
 
 def _decoding(spans: Sequence[Span]) -> list[Interval]:
@@ -138,11 +147,19 @@ def _decoding(spans: Sequence[Span]) -> list[Interval]:
 
 
 def _bytes_from(rank: int, spans: Sequence[Span]) -> int:
-    return round(sum(s.facts["bytes"] for s in spans if s.rank == rank and s.row == "send" and s.name in VERDICTS))
+    return round(
+        sum(
+            s.facts["bytes"]
+            for s in spans
+            if s.rank == rank and s.row == "send" and s.name in VERDICTS
+        )
+    )
 
 
 # ---- verdict ---------------------------------------------------------------------------------------
-_FILL = "a deeper tree (tree.depth, tree.budget) or smaller segments (tree.segment), or fewer stages"
+_FILL = (
+    "a deeper tree (tree.depth, tree.budget) or smaller segments (tree.segment), or fewer stages"
+)
 _FLOWSPEC = "method: flowspec, which does not wait for the end of a round"
 _ROUNDS = {"ar", "serial", "naive", "pruned"}
 
@@ -150,7 +167,9 @@ _ROUNDS = {"ar", "serial", "naive", "pruned"}
 def verdict(spans: Sequence[Span], facts: dict[str, Any]) -> str:
     """Three lines for a person: where the time went, what became of the rows, the largest loss and what to try."""
     figures = summary(spans)
-    bubbles, accepted, dead = (round(100 * share) for share in (figures.bubbles, figures.accepted_rows, figures.dead_rows))
+    bubbles, accepted, dead = (
+        round(100 * share) for share in (figures.bubbles, figures.accepted_rows, figures.dead_rows)
+    )
     waiting = f"{figures.wire:.0%} waiting for the wire, {figures.draft:.0%} for the draft"
     return "\n".join(
         (
@@ -164,13 +183,23 @@ def verdict(spans: Sequence[Span], facts: dict[str, Any]) -> str:
 
 def _mark(facts: dict[str, Any]) -> str:
     """What a reader must know of the clock."""
-    return (" (emulated times)" if facts.get("emulated") else "") + (" (simulated)" if facts.get("simulated") else "")
+    return (" (emulated times)" if facts.get("emulated") else "") + (
+        " (simulated)" if facts.get("simulated") else ""
+    )
 
 
 def _largest_loss(figures: Summary, facts: dict[str, Any]) -> str:
     losses = [
-        (figures.wire, "waiting for the wire", "a faster link, verify_on: last, or smaller segments (tree.segment)"),
-        (figures.draft, "waiting for the draft", "a faster drafter (a smaller model, or drafter.kind: ngram)"),
+        (
+            figures.wire,
+            "waiting for the wire",
+            "a faster link, verify_on: last, or smaller segments (tree.segment)",
+        ),
+        (
+            figures.draft,
+            "waiting for the draft",
+            "a faster drafter (a smaller model, or drafter.kind: ngram)",
+        ),
         (
             figures.fruitless,
             "segments of which nothing became text",
@@ -201,9 +230,15 @@ def sketch(spans: Sequence[Span], width: int = 100, window: Interval | None = No
     first, last = _window(spans, window)
     columns = width - _MARGIN
     ranks = range(max(s.rank for s in spans) + 1)
-    rows = [[s for s in spans if s.rank == rank and s.row == ("compute" if rank else "draft")] for rank in ranks]
+    rows = [
+        [s for s in spans if s.rank == rank and s.row == ("compute" if rank else "draft")]
+        for rank in ranks
+    ]
     names = [f"stage {rank}" if rank else "rank 0" for rank in ranks]
-    lines = [f"{name:<{_MARGIN}}{_filled(row, first, last, columns)}" for name, row in zip(names, rows, strict=True)]
+    lines = [
+        f"{name:<{_MARGIN}}{_filled(row, first, last, columns)}"
+        for name, row in zip(names, rows, strict=True)
+    ]
     zero = min(s.begin for s in spans)
     return [*lines, f"{'ms':<{_MARGIN}}{_axis(first - zero, last - zero, columns)}", _LEGEND]
 
@@ -211,7 +246,9 @@ def sketch(spans: Sequence[Span], width: int = 100, window: Interval | None = No
 def _window(spans: Sequence[Span], window: Interval | None) -> Interval:
     """What to show, on the spans' clock; by default the first 1.5 s of decoding."""
     zero, end = min(s.begin for s in spans), max(s.end for s in spans)
-    first, last = (zero + window[0], zero + window[1]) if window else (_decoding(spans)[0][0], math.inf)
+    first, last = (
+        (zero + window[0], zero + window[1]) if window else (_decoding(spans)[0][0], math.inf)
+    )
     last = min(last, end if window else first + SHOWN, end)
     need(zero <= first < last, f"nothing to show: the timeline is {end - zero:.3f} s long")
     return first, last
@@ -232,7 +269,10 @@ def _filled(row: list[Span], first: float, last: float, columns: int) -> str:
         begin, end = max(s.begin - first, 0.0) / step, min(s.end - first, last - first) / step
         for k in range(int(begin), min(math.ceil(end), columns)):
             shares[k][cell] = shares[k].get(cell, 0.0) + min(end, k + 1) - max(begin, k)
-    cells = [max(share, key=share.__getitem__) if sum(share.values()) >= 0.5 else _Cell(".") for share in shares]
+    cells = [
+        max(share, key=share.__getitem__) if sum(share.values()) >= 0.5 else _Cell(".")
+        for share in shares
+    ]
     return "".join(_numbered(cell, len(list(same))) for cell, same in groupby(cells))
 
 
@@ -296,7 +336,12 @@ def can_draw() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def draw(spans: Sequence[Span], path: str | os.PathLike[str], facts: dict[str, Any], window: Interval | None = None) -> None:
+def draw(
+    spans: Sequence[Span],
+    path: str | os.PathLike[str],
+    facts: dict[str, Any],
+    window: Interval | None = None,
+) -> None:
     """A PNG of 1400 x 600 pixels, written beside and renamed: a band a rank, time to the right. UserError if matplotlib is missing."""
     need(can_draw(), MISSING)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -311,11 +356,22 @@ def draw(spans: Sequence[Span], path: str | os.PathLike[str], facts: dict[str, A
     axes.set_xlim((first - zero) * 1e3, (last - zero) * 1e3)
     axes.set_xlabel("ms")
     stages = max(s.rank for s in spans)
-    axes.set_title(f"{facts.get('method', 'timeline')}, {stages} stage{'s' * (stages != 1)}", loc="left", fontweight="bold", pad=22)
-    axes.text(0, 1.015, verdict(spans, facts).splitlines()[0], transform=axes.transAxes, fontsize=9.5)
+    axes.set_title(
+        f"{facts.get('method', 'timeline')}, {stages} stage{'s' * (stages != 1)}",
+        loc="left",
+        fontweight="bold",
+        pad=22,
+    )
+    axes.text(
+        0, 1.015, verdict(spans, facts).splitlines()[0], transform=axes.transAxes, fontsize=9.5
+    )
     _frame(axes, lanes)
     for lane in lanes:
-        inside = [s for s in spans if (s.rank, s.row) == (lane.rank, lane.row) and s.begin < last and s.end > first]
+        inside = [
+            s
+            for s in spans
+            if (s.rank, s.row) == (lane.rank, lane.row) and s.begin < last and s.end > first
+        ]
         shown = [s._replace(begin=max(s.begin, first), end=min(s.end, last)) for s in inside]
         _fill(axes, lane, shown, zero, _ACROSS / (last - first))
     _legend(axes, spans)
@@ -342,8 +398,12 @@ def _frame(axes: Axes, lanes: list[_Lane]) -> None:
     axes.set_ylim(max(lane.bottom for lane in lanes) + 0.3, -0.3)
     for _, of_rank in groupby(lanes, key=lambda lane: lane.rank):
         band = list(of_rank)
-        axes.axhspan(band[0].top - 0.2, band[-1].bottom + 0.2, color="#f4f4f4", zorder=0, linewidth=0)
-    axes.set_yticks([(lane.top + lane.bottom) / 2 for lane in lanes], [_title(lane) for lane in lanes])
+        axes.axhspan(
+            band[0].top - 0.2, band[-1].bottom + 0.2, color="#f4f4f4", zorder=0, linewidth=0
+        )
+    axes.set_yticks(
+        [(lane.top + lane.bottom) / 2 for lane in lanes], [_title(lane) for lane in lanes]
+    )
     for label, lane in zip(axes.get_yticklabels(), lanes, strict=True):
         label.set(fontsize=10 if lane.is_main else 7, color="black" if lane.is_main else "#666666")
     axes.tick_params(axis="y", length=0)
@@ -364,12 +424,26 @@ def _fill(axes: Axes, lane: _Lane, spans: list[Span], zero: float, pixels: float
     edges = [0.8 if (s.end - s.begin) * pixels > 4 else 0.0 for s in spans]
     gap = 0.05 if lane.is_main else 0.12
     height = (lane.top + gap, lane.bottom - lane.top - 2 * gap)
-    axes.broken_barh(bars, height, facecolors=[_colour(s.name) for s in spans], edgecolors="white", linewidths=edges)
+    axes.broken_barh(
+        bars,
+        height,
+        facecolors=[_colour(s.name) for s in spans],
+        edgecolors="white",
+        linewidths=edges,
+    )
     for s, (begin, length) in zip(spans, bars, strict=True):
         number = str(s.facts.get("segment", ""))
         if lane.is_main and number and len(number) * _DIGIT + 3 < (s.end - s.begin) * pixels:
             middle = (begin + length / 2, (lane.top + lane.bottom) / 2)
-            axes.text(*middle, number, ha="center", va="center", fontsize=8, color=_ink(s.name), clip_on=True)
+            axes.text(
+                *middle,
+                number,
+                ha="center",
+                va="center",
+                fontsize=8,
+                color=_ink(s.name),
+                clip_on=True,
+            )
 
 
 def _colour(name: str) -> str:
@@ -384,8 +458,14 @@ def _legend(axes: Axes, spans: Sequence[Span]) -> None:
     from matplotlib.patches import Patch
 
     present = {s.name for s in spans}
-    patches = [Patch(color=colour, label=label) for name, (colour, label) in _COLOURS.items() if name in present]
-    axes.figure.legend(handles=patches, loc="outside lower right", ncols=len(patches), frameon=False, fontsize=9)
+    patches = [
+        Patch(color=colour, label=label)
+        for name, (colour, label) in _COLOURS.items()
+        if name in present
+    ]
+    axes.figure.legend(
+        handles=patches, loc="outside lower right", ncols=len(patches), frameon=False, fontsize=9
+    )
 
 
 def window(spans: Sequence[Span], first: float | None, last: float | None) -> Interval:

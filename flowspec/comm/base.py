@@ -104,7 +104,10 @@ class Inbox:
     def put(self, item: object, urgent: bool = False, due: float = 0.0) -> None:
         with self._ready:
             self._count += 1
-            heapq.heappush(self._urgent if urgent else self._normal, _Entry(due, self._count, self.clock.now(), item))
+            heapq.heappush(
+                self._urgent if urgent else self._normal,
+                _Entry(due, self._count, self.clock.now(), item),
+            )
             self._ready.notify()
 
     def fail(self, error: BaseException) -> None:

@@ -60,7 +60,10 @@ def encode(message: Message) -> tuple[Tensor, Tensor]:
     """(header int64 [2], payload uint8 [n])"""
     tensors = [t.detach().cpu().contiguous() for t in message.tensors]
     specs = [[_NAMES[t.dtype], list(t.shape)] for t in tensors]
-    about = json.dumps({"version": VERSION, "kind": message.kind, "meta": message.meta, "tensors": specs}, allow_nan=False).encode()
+    about = json.dumps(
+        {"version": VERSION, "kind": message.kind, "meta": message.meta, "tensors": specs},
+        allow_nan=False,
+    ).encode()
     at = _padded(len(about))
     payload = torch.zeros(at + sum(_padded(t.nbytes) for t in tensors), dtype=torch.uint8)
     payload[: len(about)] = torch.frombuffer(bytearray(about), dtype=torch.uint8)
@@ -88,7 +91,9 @@ def decode(header: Tensor, payload: Tensor, limits: Limits) -> Message:
         raise ValueError(f"a message of the unknown kind {kind[:40]!r}")
     most = limits[kind]
     if about > most.facts or len(payload) - at > most.tensors:
-        raise ValueError(f"a {kind} message of {about} + {len(payload) - at} bytes: {most.facts} + {most.tensors} is the most")
+        raise ValueError(
+            f"a {kind} message of {about} + {len(payload) - at} bytes: {most.facts} + {most.tensors} is the most"
+        )
     tensors = []
     for spec in specs:
         dtype, shape, size = _spec(spec)
@@ -109,7 +114,9 @@ def _facts(text: bytes) -> tuple[str, dict[str, Any], list[Any]]:
         raise ValueError("facts that are no JSON") from None
     about = about if isinstance(about, dict) else {}
     if about.get("version") != VERSION:
-        raise ValueError(f"a peer speaks version {str(about.get('version'))[:20]} of the wire format, this is version {VERSION}")
+        raise ValueError(
+            f"a peer speaks version {str(about.get('version'))[:20]} of the wire format, this is version {VERSION}"
+        )
     kind, meta, specs = (about.get(name) for name in ("kind", "meta", "tensors"))
     if not (isinstance(kind, str) and isinstance(meta, dict) and isinstance(specs, list)):
         raise ValueError("a frame without a kind, facts or tensors")
@@ -125,7 +132,11 @@ def _spec(spec: Any) -> tuple[torch.dtype, list[int], int]:
     name, shape = spec if isinstance(spec, list) and len(spec) == 2 else ("", [])
     if not (isinstance(name, str) and name in _DTYPES):
         raise ValueError("a tensor of a dtype that is none")
-    sound = isinstance(shape, list) and len(shape) <= _DIMENSIONS and all(type(n) is int and n >= 0 for n in shape)
+    sound = (
+        isinstance(shape, list)
+        and len(shape) <= _DIMENSIONS
+        and all(type(n) is int and n >= 0 for n in shape)
+    )
     if not (sound and math.prod(max(1, n) for n in shape) < _MOST):
         raise ValueError("a tensor of a shape that is none")
     return _DTYPES[name], shape, math.prod(shape) * _DTYPES[name].itemsize

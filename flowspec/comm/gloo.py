@@ -45,7 +45,9 @@ class _Sender:
                     dist.send(part, self.to, group=self._group)
             except RuntimeError:
                 return self._lost(self.to, "the connection broke while sending")
-            except Exception as error:  # a message that cannot be encoded: say so instead of falling silent
+            except (
+                Exception
+            ) as error:  # a message that cannot be encoded: say so instead of falling silent
                 return self._lost(self.to, f"a {message.kind} message could not be sent: {error}")
             if message is _BYE:
                 return
@@ -54,8 +56,23 @@ class _Sender:
 class _Receiver:
     """Puts what one peer sends into the inbox, in order. Whatever it cannot take in is the peer's end."""
 
-    def __init__(self, source: int, group: dist.ProcessGroup, inbox: Inbox, urgent: bool, limits: Limits, arrivals: Arrivals, lost: Lost):
-        self._source, self._group, self._inbox, self._urgent, self._lost = source, group, inbox, urgent, lost
+    def __init__(
+        self,
+        source: int,
+        group: dist.ProcessGroup,
+        inbox: Inbox,
+        urgent: bool,
+        limits: Limits,
+        arrivals: Arrivals,
+        lost: Lost,
+    ):
+        self._source, self._group, self._inbox, self._urgent, self._lost = (
+            source,
+            group,
+            inbox,
+            urgent,
+            lost,
+        )
         self._limits, self._arrivals = limits, arrivals
         self.thread = threading.Thread(target=self._run, name=f"receive from {source}", daemon=True)
         self.thread.start()
@@ -69,7 +86,9 @@ class _Receiver:
         except ValueError as error:
             self._lost(self._source, f"its message was refused: {error}")
         except Exception as error:  # a thread that falls silent would hang the run
-            self._lost(self._source, f"its message could not be read: {type(error).__name__}: {error}")
+            self._lost(
+                self._source, f"its message could not be read: {type(error).__name__}: {error}"
+            )
 
     def _receive(self) -> Message:
         """ConnectionError when the link broke, ValueError for what is no message."""
@@ -91,7 +110,9 @@ class GlooTransport:
 
     limits: what messages of each kind can hold; emulate: what links may delay; pulses: those that the heartbeat keeps."""
 
-    def __init__(self, lost: Lost, limits: Limits, emulate: Emulate, pulses: list[Pulse], still: float):
+    def __init__(
+        self, lost: Lost, limits: Limits, emulate: Emulate, pulses: list[Pulse], still: float
+    ):
         self.rank, self.topology = dist.get_rank(), Topology.of_world(dist.get_world_size())
         self.pulses, self.still = pulses, still
         self.inbox = Inbox()
@@ -103,7 +124,8 @@ class GlooTransport:
         limits = {**limits, _BYE.kind: _BYE_LIMIT}
         links = [(before, ring, False), *((peer, control, True) for peer in peers)]
         self._receivers = [
-            _Receiver(peer, group, self.inbox, urgent, limits, Arrivals(emulate), self._lost) for peer, group, urgent in links
+            _Receiver(peer, group, self.inbox, urgent, limits, Arrivals(emulate), self._lost)
+            for peer, group, urgent in links
         ]
         self._next = _Sender(after, ring, self._lost)
         self._control = {p: _Sender(p, control, self._lost) for p in peers}

@@ -47,11 +47,15 @@ def is_rank_of_this_run(pid: object, rank: int) -> bool:
     try:
         if process.stat().st_uid != os.getuid():
             return False
-        started = dict(fact.partition(b"=")[::2] for fact in (process / "environ").read_bytes().split(b"\0"))
+        started = dict(
+            fact.partition(b"=")[::2] for fact in (process / "environ").read_bytes().split(b"\0")
+        )
     except OSError:
         return False
     wanted = {name: os.environ.get(name) for name in RUN} | {"RANK": str(rank)}
-    return all(started.get(name.encode()) == (value and value.encode()) for name, value in wanted.items())
+    return all(
+        started.get(name.encode()) == (value and value.encode()) for name, value in wanted.items()
+    )
 
 
 def _told(text: bytes, types: list[type]) -> list:
@@ -111,21 +115,40 @@ class Heartbeat:
     pulses: by rank; this rank's own is told, the others' become what they tell."""
 
     def __init__(
-        self, store: dist.Store, rank: int, pulses: list[Pulse], lost: Lost, every: float = 0.5, limit: float = 3.0, still: float = STILL
+        self,
+        store: dist.Store,
+        rank: int,
+        pulses: list[Pulse],
+        lost: Lost,
+        every: float = 0.5,
+        limit: float = 3.0,
+        still: float = STILL,
     ):
         self._store = dist.PrefixStore("flowspec/heartbeat", store)
-        self._rank, self._pulses, self._others = rank, pulses, [r for r in range(len(pulses)) if r != rank]
+        self._rank, self._pulses, self._others = (
+            rank,
+            pulses,
+            [r for r in range(len(pulses)) if r != rank],
+        )
         self._lost, self._every, self._limit, self._still = lost, every, limit, still
         self._unchanged = _Unchanged()
         self._who: dict[int, _Who] = {}
-        self._heard: tuple[int, list[bytes]] = (0, [])  # how often the store has answered, and what it said
+        self._heard: tuple[int, list[bytes]] = (
+            0,
+            [],
+        )  # how often the store has answered, and what it said
         self._broken = False
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=run, name="heartbeat", daemon=True) for run in (self._speak, self._watch)]
+        self._threads = [
+            threading.Thread(target=run, name="heartbeat", daemon=True)
+            for run in (self._speak, self._watch)
+        ]
 
     def announce(self) -> None:
         self._store.set(f"beat/{self._rank}", self._own(0))
-        self._store.set(f"who/{self._rank}", json.dumps(_Who(socket.gethostname(), machine(), os.getpid())))
+        self._store.set(
+            f"who/{self._rank}", json.dumps(_Who(socket.gethostname(), machine(), os.getpid()))
+        )
 
     def start(self, awaits: Callable[[int], None] = lambda rank: None) -> None:
         """Waits until every rank has announced itself (`awaits` hears for which it does), then beats. Whatever the store's client raises,
@@ -165,7 +188,9 @@ class Heartbeat:
             try:
                 self._store.set(f"beat/{self._rank}", self._own(number))
                 self._heard = (number, self._store.multi_get([f"beat/{r}" for r in self._others]))
-            except Exception:  # as a rule DistNetworkError; whatever it is, nobody would hear us any more
+            except (
+                Exception
+            ):  # as a rule DistNetworkError; whatever it is, nobody would hear us any more
                 self._broken = True
                 return
 
@@ -176,7 +201,9 @@ class Heartbeat:
         while not self._stop.wait(self._every):
             now, (number, beats) = awake(), self._heard
             if self._broken:
-                if not self._stop.wait(_GRACE):  # at the end of a run its host may leave a moment before us
+                if not self._stop.wait(
+                    _GRACE
+                ):  # at the end of a run its host may leave a moment before us
                     self._lost(-1, f"{GONE} (torch's store does not answer)")
                 return
             if number != answered:
@@ -199,6 +226,9 @@ class Heartbeat:
             pulse.moves, pulse.doing = beat.moves, beat.doing
             if self._unchanged.seconds(rank, beat.number, now) > self._limit:
                 return rank, f"no heartbeat for {self._limit:g} s"
-            if self._unchanged.seconds((rank, "moves"), beat.moves, now) > self._still and beat.doing:
+            if (
+                self._unchanged.seconds((rank, "moves"), beat.moves, now) > self._still
+                and beat.doing
+            ):
                 return rank, f"it beats, but stood still for {self._still:g} s: {beat.doing}"
         return None

@@ -16,7 +16,9 @@ class InprocTransport:
         self.inbox, self._inboxes = inboxes[rank], inboxes
 
     def send_next(self, message: Message) -> None:
-        self._inboxes[self.topology.next(self.rank)].put((self.rank, message), due=message.meta.pop(DUE, 0.0))
+        self._inboxes[self.topology.next(self.rank)].put(
+            (self.rank, message), due=message.meta.pop(DUE, 0.0)
+        )
 
     def send_control(self, to: int, message: Message) -> None:
         self._inboxes[to].put((self.rank, message), urgent=True, due=message.meta.pop(DUE, 0.0))

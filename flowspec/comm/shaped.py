@@ -13,7 +13,10 @@ from flowspec.core.messages import FRAME_BYTES
 def wire_bytes(message: Message, hidden_scale: float) -> float:
     """Bytes that count: feature rows (floating-point, [n, hidden]) as 2-byte elements times hidden_scale, other tensors as they are, and
     a frame around them."""
-    return FRAME_BYTES + sum(t.numel() * 2 * hidden_scale if t.is_floating_point() and t.ndim == 2 else t.nbytes for t in message.tensors)
+    return FRAME_BYTES + sum(
+        t.numel() * 2 * hidden_scale if t.is_floating_point() and t.ndim == 2 else t.nbytes
+        for t in message.tensors
+    )
 
 
 class _Link:
@@ -27,7 +30,9 @@ class _Link:
         """The message with the time at which it may be seen."""
         size = wire_bytes(message, self._emulate.hidden_scale)
         self._free_at = max(self._free_at, self._clock.now()) + self._emulate.wire_seconds(size)
-        return dataclasses.replace(message, meta={**message.meta, DUE: self._free_at + self._emulate.link_ms / 1000})
+        return dataclasses.replace(
+            message, meta={**message.meta, DUE: self._free_at + self._emulate.link_ms / 1000}
+        )
 
 
 class Arrivals:
@@ -61,7 +66,9 @@ class ShapedTransport:
         self.rank, self.topology, self.inbox = inner.rank, inner.topology, inner.inbox
         self.pulses, self.still = inner.pulses, inner.still
         self._next = _Link(emulate, inner.inbox.clock)
-        self._control = {to: _Link(emulate, inner.inbox.clock) for to in self.topology.control_peers(self.rank)}
+        self._control = {
+            to: _Link(emulate, inner.inbox.clock) for to in self.topology.control_peers(self.rank)
+        }
 
     def send_next(self, message: Message) -> None:
         self._inner.send_next(self._next.due(message))

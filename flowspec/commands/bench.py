@@ -22,13 +22,41 @@ predicts beside what was measured."""
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--methods", default=",".join(METHODS), metavar="M,M", help=f"of {' '.join(METHODS)} (default: all)")
-    parser.add_argument("--without", metavar="S,S", help="also flowspec with each of these switches of policy off alone, or `all`")
-    parser.add_argument("--prompts", default="5", metavar="N", help="use the first N prompts (default 5)")
-    parser.add_argument("--repeats", default="3", metavar="N", help="runs of each prompt with each method (default 3)")
-    parser.add_argument("--temperatures", metavar="X,X", help="temperatures to compare at (default: the configured one)")
-    parser.add_argument("--output", metavar="FOLDER", help="where the tables, records and chart go (default: build/bench/NAME)")
-    parser.add_argument("--sweep", action="store_true", help="also each baseline's best tree settings, by simulation")
+    parser.add_argument(
+        "--methods",
+        default=",".join(METHODS),
+        metavar="M,M",
+        help=f"of {' '.join(METHODS)} (default: all)",
+    )
+    parser.add_argument(
+        "--without",
+        metavar="S,S",
+        help="also flowspec with each of these switches of policy off alone, or `all`",
+    )
+    parser.add_argument(
+        "--prompts", default="5", metavar="N", help="use the first N prompts (default 5)"
+    )
+    parser.add_argument(
+        "--repeats",
+        default="3",
+        metavar="N",
+        help="runs of each prompt with each method (default 3)",
+    )
+    parser.add_argument(
+        "--temperatures",
+        metavar="X,X",
+        help="temperatures to compare at (default: the configured one)",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="where the tables, records and chart go (default: build/bench/NAME)",
+    )
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help="also each baseline's best tree settings, by simulation",
+    )
 
 
 def _prompts(options: argparse.Namespace, path: Path) -> list[str]:
@@ -45,9 +73,15 @@ def _without(options: argparse.Namespace) -> list[str]:
 def _check(options: argparse.Namespace, config: Config, manifest: Manifest) -> None:
     methods(options.methods, METHODS)
     _without(options)
-    need(number(options.repeats, int, "--repeats") >= 1, f"--repeats is {options.repeats}: it must be at least 1")
+    need(
+        number(options.repeats, int, "--repeats") >= 1,
+        f"--repeats is {options.repeats}: it must be at least 1",
+    )
     temperatures_of(options, config)
-    need(config.sampling.max_new_tokens > 1, "sampling.max_new_tokens is 1: a rate takes 2 tokens at least")
+    need(
+        config.sampling.max_new_tokens > 1,
+        "sampling.max_new_tokens is 1: a rate takes 2 tokens at least",
+    )
 
 
 def _lead(engine: Engine, options: argparse.Namespace, prompts: list[str]) -> int:
@@ -72,4 +106,6 @@ def _lead(engine: Engine, options: argparse.Namespace, prompts: list[str]) -> in
 def main(words: Sequence[str]) -> int:
     compares, asks = list(words[:1]) == ["compare"], not {"-h", "--help"}.isdisjoint(words)
     need(compares or asks, "bench knows one thing to do: flowspec bench compare CONFIG ...")
-    return RingCommand("bench compare", ABOUT, _add_arguments, _prompts, _lead, _check).main(words[compares:])
+    return RingCommand("bench compare", ABOUT, _add_arguments, _prompts, _lead, _check).main(
+        words[compares:]
+    )

@@ -29,14 +29,33 @@ SAMPLING = {
 
 def add_shared(parser: argparse.ArgumentParser) -> None:
     """CONFIG, overrides, prompts, the method and how it samples."""
-    parser.add_argument("words", nargs="*", metavar="CONFIG | key=value", help="a YAML file (default: the demo) and overrides of its keys")
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="the text to continue; may be given several times")
-    parser.add_argument("--prompt-file", metavar="FILE", help=".txt: a prompt a line; .jsonl: an object with `prompt` a line")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="CONFIG | key=value",
+        help="a YAML file (default: the demo) and overrides of its keys",
+    )
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="the text to continue; may be given several times",
+    )
+    parser.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help=".txt: a prompt a line; .jsonl: an object with `prompt` a line",
+    )
     parser.add_argument("--method", help=" ".join(METHODS))
     parser.add_argument("--version", action="version", version=f"flowspec {__version__}")
     for name, (kind, what) in SAMPLING.items():
-        parser.add_argument("--" + name.replace("_", "-"), metavar="N" if kind is int else "X", help=what)
-    parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
+        parser.add_argument(
+            "--" + name.replace("_", "-"), metavar="N" if kind is int else "X", help=what
+        )
+    parser.add_argument(
+        "--log-level", default="warning", choices=["debug", "info", "warning", "error"]
+    )
 
 
 def configuration(options: argparse.Namespace) -> tuple[Path, Config]:
@@ -59,7 +78,9 @@ def number(text: str, kind: type, flag: str) -> int | float:
     try:
         return kind(text)
     except ValueError:
-        raise UserError(f"{flag} is {text!r}: it must be {'a whole number' if kind is int else 'a number'}") from None
+        raise UserError(
+            f"{flag} is {text!r}: it must be {'a whole number' if kind is int else 'a number'}"
+        ) from None
 
 
 def numbers(text: str, kind: type, flag: str) -> list:
@@ -78,7 +99,11 @@ def methods(text: str, known: Iterable[str], flag: str = "--methods") -> list[st
 
 def temperatures_of(options: argparse.Namespace, config: Config) -> list[float]:
     """As --temperatures lists them, else the configured one."""
-    return numbers(options.temperatures, float, "--temperatures") if options.temperatures else [config.sampling.temperature]
+    return (
+        numbers(options.temperatures, float, "--temperatures")
+        if options.temperatures
+        else [config.sampling.temperature]
+    )
 
 
 def given_prompts(options: argparse.Namespace) -> list[str]:
@@ -97,7 +122,9 @@ def benchmark_prompts(options: argparse.Namespace) -> list[str]:
 def demo_stages(config: Config) -> int | None:
     """In how many stages the configuration wants the shipped target (demo, demo_sN in BUILD); None: another model."""
     folder = config.stages_path.resolve()
-    found = re.fullmatch(r"demo(?:_s(\d+))?", folder.name) if folder.parent == BUILD.resolve() else None
+    found = (
+        re.fullmatch(r"demo(?:_s(\d+))?", folder.name) if folder.parent == BUILD.resolve() else None
+    )
     return int(found[1] or 2) if found else None
 
 
@@ -105,6 +132,12 @@ def split_demo(config: Config) -> None:
     """Split the shipped target if that was not done since it last changed."""
     from flowspec.models.split import split
 
-    stages, source, made = demo_stages(config), SHIPPED / "demo" / "target", config.stages_path / "stages.yaml"
-    if stages and (not made.exists() or made.stat().st_mtime < (source / "model.safetensors").stat().st_mtime):
+    stages, source, made = (
+        demo_stages(config),
+        SHIPPED / "demo" / "target",
+        config.stages_path / "stages.yaml",
+    )
+    if stages and (
+        not made.exists() or made.stat().st_mtime < (source / "model.safetensors").stat().st_mtime
+    ):
         split(str(source), stages, config.stages_path)

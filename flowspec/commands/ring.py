@@ -70,7 +70,10 @@ def _launch(command: RingCommand, options: argparse.Namespace) -> int:
     text = Text(manifest.folder(0))
     for number, prompt in enumerate(command.prompts(options, path), 1):
         need(prompt != "", f"prompt {number} is empty: give at least one token of text")
-        need(not any("\ud800" <= c <= "\udfff" for c in prompt), f"prompt {number} is not valid UTF-8")
+        need(
+            not any("\ud800" <= c <= "\udfff" for c in prompt),
+            f"prompt {number} is not valid UTF-8",
+        )
         check_prompt(text.encode(prompt), manifest, f"prompt {number}")
     check_writable(str(config.trace_path) if config.trace else None, "trace")
     return launch([*command.name.split(), *options.given], manifest.topology.world_size)
@@ -83,14 +86,20 @@ def _rank(command: RingCommand, options: argparse.Namespace) -> NoReturn:
     rank = os.environ["RANK"]
     place = "rank0" if rank == "0" else f"rank{rank}/stage{rank}"
     if rank != "0":
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun passes Ctrl-C to all; rank 0 answers for them
-    logging.basicConfig(level=options.log_level.upper(), format=f"[{place}] %(levelname)s %(name)s: %(message)s")
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # torchrun passes Ctrl-C to all; rank 0 answers for them
+    logging.basicConfig(
+        level=options.log_level.upper(), format=f"[{place}] %(levelname)s %(name)s: %(message)s"
+    )
     code = 0
     try:
         code = _serve(command, options)
     except UserError as error:
         if rank != "0" and not launched():
-            time.sleep(LET_RANK_0_SPEAK)  # it most likely fails for the same reason; torchrun ends us as soon as it has
+            time.sleep(
+                LET_RANK_0_SPEAK
+            )  # it most likely fails for the same reason; torchrun ends us as soon as it has
         report(str(error), code := 2)
     except RankLost as error:
         report(str(error), code := 1)
@@ -118,7 +127,10 @@ def _serve(command: RingCommand, options: argparse.Namespace) -> int:
         code = _lead(engine, command, options, path)
     engine.close()  # not after a failure: then nobody is to be told that all is well
     if config.trace:
-        print(f"timeline: {config.trace_path} (python -m flowspec trace FILE, or https://ui.perfetto.dev)", file=sys.stderr)
+        print(
+            f"timeline: {config.trace_path} (python -m flowspec trace FILE, or https://ui.perfetto.dev)",
+            file=sys.stderr,
+        )
     return code
 
 

@@ -18,10 +18,22 @@ if TYPE_CHECKING:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; may be given several times",
+    )
     parser.add_argument("--chat", action="store_true", help="hold a conversation in the terminal")
-    parser.add_argument("--explain", action="store_true", help="after each text: what was chosen (rows, segments, speculation) and why")
-    parser.add_argument("--json", metavar="FILE", help="write one result object a line, a prompt each")
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="after each text: what was chosen (rows, segments, speculation) and why",
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="write one result object a line, a prompt each"
+    )
 
 
 def _prompts(options: argparse.Namespace, path: Path) -> list[str]:
@@ -43,4 +55,6 @@ def _lead(engine: Engine, options: argparse.Namespace, prompts: list[str]) -> in
     return 0
 
 
-main = RingCommand("run", "Generate text over the ring of stages.", _add_arguments, _prompts, _lead, _check).main
+main = RingCommand(
+    "run", "Generate text over the ring of stages.", _add_arguments, _prompts, _lead, _check
+).main

@@ -22,13 +22,24 @@ def show_loading(engine: Engine) -> None:
     def show(rank: int, facts: dict) -> None:
         size, seconds = facts["megabytes"], facts["seconds"]
         what = facts.get("what", "loading")
-        print(f"rank {rank} of {engine.topology.last}: {what}, {size:.1f} MB in {seconds:.1f} s", file=sys.stderr, flush=True)
+        print(
+            f"rank {rank} of {engine.topology.last}: {what}, {size:.1f} MB in {seconds:.1f} s",
+            file=sys.stderr,
+            flush=True,
+        )
 
     engine.wait_until_loaded(show)
 
 
 # ---- texts -----------------------------------------------------------------------------------------
-def run(engine: Engine, prompts: Sequence[str], stop: Sequence[str], json_path: str | None, chat: bool, explain: bool = False) -> None:
+def run(
+    engine: Engine,
+    prompts: Sequence[str],
+    stop: Sequence[str],
+    json_path: str | None,
+    chat: bool,
+    explain: bool = False,
+) -> None:
     """Stream each prompt's continuation, show its table (with `explain` also what the policy chose), write its JSON line;
     with `chat` by the chat template, and as a conversation if no prompt was given."""
     with _json_lines(json_path) as write:
@@ -36,7 +47,9 @@ def run(engine: Engine, prompts: Sequence[str], stop: Sequence[str], json_path: 
             converse(engine, stop, write, explain)
         for prompt in prompts:
             if chat:
-                generation = engine.generate(engine.text.encode_chat([{"role": "user", "content": prompt}]), stop=stop)
+                generation = engine.generate(
+                    engine.text.encode_chat([{"role": "user", "content": prompt}]), stop=stop
+                )
             else:
                 print(prompt, end="", flush=True)
                 generation = engine.generate(prompt, stop=stop)
@@ -50,7 +63,11 @@ def stream(generation: Generation) -> Result:
     """Print the text as it is committed; green: accepted from the draft, plain: the target's own."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for token in generation:
-        text = f"{GREEN}{token.text}{RESET}" if colour and token.accepted and token.text else token.text
+        text = (
+            f"{GREEN}{token.text}{RESET}"
+            if colour and token.accepted and token.text
+            else token.text
+        )
         print(text, end="", flush=True)
     print(flush=True)
     assert generation.result is not None
@@ -68,11 +85,17 @@ def table(result: Result) -> str:
     busy = " ".join(f"{share:.0%}" for share in result.stage_utilisation)
     rows = [
         ("method", result.method + (" (emulated times)" if result.emulated else "")),
-        ("tokens", f"{result.prompt_tokens} of prompt, {result.new_tokens} new ({result.finish_reason})"),
+        (
+            "tokens",
+            f"{result.prompt_tokens} of prompt, {result.new_tokens} new ({result.finish_reason})",
+        ),
         ("speed", f"{rate} tokens/s, first token after {result.prefill_seconds:.2f} s"),
         ("accepted per segment", f"{result.accepted_per_segment:.2f}"),
         ("stage utilisation", busy),
-        ("drafted / forwarded / accepted", f"{result.drafted_tokens} / {result.forwarded_tokens} / {result.accepted_tokens} tokens"),
+        (
+            "drafted / forwarded / accepted",
+            f"{result.drafted_tokens} / {result.forwarded_tokens} / {result.accepted_tokens} tokens",
+        ),
         ("seed", f"{result.seed}" if result.temperature else "none needed (greedy)"),
     ]
     return "\n".join(f"  {name:<31} {value}" for name, value in rows)
@@ -95,7 +118,9 @@ def _json_lines(path: str | None) -> Iterator[Callable[[Result], None]]:
 
 
 # ---- conversation ----------------------------------------------------------------------------------
-def converse(engine: Engine, stop: Sequence[str], write: Callable[[Result], None], explain: bool) -> None:
+def converse(
+    engine: Engine, stop: Sequence[str], write: Callable[[Result], None], explain: bool
+) -> None:
     """Read a line, answer it, remember both; an empty line or the end of input ends it."""
     turns: list[dict[str, str]] = []
     stops = [*stop] if engine.text.has_template else [*stop, "\nUser:"]

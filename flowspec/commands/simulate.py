@@ -14,9 +14,25 @@ from pathlib import Path
 
 from flowspec import trace
 from flowspec.bench import timeline
-from flowspec.bench.forecast import PAPER, SIMULATED, Forecaster, Models, check_simulable, is_taped, made_up
+from flowspec.bench.forecast import (
+    PAPER,
+    SIMULATED,
+    Forecaster,
+    Models,
+    check_simulable,
+    is_taped,
+    made_up,
+)
 from flowspec.bench.simulate import Cell, load_costs, record, run
-from flowspec.commands.options import add_shared, benchmark_prompts, configuration, methods, numbers, split_demo, temperatures_of
+from flowspec.commands.options import (
+    add_shared,
+    benchmark_prompts,
+    configuration,
+    methods,
+    numbers,
+    split_demo,
+    temperatures_of,
+)
 from flowspec.config import Config, load_config
 from flowspec.core.costs import Costs
 from flowspec.core.topology import Topology
@@ -33,20 +49,48 @@ ABOUT = """The text and the drafts are the model pair's own, made by a real run 
 def _parser() -> Parser:
     parser = Parser(prog="flowspec simulate", description=ABOUT)
     add_shared(parser)
-    parser.add_argument("--prompts", default="4", metavar="N", help="use the first N prompts (default 4)")
-    parser.add_argument("--stages", metavar="N,N", help="numbers of stages to simulate (default: as the model is split)")
-    parser.add_argument("--temperatures", metavar="X,X", help="temperatures to simulate")
-    parser.add_argument("--methods", metavar="M,M", help=f"methods: {' '.join(SIMULATED)} ({PAPER}: lock step as published)")
     parser.add_argument(
-        "--vary", action="append", default=[], metavar="KEY=A,B", help="values of a key, such as emulate.link_mbps=125,1000"
+        "--prompts", default="4", metavar="N", help="use the first N prompts (default 4)"
     )
-    parser.add_argument("--costs", metavar="FILE", help="measured costs instead of emulate: what run --json or bench compare wrote")
-    parser.add_argument("--drafts", metavar="FILE", help="recorded drafts: made if absent, completed where it lacks some")
+    parser.add_argument(
+        "--stages",
+        metavar="N,N",
+        help="numbers of stages to simulate (default: as the model is split)",
+    )
+    parser.add_argument("--temperatures", metavar="X,X", help="temperatures to simulate")
+    parser.add_argument(
+        "--methods",
+        metavar="M,M",
+        help=f"methods: {' '.join(SIMULATED)} ({PAPER}: lock step as published)",
+    )
+    parser.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="KEY=A,B",
+        help="values of a key, such as emulate.link_mbps=125,1000",
+    )
+    parser.add_argument(
+        "--costs",
+        metavar="FILE",
+        help="measured costs instead of emulate: what run --json or bench compare wrote",
+    )
+    parser.add_argument(
+        "--drafts",
+        metavar="FILE",
+        help="recorded drafts: made if absent, completed where it lacks some",
+    )
     parser.add_argument("--offline", action="store_true", help="use --drafts alone: load no model")
-    parser.add_argument("--synthetic", metavar="P,P", help="no models: the target's token is the draft's k-th choice with this probability")
+    parser.add_argument(
+        "--synthetic",
+        metavar="P,P",
+        help="no models: the target's token is the draft's k-th choice with this probability",
+    )
     parser.add_argument("--json", metavar="FILE", help="write a line a cell, method and prompt")
     parser.add_argument("--png", metavar="FILE", help="draw the last run of the last cell")
-    parser.add_argument("--trace", dest="trace_file", metavar="FILE", help="keep it as a Chrome trace")
+    parser.add_argument(
+        "--trace", dest="trace_file", metavar="FILE", help="keep it as a Chrome trace"
+    )
     return parser
 
 
@@ -64,7 +108,13 @@ def main(argv: Sequence[str]) -> int:
     for cell in cells:
         _check(cell, config, options.costs, costs)
     forecaster = _forecaster(options, config, temperatures)
-    chosen = methods(options.methods, SIMULATED) if options.methods else [config.method] if len(cells) == 1 else list(SIMULATED)
+    chosen = (
+        methods(options.methods, SIMULATED)
+        if options.methods
+        else [config.method]
+        if len(cells) == 1
+        else list(SIMULATED)
+    )
     results = run(forecaster, cells, chosen, costs)
     if options.drafts:
         forecaster.save(Path(options.drafts))
@@ -74,14 +124,21 @@ def main(argv: Sequence[str]) -> int:
     _show(options, cells, chosen, results)
     if forecaster.lacked:
         print(
-            f"note: {forecaster.lacked} drafts are not in {options.drafts} and were left out; run it where the models are", file=sys.stderr
+            f"note: {forecaster.lacked} drafts are not in {options.drafts} and were left out; run it where the models are",
+            file=sys.stderr,
         )
     return 0
 
 
 # ---- what is simulated ----------------------------------------------------------------------------
-def _cells(options: argparse.Namespace, path: Path, config: Config, temperatures: list[float]) -> Iterator[Cell]:
-    stages = numbers(options.stages, int, "--stages") if options.stages else [_split_stages(config, options)]
+def _cells(
+    options: argparse.Namespace, path: Path, config: Config, temperatures: list[float]
+) -> Iterator[Cell]:
+    stages = (
+        numbers(options.stages, int, "--stages")
+        if options.stages
+        else [_split_stages(config, options)]
+    )
     for n in stages:
         need(n >= 1, f"--stages: {n} is no number of stages")
     choices = [_choices(text) for text in options.vary]
@@ -95,39 +152,67 @@ def _cells(options: argparse.Namespace, path: Path, config: Config, temperatures
 def _split_stages(config: Config, options: argparse.Namespace) -> int:
     from flowspec.models.manifest import Manifest
 
-    need(config.stages_path.exists() or not options.synthetic, "--synthetic without a split model: say how many --stages")
+    need(
+        config.stages_path.exists() or not options.synthetic,
+        "--synthetic without a split model: say how many --stages",
+    )
     return Manifest.load(config.stages_path).topology.stages
 
 
 def _choices(text: str) -> list[str]:
     key, sign, values = text.partition("=")
-    need(bool(sign and key and values), f"--vary {text!r}: it is written KEY=A,B, such as emulate.link_mbps=125,1000")
+    need(
+        bool(sign and key and values),
+        f"--vary {text!r}: it is written KEY=A,B, such as emulate.link_mbps=125,1000",
+    )
     return [f"{key}={value}" for value in values.split(",")]
 
 
 def _check(cell: Cell, config: Config, path: str | None, costs: dict[str, Costs] | None) -> None:
     emulate = cell.config.emulate
-    need(cell.config.drafter == config.drafter, "--vary: one drafter a simulation; run another one for another")
-    same = cell.config.policy.coupled == config.policy.coupled or not is_taped(config)
-    need(same, "--vary: drafts are remembered with the target's noise or without; run another simulation for policy.coupled")
     need(
-        costs is not None or all(emulate.stage_seconds(stage, 1) > 0 for stage in Topology(cell.stages).stage_ranks),
+        cell.config.drafter == config.drafter,
+        "--vary: one drafter a simulation; run another one for another",
+    )
+    same = cell.config.policy.coupled == config.policy.coupled or not is_taped(config)
+    need(
+        same,
+        "--vary: drafts are remembered with the target's noise or without; run another simulation for policy.coupled",
+    )
+    need(
+        costs is not None
+        or all(emulate.stage_seconds(stage, 1) > 0 for stage in Topology(cell.stages).stage_ranks),
         "simulate needs the devices' times: give emulate.stage_ms, as configs/devices/ do, above 0 for each stage, or --costs FILE",
     )
     for found in costs.values() if costs else ():
-        need(cell.stages == len(found.stages), f"{path} was measured over {len(found.stages)} stages, not {cell.stages}")
+        need(
+            cell.stages == len(found.stages),
+            f"{path} was measured over {len(found.stages)} stages, not {cell.stages}",
+        )
 
 
-def _forecaster(options: argparse.Namespace, config: Config, temperatures: list[float]) -> Forecaster:
+def _forecaster(
+    options: argparse.Namespace, config: Config, temperatures: list[float]
+) -> Forecaster:
     if options.synthetic:
-        return made_up(config, numbers(options.synthetic, float, "--synthetic"), int(numbers(options.prompts, int, "--prompts")[0]))
+        return made_up(
+            config,
+            numbers(options.synthetic, float, "--synthetic"),
+            int(numbers(options.prompts, int, "--prompts")[0]),
+        )
     check_simulable(config)
-    need(not options.offline or is_taped(config), f"--offline: {config.drafter_kinds} is asked live, so its drafts are in no file")
+    need(
+        not options.offline or is_taped(config),
+        f"--offline: {config.drafter_kinds} is asked live, so its drafts are in no file",
+    )
     forecaster = Forecaster(config, Models.of(config))
     forecaster.offline = options.offline
     if options.drafts and os.path.exists(options.drafts):
         forecaster.load(Path(options.drafts))
-    need(not options.offline or bool(forecaster.tapes), "--offline needs --drafts FILE, an existing file")
+    need(
+        not options.offline or bool(forecaster.tapes),
+        "--offline needs --drafts FILE, an existing file",
+    )
     if not options.offline:
         wanted = [dataclasses.replace(config.sampling, temperature=t) for t in temperatures]
         record(forecaster, config, benchmark_prompts(options), wanted)
@@ -135,7 +220,12 @@ def _forecaster(options: argparse.Namespace, config: Config, temperatures: list[
 
 
 # ---- what is shown ---------------------------------------------------------------------------------
-def _show(options: argparse.Namespace, cells: list[Cell], chosen: list[str], results: dict[tuple[int, str], list[Outcome]]) -> None:
+def _show(
+    options: argparse.Namespace,
+    cells: list[Cell],
+    chosen: list[str],
+    results: dict[tuple[int, str], list[Outcome]],
+) -> None:
     from rich.table import Table
 
     from flowspec.bench.report import console
@@ -146,7 +236,11 @@ def _show(options: argparse.Namespace, cells: list[Cell], chosen: list[str], res
     for method in chosen:
         table.add_column(method, justify="right")
     for k, cell in enumerate(cells):
-        about = [str(cell.stages), f"{cell.temperature:g}", *(v.partition("=")[2] for v in cell.varied)]
+        about = [
+            str(cell.stages),
+            f"{cell.temperature:g}",
+            *(v.partition("=")[2] for v in cell.varied),
+        ]
         table.add_row(*about, *(_rates(results[k, method]) for method in chosen))
     console().print(table)
     if options.json:
@@ -170,7 +264,17 @@ def _rates(outcomes: list[Outcome]) -> str:
 def _write(path: str, cells: list[Cell], results: dict[tuple[int, str], list[Outcome]]) -> None:
     with replacing(path) as beside, open(beside, "w") as file:
         for (k, method), outcomes in results.items():
-            about = {"stages": cells[k].stages, "temperature": cells[k].temperature, "varied": list(cells[k].varied), "method": method}
+            about = {
+                "stages": cells[k].stages,
+                "temperature": cells[k].temperature,
+                "varied": list(cells[k].varied),
+                "method": method,
+            }
             for prompt, o in enumerate(outcomes, 1):
-                figures = {"prompt": prompt, "tokens_per_second": o.tokens_per_second, "new_tokens": len(o.tokens), "simulated": True}
+                figures = {
+                    "prompt": prompt,
+                    "tokens_per_second": o.tokens_per_second,
+                    "new_tokens": len(o.tokens),
+                    "simulated": True,
+                }
                 file.write(json.dumps(about | figures) + "\n")

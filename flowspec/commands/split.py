@@ -11,14 +11,39 @@ from flowspec.output import Parser, command
 
 
 def parser() -> Parser:
-    each = Parser(prog="split_models.py", description="Cut a Hugging Face checkpoint into one folder a rank.")
-    each.add_argument(
-        "--model", required=True, metavar="DIR_OR_HUB_ID", help="folder with a safetensors checkpoint, or a name on the Hugging Face hub"
+    each = Parser(
+        prog="split_models.py", description="Cut a Hugging Face checkpoint into one folder a rank."
     )
-    each.add_argument("--stages", required=True, type=int, metavar="N", help="number of stages; there is one rank more, the coordinator")
-    each.add_argument("--output", required=True, metavar="OUT", help="folder to write; an older split there is replaced")
-    each.add_argument("--layers", metavar="8,8,8,8", help="layers of each stage (default: near equal, the later stages get the remainder)")
-    each.add_argument("--dtype", default="auto", metavar="auto|float32|float16|bfloat16", help="dtype to store (default: auto, as it is)")
+    each.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR_OR_HUB_ID",
+        help="folder with a safetensors checkpoint, or a name on the Hugging Face hub",
+    )
+    each.add_argument(
+        "--stages",
+        required=True,
+        type=int,
+        metavar="N",
+        help="number of stages; there is one rank more, the coordinator",
+    )
+    each.add_argument(
+        "--output",
+        required=True,
+        metavar="OUT",
+        help="folder to write; an older split there is replaced",
+    )
+    each.add_argument(
+        "--layers",
+        metavar="8,8,8,8",
+        help="layers of each stage (default: near equal, the later stages get the remainder)",
+    )
+    each.add_argument(
+        "--dtype",
+        default="auto",
+        metavar="auto|float32|float16|bfloat16",
+        help="dtype to store (default: auto, as it is)",
+    )
     return each
 
 
@@ -27,7 +52,14 @@ def main(argv: Sequence[str]) -> int:
     """Exit code: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
     args = parser().parse_args(argv)
     with _sigterm_interrupts():
-        split(args.model, args.stages, args.output, layers=args.layers, dtype=args.dtype, progress=Screen())
+        split(
+            args.model,
+            args.stages,
+            args.output,
+            layers=args.layers,
+            dtype=args.dtype,
+            progress=Screen(),
+        )
     return 0
 
 

@@ -12,11 +12,27 @@ from flowspec.trace import read
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="flowspec trace", description="Say where the time of a traced run went, and draw it.")
+    parser = Parser(
+        prog="flowspec trace", description="Say where the time of a traced run went, and draw it."
+    )
     parser.add_argument("file", metavar="FILE", help="what a run wrote with trace=FILE")
-    parser.add_argument("--png", metavar="OUT", help="the picture (default: FILE with the suffix .png)")
-    parser.add_argument("--from", dest="first", type=float, metavar="S", help="draw from this second on (default: where decoding begins)")
-    parser.add_argument("--to", dest="last", type=float, metavar="S", help=f"draw until this second (default: {SHOWN} s later)")
+    parser.add_argument(
+        "--png", metavar="OUT", help="the picture (default: FILE with the suffix .png)"
+    )
+    parser.add_argument(
+        "--from",
+        dest="first",
+        type=float,
+        metavar="S",
+        help="draw from this second on (default: where decoding begins)",
+    )
+    parser.add_argument(
+        "--to",
+        dest="last",
+        type=float,
+        metavar="S",
+        help=f"draw until this second (default: {SHOWN} s later)",
+    )
     return parser
 
 

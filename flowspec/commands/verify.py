@@ -22,7 +22,11 @@ compares the ring with itself. With --reference DIR the texts are also compared,
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--reference", metavar="DIR", help="the unsplit model (it must fit in rank 0's memory): compare with it, too")
+    parser.add_argument(
+        "--reference",
+        metavar="DIR",
+        help="the unsplit model (it must fit in rank 0's memory): compare with it, too",
+    )
 
 
 def _prompts(options: argparse.Namespace, path: Path) -> list[str]:
@@ -48,7 +52,9 @@ def _lead(engine: Engine, options: argparse.Namespace, prompts: list[str]) -> in
     reference = None
     if options.reference is not None:
         source = check_reference(options.reference, engine.manifest, engine.config.dtype)
-        reference = lossless.Reference(source.folder, engine.sums_in, (engine.manifest.dtype, engine.dtype_name))
+        reference = lossless.Reference(
+            source.folder, engine.sums_in, (engine.manifest.dtype, engine.dtype_name)
+        )
     same = lossless.verify(engine, prompts, _settings(engine.config), reference)
     if not same:
         report("the text is not what it should be: see above", 1)
@@ -58,7 +64,10 @@ def _lead(engine: Engine, options: argparse.Namespace, prompts: list[str]) -> in
 def _settings(config: Config) -> list[dict]:
     """Greedy, and the configured sampling with three seeds (temperature 0.8, top-p 0.9 where it is greedy)."""
     own = config.sampling
-    sampled = {"temperature": own.temperature or 0.8, "top_p": own.top_p if own.temperature else 0.9}
+    sampled = {
+        "temperature": own.temperature or 0.8,
+        "top_p": own.top_p if own.temperature else 0.9,
+    }
     return [{"temperature": 0.0}, *({**sampled, "seed": seed} for seed in (1, 2, 3))]
 
 

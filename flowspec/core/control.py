@@ -31,7 +31,9 @@ class Stretch:
 
     def decided(self, tokens: int, now: float, usual: float) -> float:
         """So many tokens more are text; the seconds that they took, clipped. `usual`: of a token without speculation."""
-        most = self._clip * max(usual, median(took for _, took in self._lately) if self._lately else 0.0)
+        most = self._clip * max(
+            usual, median(took for _, took in self._lately) if self._lately else 0.0
+        )
         seconds, self._last = min(now - self._last, most), now
         self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
         self._lately.append((tokens, seconds))
@@ -43,7 +45,9 @@ class Stretch:
     @property
     def each(self) -> float:
         """Seconds of a token, lately."""
-        return sum(seconds for _, seconds in self._lately) / self._count if self._count else math.inf
+        return (
+            sum(seconds for _, seconds in self._lately) / self._count if self._count else math.inf
+        )
 
 
 @dataclass
@@ -83,7 +87,14 @@ class _Prices(NamedTuple):
         forward = ring.base + ring.row
         least = float((more[2:] / n[1:-1]).min()) / forward
         now, tried = ring.forwards(stages, ring.context), ring.plain
-        return cls(times, more, forward, least, now, now / ring.forwards(stages, tried[1]) if tried else 1.0)
+        return cls(
+            times,
+            more,
+            forward,
+            least,
+            now,
+            now / ring.forwards(stages, tried[1]) if tried else 1.0,
+        )
 
 
 class Controller:
@@ -129,12 +140,19 @@ class Controller:
     """tokens of the run after which what a trial found is to be tried anew, if in doubt: the few tokens of it may have met a busy moment"""
 
     def __init__(self, ring: Ring, topology: Topology, fixed_rows: int | None, findings: Findings):
-        self._ring, self._topology, self._fixed_rows, self._findings = ring, topology, fixed_rows, findings
+        self._ring, self._topology, self._fixed_rows, self._findings = (
+            ring,
+            topology,
+            fixed_rows,
+            findings,
+        )
         findings.trials //= 2
         self._prices = _Prices.of(ring, topology.stages)
         self.speculates = findings.resting == 0
         self._now: Stretch | None = None
-        self._lead = 0.0  # seconds that this stretch of speculation has gained on plain decoding, of late
+        self._lead = (
+            0.0  # seconds that this stretch of speculation has gained on plain decoding, of late
+        )
         self._until = findings.resting  # tokens that the present stretch of plain decoding lasts
         self._lost = 0.0  # plain tokens' time that speculation has lost so far
         self._begun = 0  # tokens that were left then
@@ -199,7 +217,9 @@ class Controller:
             return
         self._promise = promise or 0.0
         self._foreseen = self._begun - left + min(left, self.AHEAD)
-        if self._draining and self._attempt is not None:  # what was on its way belongs to the attempt that has ended
+        if (
+            self._draining and self._attempt is not None
+        ):  # what was on its way belongs to the attempt that has ended
             self._attempt.decided(tokens, now, self.plain)
             self._draining, self._now = tokens > 1, Stretch(now, self.CLIP[False])
             return
@@ -213,14 +233,21 @@ class Controller:
                 self._findings.rests = 0
             self._doubt(self._now, now, left)
         else:
-            self._findings.resting = 0 if self._regrets(self._now) else max(0, self._until - self._now.tokens)
+            self._findings.resting = (
+                0 if self._regrets(self._now) else max(0, self._until - self._now.tokens)
+            )
             if not self._findings.resting:
                 self._settle(self._now, now)
 
     def _regrets(self, stretch: Stretch) -> bool:
         """Plain decoding turns out to be clearly slower than what was stopped for it."""
         attempt = self._attempt
-        return attempt is not None and not self._trial and stretch.tokens >= self.FIRST and attempt.each * self.CLOSE < stretch.each
+        return (
+            attempt is not None
+            and not self._trial
+            and stretch.tokens >= self.FIRST
+            and attempt.each * self.CLOSE < stretch.each
+        )
 
     @property
     def _allowed(self) -> float:
@@ -233,7 +260,11 @@ class Controller:
         lost = -self._lead > self.plain * self._bearable
         lost = lost or (tried and ratio < 1 and stretch.tokens >= stretch.LATEST)
         trial = min(self.TRIAL[1], self.PRICE * left / max(ratio - 1, 1e-3))
-        doubt, after = (self.CLOSE, self.AGAIN * 2**self._findings.trials) if tried else (self.DOUBT, self.FIRST)
+        doubt, after = (
+            (self.CLOSE, self.AGAIN * 2**self._findings.trials)
+            if tried
+            else (self.DOUBT, self.FIRST)
+        )
         unsure = ratio < doubt and stretch.tokens >= after and trial >= self.TRIAL[0]
         if lost or unsure:
             self._attempt, self._counted, self._trial = stretch, False, unsure or not tried
@@ -262,7 +293,9 @@ class Controller:
         slower = attempt is not None and stretch.each < attempt.each
         if self._trial and slower:
             self._until = stretch.tokens + self._rest()
-        elif (attempt is not None and not slower) or self._allowed > self.LOSS[0]:  # it was no loss after all, or there is some to lose
+        elif (attempt is not None and not slower) or self._allowed > self.LOSS[
+            0
+        ]:  # it was no loss after all, or there is some to lose
             self._turn(now)
         self._trial = False
 
@@ -280,13 +313,17 @@ class Controller:
     @property
     def _tried(self) -> bool:
         """Plain decoding was tried not long ago, behind a context like this."""
-        like_this = self._ring.plain is not None and 1 / self.CHANGED < self._priced().grown < self.CHANGED
+        like_this = (
+            self._ring.plain is not None and 1 / self.CHANGED < self._priced().grown < self.CHANGED
+        )
         return like_this and self._findings.since < self.OLD
 
     def explain(self) -> list[str]:
         """What was chosen, and why; for people."""
         ring = self._ring
-        stages = "; ".join(f"{s}: {_forwards(c.over(_SHOWN, ring.context))}" for s, c in sorted(ring.costs.items()))
+        stages = "; ".join(
+            f"{s}: {_forwards(c.over(_SHOWN, ring.context))}" for s, c in sorted(ring.costs.items())
+        )
         shown = ", ".join(f"{n:.0f}" for n in _SHOWN)
         lines = [
             f"stages (ms of a forward over {shown} rows, behind {ring.context} tokens): {stages}",
@@ -297,10 +334,16 @@ class Controller:
         ]
         attempt = self._now if self.speculates else self._attempt
         each = math.inf if attempt is None else attempt.each
-        measured = "not measured (too short)" if math.isinf(each) else f"{1 / each:.2f} tok/s lately"
-        plain = f"{1 / self.plain:.2f} tok/s {'by these costs' if ring.plain is None else 'measured'}"
+        measured = (
+            "not measured (too short)" if math.isinf(each) else f"{1 / each:.2f} tok/s lately"
+        )
+        plain = (
+            f"{1 / self.plain:.2f} tok/s {'by these costs' if ring.plain is None else 'measured'}"
+        )
         state, rests = "on" if self.speculates else "off", self._findings.rests
-        lines.append(f"speculation {state}: {measured}; without it {plain}; rested {rests} times since it last paid")
+        lines.append(
+            f"speculation {state}: {measured}; without it {plain}; rested {rests} times since it last paid"
+        )
         return lines
 
 

@@ -76,13 +76,17 @@ class _Bin:
     """tokens of context that a point for the report spans"""
 
     def __init__(self) -> None:
-        self.latest: deque[tuple[int, float, float]] = deque(maxlen=self.LATEST)  # (rows, context, seconds)
+        self.latest: deque[tuple[int, float, float]] = deque(
+            maxlen=self.LATEST
+        )  # (rows, context, seconds)
         self.by_context = Line(forget=1.0)
         self.all: dict[int, deque[tuple[int, float, float]]] = {}
 
     def add(self, rows: int, context: float, seconds: float) -> None:
         self.latest.append((rows, context, seconds))
-        self.all.setdefault(int(context) // self.SPAN, deque(maxlen=self.KEPT)).append((rows, context, seconds))
+        self.all.setdefault(int(context) // self.SPAN, deque(maxlen=self.KEPT)).append(
+            (rows, context, seconds)
+        )
 
     @property
     def rows(self) -> float:
@@ -91,7 +95,10 @@ class _Bin:
     def typical(self, slope: float, context: float, deep: tuple[float, float]) -> float:
         """Seconds over `rows` rows at `context`: a low quantile (the least of three, the fourth of nine), since a delay only adds."""
         middle = self.rows
-        moved = sorted(t + slope * (middle - n) + (context - at) * (deep[0] + deep[1] * n) for n, at, t in self.latest)
+        moved = sorted(
+            t + slope * (middle - n) + (context - at) * (deep[0] + deep[1] * n)
+            for n, at, t in self.latest
+        )
         return max(moved[2 * (len(moved) - 1) // 5], 0.1 * min(t for _, _, t in self.latest))
 
 
@@ -131,12 +138,23 @@ class RowCost:
             return Curve.line(0.02, 0.02 / SHAPE)
         deep = self._deep(bins)
         seen = [(b.rows, b.typical(0.0, context, deep)) for b in bins]
-        for _ in range(3):  # rows of a bin differ: the slope between its neighbours says what that makes
+        for _ in range(
+            3
+        ):  # rows of a bin differ: the slope between its neighbours says what that makes
             seen = [(b.rows, b.typical(_chord(seen, k), context, deep)) for k, b in enumerate(bins)]
         knots: list[tuple[float, float]] = []
         for k, bin in enumerate(bins):
-            above = (seen[k + 1][0], min(seconds for _, seconds in seen[k + 1 :])) if k + 1 < len(bins) else None
-            knots.append((seen[k][0], _believed(knots[-1] if knots else None, seen[k], above, len(bin.latest))))
+            above = (
+                (seen[k + 1][0], min(seconds for _, seconds in seen[k + 1 :]))
+                if k + 1 < len(bins)
+                else None
+            )
+            knots.append(
+                (
+                    seen[k][0],
+                    _believed(knots[-1] if knots else None, seen[k], above, len(bin.latest)),
+                )
+            )
         first, last = knots[0], knots[-1]
         if first[0] > 1:
             knots.insert(0, (1.0, _guess(first, 1.0)))
@@ -164,7 +182,14 @@ class RowCost:
         for bin in list(self._bins.values()):  # a drafter's thread may still be at it
             for some in list(bin.all.values()):
                 rows, contexts, seconds = zip(*list(some), strict=True)
-                found.append(Point(statistics.mean(rows), statistics.mean(contexts), statistics.median(seconds), len(some)))
+                found.append(
+                    Point(
+                        statistics.mean(rows),
+                        statistics.mean(contexts),
+                        statistics.median(seconds),
+                        len(some),
+                    )
+                )
         return sorted(found)
 
 
@@ -174,18 +199,27 @@ def _guess(known: tuple[float, float], rows: float) -> float:
     return seconds * (SHAPE + rows) / (SHAPE + n)
 
 
-def _believed(below: tuple[float, float] | None, seen: tuple[float, float], above: tuple[float, float] | None, count: int) -> float:
+def _believed(
+    below: tuple[float, float] | None,
+    seen: tuple[float, float],
+    above: tuple[float, float] | None,
+    count: int,
+) -> float:
     """Seconds of a point (rows, seconds) that was seen so often, by what is believed below it and the least that was seen above it."""
     rows, seconds = seen
     if below is None:
         return min(seconds, above[1]) if above else seconds
     guess = _guess(below, rows)
     if above:
-        guess = below[1] + (max(below[1], above[1]) - below[1]) * (rows - below[0]) / (above[0] - below[0])
+        guess = below[1] + (max(below[1], above[1]) - below[1]) * (rows - below[0]) / (
+            above[0] - below[0]
+        )
         seconds = min(seconds, above[1])
     if seconds <= guess:
         return max(seconds, below[1])
-    doubt = (2 if above else 2 * below[0] / rows) / count**2  # a guess from below says little of many times the rows
+    doubt = (
+        2 if above else 2 * below[0] / rows
+    ) / count**2  # a guess from below says little of many times the rows
     return guess + (seconds - guess) / (1 + doubt)
 
 
@@ -249,8 +283,14 @@ class Emulate:
     def __post_init__(self) -> None:
         for name in ("stage_ms", "token_ms", "draft_ms", "link_ms", "hidden_scale"):
             value = getattr(self, name)
-            need(all(x >= 0 for x in _each(value)), f"emulate.{name} is {value}: it must not be negative")
-        need(self.link_mbps is None or self.link_mbps > 0, f"emulate.link_mbps is {self.link_mbps}: it must be above 0")
+            need(
+                all(x >= 0 for x in _each(value)),
+                f"emulate.{name} is {value}: it must not be negative",
+            )
+        need(
+            self.link_mbps is None or self.link_mbps > 0,
+            f"emulate.link_mbps is {self.link_mbps}: it must be above 0",
+        )
 
     @property
     def active(self) -> bool:
@@ -263,11 +303,17 @@ class Emulate:
     def check_stages(self, stages: int) -> None:
         for name in ("stage_ms", "token_ms"):
             n = len(_each(getattr(self, name)))
-            need(n in (1, stages), f"emulate.{name} lists {n} stages, the model is split into {stages}")
+            need(
+                n in (1, stages),
+                f"emulate.{name} lists {n} stages, the model is split into {stages}",
+            )
 
     def stage_seconds(self, stage: int, rows: int) -> float:
         """Least time of stage 1.. over `rows` rows. A list that is too short (a simulation of more stages) begins again."""
-        base, slope = (values[(stage - 1) % len(values)] for values in (_each(self.stage_ms), _each(self.token_ms)))
+        base, slope = (
+            values[(stage - 1) % len(values)]
+            for values in (_each(self.stage_ms), _each(self.token_ms))
+        )
         return (base + slope * rows) / 1000
 
     def wire_seconds(self, size: float) -> float:

@@ -66,7 +66,11 @@ class Costs:
             {"forwards": _listed(points), "own_ms": _ms(own), "row_ms": _ms(row)}
             for points, own, row in zip(self.stages, self.own, self.rows, strict=True)
         ]
-        about = {"hop_ms": _ms(self.hop), "coordinator_ms": _ms(self.coordinator), "read_ms": _ms(self.read)}
+        about = {
+            "hop_ms": _ms(self.hop),
+            "coordinator_ms": _ms(self.coordinator),
+            "read_ms": _ms(self.read),
+        }
         return {"format": FORMAT, "stages": stages, "draft": _listed(self.draft), **about}
 
 
@@ -81,13 +85,19 @@ def _listed(points: Iterable[Point]) -> list[list[float]]:
 
 def merged(all: Sequence[Costs]) -> Costs:
     """Of several runs over the same ring."""
-    need(len({len(costs.stages) for costs in all}) == 1, "costs of rings with different numbers of stages: take one of them")
+    need(
+        len({len(costs.stages) for costs in all}) == 1,
+        "costs of rings with different numbers of stages: take one of them",
+    )
 
     def middle(values: Iterable[float]) -> float:
         return statistics.median(values)
 
     return Costs(
-        tuple(tuple(p for points in same for p in points) for same in zip(*(c.stages for c in all), strict=True)),
+        tuple(
+            tuple(p for points in same for p in points)
+            for same in zip(*(c.stages for c in all), strict=True)
+        ),
         tuple(map(middle, zip(*(c.own for c in all), strict=True))),
         tuple(map(middle, zip(*(c.rows for c in all), strict=True))),
         middle(c.hop for c in all),
@@ -104,7 +114,10 @@ def read(found: Mapping[str, Any] | None, where: str) -> Costs:
     assert found is not None
     try:
         newer = found["format"] > FORMAT
-        need(not newer, f"{where} holds costs of format {found['format']}, this version reads up to {FORMAT}")
+        need(
+            not newer,
+            f"{where} holds costs of format {found['format']}, this version reads up to {FORMAT}",
+        )
         stages = found["stages"]
         costs = Costs(
             tuple(_points(stage["forwards"]) for stage in stages),
@@ -119,11 +132,16 @@ def read(found: Mapping[str, Any] | None, where: str) -> Costs:
         need(False, wrong)
     times = [costs.hop, costs.read, costs.coordinator, *costs.own, *costs.rows]
     sane = all(0 <= t < 1e6 for t in times) and all(
-        p.rows >= 1 and p.context >= 0 and 0 < p.seconds < 1e6 and p.times >= 1 for points in (*costs.stages, costs.draft) for p in points
+        p.rows >= 1 and p.context >= 0 and 0 < p.seconds < 1e6 and p.times >= 1
+        for points in (*costs.stages, costs.draft)
+        for p in points
     )
     need(sane and len(costs.stages) > 0 and all(costs.stages), wrong)
     return costs
 
 
 def _points(rows: Iterable[Sequence[float]]) -> tuple[Point, ...]:
-    return tuple(Point(float(rows), float(context), ms / 1000, int(count)) for rows, context, ms, count in rows)
+    return tuple(
+        Point(float(rows), float(context), ms / 1000, int(count))
+        for rows, context, ms, count in rows
+    )

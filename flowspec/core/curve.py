@@ -28,10 +28,14 @@ class Curve:
     def over(self, rows: np.ndarray, context: float | None = None) -> np.ndarray:
         """Seconds of forwards over so many rows each; without `context`, at the curve's own."""
         x, y = np.array(self.knots).T
-        here = np.interp(rows, x, y) + np.maximum(rows - x[-1], 0) * (y[-1] - y[-2]) / (x[-1] - x[-2])
+        here = np.interp(rows, x, y) + np.maximum(rows - x[-1], 0) * (y[-1] - y[-2]) / (
+            x[-1] - x[-2]
+        )
         if context is None:
             return here
-        return np.maximum(here + (context - self.context) * (self.deep[0] + self.deep[1] * rows), 0.1 * here)
+        return np.maximum(
+            here + (context - self.context) * (self.deep[0] + self.deep[1] * rows), 0.1 * here
+        )
 
     def at(self, rows: float, context: float | None = None) -> float:
         return float(self.over(np.array(rows, float), context))

@@ -160,7 +160,9 @@ class StageMachine:
         """Whether the forward under way is still worth its time: not when its request is over, nor when all of its nodes are dead."""
         assert self.running is not None
         live, segment = self._live.get(self.running.request), self.running.segment
-        return live is not None and (segment is None or not (live.abort and live.books.all_dead(segment.ids)))
+        return live is not None and (
+            segment is None or not (live.abort and live.books.all_dead(segment.ids))
+        )
 
     def walk(self, choose: Callable[[int], int]) -> list[int]:
         """On a last stage that picks tokens, with the forward under way computed: indices of its nodes that become text.
@@ -168,7 +170,9 @@ class StageMachine:
         `choose(k)`, the target's token after the k-th, is asked of these alone."""
         assert self.running is not None and self.running.segment is not None
         live, segment = self._live.get(self.running.request), self.running.segment
-        return live.accepted.walk(segment.ids, segment.parents, segment.tokens, choose) if live else []
+        return (
+            live.accepted.walk(segment.ids, segment.parents, segment.tokens, choose) if live else []
+        )
 
     # ---- what happens ------------------------------------------------------------------------------
     def _begin(self, event: Begin) -> list[StageAction]:
@@ -180,7 +184,11 @@ class StageMachine:
 
     def _chunk(self, event: Chunk) -> list[StageAction]:
         live = self._live.get(event.request)
-        return [] if live is None else [self._compute(event.request, None, live.books.extend(event.rows))]
+        return (
+            []
+            if live is None
+            else [self._compute(event.request, None, live.books.extend(event.rows))]
+        )
 
     def _arrived(self, event: Arrived) -> list[StageAction]:
         live, segment = self._live.get(event.request), event.segment
@@ -192,7 +200,9 @@ class StageMachine:
         rows, context = len(admitted.kept), admitted.length - len(admitted.kept)
         if self._is_first:  # rank 0 learns when this stage will be free, so that the next segment can arrive just then
             expected = self.meter.forward.predict(rows, context) if rows else 0.0
-            actions.append(Tell(event.request, Started(segment.number, rows, expected, event.waited)))
+            actions.append(
+                Tell(event.request, Started(segment.number, rows, expected, event.waited))
+            )
         if rows:
             actions.append(self._compute(event.request, segment.only(admitted.kept), admitted))
         return actions

@@ -127,12 +127,21 @@ class Drafted:
         """One proposal a node; None: it cannot go on from there."""
         pairs = [(id, p) for id, p in zip(ids, proposals, strict=True) if p is not None]
         k = max((len(p.tokens) for _, p in pairs), default=0)
-        tokens, z = np.zeros((len(pairs), k), np.int64), np.full((len(pairs), k, _drafters(pairs[0][1]) if pairs else 1), -np.inf)
+        tokens, z = (
+            np.zeros((len(pairs), k), np.int64),
+            np.full((len(pairs), k, _drafters(pairs[0][1]) if pairs else 1), -np.inf),
+        )
         for row, (_, p) in enumerate(pairs):
             tokens[row, : len(p.tokens)] = p.tokens
             z[row, : len(p.tokens)] = p.z.reshape(len(p.tokens), z.shape[2])
         coupled = any(p.coupled for _, p in pairs)
-        return cls(tuple(id for id, _ in pairs), tokens, z, coupled, np.array([p.coverage for _, p in pairs]))
+        return cls(
+            tuple(id for id, _ in pairs),
+            tokens,
+            z,
+            coupled,
+            np.array([p.coverage for _, p in pairs]),
+        )
 
     def proposal(self, node: int) -> Proposal | None:
         """The candidates of one node; None if there are none."""
@@ -140,11 +149,19 @@ class Drafted:
             return None
         row = self.nodes.index(node)
         there = self.z[row, :, 0] > -np.inf
-        return Proposal(self.tokens[row][there], self.z[row][there], float(self.coverage[row]), self.coupled)
+        return Proposal(
+            self.tokens[row][there], self.z[row][there], float(self.coverage[row]), self.coupled
+        )
 
     def only(self, rows: list[int]) -> Drafted:
         """The answer for some of its nodes."""
-        return Drafted(tuple(self.nodes[r] for r in rows), self.tokens[rows], self.z[rows], self.coupled, self.coverage[rows])
+        return Drafted(
+            tuple(self.nodes[r] for r in rows),
+            self.tokens[rows],
+            self.z[rows],
+            self.coupled,
+            self.coverage[rows],
+        )
 
 
 def _drafters(proposal: Proposal) -> int:

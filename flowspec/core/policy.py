@@ -33,8 +33,14 @@ class TreeConfig:
     def __post_init__(self) -> None:
         for name in ("budget", "top_k", "depth", "segment"):
             value = getattr(self, name)
-            need(value is None or value >= 1, f"tree.{name} is {value}: it must be at least 1, or auto")
-        need((self.top_k or 1) <= KEPT, f"tree.top_k is {self.top_k}: drafters name {KEPT} candidates for a node")
+            need(
+                value is None or value >= 1,
+                f"tree.{name} is {value}: it must be at least 1, or auto",
+            )
+        need(
+            (self.top_k or 1) <= KEPT,
+            f"tree.top_k is {self.top_k}: drafters name {KEPT} candidates for a node",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +81,9 @@ class Policy(Protocol):
     def credits(self) -> int:
         """Segments that may be in flight."""
 
-    def attach(self, tree: TokenTree, learnt: Learnt, request: Request, levels_left: Callable[[], int]) -> None:
+    def attach(
+        self, tree: TokenTree, learnt: Learnt, request: Request, levels_left: Callable[[], int]
+    ) -> None:
         """The request begins. `levels_left()`: how many levels below the root can still become text."""
 
     def draft(self) -> list[Node]:
@@ -108,7 +116,9 @@ class Attached:
 
     scorer: Scorer
 
-    def attach(self, tree: TokenTree, learnt: Learnt, request: Request, levels_left: Callable[[], int]) -> None:
+    def attach(
+        self, tree: TokenTree, learnt: Learnt, request: Request, levels_left: Callable[[], int]
+    ) -> None:
         self.tree, self.ring, self.levels_left = tree, learnt.ring, levels_left
         self.scorer.attach(tree, request.prompt, learnt.weights)
         self.rerooted()

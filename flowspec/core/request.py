@@ -32,12 +32,21 @@ class Sampling:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     def __post_init__(self) -> None:
-        need(0 <= self.temperature < math.inf, f"sampling.temperature is {self.temperature}: it must be 0 (greedy) or more")
+        need(
+            0 <= self.temperature < math.inf,
+            f"sampling.temperature is {self.temperature}: it must be 0 (greedy) or more",
+        )
         need(self.top_k >= 0, f"sampling.top_k is {self.top_k}: it must be 0 (off) or more")
         need(0 < self.top_p <= 1, f"sampling.top_p is {self.top_p}: it must lie in (0, 1]")
         need(0 <= self.min_p <= 1, f"sampling.min_p is {self.min_p}: it must lie in [0, 1]")
-        need(self.max_new_tokens >= 1, f"sampling.max_new_tokens is {self.max_new_tokens}: ask for at least one new token")
-        need(self.seed is None or 0 <= self.seed <= _MASK, f"sampling.seed is {self.seed}: it must lie in [0, 2^64)")
+        need(
+            self.max_new_tokens >= 1,
+            f"sampling.max_new_tokens is {self.max_new_tokens}: ask for at least one new token",
+        )
+        need(
+            self.seed is None or 0 <= self.seed <= _MASK,
+            f"sampling.seed is {self.seed}: it must lie in [0, 2^64)",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

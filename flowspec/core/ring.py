@@ -38,7 +38,9 @@ class Ring:
     def begin(self, context: int) -> None:
         """A request whose prompt is so long; nothing of another is on its way any more."""
         self.out: dict[int, tuple[int, ...]] = {}  # number -> ids, while a node of it is alive
-        self.waiting: dict[int, float] = {}  # number -> when it was sent, until the first stage starts on it
+        self.waiting: dict[
+            int, float
+        ] = {}  # number -> when it was sent, until the first stage starts on it
         self._last = 0  # number of the newest segment
         self.free_at = -math.inf
         self.context = context
@@ -51,9 +53,15 @@ class Ring:
         sent_at = self.waiting.pop(event.number, None)
         if sent_at is None:  # it came back before this news did
             return
-        self.hop = max(0.0, min(self.hop, (now - sent_at - event.waited) / 2))  # whatever a stage says of its wait
+        self.hop = max(
+            0.0, min(self.hop, (now - sent_at - event.waited) / 2)
+        )  # whatever a stage says of its wait
         # the slowest stage or link sets the pace: what leaves sooner would only wait there
-        self.free_at = now + (max(event.expected, self._pace(event.rows)) if event.rows else 0.0) - self.known_hop
+        self.free_at = (
+            now
+            + (max(event.expected, self._pace(event.rows)) if event.rows else 0.0)
+            - self.known_hop
+        )
 
     def measured(self, event: Cost) -> None:
         self.costs[event.stage] = event.forward
@@ -72,7 +80,9 @@ class Ring:
         """Seconds of a forward over 0 (as good as 1), 1, ... MOST rows on the slowest stage, here and now; a guess until it is measured."""
         if self._times is None:
             rows = np.maximum(np.arange(self.MOST + 1.0), 1)
-            self._times = np.max([curve.over(rows, self.context) for curve in self.costs.values() or [self.GUESS]], 0)
+            self._times = np.max(
+                [curve.over(rows, self.context) for curve in self.costs.values() or [self.GUESS]], 0
+            )
         return self._times
 
     @property
@@ -107,7 +117,9 @@ class Ring:
 
     def drop_dead(self, tree: TokenTree) -> None:
         """A segment none of whose nodes is alive need not come back."""
-        self.out = {number: ids for number, ids in self.out.items() if not tree.nodes.keys().isdisjoint(ids)}
+        self.out = {
+            number: ids for number, ids in self.out.items() if not tree.nodes.keys().isdisjoint(ids)
+        }
 
     @property
     def room_at(self) -> float:

@@ -36,7 +36,9 @@ from flowspec.core.tree import Node, TokenTree
 class Scheduler:
     """One request. `handle(event, now) -> actions`; `now` is any clock in seconds that does not go back."""
 
-    def __init__(self, request: Request, policy: Policy, learnt: Learnt | None = None, drafts: bool = True):
+    def __init__(
+        self, request: Request, policy: Policy, learnt: Learnt | None = None, drafts: bool = True
+    ):
         """`learnt`: by the run's earlier requests; it goes on learning."""
         self.request, self.policy, self.drafts = request, policy, drafts and policy.drafts
         self.tree = TokenTree(request.prompt[-1], request.prompt_length - 1)
@@ -97,7 +99,9 @@ class Scheduler:
         self.policy.rerooted()
         self.ring.drop_dead(self.tree)
         self.version += 1
-        commit = Commit(tuple(n.id for n in path), tuple(tokens), tuple(accepted), self.tree.root.id)
+        commit = Commit(
+            tuple(n.id for n in path), tuple(tokens), tuple(accepted), self.tree.root.id
+        )
         reason = self._end(tokens[-1])
         if reason:
             self.finished = True
@@ -138,7 +142,9 @@ class Scheduler:
     def _fill(self, now: float) -> list[Action]:
         drafts = self._draft(now)
         sends = self._sends(now)
-        return drafts + sends + self._draft(now)  # again: a layer that has just left can be drafted from
+        return (
+            drafts + sends + self._draft(now)
+        )  # again: a layer that has just left can be drafted from
 
     def _draft(self, now: float) -> list[Action]:
         if not self.drafts or self._drafting or not (batch := self.policy.draft()):
@@ -165,7 +171,12 @@ class Scheduler:
         for node in nodes:
             node.sent = True
         self.segments += 1
-        segment = Segment(self.segments, tuple(n.id for n in nodes), tuple(n.parent for n in nodes), tuple(n.token for n in nodes))
+        segment = Segment(
+            self.segments,
+            tuple(n.id for n in nodes),
+            tuple(n.parent for n in nodes),
+            tuple(n.token for n in nodes),
+        )
         self.ring.sent(segment.number, segment.ids, now)
         return segment
 

@@ -38,7 +38,9 @@ class Weights:
         self.values = np.zeros(drafters + len(LENGTHS))
         self.values[:drafters] = 1 / drafters
         self._curvature = np.eye(len(self.values))
-        self._held, self._claimed = (2.0, 3.0) if learns else (1.0, 1.0)  # positions: a prior that few decisions outweigh
+        self._held, self._claimed = (
+            (2.0, 3.0) if learns else (1.0, 1.0)
+        )  # positions: a prior that few decisions outweigh
 
     def begin(self) -> None:
         """A new text: what others have taught counts as no more than MEMORY positions of it."""
@@ -140,7 +142,9 @@ class Scorer:
         self.promise = None if calibrate else self.UNKNOWN
         """how much probability the target's choices had in the lists, of late; None before there was one"""
 
-    def attach(self, tree: TokenTree, prompt: Sequence[int], learnt: dict[tuple[int, bool], Weights]) -> None:
+    def attach(
+        self, tree: TokenTree, prompt: Sequence[int], learnt: dict[tuple[int, bool], Weights]
+    ) -> None:
         """`learnt`: weights by the number of drafters and whether they are coupled; those that are missing are added."""
         self._tree, self._learnt = tree, learnt if self._learns else {}
         for weights in self._learnt.values():
@@ -148,7 +152,9 @@ class Scorer:
         self._use(1, False)  # until an answer says otherwise
         self._ngrams = Ngrams(prompt) if self._uses_ngrams else None
 
-    def scored(self, nodes: list[Node], drafted: Drafted, top_k: int) -> list[tuple[Node, list[int], list[float]]]:
+    def scored(
+        self, nodes: list[Node], drafted: Drafted, top_k: int
+    ) -> list[tuple[Node, list[int], list[float]]]:
         """Each node with its best top_k candidates, best first: their tokens and their (absolute) scores.
 
         One pass over the batch without hints; a row that has one is mended by itself, since few do and numpy costs by the call."""
@@ -159,9 +165,15 @@ class Scorer:
         above = np.array([n.score for n in nodes]) + np.log(claims)
         u += (above - np.log(np.exp(u).sum(1)))[:, None]
         short = u[:, -1].min() == -np.inf
-        hints = [self._ngrams.after(self._below_root(n)) for n in nodes] if self._ngrams is not None else [None] * len(nodes)
+        hints = (
+            [self._ngrams.after(self._below_root(n)) for n in nodes]
+            if self._ngrams is not None
+            else [None] * len(nodes)
+        )
         scored = []
-        for node, listed, scores, level, hint in zip(nodes, tokens.tolist(), u.tolist(), above.tolist(), hints, strict=True):
+        for node, listed, scores, level, hint in zip(
+            nodes, tokens.tolist(), u.tolist(), above.tolist(), hints, strict=True
+        ):
             if short:
                 k = sum(score > -math.inf for score in scores)
                 del listed[k:], scores[k:]
@@ -169,8 +181,17 @@ class Scorer:
                 self._mend(listed, scores, level, hint, not drafted.coupled)
             scored.append((node, listed[:top_k], scores[:top_k]))
         if self.weights.learns:
-            lists = zip(tokens, z, drafted.coverage.tolist(), hints, [not drafted.coupled] * len(nodes), strict=True)
-            self._lists.update((node.id, List(*facts)) for node, facts in zip(nodes, lists, strict=True))
+            lists = zip(
+                tokens,
+                z,
+                drafted.coverage.tolist(),
+                hints,
+                [not drafted.coupled] * len(nodes),
+                strict=True,
+            )
+            self._lists.update(
+                (node.id, List(*facts)) for node, facts in zip(nodes, lists, strict=True)
+            )
         return scored
 
     def _use(self, drafters: int, coupled: bool) -> None:
@@ -190,7 +211,14 @@ class Scorer:
             z = np.take_along_axis(z, order[..., None], 1)
         return tokens, z, u - u[:, :1]
 
-    def _mend(self, tokens: list[int], scores: list[float], level: float, hint: tuple[int, int], joins: bool) -> None:
+    def _mend(
+        self,
+        tokens: list[int],
+        scores: list[float],
+        level: float,
+        hint: tuple[int, int],
+        joins: bool,
+    ) -> None:
         """Raise the hinted candidate's u by its weight, in place: log p of all others sinks by the log of what the sum grows by.
 
         `level`: the score that the list's candidates have together."""
@@ -198,7 +226,9 @@ class Scorer:
         known = token in tokens
         if not known and not joins:
             return
-        at = tokens.index(token) if known else len(tokens) - 1  # one that joins begins as the last of the list
+        at = (
+            tokens.index(token) if known else len(tokens) - 1
+        )  # one that joins begins as the last of the list
         score, weight = scores[at], float(self.weights.values[self.weights.drafters + length])
         p = math.exp(score - level)
         grown = math.log(1 + p * (math.exp(weight) - known))
@@ -215,7 +245,9 @@ class Scorer:
         values, drafters = [f"{value:.2f}" for value in self.weights.values], self.weights.drafters
         hints = ", ".join(f"{n}: {v}" for n, v in zip(LENGTHS, values[drafters:], strict=True))
         weights = ", ".join(values[:drafters])
-        return [f"weights: of each drafter {weights}, of its lists {self.weights.trust:.3f}, of n-gram hints by length of match {hints}"]
+        return [
+            f"weights: of each drafter {weights}, of its lists {self.weights.trust:.3f}, of n-gram hints by length of match {hints}"
+        ]
 
     def _below_root(self, node: Node) -> list[int]:
         """The last tokens of the path from the root to the node, as many as an n-gram looks at."""
@@ -231,8 +263,12 @@ class Scorer:
             if node in self._lists:
                 found = self._lists.pop(node)
                 listed, x = found.features()
-                p = self.weights.learn(x, found.coverage, listed.index(token) if token in listed else None)
-                self.promise = p if self.promise is None else self.promise + self.LATELY * (p - self.promise)
+                p = self.weights.learn(
+                    x, found.coverage, listed.index(token) if token in listed else None
+                )
+                self.promise = (
+                    p if self.promise is None else self.promise + self.LATELY * (p - self.promise)
+                )
         if self._ngrams is not None:
             self._ngrams.extend(tokens)
         if len(self._lists) > 4 * len(self._tree) + 64:  # of nodes that died

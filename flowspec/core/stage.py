@@ -48,14 +48,22 @@ class Admitted(NamedTuple):
 
     def only(self, k: int) -> Admitted:
         """The k-th alone, when no other is in the cache behind it."""
-        return Admitted([0], self.positions[k : k + 1], self.base, self.behind[k : k + 1], self.length - (len(self.kept) - 1 - k))
+        return Admitted(
+            [0],
+            self.positions[k : k + 1],
+            self.base,
+            self.behind[k : k + 1],
+            self.length - (len(self.kept) - 1 - k),
+        )
 
     def then(self, next: Admitted) -> Admitted:
         """Both in one forward; `next` was admitted right after this."""
         settled = range(self.base, next.base)  # rows that became base in between
         behind = [*self.behind, *([*settled, *seen] for seen in next.behind)]
         kept = self.kept + [len(self.kept) + k for k in next.kept]
-        return Admitted(kept, np.concatenate([self.positions, next.positions]), self.base, behind, next.length)
+        return Admitted(
+            kept, np.concatenate([self.positions, next.positions]), self.base, behind, next.length
+        )
 
 
 class Gather(NamedTuple):
@@ -105,7 +113,13 @@ class StageState:
         del self.tail[at - self.base :]
         rows = range(self.length, self.length + n)
         self.length += n
-        admitted = Admitted([*range(n)], np.arange(at, at + n), self.base, [[*self.tail, *rows[: k + 1]] for k in range(n)], self.length)
+        admitted = Admitted(
+            [*range(n)],
+            np.arange(at, at + n),
+            self.base,
+            [[*self.tail, *rows[: k + 1]] for k in range(n)],
+            self.length,
+        )
         self.tail += [*rows, *behind]
         self._settle()
         return admitted
@@ -156,12 +170,16 @@ class StageState:
         """Assert what must hold between calls."""
         held = [*self.tail, *self.row.values()]
         assert len({*held}) == len(held), "two tokens in a row"
-        assert all(self.base <= row < self.length for row in held), "a row beyond the cache, or one of the base"
+        assert all(self.base <= row < self.length for row in held), (
+            "a row beyond the cache, or one of the base"
+        )
         assert self.dead >= 0 and self.base not in self.tail[:1]
         assert self.row.keys() == self.parent.keys()
         assert [*self.row.values()] == sorted(self.row.values()), "not in the order of arrival"
         for node, parent in self.parent.items():
-            assert node == self.root or self.row.get(parent, self.length) < self.row[node], "a node that hangs below nothing"
+            assert node == self.root or self.row.get(parent, self.length) < self.row[node], (
+                "a node that hangs below nothing"
+            )
 
     def _settle(self) -> None:
         """Rows of the tail that are already in place belong to the base."""
@@ -215,7 +233,13 @@ class Accepted:
         self._newest = -1
         self._choice: int | None = None  # before the first root, whatever its token is
 
-    def walk(self, ids: Sequence[int], parents: Sequence[int], tokens: Sequence[int], choose: Callable[[int], int]) -> list[int]:
+    def walk(
+        self,
+        ids: Sequence[int],
+        parents: Sequence[int],
+        tokens: Sequence[int],
+        choose: Callable[[int], int],
+    ) -> list[int]:
         """Indices of a segment's nodes that become text. `choose(k)`, the target's token after node k, is asked of these alone."""
         found = []
         for k, (i, parent) in enumerate(zip(ids, parents, strict=True)):

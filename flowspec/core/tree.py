@@ -9,7 +9,13 @@ class Node:
     __slots__ = ("children", "expanded", "id", "parent", "position", "score", "sent", "token")
 
     def __init__(self, id: int, parent: int, token: int, position: int, score: float):
-        self.id, self.parent, self.token, self.position, self.score = id, parent, token, position, score
+        self.id, self.parent, self.token, self.position, self.score = (
+            id,
+            parent,
+            token,
+            position,
+            score,
+        )
         self.sent = False
         self.expanded = False
         self.children: dict[int, Node] = {}  # token -> child
@@ -68,7 +74,11 @@ class TokenTree:
                 continue
             reached += len(node.children)
             for token, child in node.children.items():
-                assert self.nodes[child.id] is child and child.parent == node.id and child.token == token
+                assert (
+                    self.nodes[child.id] is child
+                    and child.parent == node.id
+                    and child.token == token
+                )
                 assert child.id > node.id and child.position == node.position + 1
                 assert child.score <= node.score, "a child may not outrank its parent"
                 assert node.sent or not child.sent, "a child may not be sent before its parent"

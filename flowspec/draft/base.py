@@ -68,7 +68,9 @@ class Lineage:
         return cls(-1, 0, request.prompt[-1])
 
 
-def best(logq: Tensor, positions: Sequence[int], noise: Noise | None, names: Tensor | None = None) -> tuple[np.ndarray, np.ndarray, bool]:
+def best(
+    logq: Tensor, positions: Sequence[int], noise: Noise | None, names: Tensor | None = None
+) -> tuple[np.ndarray, np.ndarray, bool]:
     """The candidates for these positions, best first: tokens [n, KEPT], their z [n, KEPT, 1] and whether there is noise in it.
 
     logq: [n, vocabulary], a drafter's log-probabilities; names: int64 [vocabulary], what the target calls its tokens (None: the

@@ -10,7 +10,11 @@ from flowspec.errors import need
 from flowspec.models.hub import HEAD_FILES, MODEL_FILES, local_folder
 
 KINDS = ("lm", "eagle", "eagle3", "ngram", "none")
-NEED_FILES = {"lm": "a checkpoint", "eagle": "the folder of a head", "eagle3": "the folder of a head"}
+NEED_FILES = {
+    "lm": "a checkpoint",
+    "eagle": "the folder of a head",
+    "eagle3": "the folder of a head",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +45,27 @@ class DrafterConfig:
     def checkpoint(self, folder: Path) -> Path:
         """The draft model's or the head's folder; `folder` is where the configuration lies. UserError when there is none."""
         assert self.path is not None
-        return local_folder(self.path, f"{self.where}.path", HEAD_FILES if self.reads_features else MODEL_FILES, folder)
+        return local_folder(
+            self.path,
+            f"{self.where}.path",
+            HEAD_FILES if self.reads_features else MODEL_FILES,
+            folder,
+        )
 
     def __post_init__(self) -> None:
-        need(bool(self.kind) or self.path is None, f"{self.where}.kind is missing beside {self.where}.path: name one of {', '.join(KINDS)}")
+        need(
+            bool(self.kind) or self.path is None,
+            f"{self.where}.kind is missing beside {self.where}.path: name one of {', '.join(KINDS)}",
+        )
         object.__setattr__(self, "kind", self.kind or "none")
         near = difflib.get_close_matches(self.kind, KINDS, 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        need(self.kind in KINDS, f"{self.where}.kind is {self.kind}: {hint}choose one of {', '.join(KINDS)}")
+        need(
+            self.kind in KINDS,
+            f"{self.where}.kind is {self.kind}: {hint}choose one of {', '.join(KINDS)}",
+        )
         missing = self.computes and self.path is None
-        need(not missing, f"{self.where}.path is missing: kind {self.kind} needs {NEED_FILES.get(self.kind)}")
+        need(
+            not missing,
+            f"{self.where}.path is missing: kind {self.kind} needs {NEED_FILES.get(self.kind)}",
+        )

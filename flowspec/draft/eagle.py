@@ -40,10 +40,16 @@ class EagleDrafter(Drafter):
         for start in range(0, len(tokens), PREFILL_ROWS):
             part = slice(start, start + PREFILL_ROWS)
             self._sequence.prefill(self._eagle.rows(tokens[part], known[:-1][part]))
-        self._ahead = request.prompt_length - len(tokens)  # a row's candidates stand so many positions behind it
-        self._settled = len(tokens)  # rows of the text that are made of the target's features: the first ones
+        self._ahead = request.prompt_length - len(
+            tokens
+        )  # a row's candidates stand so many positions behind it
+        self._settled = len(
+            tokens
+        )  # rows of the text that are made of the target's features: the first ones
         self._text: list[DraftNode] = []  # the text's nodes behind them
-        self._truth = [known[-1]]  # the target's features [hidden] before these and, when it is known, before the root
+        self._truth = [
+            known[-1]
+        ]  # the target's features [hidden] before these and, when it is known, before the root
         self._predicted: dict[int, Tensor] = {}  # node -> the feature [hidden] predicted at it
         self._exact = False  # the root's row was made of the target's feature
         self._version = 0
@@ -59,7 +65,9 @@ class EagleDrafter(Drafter):
         positions, predicted = self._forward(nodes)
         ids = [n.id for n in nodes]
         self._exact = self._exact or (self._lineage.root in ids and bool(self._truth))
-        logq = torch.log_softmax(self._eagle.logits(predicted).float() / self._temperature, -1).cpu()
+        logq = torch.log_softmax(
+            self._eagle.logits(predicted).float() / self._temperature, -1
+        ).cpu()
         candidates = best(logq, (positions + self._ahead).tolist(), self._noise, self._eagle.names)
         return Drafted(tuple(ids), *candidates, np.full(len(ids), COVERAGE))
 
@@ -74,7 +82,11 @@ class EagleDrafter(Drafter):
         self._lineage = self._lineage.after(commit)
         self._version += 1
         self._sequence.prune(Prune(self._version, held[-1] if held else -1, commit.root))
-        alive = {*self._sequence.state.row, self._lineage.anchor, *(i for n in self._text for i in (n.id, n.parent))}
+        alive = {
+            *self._sequence.state.row,
+            self._lineage.anchor,
+            *(i for n in self._text for i in (n.id, n.parent)),
+        }
         self._predicted = {id: feature for id, feature in self._predicted.items() if id in alive}
         if features is not None:
             self.learn(features)
@@ -105,9 +117,13 @@ class EagleDrafter(Drafter):
         due, missing = self._due, self._with_row
         text = self._text[:due] if due or nodes else [self._text[missing]]
         before = self._truth[:due] + [self._before(n) for n in [*text[due:], *nodes]]
-        rows = self._eagle.rows(torch.tensor([n.token for n in [*text, *nodes]]), torch.stack(before))
+        rows = self._eagle.rows(
+            torch.tensor([n.token for n in [*text, *nodes]]), torch.stack(before)
+        )
         at = self._settled + (0 if due or nodes else missing)
-        positions, predicted = self._sequence.extend_and_verify(rows, at, [n.id for n in nodes], [n.parent for n in nodes])
+        positions, predicted = self._sequence.extend_and_verify(
+            rows, at, [n.id for n in nodes], [n.parent for n in nodes]
+        )
         self._predicted.update(zip((n.id for n in [*text, *nodes]), predicted, strict=True))
         self._settled += due
         del self._text[:due], self._truth[:due]

@@ -42,7 +42,10 @@ class LmDrafter(Drafter):
         self._version = 0
 
     def propose(self, nodes: Sequence[DraftNode]) -> Drafted:
-        nodes = [nodes[k] for k in self._sequence.state.worth([n.id for n in nodes], [n.parent for n in nodes])]
+        nodes = [
+            nodes[k]
+            for k in self._sequence.state.worth([n.id for n in nodes], [n.parent for n in nodes])
+        ]
         if not nodes:
             return Drafted.pack((), ())
         positions, rows = self._forward(nodes)
@@ -67,7 +70,9 @@ class LmDrafter(Drafter):
         self._missing = []
         rows = torch.cat([text, self._tokens([n.token for n in nodes])])
         at = self._sequence.state.context
-        positions, features = self._sequence.extend_and_verify(rows, at, [n.id for n in nodes], [n.parent for n in nodes])
+        positions, features = self._sequence.extend_and_verify(
+            rows, at, [n.id for n in nodes], [n.parent for n in nodes]
+        )
         return positions[len(text) :], features[len(text) :]
 
     def _tokens(self, tokens: Sequence[int]) -> Tensor:

@@ -36,7 +36,9 @@ class MixtureDrafter(Drafter):
             member.begin(request, noise, features if member.features or member.layers else None)
 
     def propose(self, nodes: Sequence[DraftNode]) -> Drafted:
-        return united([node.id for node in nodes], [member.propose(nodes) for member in self._members])
+        return united(
+            [node.id for node in nodes], [member.propose(nodes) for member in self._members]
+        )
 
     def commit(self, commit: Commit, features: Tensor | None = None) -> None:
         for member in self._members:
@@ -102,7 +104,9 @@ def united(ids: Sequence[int], answers: Sequence[Drafted]) -> Drafted:
     )
 
 
-def _first(tokens: np.ndarray, members: Sequence[_Lists], listed: Sequence[np.ndarray]) -> np.ndarray:
+def _first(
+    tokens: np.ndarray, members: Sequence[_Lists], listed: Sequence[np.ndarray]
+) -> np.ndarray:
     """bool [n, m]: which tokens of all lists, put side by side, are in no list further left."""
     first = tokens != NOTHING
     begin = 0

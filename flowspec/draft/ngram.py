@@ -29,7 +29,9 @@ class NgramDrafter(Drafter):
         for token in request.prompt:
             self._append(token)
         self._lineage = Lineage.of(request)
-        self._ending = {0: self._last_tokens()}  # live node -> the last tokens up to it, parents before children
+        self._ending = {
+            0: self._last_tokens()
+        }  # live node -> the last tokens up to it, parents before children
         self._parent: dict[int, int] = {}
 
     def propose(self, nodes: Sequence[DraftNode]) -> Drafted:
@@ -42,7 +44,10 @@ class NgramDrafter(Drafter):
         live = {commit.root}
         live.update(id for id in self._ending if self._parent.get(id) in live)
         self._parent = {id: self._parent[id] for id in live if id in self._parent}
-        self._ending = {commit.root: self._last_tokens(), **{id: ending for id, ending in self._ending.items() if id in live}}
+        self._ending = {
+            commit.root: self._last_tokens(),
+            **{id: ending for id, ending in self._ending.items() if id in live},
+        }
 
     def _append(self, token: int) -> None:
         for n in self.LENGTHS:

@@ -41,7 +41,9 @@ class Tape:
     """path -> proposal; path 0 is the prompt"""
 
     def __post_init__(self) -> None:
-        self._child = {(p, t): i for i, (p, t) in enumerate(zip(self.parents, self.tokens, strict=True))}
+        self._child = {
+            (p, t): i for i, (p, t) in enumerate(zip(self.parents, self.tokens, strict=True))
+        }
 
     def child(self, path: int, token: int) -> int:
         """The path one token longer."""
@@ -79,11 +81,15 @@ class LiveDrafter:
     features: [prompt + text - 1, hidden], the target's at each of their tokens but the last; None for a drafter that reads none. Only
     tokens of the text are ever committed, so a commit's features are the next rows of these."""
 
-    def __init__(self, drafter: Drafter, request: Request, noise: Noise | None, features: Tensor | None):
+    def __init__(
+        self, drafter: Drafter, request: Request, noise: Noise | None, features: Tensor | None
+    ):
         self.features = drafter.features
         self._drafter, self._rows = drafter, features
         self._told = request.prompt_length - 1  # rows that the drafter has
-        drafter.begin(request, noise, features[: self._told] if features is not None and self._told else None)
+        drafter.begin(
+            request, noise, features[: self._told] if features is not None and self._told else None
+        )
 
     def propose(self, nodes: Sequence[DraftNode]) -> Drafted:
         return self._drafter.propose(nodes)
@@ -149,7 +155,9 @@ class SyntheticDrafter:
 
     features = False
 
-    def __init__(self, request: Request, text: Sequence[int], profile: Sequence[float], seed: int = 0):
+    def __init__(
+        self, request: Request, text: Sequence[int], profile: Sequence[float], seed: int = 0
+    ):
         self._text, self._profile = text, np.array(profile)
         self._seed = seed
         self._made: dict[int, Proposal] = {}  # by node
@@ -169,7 +177,9 @@ class SyntheticDrafter:
         """Paths on the text are numbered by how many of its tokens they hold; OFF are all others."""
         if path == -1:
             return 0
-        return path + 1 if path >= 0 and path < len(self._text) and self._text[path] == token else OFF
+        return (
+            path + 1 if path >= 0 and path < len(self._text) and self._text[path] == token else OFF
+        )
 
     def _proposal(self, path: int) -> Proposal:
         # tokens of the text are below 2^30 (see `made_up_text`), wrong guesses above
@@ -199,8 +209,15 @@ def save(path: str | os.PathLike[str], tapes: Iterable[Tape], source: str) -> No
     for k, tape in enumerate(tapes):
         request = tape.request
         sampling = dataclasses.asdict(request.sampling)
-        about = {"prompt": request.prompt, "sampling": sampling, "eos": sorted(request.eos), "text": tape.text}
-        heads.append(about | {"coupled": any(p.coupled for p in tape.proposals.values() if p is not None)})
+        about = {
+            "prompt": request.prompt,
+            "sampling": sampling,
+            "eos": sorted(request.eos),
+            "text": tape.text,
+        }
+        heads.append(
+            about | {"coupled": any(p.coupled for p in tape.proposals.values() if p is not None)}
+        )
         arrays |= {f"{k}.{name}": array for name, array in _columns(tape).items()}
     head = json.dumps({"format": FORMAT, "source": source, "tapes": heads})
     with replacing(path) as beside, open(beside, "wb") as file:
@@ -209,7 +226,10 @@ def save(path: str | os.PathLike[str], tapes: Iterable[Tape], source: str) -> No
 
 def _columns(tape: Tape) -> dict[str, np.ndarray]:
     asked = [tape.proposals.get(p) for p in range(len(tape.parents))]
-    counts = [UNASKED if p not in tape.proposals else ABSENT if a is None else len(a.tokens) for p, a in enumerate(asked)]
+    counts = [
+        UNASKED if p not in tape.proposals else ABSENT if a is None else len(a.tokens)
+        for p, a in enumerate(asked)
+    ]
     there = [a for a in asked if a is not None]
     return {
         "parents": np.array(tape.parents, np.int32),
@@ -227,17 +247,32 @@ def load(path: str | os.PathLike[str]) -> tuple[list[Tape], str]:
         with np.load(path, allow_pickle=False) as arrays:
             head = json.loads(bytes(arrays["head"]))
             if head["format"] > FORMAT:
-                raise UserError(f"{path} is of format {head['format']}, this version reads up to {FORMAT}")
-            return [_tape(k, facts, arrays) for k, facts in enumerate(head["tapes"])], head["source"]
+                raise UserError(
+                    f"{path} is of format {head['format']}, this version reads up to {FORMAT}"
+                )
+            return [_tape(k, facts, arrays) for k, facts in enumerate(head["tapes"])], head[
+                "source"
+            ]
     except OSError as error:
-        raise UserError(f"cannot read the recorded drafts {path}: {error.strerror or error}") from None
+        raise UserError(
+            f"cannot read the recorded drafts {path}: {error.strerror or error}"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
-        raise UserError(f"{path} holds no recorded drafts: give a file that simulate --drafts wrote") from None
+        raise UserError(
+            f"{path} holds no recorded drafts: give a file that simulate --drafts wrote"
+        ) from None
 
 
 def _tape(k: int, facts: dict, arrays) -> Tape:
-    request = Request(id=k, prompt=tuple(facts["prompt"]), sampling=Sampling(**facts["sampling"]), eos=frozenset(facts["eos"]))
-    get = {name.partition(".")[2]: arrays[name] for name in arrays.files if name.startswith(f"{k}.")}
+    request = Request(
+        id=k,
+        prompt=tuple(facts["prompt"]),
+        sampling=Sampling(**facts["sampling"]),
+        eos=frozenset(facts["eos"]),
+    )
+    get = {
+        name.partition(".")[2]: arrays[name] for name in arrays.files if name.startswith(f"{k}.")
+    }
     tape = Tape(request, facts["text"], get["parents"].tolist(), get["tokens"].tolist())
     z, coupled = (get["z"].astype(float), facts["coupled"]) if "z" in get else _of_format_1(get)
     begin = number = 0
@@ -247,7 +282,9 @@ def _tape(k: int, facts: dict, arrays) -> Tape:
         elif count != UNASKED:
             part = slice(begin, begin + count)
             coverage = float(get["coverage"][number])
-            tape.proposals[path] = Proposal(get["candidates"][part].astype(np.int64), z[part], coverage, coupled)
+            tape.proposals[path] = Proposal(
+                get["candidates"][part].astype(np.int64), z[part], coverage, coupled
+            )
             begin, number = begin + count, number + 1
     return tape
 

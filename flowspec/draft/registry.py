@@ -29,7 +29,11 @@ def make_drafter(
 
     `head` is the target's lm_head, for kinds that have none of their own (config.needs_lm_head). `progress(bytes)` is called as a
     draft model's tensors come."""
-    made = [drafter for config in configs if (drafter := _one(config, folder, manifest, head, dtype, device, progress))]
+    made = [
+        drafter
+        for config in configs
+        if (drafter := _one(config, folder, manifest, head, dtype, device, progress))
+    ]
     if len(made) < 2:
         return made[0] if made else None
     from flowspec.draft.mixture import MixtureDrafter
@@ -58,7 +62,9 @@ def _one(
         from flowspec.models.eagle import load_eagle
         from flowspec.models.stage import rehearse
 
-        dtype = torch.float32 if device == "cpu" else dtype  # fc and embedding are no packed matrices, and halves are slow there
+        dtype = (
+            torch.float32 if device == "cpu" else dtype
+        )  # fc and embedding are no packed matrices, and halves are slow there
         eagle = load_eagle(config.kind, config.checkpoint(folder), manifest, head, dtype, device)
         rehearse(eagle.layer, eagle.lm_head, eagle.silence)
         return EagleDrafter(eagle)

@@ -56,15 +56,24 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, seen: Seen, scaling: flo
 
     query: [heads, n, head_dim]; keys, values: [kv_heads, length, head_dim]."""
     n, width = query.shape[1:]
-    if query.device.type == "cpu" and query.dtype == torch.float32 and vector.fits(width) and jit.available():
+    if (
+        query.device.type == "cpu"
+        and query.dtype == torch.float32
+        and vector.fits(width)
+        and jit.available()
+    ):
         rows = query.transpose(0, 1)
         rows = rows if rows.stride(1) == width and rows.stride(2) == 1 else rows.contiguous()
         return vector.attend(rows, keys, values, seen.base, *seen.slots, scaling)
     if seen.in_order:
-        return _attend(query, keys[:, seen.order], values[:, seen.order], seen.hidden[:, :0], scaling)
+        return _attend(
+            query, keys[:, seen.order], values[:, seen.order], seen.hidden[:, :0], scaling
+        )
     hidden, size = seen.hidden, max(1, SCORES // (len(query) * keys.shape[1]))
     parts = [slice(start, start + size) for start in range(0, n, size)]
-    return torch.cat([_attend(query[:, part], keys, values, hidden[part], scaling) for part in parts])
+    return torch.cat(
+        [_attend(query[:, part], keys, values, hidden[part], scaling) for part in parts]
+    )
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, scaling: float) -> Tensor:
@@ -74,14 +83,22 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, scaling
     stacked = (query * scaling).reshape(groups, heads // groups * n, width)
     scores = torch.bmm(stacked, keys.transpose(1, 2))
     masked = scores.view(heads, n, length)[:, :, length - hidden.shape[1] :]
-    masked.masked_fill_(hidden, torch.finfo(scores.dtype).min)  # finite: a dead row that sees nothing stays a number
+    masked.masked_fill_(
+        hidden, torch.finfo(scores.dtype).min
+    )  # finite: a dead row that sees nothing stays a number
     softmaxed = torch.float64 if scores.dtype == torch.float64 else torch.float32
     weights = torch.softmax(scores, -1, dtype=softmaxed).to(values.dtype)
     return torch.bmm(weights, values).view(heads, n, width).transpose(0, 1)
 
 
 def _interface(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Seen, scaling: float, **_: object
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Seen,
+    scaling: float,
+    **_: object,
 ) -> tuple[Tensor, None]:
     """What transformers' layers call: [1, heads, n, head_dim] in, [1, n, heads, head_dim] out."""
     return attend(query[0], key[0], value[0], attention_mask, scaling)[None], None

@@ -96,11 +96,19 @@ class Beside(nn.Module):
     def __init__(self, layer: Any, norm: nn.Module):
         super().__init__()
         self.self_attn, self.mlp = layer.self_attn, layer.mlp
-        self.input_layernorm, self.hidden_norm, self.post_attention_layernorm = layer.input_layernorm, norm, layer.post_attention_layernorm
+        self.input_layernorm, self.hidden_norm, self.post_attention_layernorm = (
+            layer.input_layernorm,
+            norm,
+            layer.post_attention_layernorm,
+        )
         for name in ("q_proj", "k_proj", "v_proj"):
             narrow = getattr(self.self_attn, name)
             biased = narrow.bias is not None
-            setattr(self.self_attn, name, nn.Linear(2 * narrow.in_features, narrow.out_features, biased, device="meta"))
+            setattr(
+                self.self_attn,
+                name,
+                nn.Linear(2 * narrow.in_features, narrow.out_features, biased, device="meta"),
+            )
 
     def forward(self, x: Tensor, **around) -> Tensor:
         embedded, feature = x.chunk(2, -1)
@@ -109,7 +117,9 @@ class Beside(nn.Module):
         return feature + self.mlp(self.post_attention_layernorm(feature))
 
 
-def load_eagle(kind: str, folder: Path, manifest: Manifest, head: Head | None, dtype: torch.dtype, device: str) -> EagleHead:
+def load_eagle(
+    kind: str, folder: Path, manifest: Manifest, head: Head | None, dtype: torch.dtype, device: str
+) -> EagleHead:
     """The `eagle` or `eagle3` head in `folder` for the target of `manifest`, whose lm_head is `head` (None if it is not here, which
     suits EAGLE-3). UserError names what does not fit."""
     tensors, config = _read(folder, dtype), read_config(folder)
@@ -121,17 +131,33 @@ def load_eagle(kind: str, folder: Path, manifest: Manifest, head: Head | None, d
     shapes |= {EAGLE_BIAS: (hidden,)} if EAGLE_BIAS in tensors else {}
     own = EAGLE_EMBEDDING in tensors or hidden != manifest.hidden_size
     shapes |= {EAGLE_EMBEDDING: (config["vocab_size"], hidden)} if own else {}
-    fixed = {name: _taken(tensors, name, shape, folder, kind).to(device) for name, shape in shapes.items()}
+    fixed = {
+        name: _taken(tensors, name, shape, folder, kind).to(device)
+        for name, shape in shapes.items()
+    }
     fc, bias = fixed[EAGLE_FC], fixed.get(EAGLE_BIAS)
-    embedding = fixed[EAGLE_EMBEDDING] if own else target_embedding(folder, manifest, head, dtype, device)
+    embedding = (
+        fixed[EAGLE_EMBEDDING] if own else target_embedding(folder, manifest, head, dtype, device)
+    )
     layer = decoder_layer(config, tensors, device, str(folder), dtype, beside=kind == "eagle3")
     if kind == "eagle":
         assert head is not None, "an EAGLE-1/2 head needs the target's lm_head"
         return EagleHead(embedding, fc, bias, layer, head, nn.Identity())
     norm = family_of(config).classes().norm(hidden, eps=layer.config.rms_norm_eps)
     norm.weight = nn.Parameter(fixed[EAGLE_NORM], requires_grad=False)
-    names = _names(tensors[EAGLE_NAMES], manifest.vocab_size, folder) if EAGLE_NAMES in shapes else None
-    return EagleHead(embedding, fc, bias, layer, Head(fixed[HEAD]), norm, eagle3_layers(manifest.num_layers), names)
+    names = (
+        _names(tensors[EAGLE_NAMES], manifest.vocab_size, folder) if EAGLE_NAMES in shapes else None
+    )
+    return EagleHead(
+        embedding,
+        fc,
+        bias,
+        layer,
+        Head(fixed[HEAD]),
+        norm,
+        eagle3_layers(manifest.num_layers),
+        names,
+    )
 
 
 def doubtful(folder: Path, config: dict, manifest: Manifest) -> str | None:
@@ -152,17 +178,23 @@ def _names(offsets: Tensor, vocabulary: int, folder: Path) -> Tensor:
     names = torch.arange(len(offsets)) + offsets.long()
     strange = names[(names < 0) | (names >= vocabulary)]
     if len(strange):
-        raise UserError(f"{folder}: {EAGLE_NAMES} names token {int(strange[0])}, the target's vocabulary has {vocabulary}")
+        raise UserError(
+            f"{folder}: {EAGLE_NAMES} names token {int(strange[0])}, the target's vocabulary has {vocabulary}"
+        )
     return names
 
 
-def target_embedding(folder: Path, manifest: Manifest, head: Head | None, dtype: torch.dtype, device: str) -> Tensor:
+def target_embedding(
+    folder: Path, manifest: Manifest, head: Head | None, dtype: torch.dtype, device: str
+) -> Tensor:
     """The target's embedding [vocabulary, hidden]: its lm_head if they are tied and it is here, else out of the first stage's file."""
     if manifest.tied and head is not None:
         return head.weight.to(dtype)
     path = manifest.path(manifest.ranks[1])
     if not path.exists():
-        raise UserError(f"{folder} has no {EAGLE_EMBEDDING}, so the target's is needed: copy {path} to rank 0's machine")
+        raise UserError(
+            f"{folder} has no {EAGLE_EMBEDDING}, so the target's is needed: copy {path} to rank 0's machine"
+        )
     return TensorFile(path).read(EMBEDDING, dtype).to(device)
 
 
@@ -172,39 +204,65 @@ def _read(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     if path is None:
         checkpoint = Checkpoint(folder)
         types = {name: checkpoint.info(name).dtype for name in checkpoint.names}
-        wanted = {name: dtype if kind in FLOATS else None for name, kind in types.items() if kind in FLOATS | INTEGERS}
+        wanted = {
+            name: dtype if kind in FLOATS else None
+            for name, kind in types.items()
+            if kind in FLOATS | INTEGERS
+        }
         return {name: checkpoint.file(name).read(name, kind) for name, kind in wanted.items()}
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+        return {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in tensors.items()
+        }
     except Exception as error:  # whatever a damaged file makes of the reader
-        raise UserError(f"{path} cannot be read as weights ({type(error).__name__}): download it again") from None
+        raise UserError(
+            f"{path} cannot be read as weights ({type(error).__name__}): download it again"
+        ) from None
 
 
 def decoder_layer(
-    config: dict, tensors: dict[str, Tensor], device: str, source: str, dtype: torch.dtype, beside: bool = False
+    config: dict,
+    tensors: dict[str, Tensor],
+    device: str,
+    source: str,
+    dtype: torch.dtype,
+    beside: bool = False,
 ) -> StageModel:
     """The decoder layer, of EAGLE-3 if `beside`. Files tell which biases a head has; EAGLE-1/2 heads as published leave out the norm
     before attention."""
     config = {**config, "num_hidden_layers": 1}
     stored = LAYER_3 if beside else LAYER
-    own = {LAYER + name.removeprefix(stored): tensor for name, tensor in tensors.items() if name.startswith(stored)}
+    own = {
+        LAYER + name.removeprefix(stored): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(stored)
+    }
     if LAYER + "self_attn.q_proj.bias" in own:
         whole = LAYER + "self_attn.o_proj.bias" in own
         config |= {"attention_bias": True} if whole else {"model_type": "qwen2"}
     model = StageModel(config, 1, first=False, last=False)
     if beside:
         with torch.device("meta"):
-            norm = family_of(config).classes().norm(config["hidden_size"], eps=model.config.rms_norm_eps)
+            norm = (
+                family_of(config)
+                .classes()
+                .norm(config["hidden_size"], eps=model.config.rms_norm_eps)
+            )
         model.layers[0] = Beside(model.layers[0], norm)
     elif LAYER + "input_layernorm.weight" not in own:
         model.layers[0].input_layernorm = nn.Identity()
     return model.load(own.items(), device, source, dtype)
 
 
-def _taken(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], folder: Path, kind: str) -> Tensor:
+def _taken(
+    tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], folder: Path, kind: str
+) -> Tensor:
     if name not in tensors:
         raise UserError(f"{folder} has no tensor {name}: it is no head of kind {kind}")
     if tensors[name].shape != shape:
-        raise UserError(f"{folder}: {name} has shape {tuple(tensors[name].shape)}, a head of kind {kind} with this config.json has {shape}")
+        raise UserError(
+            f"{folder}: {name} has shape {tuple(tensors[name].shape)}, a head of kind {kind} with this config.json has {shape}"
+        )
     return tensors[name]

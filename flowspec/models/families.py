@@ -22,7 +22,13 @@ NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 EAGLE_FC, EAGLE_BIAS, EAGLE_EMBEDDING = "fc.weight", "fc.bias", "embed_tokens.weight"
 EAGLE_NORM, EAGLE_NAMES, EAGLE_LAYERS = "norm.weight", "d2t", 3
-REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
@@ -52,7 +58,12 @@ class Family:
     def classes(self) -> Classes:
         """Imports transformers."""
         module = importlib.import_module(self.module)
-        return Classes(*(getattr(module, self.prefix + part) for part in ("Config", "DecoderLayer", "RotaryEmbedding", "RMSNorm")))
+        return Classes(
+            *(
+                getattr(module, self.prefix + part)
+                for part in ("Config", "DecoderLayer", "RotaryEmbedding", "RMSNorm")
+            )
+        )
 
 
 FAMILIES = {
@@ -91,35 +102,53 @@ def check_config(config: dict) -> None:
     family = family_of(config)
     for key in REQUIRED:
         if type(config.get(key)) is not int or config[key] < 1:
-            raise UserError(f"config.json: {key} must be a positive integer, it is {config.get(key)!r}")
+            raise UserError(
+                f"config.json: {key} must be a positive integer, it is {config.get(key)!r}"
+            )
     _check_window(family, config)
     for kind in rope_types(config):
         if kind in LENGTH_DEPENDENT_ROPE:
-            raise UserError(f"config.json: rope type {kind} changes with the length of the text and is not supported")
+            raise UserError(
+                f"config.json: rope type {kind} changes with the length of the text and is not supported"
+            )
     if config.get("quantization_config"):
-        raise UserError("config.json: quantization_config: quantized checkpoints are not supported, give the unquantized one")
+        raise UserError(
+            "config.json: quantization_config: quantized checkpoints are not supported, give the unquantized one"
+        )
 
 
 def family_of(config: dict) -> Family:
     """UserError when the config's model_type is not supported."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UserError(f"config.json: model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}")
+        raise UserError(
+            f"config.json: model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}"
+        )
     return FAMILIES[kind]
 
 
 def _check_window(family: Family, config: dict) -> None:
     other = {kind for kind in config.get("layer_types") or () if kind != "full_attention"}
     if other:
-        raise UserError(f"config.json: layer_types holds {', '.join(sorted(map(str, other)))}; only full_attention is supported")
+        raise UserError(
+            f"config.json: layer_types holds {', '.join(sorted(map(str, other)))}; only full_attention is supported"
+        )
     if family.window_switch:
         if config.get("use_sliding_window"):
-            raise UserError("config.json: use_sliding_window is true; sliding-window attention is not supported")
+            raise UserError(
+                "config.json: use_sliding_window is true; sliding-window attention is not supported"
+            )
         return
     window = config.get("sliding_window", family.window_default)
     if window is not None:
-        absent = "" if "sliding_window" in config else " by default (the key is missing; null switches it off)"
-        raise UserError(f"config.json: sliding_window is {window}{absent}; sliding-window attention is not supported")
+        absent = (
+            ""
+            if "sliding_window" in config
+            else " by default (the key is missing; null switches it off)"
+        )
+        raise UserError(
+            f"config.json: sliding_window is {window}{absent}; sliding-window attention is not supported"
+        )
 
 
 def rope_types(config: dict) -> Iterator[str]:
@@ -146,26 +175,48 @@ def layer_tensors(config: dict, layer: int, stored: set[str]) -> list[str]:
     family = family_of(config)
     prefix = f"model.layers.{layer}."
     fused = prefix + "mlp.experts.gate_up_proj" in stored
-    mlp = _expert_names(config, fused) if family.experts else _projections("mlp", "gate up down", bool(config.get("mlp_bias")))
-    return [prefix + name for name in ("input_layernorm.weight", "post_attention_layernorm.weight", *_attention_names(config), *mlp)]
+    mlp = (
+        _expert_names(config, fused)
+        if family.experts
+        else _projections("mlp", "gate up down", bool(config.get("mlp_bias")))
+    )
+    return [
+        prefix + name
+        for name in (
+            "input_layernorm.weight",
+            "post_attention_layernorm.weight",
+            *_attention_names(config),
+            *mlp,
+        )
+    ]
 
 
 def _attention_names(config: dict) -> list[str]:
     kind, biased = config["model_type"], bool(config.get("attention_bias"))
-    qkv = _projections("self_attn", "q k v", kind == "qwen2" or (kind in ("llama", "qwen3") and biased))
+    qkv = _projections(
+        "self_attn", "q k v", kind == "qwen2" or (kind in ("llama", "qwen3") and biased)
+    )
     out = _projections("self_attn", "o", kind in ("llama", "qwen3") and biased)
     norms = ["self_attn.q_norm.weight", "self_attn.k_norm.weight"] if kind == "qwen3" else []
     return [*qkv, *out, *norms]
 
 
 def _projections(module: str, letters: str, bias: bool) -> list[str]:
-    return [f"{module}.{letter}_proj.{part}" for letter in letters.split() for part in (("weight", "bias") if bias else ("weight",))]
+    return [
+        f"{module}.{letter}_proj.{part}"
+        for letter in letters.split()
+        for part in (("weight", "bias") if bias else ("weight",))
+    ]
 
 
 def _expert_names(config: dict, fused: bool) -> list[str]:
     if fused:
         return ["mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    each = [f"block_sparse_moe.experts.{i}.w{j}.weight" for i in range(config.get("num_local_experts", 8)) for j in (1, 2, 3)]
+    each = [
+        f"block_sparse_moe.experts.{i}.w{j}.weight"
+        for i in range(config.get("num_local_experts", 8))
+        for j in (1, 2, 3)
+    ]
     return ["block_sparse_moe.gate.weight", *each]
 
 
@@ -177,7 +228,12 @@ def eagle_shapes(kind: str, config: dict, target_hidden: int) -> dict[str, tuple
         return {EAGLE_FC: (hidden, 2 * hidden)}
     own = config.get("draft_vocab_size") or vocabulary
     names = {EAGLE_NAMES: (own,)} if own != vocabulary else {}
-    return {EAGLE_FC: (hidden, EAGLE_LAYERS * target_hidden), EAGLE_NORM: (hidden,), HEAD: (own, hidden), **names}
+    return {
+        EAGLE_FC: (hidden, EAGLE_LAYERS * target_hidden),
+        EAGLE_NORM: (hidden,),
+        HEAD: (own, hidden),
+        **names,
+    }
 
 
 def eagle3_layers(num_layers: int) -> tuple[int, ...]:
@@ -211,10 +267,14 @@ def module_tensors(
 
 def _local_name(name: str, first_layer: int) -> str:
     match = LAYER_NAME.fullmatch(name)
-    return f"layers.{int(match[1]) - first_layer}.{match[2]}" if match else name.removeprefix("model.")
+    return (
+        f"layers.{int(match[1]) - first_layer}.{match[2]}" if match else name.removeprefix("model.")
+    )
 
 
-def _fused(file: TensorFile, names: list[str], parts: tuple[str, ...], dtype: torch.dtype | None) -> torch.Tensor:
+def _fused(
+    file: TensorFile, names: list[str], parts: tuple[str, ...], dtype: torch.dtype | None
+) -> torch.Tensor:
     """[experts, sum of rows, columns]: the named matrices of each expert above one another, filled in place."""
     import torch
 

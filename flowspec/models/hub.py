@@ -15,8 +15,18 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 COORDINATOR_FILES = ("generation_config.json", *TOKENIZER_FILES)
-MODEL_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", *COORDINATOR_FILES)
-HEAD_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+MODEL_FILES = (
+    "config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    *COORDINATOR_FILES,
+)
+HEAD_FILES = (
+    "config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+)
 
 
 def local_folder(named: str, option: str, files: Sequence[str], base: Path = Path()) -> Path:
@@ -38,9 +48,15 @@ def _from_hub(name: str, option: str, files: tuple[str, ...]) -> Path:
 
         return Path(snapshot_download(name, allow_patterns=list(files)))
     except ImportError:
-        raise UserError(f"{option} {name}: no such folder, and huggingface_hub is not installed to download it") from None
-    except Exception as error:  # the hub's client raises dozens of kinds, some from the HTTP library below it
-        raise UserError(f"{option} {name}: no such folder, and the Hugging Face hub did not give it: {_first_line(error)}") from None
+        raise UserError(
+            f"{option} {name}: no such folder, and huggingface_hub is not installed to download it"
+        ) from None
+    except (
+        Exception
+    ) as error:  # the hub's client raises dozens of kinds, some from the HTTP library below it
+        raise UserError(
+            f"{option} {name}: no such folder, and the Hugging Face hub did not give it: {_first_line(error)}"
+        ) from None
 
 
 def _first_line(error: Exception) -> str:

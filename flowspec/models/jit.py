@@ -24,7 +24,9 @@ def available() -> bool:
         return False
     import llvmlite.binding as llvm
 
-    return platform.machine() in ("aarch64", "arm64") or bool(llvm.get_host_cpu_features().get("fma"))
+    return platform.machine() in ("aarch64", "arm64") or bool(
+        llvm.get_host_cpu_features().get("fma")
+    )
 
 
 _compiling = threading.Lock()
@@ -46,7 +48,9 @@ def compiled(assembly: str) -> Callable[[str], int]:
         module.verify()
         # the code is written as it is to be: more optimising takes longer, and brings nothing
         tuning = llvm.create_pipeline_tuning_options(speed_level=1)
-        tuning.loop_unrolling = tuning.loop_interleaving = tuning.loop_vectorization = tuning.slp_vectorization = False
+        tuning.loop_unrolling = tuning.loop_interleaving = tuning.loop_vectorization = (
+            tuning.slp_vectorization
+        ) = False
         builder = llvm.create_pass_builder(machine, tuning)
         builder.getModulePassManager().run(module, builder)
         engine = llvm.create_mcjit_compiler(module, machine)
@@ -68,7 +72,12 @@ def team() -> Callable | None:
     library = ctypes.CDLL(str(found))
     for name in ("omp_get_thread_num", "omp_get_num_threads"):
         llvm.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
-    library.GOMP_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    library.GOMP_parallel.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_uint,
+        ctypes.c_uint,
+    )
     library.GOMP_parallel.restype = None
     return library.GOMP_parallel
 
@@ -77,7 +86,9 @@ class Shared:
     """`whole(job, begin, end)` of LLVM code, in one piece or shared among threads by `part(job)`."""
 
     def __init__(self, address: Callable[[str], int], name: str):
-        self._whole = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)(address(name))
+        self._whole = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)(
+            address(name)
+        )
         self._part = address(f"{name}_part") if team() else 0
 
     def __call__(self, job: ctypes.Structure, count: int, worth_threads: bool) -> None:

@@ -47,7 +47,9 @@ class PackedLinear(nn.Module):
     packed: Tensor
     scale: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: nn.Parameter | None = None, dtype: torch.dtype | None = None):
+    def __init__(
+        self, weight: Tensor, bias: nn.Parameter | None = None, dtype: torch.dtype | None = None
+    ):
         """weight [outputs, inputs], kept as `dtype` (float32, bfloat16, float16 or int8; None: its own)."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
@@ -67,7 +69,11 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
-        rows = rows if rows.dtype == torch.float32 and rows.stride(1) == 1 else rows.float().contiguous()
+        rows = (
+            rows
+            if rows.dtype == torch.float32 and rows.stride(1) == 1
+            else rows.float().contiguous()
+        )
         out = self.products(rows)
         return out if x.dim() == 2 else out.reshape(*x.shape[:-1], self.out_features)
 
@@ -76,7 +82,16 @@ class PackedLinear(nn.Module):
         n, (weights, scale, blocks) = rows.shape[0], self._held
         out = torch.empty(n, blocks * WIDTH)
         if n:
-            job = _Job(rows.data_ptr(), n, rows.stride(0), weights.data_ptr(), out.data_ptr(), blocks * WIDTH, self.in_features, blocks)
+            job = _Job(
+                rows.data_ptr(),
+                n,
+                rows.stride(0),
+                weights.data_ptr(),
+                out.data_ptr(),
+                blocks * WIDTH,
+                self.in_features,
+                blocks,
+            )
             self._product(job, blocks, self._worth_threads)
         if blocks * WIDTH != self.out_features:
             out = out[:, : self.out_features]
@@ -98,10 +113,20 @@ def stacked(layers: list[PackedLinear]) -> PackedLinear:
     whole = PackedLinear.__new__(PackedLinear)
     nn.Module.__init__(whole)
     first = layers[0]
-    whole.in_features, whole.out_features = first.in_features, sum(layer.out_features for layer in layers)
-    memory = _memory(sum(layer.packed.numel() for layer in layers), first.packed.dtype).view(-1, first.in_features, WIDTH)
+    whole.in_features, whole.out_features = (
+        first.in_features,
+        sum(layer.out_features for layer in layers),
+    )
+    memory = _memory(sum(layer.packed.numel() for layer in layers), first.packed.dtype).view(
+        -1, first.in_features, WIDTH
+    )
     whole.register_buffer("packed", torch.cat([layer.packed for layer in layers], out=memory))
-    whole.register_buffer("scale", None if first.scale is None else torch.cat([layer.scale for layer in layers if layer.scale is not None]))
+    whole.register_buffer(
+        "scale",
+        None
+        if first.scale is None
+        else torch.cat([layer.scale for layer in layers if layer.scale is not None]),
+    )
     biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
     assert len(biases) in (0, len(layers)), "a bias for some of the outputs"
     whole.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
@@ -138,7 +163,9 @@ def _memory(count: int, dtype: torch.dtype) -> Tensor:
     """Walking through a matrix in pages of 4 kB costs a tenth of the time."""
     if not hasattr(mmap, "MADV_HUGEPAGE") or count * dtype.itemsize < 1 << 21:
         return torch.empty(count, dtype=dtype)
-    area = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has no huge pages
+    area = mmap.mmap(
+        -1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    )  # shared memory has no huge pages
     area.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(area, dtype=dtype, count=count)
 
@@ -162,8 +189,17 @@ def _product(dtype: torch.dtype) -> Shared:
 # ---- their code ------------------------------------------------------------------------------------
 def source(dtype: torch.dtype) -> str:
     """LLVM code of the kernels over weights of `dtype`."""
-    shapes = [(rows, blocks) for rows in range(1, ROWS + 1) for blocks in ((1, 2) if rows <= NARROW else (1,))]
-    parts = [_DECLARATIONS, *(_piece(dtype, *shape) for shape in shapes), _blocks(dtype, shapes), part("product", "%job", 7)]
+    shapes = [
+        (rows, blocks)
+        for rows in range(1, ROWS + 1)
+        for blocks in ((1, 2) if rows <= NARROW else (1,))
+    ]
+    parts = [
+        _DECLARATIONS,
+        *(_piece(dtype, *shape) for shape in shapes),
+        _blocks(dtype, shapes),
+        part("product", "%job", 7),
+    ]
     return "\n".join(parts)
 
 
@@ -179,39 +215,53 @@ def _piece(dtype: torch.dtype, rows: int, blocks: int) -> str:
 
     A turn of its loop takes one input: the weights of all outputs from memory, each row's value in all lanes, their products added to
     the sums, which are the loop's variables."""
-    vectors = blocks * VECTORS
-    vec, sums = f"<{LANES} x float>", [(r, v) for r in range(rows) for v in range(vectors)]
-    parameters = "ptr %x, i64 %x_stride, ptr %w, i64 %block, ptr %y, i64 %y_stride, i64 %n, i1 %first"
-    code = [f"define internal void @piece_{rows}_{blocks}({parameters}) {{"]
-    code += ["entry:"]
-    for r in range(rows):
-        code += [f"%xo{r} = mul i64 %x_stride, {r}", f"%x{r} = getelementptr float, ptr %x, i64 %xo{r}"]
-        code += [f"%yo{r} = mul i64 %y_stride, {r}", f"%y{r} = getelementptr float, ptr %y, i64 %yo{r}"]
-    code += [f"%w{b} = getelementptr i8, ptr %w, i64 {'0' if b == 0 else '%block'}" for b in range(blocks)]
-    code += ["br label %turn", "turn:", "%i = phi i64 [0, %entry], [%next, %turn]"]
-    code += [f"%s{r}_{v} = phi {vec} [zeroinitializer, %entry], [%t{r}_{v}, %turn]" for r, v in sums]
-    code += [f"%at = mul i64 %i, {WIDTH * dtype.itemsize}"]
+    vec, sums = f"<{LANES} x float>", [(r, v) for r in range(rows) for v in range(blocks * VECTORS)]
+    parameters = (
+        "ptr %x, i64 %x_stride, ptr %w, i64 %block, ptr %y, i64 %y_stride, i64 %n, i1 %first"
+    )
+    code = [f"define internal void @piece_{rows}_{blocks}({parameters}) {{", "entry:"]
+    for name in ("x", "y"):
+        for r in range(rows):
+            code += [f"%{name}o{r} = mul i64 %{name}_stride, {r}"]
+            code += [f"%{name}{r} = getelementptr float, ptr %{name}, i64 %{name}o{r}"]
     for b in range(blocks):
-        code += [f"%p{b} = getelementptr i8, ptr %w{b}, i64 %at", f"%ahead{b} = getelementptr i8, ptr %p{b}, i64 {AHEAD}"]
-        code += [f"call void @llvm.prefetch.p0(ptr %ahead{b}, i32 0, i32 3, i32 1)"]
-        for v in range(VECTORS):
-            code += [f"%q{b}_{v} = getelementptr i8, ptr %p{b}, i64 {v * LANES * dtype.itemsize}"]
-            code += _load(dtype, f"%q{b}_{v}", f"v{b * VECTORS + v}")
-    for r in range(rows):
-        code += [f"%xp{r} = getelementptr float, ptr %x{r}, i64 %i", f"%xs{r} = load float, ptr %xp{r}"]
-        code += [f"%xi{r} = insertelement {vec} poison, float %xs{r}, i32 0"]
-        code += [f"%xv{r} = shufflevector {vec} %xi{r}, {vec} poison, <{LANES} x i32> zeroinitializer"]
+        code += [f"%w{b} = getelementptr i8, ptr %w, i64 {'0' if b == 0 else '%block'}"]
+    code += ["br label %turn", "turn:", "%i = phi i64 [0, %entry], [%next, %turn]"]
+    for r, v in sums:
+        code += [f"%s{r}_{v} = phi {vec} [zeroinitializer, %entry], [%t{r}_{v}, %turn]"]
+    code += _inputs(dtype, rows, blocks)
     fma = f"call {vec} @llvm.fma.v{LANES}f32"
     code += [f"%t{r}_{v} = {fma}({vec} %v{v}, {vec} %xv{r}, {vec} %s{r}_{v})" for r, v in sums]
-    code += ["%next = add nuw i64 %i, 1", "%more = icmp ult i64 %next, %n", "br i1 %more, label %turn, label %end", "end:"]
+    code += ["%next = add nuw i64 %i, 1", "%more = icmp ult i64 %next, %n"]
+    code += ["br i1 %more, label %turn, label %end", "end:"]
     code += [f"%z{r}_{v} = getelementptr float, ptr %y{r}, i64 {v * LANES}" for r, v in sums]
     code += ["br i1 %first, label %set, label %add", "set:"]
     code += [f"store {vec} %t{r}_{v}, ptr %z{r}_{v}, align 4" for r, v in sums]
     code += ["ret void", "add:"]
     for r, v in sums:
-        code += [f"%o{r}_{v} = load {vec}, ptr %z{r}_{v}, align 4", f"%u{r}_{v} = fadd {vec} %o{r}_{v}, %t{r}_{v}"]
+        code += [f"%o{r}_{v} = load {vec}, ptr %z{r}_{v}, align 4"]
+        code += [f"%u{r}_{v} = fadd {vec} %o{r}_{v}, %t{r}_{v}"]
         code += [f"store {vec} %u{r}_{v}, ptr %z{r}_{v}, align 4"]
     return "\n".join([*code, "ret void", "}"])
+
+
+def _inputs(dtype: torch.dtype, rows: int, blocks: int) -> list[str]:
+    """Of input %i: its weights as %v0, %v1, ..., and each row's value in all lanes as %xv0, %xv1, ..."""
+    vec, code = f"<{LANES} x float>", [f"%at = mul i64 %i, {WIDTH * dtype.itemsize}"]
+    for b in range(blocks):
+        code += [f"%p{b} = getelementptr i8, ptr %w{b}, i64 %at"]
+        code += [f"%ahead{b} = getelementptr i8, ptr %p{b}, i64 {AHEAD}"]
+        code += [f"call void @llvm.prefetch.p0(ptr %ahead{b}, i32 0, i32 3, i32 1)"]
+        for v in range(VECTORS):
+            code += [f"%q{b}_{v} = getelementptr i8, ptr %p{b}, i64 {v * LANES * dtype.itemsize}"]
+            code += _load(dtype, f"%q{b}_{v}", f"v{b * VECTORS + v}")
+    for r in range(rows):
+        code += [f"%xp{r} = getelementptr float, ptr %x{r}, i64 %i"]
+        code += [f"%xs{r} = load float, ptr %xp{r}"]
+        code += [f"%xi{r} = insertelement {vec} poison, float %xs{r}, i32 0"]
+        zero = f"<{LANES} x i32> zeroinitializer"
+        code += [f"%xv{r} = shufflevector {vec} %xi{r}, {vec} poison, {zero}"]
+    return code
 
 
 def _load(dtype: torch.dtype, address: str, name: str) -> list[str]:
@@ -224,8 +274,15 @@ def _load(dtype: torch.dtype, address: str, name: str) -> list[str]:
     if dtype == torch.float16:
         return [*code, f"%{name} = fpext {stored} %{name}_raw to {vec}"]
     if dtype == torch.int8:
-        return [*code, f"%{name}_int = sext {stored} %{name}_raw to {ints}", f"%{name} = sitofp {ints} %{name}_int to {vec}"]
-    code += [f"%{name}_int = zext {stored} %{name}_raw to {ints}", f"%{name}_high = shl {ints} %{name}_int, splat (i32 16)"]
+        return [
+            *code,
+            f"%{name}_int = sext {stored} %{name}_raw to {ints}",
+            f"%{name} = sitofp {ints} %{name}_int to {vec}",
+        ]
+    code += [
+        f"%{name}_int = zext {stored} %{name}_raw to {ints}",
+        f"%{name}_high = shl {ints} %{name}_int, splat (i32 16)",
+    ]
     return [*code, f"%{name} = bitcast {ints} %{name}_high to {vec}"]
 
 
@@ -236,10 +293,18 @@ def _blocks(dtype: torch.dtype, shapes: list[tuple[int, int]]) -> str:
     fields = []
     for k, name in enumerate(names):
         kind = "ptr" if name in "xwy" else "i64"
-        fields += [f"%{name}_at = getelementptr %job, ptr %job, i32 0, i32 {k}", f"%{name} = load {kind}, ptr %{name}_at"]
+        fields += [
+            f"%{name}_at = getelementptr %job, ptr %job, i32 0, i32 {k}",
+            f"%{name} = load {kind}, ptr %{name}_at",
+        ]
     cases = " ".join(f"i64 {k}, label %case{k}" for k in number.values())
-    arguments = "ptr %xr, i64 %x_stride, ptr %wk, i64 %block, ptr %yr, i64 %y_stride, i64 %n, i1 %first"
-    calls = [f"case{k}:\ncall void @piece_{rows}_{blocks}({arguments})\nbr label %rows_next" for (rows, blocks), k in number.items()]
+    arguments = (
+        "ptr %xr, i64 %x_stride, ptr %wk, i64 %block, ptr %yr, i64 %y_stride, i64 %n, i1 %first"
+    )
+    calls = [
+        f"case{k}:\ncall void @piece_{rows}_{blocks}({arguments})\nbr label %rows_next"
+        for (rows, blocks), k in number.items()
+    ]
     # the number of a shape: of one block 2(r - 1) up to NARROW rows, then NARROW + r - 1; of two blocks one more
     return "\n".join([
         "define void @product(ptr %job, i64 %begin, i64 %end) {", "entry:", *fields,

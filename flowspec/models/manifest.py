@@ -100,13 +100,30 @@ class Manifest:
 
 # ---- YAML ------------------------------------------------------------------------------------------
 def _plain(manifest: Manifest) -> dict:
-    keys = ("format", "model_type", "vocab_size", "hidden_size", "num_layers", "max_positions", "dtype", "tied")
+    keys = (
+        "format",
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "num_layers",
+        "max_positions",
+        "dtype",
+        "tied",
+    )
     told = {} if manifest.embedding is None else {"embedding": manifest.embedding}
-    return {**{key: getattr(manifest, key) for key in keys}, **told, "ranks": [_plain_rank(rank) for rank in manifest.ranks]}
+    return {
+        **{key: getattr(manifest, key) for key in keys},
+        **told,
+        "ranks": [_plain_rank(rank) for rank in manifest.ranks],
+    }
 
 
 def _plain_rank(rank: RankEntry) -> dict:
-    plain = {**vars(rank), "layers": list(rank.layers), "extra": [dict(vars(entry)) for entry in rank.extra]}
+    plain = {
+        **vars(rank),
+        "layers": list(rank.layers),
+        "extra": [dict(vars(entry)) for entry in rank.extra],
+    }
     plain["lm_head"] = dict(vars(rank.lm_head)) if rank.lm_head else None
     return plain
 
@@ -153,15 +170,31 @@ def _parse(loaded: dict, path: Path) -> Manifest:
     top = _Fields(loaded, str(path))
     version = top.get("format", int)
     if version > FORMAT:
-        raise UserError(f"{path} was made by a newer flowspec (format {version}, this one reads {FORMAT}): upgrade flowspec or split again")
+        raise UserError(
+            f"{path} was made by a newer flowspec (format {version}, this one reads {FORMAT}): upgrade flowspec or split again"
+        )
     if version < 1:
         raise UserError(f"{path}: format is {version}: {AGAIN}")
-    numbers = {key: top.get(key, int) for key in ("vocab_size", "hidden_size", "num_layers", "max_positions")}
-    ranks = tuple(_parse_rank(_Fields(entry, f"{path}: rank {i}")) for i, entry in enumerate(top.get("ranks", list)))
+    numbers = {
+        key: top.get(key, int)
+        for key in ("vocab_size", "hidden_size", "num_layers", "max_positions")
+    }
+    ranks = tuple(
+        _parse_rank(_Fields(entry, f"{path}: rank {i}"))
+        for i, entry in enumerate(top.get("ranks", list))
+    )
     _check_ranks(ranks, numbers["num_layers"], path)
     names = {key: top.get(key, str) for key in ("model_type", "dtype")}
     embedding = top.get("embedding", str) if "embedding" in loaded else None
-    return Manifest(**names, **numbers, tied=top.get("tied", bool), ranks=ranks, embedding=embedding, format=version, root=path.parent)
+    return Manifest(
+        **names,
+        **numbers,
+        tied=top.get("tied", bool),
+        ranks=ranks,
+        embedding=embedding,
+        format=version,
+        root=path.parent,
+    )
 
 
 def _parse_rank(entry: _Fields) -> RankEntry:
@@ -169,7 +202,10 @@ def _parse_rank(entry: _Fields) -> RankEntry:
     if len(layers) != 2 or any(type(number) is not int for number in layers):
         raise UserError(f"{entry.where}: layers is {layers!r}: {AGAIN}")
     head = entry.values.get("lm_head")
-    extra = tuple(FileEntry(*_Fields(each, f"{entry.where}: extra").file()) for each in entry.get("extra", list))
+    extra = tuple(
+        FileEntry(*_Fields(each, f"{entry.where}: extra").file())
+        for each in entry.get("extra", list)
+    )
     return RankEntry(
         entry.get("rank", int), entry.get("role", str), (layers[0], layers[1]), *entry.file(),
         lm_head=FileEntry(*_Fields(head, f"{entry.where}: lm_head").file()) if head is not None else None, extra=extra,
@@ -181,9 +217,13 @@ def _check_ranks(ranks: tuple[RankEntry, ...], num_layers: int, path: Path) -> N
     at = 0
     for i, rank in enumerate(ranks):
         if rank.rank != i or rank.role not in ROLES:
-            raise UserError(f"{path}: rank {i} is described as rank {rank.rank}, {rank.role}: {AGAIN}")
+            raise UserError(
+                f"{path}: rank {i} is described as rank {rank.rank}, {rank.role}: {AGAIN}"
+            )
         if rank.layers[0] != (at if i else rank.layers[1]) or (i and rank.num_layers < 1):
-            raise UserError(f"{path}: rank {i} has layers {list(rank.layers)}, they should follow on layer {at}: {AGAIN}")
+            raise UserError(
+                f"{path}: rank {i} has layers {list(rank.layers)}, they should follow on layer {at}: {AGAIN}"
+            )
         at = rank.layers[1] if i else 0
     if len(ranks) < 2 or at != num_layers:
         raise UserError(f"{path}: the ranks hold {at} of {num_layers} layers: {AGAIN}")
@@ -201,7 +241,9 @@ def _replace_text(path: Path, text: str) -> None:
 
 
 # ---- files -----------------------------------------------------------------------------------------
-def verify_files(manifest: Manifest, ranks: Iterable[int], *, lm_head: Iterable[int] | None = None) -> None:
+def verify_files(
+    manifest: Manifest, ranks: Iterable[int], *, lm_head: Iterable[int] | None = None
+) -> None:
     """Compare size and sha256 of all files of these ranks with the manifest; UserError names the first that differs.
 
     `lm_head` are the ranks whose head will be loaded; None means every one. Hashes are kept in ROOT/.sha256.json by size
@@ -230,15 +272,23 @@ def _verify(root: Path, entry: FileEntry, known: object) -> list:
     try:
         stat = path.stat()
         if stat.st_size != entry.bytes:
-            raise UserError(f"{path} has {stat.st_size} bytes instead of {entry.bytes}: copy it again or {AGAIN}")
+            raise UserError(
+                f"{path} has {stat.st_size} bytes instead of {entry.bytes}: copy it again or {AGAIN}"
+            )
         line = [stat.st_size, stat.st_mtime_ns]
-        digest = known[2] if isinstance(known, list) and known[:2] == line and len(known) == 3 else _sha256(path)
+        digest = (
+            known[2]
+            if isinstance(known, list) and known[:2] == line and len(known) == 3
+            else _sha256(path)
+        )
     except FileNotFoundError:
         raise UserError(f"{path} is missing: copy it here or {AGAIN}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     if digest != entry.sha256:
-        raise UserError(f"{path} is damaged (its sha256 is not the manifest's): copy it again or {AGAIN}")
+        raise UserError(
+            f"{path} is damaged (its sha256 is not the manifest's): copy it again or {AGAIN}"
+        )
     return [*line, digest]
 
 

@@ -19,15 +19,28 @@ from flowspec.models.kernels import WIDTH, PackedLinear, stacked
 
 def suits(layer: nn.Module, config: Any) -> bool:
     """A layer whose matrices are packed, of whole vectors, with a gated MLP of silu."""
-    linears = [getattr(getattr(layer, part, None), name, None) for part, names in _MATRICES.items() for name in names]
+    linears = [
+        getattr(getattr(layer, part, None), name, None)
+        for part, names in _MATRICES.items()
+        for name in names
+    ]
     widths = [head_dim(config), config.hidden_size, config.intermediate_size]
-    packed = [linear for linear in linears if isinstance(linear, PackedLinear) and linear.out_features % WIDTH == 0]
-    if len(packed) < len(linears) or packed[0].in_features != config.hidden_size:  # an EAGLE-3 layer's attention reads an embedding, too
+    packed = [
+        linear
+        for linear in linears
+        if isinstance(linear, PackedLinear) and linear.out_features % WIDTH == 0
+    ]
+    if (
+        len(packed) < len(linears) or packed[0].in_features != config.hidden_size
+    ):  # an EAGLE-3 layer's attention reads an embedding, too
         return False
     return config.hidden_act == "silu" and all(map(vector.fits, widths))
 
 
-_MATRICES = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+_MATRICES = {
+    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
 
 
 def head_dim(config: Any) -> int:
@@ -41,20 +54,45 @@ class NativeLayer(nn.Module):
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
         self.index, self.scaling = attention.layer_idx, attention.scaling
-        self.width, self.heads, self.kv_heads = head_dim(config), config.num_attention_heads, config.num_key_value_heads
+        self.width, self.heads, self.kv_heads = (
+            head_dim(config),
+            config.num_attention_heads,
+            config.num_key_value_heads,
+        )
         self.eps = config.rms_norm_eps
         self.before, self.between = layer.input_layernorm, layer.post_attention_layernorm
         self.qkv = stacked([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-        self.normed_heads = None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight)
+        self.q_norm, self.k_norm = (
+            getattr(attention, "q_norm", None),
+            getattr(attention, "k_norm", None),
+        )
+        self.normed_heads = (
+            None
+            if self.q_norm is None or self.k_norm is None
+            else (self.q_norm.weight, self.k_norm.weight)
+        )
         self.out, self.down = attention.o_proj, mlp.down_proj
         self.gate_up = stacked([mlp.gate_proj, mlp.up_proj])
         vector.prepare(self.width)
-        weights = tuple(None if isinstance(norm, nn.Identity) else norm.weight for norm in (self.before, self.between))
-        self._held = self.qkv, self.out, self.gate_up, self.down, *weights  # where a module's attributes are found at once
+        weights = tuple(
+            None if isinstance(norm, nn.Identity) else norm.weight
+            for norm in (self.before, self.between)
+        )
+        self._held = (
+            self.qkv,
+            self.out,
+            self.gate_up,
+            self.down,
+            *weights,
+        )  # where a module's attributes are found at once
 
     def forward(
-        self, x: Tensor, attention_mask: Seen, position_embeddings: tuple[Tensor, Tensor], past_key_values: RowCache, **_
+        self,
+        x: Tensor,
+        attention_mask: Seen,
+        position_embeddings: tuple[Tensor, Tensor],
+        past_key_values: RowCache,
+        **_,
     ) -> Tensor:
         n, heads, kv, width = x.shape[1], self.heads, self.kv_heads, self.width
         qkv, project, gate_up, down, before, between = self._held
@@ -63,11 +101,22 @@ class NativeLayer(nn.Module):
         both = rows[:, : heads + kv]
         if self.normed_heads is not None:
             query, key = both.split((heads, kv), 1)
-            both = torch.cat([self._normed(query, self.normed_heads[0]), self._normed(key, self.normed_heads[1])], 1)
+            both = torch.cat(
+                [
+                    self._normed(query, self.normed_heads[0]),
+                    self._normed(key, self.normed_heads[1]),
+                ],
+                1,
+            )
         turned = _turned(both, *position_embeddings)
-        key, value = turned[:, heads:].transpose(0, 1)[None], rows[:, heads + kv :].transpose(0, 1)[None]
+        key, value = (
+            turned[:, heads:].transpose(0, 1)[None],
+            rows[:, heads + kv :].transpose(0, 1)[None],
+        )
         keys, values = past_key_values.update(key, value, self.index)
-        seen = attend(turned[:, :heads].transpose(0, 1), keys[0], values[0], attention_mask, self.scaling)
+        seen = attend(
+            turned[:, :heads].transpose(0, 1), keys[0], values[0], attention_mask, self.scaling
+        )
         middle = project.products(seen.view(n, heads * width)).add_(entered)
         gate, up = gate_up.products(self._normed(middle, between)).chunk(2, 1)
         return down.products(vector.gated(gate, up)).add_(middle)[None]

@@ -27,7 +27,15 @@ from pathlib import Path
 
 from flowspec.core.topology import Topology
 from flowspec.errors import UserError
-from flowspec.models.families import CONFIG, EMBEDDING, HEAD, NORM, layer_of, layer_tensors, read_config
+from flowspec.models.families import (
+    CONFIG,
+    EMBEDDING,
+    HEAD,
+    NORM,
+    layer_of,
+    layer_tensors,
+    read_config,
+)
 from flowspec.models.fingerprint import embedding_hash
 from flowspec.models.hub import COORDINATOR_FILES, MODEL_FILES, local_folder
 from flowspec.models.manifest import CACHE_NAME, FILE_NAME, FileEntry, Manifest, RankEntry
@@ -124,7 +132,10 @@ class Source:
     @property
     def tied(self) -> bool:
         """A checkpoint that holds both matrices means them, whatever its config says (so does transformers)."""
-        return bool(self.config.get("tie_word_embeddings", False)) and HEAD not in self.checkpoint.names
+        return (
+            bool(self.config.get("tie_word_embeddings", False))
+            and HEAD not in self.checkpoint.names
+        )
 
     @property
     def head(self) -> str:
@@ -140,12 +151,20 @@ class Source:
 
     def layer_names(self, start: int, stop: int) -> list[str]:
         stored = set(self.checkpoint.names)
-        return [name for layer in range(start, stop) for name in layer_tensors(self.config, layer, stored)]
+        return [
+            name
+            for layer in range(start, stop)
+            for name in layer_tensors(self.config, layer, stored)
+        ]
 
     def unused(self) -> list[str]:
         """Tensors the architecture does not have; old checkpoints carry rotary tables, which are computed."""
         used = {EMBEDDING, NORM, HEAD, *self.layer_names(0, self.num_layers)}
-        return [name for name in self.checkpoint.names if name not in used and not name.endswith(".rotary_emb.inv_freq")]
+        return [
+            name
+            for name in self.checkpoint.names
+            if name not in used and not name.endswith(".rotary_emb.inv_freq")
+        ]
 
     def _check_tensors(self) -> None:
         stored = set(self.checkpoint.names)
@@ -153,7 +172,9 @@ class Source:
         missing = [name for name in wanted if name not in stored]
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise UserError(f"{self.folder} lacks tensors the model needs: {', '.join(missing[:3])}{more}")
+            raise UserError(
+                f"{self.folder} lacks tensors the model needs: {', '.join(missing[:3])}{more}"
+            )
         for name in wanted:
             if self.checkpoint.info(name).dtype not in FLOATS:
                 raise UserError(
@@ -163,12 +184,20 @@ class Source:
 
     def _check_shapes(self) -> None:
         vocab, hidden = self.config["vocab_size"], self.config["hidden_size"]
-        for name, shape in ((EMBEDDING, (vocab, hidden)), (self.head, (vocab, hidden)), (NORM, (hidden,))):
+        for name, shape in (
+            (EMBEDDING, (vocab, hidden)),
+            (self.head, (vocab, hidden)),
+            (NORM, (hidden,)),
+        ):
             if self.checkpoint.info(name).shape != shape:
-                raise UserError(f"{self.folder}: {name} has shape {list(self.checkpoint.info(name).shape)}, config.json says {list(shape)}")
+                raise UserError(
+                    f"{self.folder}: {name} has shape {list(self.checkpoint.info(name).shape)}, config.json says {list(shape)}"
+                )
         deepest = max((layer_of(name) or 0 for name in self.checkpoint.names), default=0)
         if deepest >= self.num_layers:
-            raise UserError(f"{self.folder} has weights of layer {deepest}, config.json says num_hidden_layers {self.num_layers}")
+            raise UserError(
+                f"{self.folder} has weights of layer {deepest}, config.json says num_hidden_layers {self.num_layers}"
+            )
 
 
 @dataclass
@@ -185,7 +214,10 @@ class Job:
     done: int = 0
 
     def __post_init__(self) -> None:
-        self.stages = [[self._entry(name) for name in self._names(rank)] for rank in range(1, len(self.ranges) + 1)]
+        self.stages = [
+            [self._entry(name) for name in self._names(rank)]
+            for rank in range(1, len(self.ranges) + 1)
+        ]
         self.head = [self._entry(self.source.head)._replace(name=HEAD)]
         self.total = sum(file_bytes(entries, METADATA) for entries in (*self.stages, self.head))
 
@@ -193,11 +225,15 @@ class Job:
         """Write every rank's folder and stages.yaml under `folder`."""
         unused = self.source.unused()
         if unused:
-            self.progress.line(f"left out {len(unused)} tensors that the architecture does not have ({unused[0]}, ...)")
+            self.progress.line(
+                f"left out {len(unused)} tensors that the architecture does not have ({unused[0]}, ...)"
+            )
         for rank in range(len(self.ranges) + 1):
             (folder / rank_name(rank)).mkdir()
         head = self._tensors(folder, f"{rank_name(0)}/{LM_HEAD}", self.head)
-        manifest = self._manifest(tuple(self._rank(folder, rank, head) for rank in range(len(self.ranges) + 1)))
+        manifest = self._manifest(
+            tuple(self._rank(folder, rank, head) for rank in range(len(self.ranges) + 1))
+        )
         manifest.save(folder / FILE_NAME)
         return manifest
 
@@ -213,7 +249,9 @@ class Job:
 
     def _chunks(self, name: str, dtype: str) -> Iterator[bytes | memoryview]:
         file = self.source.checkpoint.file(name)
-        for piece in file.chunks(name) if file.info(name).dtype == dtype else converted(file, name, dtype):
+        for piece in (
+            file.chunks(name) if file.info(name).dtype == dtype else converted(file, name, dtype)
+        ):
             yield piece
             self.done += len(piece)
             self.progress.percent(self.done / self.total)
@@ -221,13 +259,26 @@ class Job:
     def _rank(self, folder: Path, rank: int, head: FileEntry) -> RankEntry:
         name, role = rank_name(rank), Topology(len(self.ranges)).role(rank)
         weights = self._tensors(folder, f"{name}/{MODEL}", self.stages[rank - 1] if rank else [])
-        own_head = head if rank == 0 else linked(folder, head, f"{name}/{LM_HEAD}") if role == "last" else None
+        own_head = (
+            head
+            if rank == 0
+            else linked(folder, head, f"{name}/{LM_HEAD}")
+            if role == "last"
+            else None
+        )
         layers = self.ranges[rank - 1] if rank else (0, 0)
         held = sum(entry.bytes for entry in (weights, own_head) if entry)
         what = f"layers {layers[0]}-{layers[1] - 1}" if rank else "lm_head"
         self.progress.line(f"{name}  {role:11}  {what:14}  {held / 1e6:10.1f} MB")
         return RankEntry(
-            rank, role, layers, weights.file, weights.bytes, weights.sha256, lm_head=own_head, extra=self._small_files(folder, rank)
+            rank,
+            role,
+            layers,
+            weights.file,
+            weights.bytes,
+            weights.sha256,
+            lm_head=own_head,
+            extra=self._small_files(folder, rank),
         )
 
     def _tensors(self, folder: Path, name: str, entries: list[Entry]) -> FileEntry:
@@ -239,7 +290,10 @@ class Job:
             if (self.source.folder / name).is_file():
                 contents[name] = read_bytes(self.source.folder / name)
         paths = {f"{rank_name(rank)}/{name}": content for name, content in contents.items()}
-        return tuple(FileEntry(path, *write_file(folder / path, [content], len(content))) for path, content in paths.items())
+        return tuple(
+            FileEntry(path, *write_file(folder / path, [content], len(content)))
+            for path, content in paths.items()
+        )
 
     def _config(self) -> bytes:
         """config.json as it is, or with the dtype the tensors now have."""
@@ -270,8 +324,12 @@ def converted(file: TensorFile, name: str, dtype: str) -> Iterator[memoryview]:
     for piece in file.chunks(name, CONVERTED * stored.itemsize):
         before = torch.frombuffer(bytearray(piece), dtype=stored)
         after = before.to(wanted)
-        if not math.isfinite(sum(after.aminmax())) and not torch.equal(before.isfinite(), after.isfinite()):
-            raise UserError(f"{file.path}: {name} has values too large for {TORCH_NAMES[dtype]}: choose another --dtype")
+        if not math.isfinite(sum(after.aminmax())) and not torch.equal(
+            before.isfinite(), after.isfinite()
+        ):
+            raise UserError(
+                f"{file.path}: {name} has values too large for {TORCH_NAMES[dtype]}: choose another --dtype"
+            )
         yield after.view(torch.uint8).numpy().data
 
 
@@ -290,7 +348,9 @@ def blocks(path: Path) -> Iterator[bytes]:
             yield piece
 
 
-def layer_ranges(num_layers: int, stages: int, layers: str | Sequence[int] | None = None) -> list[tuple[int, int]]:
+def layer_ranges(
+    num_layers: int, stages: int, layers: str | Sequence[int] | None = None
+) -> list[tuple[int, int]]:
     """Half-open layer ranges, one a stage: as asked ("8,8,8"), else near equal with the remainder on the later stages."""
     if stages > num_layers:
         raise UserError(f"--stages is {stages}, the model has only {num_layers} layers")
@@ -298,9 +358,13 @@ def layer_ranges(num_layers: int, stages: int, layers: str | Sequence[int] | Non
     if len(counts) != stages:
         raise UserError(f"--layers names {len(counts)} stages, --stages is {stages}")
     if min(counts) < 1:
-        raise UserError(f"--layers {','.join(map(str, counts))}: every stage needs at least one layer")
+        raise UserError(
+            f"--layers {','.join(map(str, counts))}: every stage needs at least one layer"
+        )
     if sum(counts) != num_layers:
-        raise UserError(f"--layers {','.join(map(str, counts))} adds up to {sum(counts)}, the model has {num_layers} layers")
+        raise UserError(
+            f"--layers {','.join(map(str, counts))} adds up to {sum(counts)}, the model has {num_layers} layers"
+        )
     ends = list(accumulate(counts, initial=0))
     return list(pairwise(ends))
 
@@ -314,7 +378,9 @@ def _asked(layers: str | Sequence[int]) -> list[int]:
     try:
         return [int(count) for count in (layers.split(",") if isinstance(layers, str) else layers)]
     except ValueError:
-        raise UserError(f"--layers is {layers!r}, it must be integers with commas between them, like 8,8,8,8") from None
+        raise UserError(
+            f"--layers is {layers!r}, it must be integers with commas between them, like 8,8,8,8"
+        ) from None
 
 
 # ---- where it comes from ---------------------------------------------------------------------------
@@ -333,10 +399,18 @@ def check_output(output: str | os.PathLike[str]) -> Path:
         raise UserError(f"--output {output} is a file")
     present = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
     if present and FILE_NAME not in present:
-        raise UserError(f"--output {output} is not empty and holds no {FILE_NAME}: choose another folder")
-    foreign = [name for name in present if name not in (FILE_NAME, CACHE_NAME) and not re.fullmatch(r"rank_\d+", name)]
+        raise UserError(
+            f"--output {output} is not empty and holds no {FILE_NAME}: choose another folder"
+        )
+    foreign = [
+        name
+        for name in present
+        if name not in (FILE_NAME, CACHE_NAME) and not re.fullmatch(r"rank_\d+", name)
+    ]
     if foreign:
-        raise UserError(f"--output {output} holds an older split and also {foreign[0]}: move that away, the folder will be replaced")
+        raise UserError(
+            f"--output {output} holds an older split and also {foreign[0]}: move that away, the folder will be replaced"
+        )
     return target
 
 
@@ -376,7 +450,9 @@ def _make_parents(folder: Path, made: list[Path]) -> None:
 def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(f"no space left in {folder}: {needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free")
+        raise UserError(
+            f"no space left in {folder}: {needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free"
+        )
 
 
 def _swap(new: Path, target: Path) -> None:

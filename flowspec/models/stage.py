@@ -37,17 +37,27 @@ class StageModel(nn.Module):
     def __init__(self, config: dict, layers: int, first: bool, last: bool):
         super().__init__()
         classes = family_of(config).classes()
-        self.config = classes.config.from_dict({**config, "attn_implementation": attention.implementation()})
+        self.config = classes.config.from_dict(
+            {**config, "attn_implementation": attention.implementation()}
+        )
         with torch.device("meta"):
-            self.embed_tokens = nn.Embedding(self.config.vocab_size, self.config.hidden_size) if first else None
+            self.embed_tokens = (
+                nn.Embedding(self.config.vocab_size, self.config.hidden_size) if first else None
+            )
             self.layers = nn.ModuleList(classes.layer(self.config, k) for k in range(layers))
-            self.norm = classes.norm(self.config.hidden_size, eps=self.config.rms_norm_eps) if last else None
+            self.norm = (
+                classes.norm(self.config.hidden_size, eps=self.config.rms_norm_eps)
+                if last
+                else None
+            )
         self.alone = False
         self.native = False
         self.rotary = classes.rotary(self.config)  # its frequencies are in no file: never on meta
         self.eval()
 
-    def load(self, tensors: Iterable[tuple[str, Tensor]], device: str, source: str, dtype: torch.dtype) -> StageModel:
+    def load(
+        self, tensors: Iterable[tuple[str, Tensor]], device: str, source: str, dtype: torch.dtype
+    ) -> StageModel:
         """Take each tensor as it comes (the caller holds one at a time); UserError if some are missing or misshapen.
 
         On a CPU that has kernels for `dtype` the matrices are packed as they come, and everything else is float32 (kernels.py)."""
@@ -59,20 +69,28 @@ class StageModel(nn.Module):
             if expected is None:
                 continue  # what a layer of this family does not know, such as stored rotary frequencies
             if expected.shape != tensor.shape:
-                raise UserError(f"{source}: {name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected.shape)}")
+                raise UserError(
+                    f"{source}: {name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected.shape)}"
+                )
             path, _, leaf = name.rpartition(".")
             module = self.get_submodule(path)
             if packs and leaf == "weight" and isinstance(module, nn.Linear):
                 self.set_submodule(path, PackedLinear(tensor, module.bias, dtype))
                 continue
-            tensor = tensor.to(device) if not packs or module is self.embed_tokens else tensor.float()
+            tensor = (
+                tensor.to(device) if not packs or module is self.embed_tokens else tensor.float()
+            )
             setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
         if waiting:
-            raise UserError(f"{source}: {len(waiting)} tensors are missing, such as {next(iter(waiting))}")
+            raise UserError(
+                f"{source}: {len(waiting)} tensors are missing, such as {next(iter(waiting))}"
+            )
         self.rotary.to(device)
         self.native = packs and all(native.suits(layer, self.config) for layer in self.layers)
         if self.native:
-            self.layers = nn.ModuleList(native.NativeLayer(layer, self.config) for layer in self.layers)
+            self.layers = nn.ModuleList(
+                native.NativeLayer(layer, self.config) for layer in self.layers
+            )
         return self
 
     def compute_alone(self) -> None:
@@ -92,7 +110,12 @@ class StageModel(nn.Module):
 
     @torch.inference_mode()
     def forward(
-        self, rows: Tensor, admitted: Admitted, cache: RowCache, taps: Seq[int] = (), needed: Needed = ALWAYS
+        self,
+        rows: Tensor,
+        admitted: Admitted,
+        cache: RowCache,
+        taps: Seq[int] = (),
+        needed: Needed = ALWAYS,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Append n rows to the cache and return their outputs [n, hidden], and what enters the layers `taps`: [n, len(taps) * hidden].
 
@@ -102,7 +125,9 @@ class StageModel(nn.Module):
         cache.extend(len(rows))
         device = self.device
         rows = placed(rows, device)
-        x = (self.embed_tokens(rows.long()) if self.embed_tokens is not None else rows).to(self.dtype)[None]
+        x = (self.embed_tokens(rows.long()) if self.embed_tokens is not None else rows).to(
+            self.dtype
+        )[None]
         seen = Seen(admitted, device, in_order=self.alone)
         turns = self.rotary(x, placed(torch.from_numpy(admitted.positions), device)[None])
         turns = native.turns(*turns) if self.native else turns
@@ -112,13 +137,23 @@ class StageModel(nn.Module):
                 return None, None
             if k in taps:
                 entered[k] = x[0]
-            x = layer(x, attention_mask=seen, position_embeddings=turns, past_key_values=cache, use_cache=True)
+            x = layer(
+                x,
+                attention_mask=seen,
+                position_embeddings=turns,
+                past_key_values=cache,
+                use_cache=True,
+            )
         tapped = torch.cat([entered[k] for k in taps], -1) if taps else None
         return (x[0] if self.norm is None else self._normed(x[0])), tapped
 
     def _normed(self, x: Tensor) -> Tensor:
         assert self.norm is not None
-        return vector.norm(x, self.norm.weight, self.config.rms_norm_eps) if self.native else self.norm(x)
+        return (
+            vector.norm(x, self.norm.weight, self.config.rms_norm_eps)
+            if self.native
+            else self.norm(x)
+        )
 
 
 def packs_weights(config: dict, dtype: torch.dtype, device: str) -> bool:
@@ -127,7 +162,10 @@ def packs_weights(config: dict, dtype: torch.dtype, device: str) -> bool:
     Experts come fused, which is no `nn.Linear`: with them only float32 can be both."""
     whole = dtype == torch.float32 or not config.get("num_local_experts")
     possible = device == "cpu" and jit.available() and dtype in kernels.KINDS and whole
-    need(dtype != torch.int8 or possible, "dtype int8 works on a CPU with fused multiply-add, with llvmlite, without experts")
+    need(
+        dtype != torch.int8 or possible,
+        "dtype int8 works on a CPU with fused multiply-add, with llvmlite, without experts",
+    )
     return possible
 
 
@@ -155,7 +193,9 @@ class Cached:
         self.model_cpu = 0.0
         """CPU seconds that this thread spent in the model"""
 
-    def forward(self, rows: Tensor, admitted: Admitted, needed: Needed = ALWAYS, ids: Seq[int] | None = None) -> Tensor | None:
+    def forward(
+        self, rows: Tensor, admitted: Admitted, needed: Needed = ALWAYS, ids: Seq[int] | None = None
+    ) -> Tensor | None:
         """These rows (tokens, or features [n, hidden]) through the model: features [n, hidden], or None once they are not `needed`.
 
         `ids`: the nodes of a tree that they are; None: rows of the text. What entered the taps is held until it is known which
@@ -164,16 +204,22 @@ class Cached:
         forward = self._in_parts if ids is not None and self.model.alone else self._through
         out, self._entered = forward(rows, admitted, needed)
         if self._to_host:
-            out, self._entered = (made if made is None else on_host(made) for made in (out, self._entered))
+            out, self._entered = (
+                made if made is None else on_host(made) for made in (out, self._entered)
+            )
         if ids is not None and self._entered is not None:
             self._waiting.hold(ids, self._entered)
         self.model_cpu += time.thread_time() - begun
         return out
 
-    def _through(self, rows: Tensor, admitted: Admitted, needed: Needed) -> tuple[Tensor | None, Tensor | None]:
+    def _through(
+        self, rows: Tensor, admitted: Admitted, needed: Needed
+    ) -> tuple[Tensor | None, Tensor | None]:
         return self.model(rows, admitted, self.cache, self._taps, needed)
 
-    def _in_parts(self, rows: Tensor, admitted: Admitted, needed: Needed) -> tuple[Tensor | None, Tensor | None]:
+    def _in_parts(
+        self, rows: Tensor, admitted: Admitted, needed: Needed
+    ) -> tuple[Tensor | None, Tensor | None]:
         """A forward for each row. (Chunks of the prompt are the same in every method, and go through whole.)"""
         outs, entered = [], []
         for k in range(len(rows)):
@@ -207,7 +253,9 @@ class Sequence:
         """Rows of the text (tokens or features [n, hidden]) at its end, through the model: features [n, hidden]."""
         return self._forward(rows, self.state.extend(len(rows)))
 
-    def extend_and_verify(self, rows: Tensor, at: int, ids: list[int], parents: list[int]) -> tuple[np.ndarray, Tensor]:
+    def extend_and_verify(
+        self, rows: Tensor, at: int, ids: list[int], parents: list[int]
+    ) -> tuple[np.ndarray, Tensor]:
         """In one forward m rows of committed tokens, at the positions from `at` on, and behind them n tree rows that are all worth it.
 
         rows: [m + n, hidden]; positions [m + n] and features [m + n, hidden] of all of them."""
@@ -262,8 +310,13 @@ class Head:
             return torch.cat([self(row) for row in features.split(1)])
         features, weight = placed(features, self.device), self.weight
         if weight.dtype in (torch.float32, torch.float64):
-            return (weight @ features.to(weight.dtype).T).T.contiguous()  # for few rows much quicker than the other way round
-        features, logits = features.float(), weight.new_empty(len(features), len(weight), dtype=torch.float32)
+            return (
+                weight @ features.to(weight.dtype).T
+            ).T.contiguous()  # for few rows much quicker than the other way round
+        features, logits = (
+            features.float(),
+            weight.new_empty(len(features), len(weight), dtype=torch.float32),
+        )
         step = max(1, self.PIECE // weight.shape[1])
         for begin in range(0, len(weight), step):
             piece = weight[begin : begin + step].float()
@@ -272,10 +325,18 @@ class Head:
 
 
 def load_stage(
-    manifest: Manifest, rank: int, dtype: torch.dtype, device: str, progress: Callable[[int], None] = lambda size: None
+    manifest: Manifest,
+    rank: int,
+    dtype: torch.dtype,
+    device: str,
+    progress: Callable[[int], None] = lambda size: None,
 ) -> StageModel:
     """The layers of one rank of a split model; `progress(bytes)` after each tensor, in bytes as computed with."""
-    config, entry, ring = read_config(manifest.folder(rank)), manifest.ranks[rank], manifest.topology
+    config, entry, ring = (
+        read_config(manifest.folder(rank)),
+        manifest.ranks[rank],
+        manifest.topology,
+    )
     path = manifest.path(entry)
     model = StageModel(config, entry.num_layers, rank == ring.FIRST, rank == ring.last)
     tensors = module_tensors(TensorFile(path), family_of(config), entry.layers[0], stored_as(dtype))
@@ -286,7 +347,9 @@ SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, PREFILL_ROWS)
 
 
 @torch.inference_mode()
-def rehearse(model: StageModel, head: Head | None = None, rows: Callable[[int], Tensor] | None = None) -> None:
+def rehearse(
+    model: StageModel, head: Head | None = None, rows: Callable[[int], Tensor] | None = None
+) -> None:
     """Forwards of many sizes whose results nobody wants; `head` as well if it is given. A GPU loads each kernel when it is first used,
     which takes many times what the kernel does: a ring that met this while it decodes would believe that its rows are dear.
 
@@ -294,7 +357,11 @@ def rehearse(model: StageModel, head: Head | None = None, rows: Callable[[int], 
     if model.device.type == "cpu":
         return
     width, first = model.config.hidden_size, model.embed_tokens is not None
-    rows = rows or (lambda n: torch.zeros(n, dtype=torch.long) if first else torch.zeros(n, width, dtype=model.dtype))
+    rows = rows or (
+        lambda n: (
+            torch.zeros(n, dtype=torch.long) if first else torch.zeros(n, width, dtype=model.dtype)
+        )
+    )
     books, cached = StageState(), Cached(model, to_host=True)
     for n in (*SIZES, 1):
         out = cached.forward(rows(n), books.extend(n))
@@ -307,7 +374,9 @@ def stored_as(dtype: torch.dtype) -> torch.dtype | None:
     return None if dtype == torch.int8 else dtype
 
 
-def _counted(tensors: Iterable[tuple[str, Tensor]], progress: Callable[[int], None]) -> Iterator[tuple[str, Tensor]]:
+def _counted(
+    tensors: Iterable[tuple[str, Tensor]], progress: Callable[[int], None]
+) -> Iterator[tuple[str, Tensor]]:
     done = 0
     for name, tensor in tensors:
         done += tensor.nbytes
@@ -323,16 +392,30 @@ def load_head(manifest: Manifest, rank: int, dtype: torch.dtype, device: str) ->
 
 
 def load_whole(
-    folder: Path, dtype: torch.dtype, device: str, progress: Callable[[int], None] = lambda size: None
+    folder: Path,
+    dtype: torch.dtype,
+    device: str,
+    progress: Callable[[int], None] = lambda size: None,
 ) -> tuple[StageModel, Head]:
     """A whole checkpoint as one stage and its head: a draft model; `progress` as for `load_stage`."""
     config, checkpoint = read_config(folder), Checkpoint(folder)
     family = family_of(config)
     model = StageModel(config, config["num_hidden_layers"], first=True, last=True)
     files = {checkpoint.file(name).path: checkpoint.file(name) for name in checkpoint.names}
-    tensors = (pair for file in files.values() for pair in module_tensors(file, family, 0, stored_as(dtype)))
+    tensors = (
+        pair
+        for file in files.values()
+        for pair in module_tensors(file, family, 0, stored_as(dtype))
+    )
     model.load(_counted(tensors, progress), device, str(folder), dtype)
     tied = HEAD not in checkpoint.names
-    need(not tied or bool(config.get("tie_word_embeddings")), f"{folder} has no {HEAD}, and config.json does not tie it to the embedding")
-    weight = model.get_parameter("embed_tokens.weight") if tied else checkpoint.file(HEAD).read(HEAD, stored_as(dtype)).to(device)
+    need(
+        not tied or bool(config.get("tie_word_embeddings")),
+        f"{folder} has no {HEAD}, and config.json does not tie it to the embedding",
+    )
+    weight = (
+        model.get_parameter("embed_tokens.weight")
+        if tied
+        else checkpoint.file(HEAD).read(HEAD, stored_as(dtype)).to(device)
+    )
     return model, Head(weight, dtype)

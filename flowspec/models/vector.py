@@ -30,18 +30,34 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight for rows x [n, width] (RMSNorm, arXiv 1910.07467); a new tensor."""
     n, width = x.shape
     out = torch.empty(n, width)
-    _functions()["norm"](_Norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), width, x.stride(0), eps), n, worth_threads=False)
+    _functions()["norm"](
+        _Norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), width, x.stride(0), eps),
+        n,
+        worth_threads=False,
+    )
     return out
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (SwiGLU, arXiv 2002.05202) for [n, width], each row by itself; into `gate`."""
     n, width = gate.shape
-    _functions()["gated"](_Gated(gate.data_ptr(), up.data_ptr(), width, gate.stride(0), up.stride(0)), n, worth_threads=False)
+    _functions()["gated"](
+        _Gated(gate.data_ptr(), up.data_ptr(), width, gate.stride(0), up.stride(0)),
+        n,
+        worth_threads=False,
+    )
     return gate
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, base: int, slots: Tensor, counts: Tensor, scaling: float) -> Tensor:
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    base: int,
+    slots: Tensor,
+    counts: Tensor,
+    scaling: float,
+) -> Tensor:
     """Attention of n rows, each to the cache's rows [0, base) and then to those that its row of `slots` names; [n, heads, head_dim].
 
     query: [n, heads, head_dim]; keys, values: [kv_heads, length, head_dim] with a stride between heads; slots: int64 [n, most];
@@ -57,7 +73,9 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, base: int, slots: Tensor
             query[k:].data_ptr(), keys.data_ptr(), values.data_ptr(), out[k:].data_ptr(), scores.data_ptr(), slots[k:].data_ptr(),
             counts[k:].data_ptr(), rows, heads, share, query.stride(0), keys.stride(0), base, most, span, kv_heads, scaling,
         )  # fmt: skip
-        _functions()[f"attend{width}"](job, kv_heads, worth_threads=rows * heads * (base + 1) > 1 << 14)
+        _functions()[f"attend{width}"](
+            job, kv_heads, worth_threads=rows * heads * (base + 1) > 1 << 14
+        )
     return out
 
 
@@ -104,7 +122,9 @@ class _Functions(dict):
         else:
             _write_attend(code, int(name.removeprefix("attend")))
             kinds = [{P: "ptr", N: "i64", R: "float"}[kind] for _, kind in _Attend._fields_]
-            threads = part("run", f"{{ {', '.join(kinds)} }}", list(dict(_Attend._fields_)).index("kv_heads"))
+            threads = part(
+                "run", f"{{ {', '.join(kinds)} }}", list(dict(_Attend._fields_)).index("kv_heads")
+            )
         function = self[name] = Shared(compiled(f"{code.module}\n{threads}"), "run")
         return function
 
@@ -123,7 +143,10 @@ class _Code:
 
         self.ir = ir
         self.float, self.int, self.pointer = ir.FloatType(), ir.IntType(64), ir.PointerType()
-        self.vector, self.integers = ir.VectorType(self.float, LANES), ir.VectorType(ir.IntType(32), LANES)
+        self.vector, self.integers = (
+            ir.VectorType(self.float, LANES),
+            ir.VectorType(ir.IntType(32), LANES),
+        )
         self.module = ir.Module()
         self.module.triple = self.module.data_layout = ""
         kinds = [self.pointer, self.int, self.int]
@@ -142,7 +165,11 @@ class _Code:
 
     def spread(self, value: Any) -> Any:
         """A float32 in every lane."""
-        one = self.b.insert_element(self.ir.Constant(self.vector, self.ir.Undefined), value, self.ir.Constant(self.ir.IntType(32), 0))
+        one = self.b.insert_element(
+            self.ir.Constant(self.vector, self.ir.Undefined),
+            value,
+            self.ir.Constant(self.ir.IntType(32), 0),
+        )
         return self.b.shuffle_vector(one, one, self.ir.Constant(self.integers, [0] * LANES))
 
     def call(self, name: str, *values: Any) -> Any:
@@ -152,7 +179,9 @@ class _Code:
         name = f"llvm.{name}.{suffix}"
         known = self.module.globals.get(name)
         if known is None:
-            known = self.ir.Function(self.module, self.ir.FunctionType(kind, [kind] * len(values)), name)
+            known = self.ir.Function(
+                self.module, self.ir.FunctionType(kind, [kind] * len(values)), name
+            )
         return self.b.call(known, values)
 
     def folded(self, operation: Any, vector: Any) -> Any:
@@ -225,13 +254,17 @@ class _Code:
         power = self.all(terms[-1])
         for term in terms[-2::-1]:
             power = self.call("fma", power, f, self.all(term))
-        exponent = b.shl(b.add(b.fptosi(whole, self.integers), whole_numbers(127)), whole_numbers(23))
+        exponent = b.shl(
+            b.add(b.fptosi(whole, self.integers), whole_numbers(127)), whole_numbers(23)
+        )
         return b.fmul(power, b.bitcast(exponent, self.vector))
 
 
 def _write_norm(c: _Code) -> None:
     b = c.b
-    x, weight, out, width, stride = (c.field(_Norm, name) for name in ("x", "weight", "out", "width", "stride"))
+    x, weight, out, width, stride = (
+        c.field(_Norm, name) for name in ("x", "weight", "out", "width", "stride")
+    )
     eps = c.field(_Norm, "eps")
     with c.turns(c.begin, c.end) as row:
         source, target = c.at(x, b.mul(row, stride)), c.at(out, b.mul(row, width))
@@ -242,13 +275,18 @@ def _write_norm(c: _Code) -> None:
         mean = b.fdiv(c.folded(b.fadd, c.get(total)), b.sitofp(width, c.float))
         factor = c.spread(b.fdiv(c.ir.Constant(c.float, 1.0), c.call("sqrt", b.fadd(mean, eps))))
         with c.turns(c.n(0), width, LANES) as k:
-            c.store(b.fmul(c.load(c.at(weight, k)), b.fmul(c.load(c.at(source, k)), factor)), c.at(target, k))
+            c.store(
+                b.fmul(c.load(c.at(weight, k)), b.fmul(c.load(c.at(source, k)), factor)),
+                c.at(target, k),
+            )
     c.close()
 
 
 def _write_gated(c: _Code) -> None:
     b = c.b
-    gate, up, width, stride, up_stride = (c.field(_Gated, name) for name in ("gate", "up", "width", "stride", "up_stride"))
+    gate, up, width, stride, up_stride = (
+        c.field(_Gated, name) for name in ("gate", "up", "width", "stride", "up_stride")
+    )
     with c.turns(c.begin, c.end) as row:
         gates, ups = c.at(gate, b.mul(row, stride)), c.at(up, b.mul(row, up_stride))
         with c.turns(c.n(0), width, LANES) as k:
@@ -271,13 +309,17 @@ class _Attention:
     def __init__(self, c: _Code, width: int, group: Any):
         self.c, self.b, self.width, self.vectors = c, c.b, width, width // LANES
         self.f = {name: c.field(_Attend, name) for name, _ in _Attend._fields_}
-        self.keys, self.values = (c.at(self.f[name], c.b.mul(group, self.f["head_stride"])) for name in ("keys", "values"))
+        self.keys, self.values = (
+            c.at(self.f[name], c.b.mul(group, self.f["head_stride"])) for name in ("keys", "values")
+        )
         self.first = c.b.mul(group, self.f["share"])
 
     def write(self) -> None:
         c, b, f = self.c, self.b, self.f
         for begin, end in self._tiles():
-            eights = b.sub(end, b.and_(b.sub(end, begin), c.n(LANES - 1)))  # the tokens below it are whole vectors of scores
+            eights = b.sub(
+                end, b.and_(b.sub(end, begin), c.n(LANES - 1))
+            )  # the tokens below it are whole vectors of scores
             with self._queries() as (_, query, _, scores):
                 q = self._vectors(query)
                 with c.turns(begin, eights, LANES) as token:
@@ -312,11 +354,19 @@ class _Attention:
     def _queries(self) -> Iterator[tuple[Any, Any, Any, Any]]:
         """For each row and each of the query heads: the row, its query, its output, its scores."""
         c, b, f = self.c, self.b, self.f
-        with c.turns(c.n(0), f["rows"]) as row, c.turns(self.first, b.add(self.first, f["share"])) as head:
+        with (
+            c.turns(c.n(0), f["rows"]) as row,
+            c.turns(self.first, b.add(self.first, f["share"])) as head,
+        ):
             within = b.mul(head, c.n(self.width))
             query = c.at(f["query"], b.add(b.mul(row, f["query_stride"]), within))
             out = c.at(f["out"], b.add(b.mul(b.mul(row, f["heads"]), c.n(self.width)), within))
-            yield row, query, out, c.at(f["scores"], b.mul(b.add(b.mul(head, f["rows"]), row), f["span"]))
+            yield (
+                row,
+                query,
+                out,
+                c.at(f["scores"], b.mul(b.add(b.mul(head, f["rows"]), row), f["span"])),
+            )
 
     @contextmanager
     def _summed(self, out: Any) -> Iterator[list[Any]]:
@@ -355,7 +405,10 @@ class _Attention:
             left, right = folded(first, count // 2), folded(first + count // 2, count // 2)
             part = LANES // count  # numbers of a token that are left
             near = [k for k in range(2 * LANES) if k % (2 * part) < part]
-            halves = (self.b.shuffle_vector(left, right, self._lanes([k + far for k in near])) for far in (0, part))
+            halves = (
+                self.b.shuffle_vector(left, right, self._lanes([k + far for k in near]))
+                for far in (0, part)
+            )
             return self.b.fadd(*halves)
 
         self.c.store(self.b.fmul(folded(0, LANES), self.c.spread(self.f["scaling"])), to)

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK = 1 << 20  # bytes
-CONVERTED = 1 << 15  # elements; torch converts so few on one thread, and waking others on a busy machine costs milliseconds
+CONVERTED = (
+    1 << 15
+)  # elements; torch converts so few on one thread, and waking others on a busy machine costs milliseconds
 MAX_HEADER = 100_000_000
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -164,7 +166,9 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            raise UserError(f"{path} is truncated or no safetensors file: copy or download it again")
+            raise UserError(
+                f"{path} is truncated or no safetensors file: copy or download it again"
+            )
         if length > MAX_HEADER:
             raise UserError(f"{path} is no safetensors file: its header claims {length} bytes")
         raw = file.read(length)
@@ -173,12 +177,16 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
         header.pop("__metadata__", None)
         infos = {name: _info(entry, 8 + length) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} has a damaged safetensors header: copy or download it again") from None
+        raise UserError(
+            f"{path} has a damaged safetensors header: copy or download it again"
+        ) from None
     end = max((info.end for info in infos.values()), default=8 + length)
     if end > size:
         raise _truncated(path)
     if end < size:
-        raise UserError(f"{path} has {size - end} bytes after its last tensor: copy or download it again")
+        raise UserError(
+            f"{path} has {size - end} bytes after its last tensor: copy or download it again"
+        )
     return infos
 
 
@@ -245,7 +253,9 @@ def _shards_of_index(folder: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / INDEX} cannot be read: copy or download it again") from None
     if absent:
-        raise UserError(f"{folder} lacks {len(absent)} of {len(shards)} shards ({', '.join(absent[:3])}): download them again")
+        raise UserError(
+            f"{folder} lacks {len(absent)} of {len(shards)} shards ({', '.join(absent[:3])}): download them again"
+        )
     return shard_of
 
 
@@ -258,12 +268,16 @@ def _no_checkpoint(folder: Path) -> str:
 
 
 # ---- writing ---------------------------------------------------------------------------------------
-def write_tensors(path: str | os.PathLike[str], entries: Sequence[Entry], metadata: dict[str, str] | None = None) -> tuple[int, str]:
+def write_tensors(
+    path: str | os.PathLike[str], entries: Sequence[Entry], metadata: dict[str, str] | None = None
+) -> tuple[int, str]:
     """Stream tensors into a safetensors file; returns (bytes, sha256 in hex).
 
     The file appears whole or not at all: it is written beside, synced and renamed. UserError when the disk is full or not writable.
     """
-    entries = sorted(entries, key=lambda entry: -DTYPE_BYTES[entry.dtype])  # wide types first keeps every offset aligned
+    entries = sorted(
+        entries, key=lambda entry: -DTYPE_BYTES[entry.dtype]
+    )  # wide types first keeps every offset aligned
     return write_file(path, _file_pieces(entries, metadata), file_bytes(entries, metadata))
 
 
@@ -273,14 +287,18 @@ def file_bytes(entries: Iterable[Entry], metadata: dict[str, str] | None = None)
     return len(_header(entries, metadata)) + sum(entry.nbytes for entry in entries)
 
 
-def write_file(path: str | os.PathLike[str], pieces: Iterable[bytes | memoryview], total: int) -> tuple[int, str]:
+def write_file(
+    path: str | os.PathLike[str], pieces: Iterable[bytes | memoryview], total: int
+) -> tuple[int, str]:
     """Write the pieces (`total` bytes, for the message when space runs out) beside and rename; returns (bytes, sha256 in hex)."""
     path = Path(path)
     beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     digest, written = hashlib.sha256(), 0
     try:
         beside.unlink(missing_ok=True)
-        with open(beside, "xb", buffering=0) as file:  # anew: a link that somebody laid is not followed
+        with open(
+            beside, "xb", buffering=0
+        ) as file:  # anew: a link that somebody laid is not followed
             for piece in pieces:
                 _write_all(file, piece)
                 digest.update(piece)
@@ -305,7 +323,9 @@ def _write_all(file, piece: bytes | memoryview) -> None:
 
 def _write_error(error: OSError, path: Path, missing: int) -> UserError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"no space left in {path.parent}: {path.name} needs about {max(1, -(-missing // 10**6))} MB more")
+        return UserError(
+            f"no space left in {path.parent}: {path.name} needs about {max(1, -(-missing // 10**6))} MB more"
+        )
     return UserError(f"cannot write {path}: {error.strerror}")
 
 
@@ -313,14 +333,20 @@ def _header(entries: Iterable[Entry], metadata: dict[str, str] | None) -> bytes:
     table: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     at = 0
     for entry in entries:
-        table[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [at, at + entry.nbytes]}
+        table[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [at, at + entry.nbytes],
+        }
         at += entry.nbytes
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def _file_pieces(entries: Sequence[Entry], metadata: dict[str, str] | None) -> Iterator[bytes | memoryview]:
+def _file_pieces(
+    entries: Sequence[Entry], metadata: dict[str, str] | None
+) -> Iterator[bytes | memoryview]:
     yield _header(entries, metadata)
     for entry in entries:
         count = 0

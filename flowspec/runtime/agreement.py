@@ -38,22 +38,45 @@ SHORT = 12
 
 def facts_of(configuration: Mapping[str, str], manifest: Manifest, dtype: str | None) -> Facts:
     """What this rank would run. `configuration`: what must be equal of it; `dtype`: what it computes of the target in, None: nothing."""
-    versions = {name: metadata.version(name).partition("+")[0] for name in ("torch", "transformers")}  # a wheel's CUDA may differ
-    names = ("model_type", "num_layers", "hidden_size", "vocab_size", "max_positions", "tied", "embedding")
-    split: dict[str, str | None] = {"layers": ",".join(str(rank.num_layers) for rank in manifest.ranks[1:])}
-    split |= {name: None if (value := getattr(manifest, name)) is None else str(value) for name in names}
+    versions = {
+        name: metadata.version(name).partition("+")[0] for name in ("torch", "transformers")
+    }  # a wheel's CUDA may differ
+    names = (
+        "model_type",
+        "num_layers",
+        "hidden_size",
+        "vocab_size",
+        "max_positions",
+        "tied",
+        "embedding",
+    )
+    split: dict[str, str | None] = {
+        "layers": ",".join(str(rank.num_layers) for rank in manifest.ranks[1:])
+    }
+    split |= {
+        name: None if (value := getattr(manifest, name)) is None else str(value) for name in names
+    }
     split |= {f"files of rank {rank.rank}": _digest(rank) for rank in manifest.ranks}
     version = {"flowspec": __version__, **versions, "wire format": str(FORMAT)}
-    return {"version": version, "split": split, "configuration": dict(configuration), "dtype": {"dtype": dtype}}
+    return {
+        "version": version,
+        "split": split,
+        "configuration": dict(configuration),
+        "dtype": {"dtype": dtype},
+    }
 
 
 def _digest(rank: RankEntry) -> str:
     """Of all that the manifest says of this rank's files."""
     files = [rank.weights, *([rank.lm_head] if rank.lm_head else []), *rank.extra]
-    return hashlib.sha256(repr([(f.file, f.bytes, f.sha256) for f in files]).encode()).hexdigest()[:SHORT]
+    return hashlib.sha256(repr([(f.file, f.bytes, f.sha256) for f in files]).encode()).hexdigest()[
+        :SHORT
+    ]
 
 
-def agree(store: dist.Store, topology: Topology, rank: int, facts: Facts, name: Callable[[int], str]) -> None:
+def agree(
+    store: dist.Store, topology: Topology, rank: int, facts: Facts, name: Callable[[int], str]
+) -> None:
     """UserError, the same on every rank, unless all ranks of the run tell the same facts. `name` is how a rank is called in it."""
     store = dist.PrefixStore("flowspec/agreement", store)
     store.set(str(rank), json.dumps(facts))
@@ -62,7 +85,10 @@ def agree(store: dist.Store, topology: Topology, rank: int, facts: Facts, name: 
         try:
             store.wait([str(other)], PATIENCE)
         except RuntimeError:  # DistStoreError is one
-            need(False, f"{name(other)} does not tell which model and which code it runs: does it run an older flowspec?")
+            need(
+                False,
+                f"{name(other)} does not tell which model and which code it runs: does it run an older flowspec?",
+            )
         told.append(_read(store.get(str(other)), name(other)))
     difference = first_difference(told, name)
     if difference is None:
@@ -78,7 +104,11 @@ def _read(text: bytes, who: str) -> Facts:
     """What a rank told. The store asks nobody who he is: UserError for what no rank of ours tells."""
     with contextlib.suppress(ValueError, RecursionError, AttributeError):
         told = json.loads(text)
-        if all(value is None or type(value) is str for facts in told.values() for value in facts.values()):
+        if all(
+            value is None or type(value) is str
+            for facts in told.values()
+            for value in facts.values()
+        ):
             return told
     raise UserError(f"{who} tells something else than which model and which code it runs")
 

@@ -31,7 +31,9 @@ class Joined:
     """Features of several layers side by side: each layer's come in the text's order, from the stage that holds it."""
 
     def __init__(self, layers: Sequence[int]):
-        self._waiting: dict[int, list[Tensor]] = {layer: [] for layer in layers}  # rows that another layer's are not here for
+        self._waiting: dict[int, list[Tensor]] = {
+            layer: [] for layer in layers
+        }  # rows that another layer's are not here for
         self._given = 0
 
     def add(self, layers: Sequence[int], at: int, rows: Tensor) -> Tensor | None:
@@ -125,7 +127,9 @@ class DraftThread:
                 self._inbox.fail(error)
                 return
 
-    def _begin(self, request: Request, noise: Noise | None, features: Tensor | None, log: Log) -> None:
+    def _begin(
+        self, request: Request, noise: Noise | None, features: Tensor | None, log: Log
+    ) -> None:
         _, seconds = self._at_least(log, lambda: self._drafter.begin(request, noise, features))
         self.read = seconds / request.prompt_length
 

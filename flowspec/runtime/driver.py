@@ -13,7 +13,19 @@ import torch
 
 from flowspec.comm.base import Message, Transport
 from flowspec.core.learnt import Learnt
-from flowspec.core.messages import PREFILL_ROWS, Action, Commit, Draft, Event, Finish, Prune, Returned, Segment, Wake, Woke
+from flowspec.core.messages import (
+    PREFILL_ROWS,
+    Action,
+    Commit,
+    Draft,
+    Event,
+    Finish,
+    Prune,
+    Returned,
+    Segment,
+    Wake,
+    Woke,
+)
 from flowspec.core.policy import Policy, PolicyConfig
 from flowspec.core.request import Request
 from flowspec.core.scheduler import Scheduler
@@ -71,9 +83,19 @@ class Driver:
     """Serves one request after another. `head` is given when rank 0 verifies (verify_on: coordinator)."""
 
     def __init__(
-        self, transport: Transport, draft: DraftThread | None, vocabulary: int, head: Head | None = None, hidden_scale: float = 1.0
+        self,
+        transport: Transport,
+        draft: DraftThread | None,
+        vocabulary: int,
+        head: Head | None = None,
+        hidden_scale: float = 1.0,
     ):
-        self._transport, self._thread, self._head, self._vocabulary = transport, draft, head, vocabulary
+        self._transport, self._thread, self._head, self._vocabulary = (
+            transport,
+            draft,
+            head,
+            vocabulary,
+        )
         self._topology, self._clock = transport.topology, transport.inbox.clock
         self._hidden_scale = hidden_scale  # of emulated links, for the bytes in a trace
         self.forget()
@@ -83,13 +105,22 @@ class Driver:
         self._learnt, self._fresh = Learnt(), True
 
     def generate(
-        self, request: Request, policy: Policy, switches: PolicyConfig, stats: Stats, trace: bool = False
+        self,
+        request: Request,
+        policy: Policy,
+        switches: PolicyConfig,
+        stats: Stats,
+        trace: bool = False,
     ) -> Generator[Committed, None, None]:
         """The text as it is committed. Closing the iterator cancels the request. `stats` is filled as it goes."""
         self._draft = self._thread if policy.drafts else None
         self._reads_features = self._draft is not None and self._draft.features
-        self._features: dict[int, tuple[torch.Tensor, int]] = {}  # node that came back -> rows and its row there, if they are read
-        self._scheduler = scheduler = Scheduler(request, policy, self._learnt, drafts=self._draft is not None)
+        self._features: dict[
+            int, tuple[torch.Tensor, int]
+        ] = {}  # node that came back -> rows and its row there, if they are read
+        self._scheduler = scheduler = Scheduler(
+            request, policy, self._learnt, drafts=self._draft is not None
+        )
         self._wake_at: float | None = None
         self._picks: dict[int, Pick] = {}
         self._verifying = 0.0
@@ -107,12 +138,21 @@ class Driver:
             raise
         finally:
             stats.ended = self._clock.now()
-            stats.drafted, stats.returned_segments = scheduler.tree.drafted, scheduler.returned_segments
-            stats.segments, stats.explanation, stats.hop = scheduler.segments, policy.explain(), scheduler.ring.known_hop
+            stats.drafted, stats.returned_segments = (
+                scheduler.tree.drafted,
+                scheduler.returned_segments,
+            )
+            stats.segments, stats.explanation, stats.hop = (
+                scheduler.segments,
+                policy.explain(),
+                scheduler.ring.known_hop,
+            )
             self._end(request)
             if not broken:
                 self._await_reports(request, stats)
-            log.info("request %d: %d tokens, %s", request.id, len(scheduler.tokens), stats.finish_reason)
+            log.info(
+                "request %d: %d tokens, %s", request.id, len(scheduler.tokens), stats.finish_reason
+            )
 
     def _step(self, request: Request, event: Event | None, stats: Stats) -> list[Committed]:
         """One event, or the beginning: everything that leaves this rank does so before the caller sees a token."""
@@ -121,13 +161,17 @@ class Driver:
         actions = scheduler.handle(event, begun) if event else scheduler.start(begun)
         committed = self._perform(request, actions, stats)
         stats.bookkeeping += time.thread_time() - cpu - (self._verifying - verifying)
-        self._log.add(0, "compute", "schedule", begun, self._clock.now(), event=type(event).__name__)
+        self._log.add(
+            0, "compute", "schedule", begun, self._clock.now(), event=type(event).__name__
+        )
         return committed
 
     def _begin(self, request: Request, switches: PolicyConfig) -> None:
         self._noise = noise_for(request.sampling, self._vocabulary)
         layers = self._draft.layers if self._draft else ()
-        self._transport.send_next(wire.start(request, self._log.on, self._reads_features, layers, switches, self._fresh))
+        self._transport.send_next(
+            wire.start(request, self._log.on, self._reads_features, layers, switches, self._fresh)
+        )
         if self._fresh and self._thread:
             self._thread.forget()
         self._fresh = False
@@ -135,7 +179,11 @@ class Driver:
         for chunk in prompt.split(PREFILL_ROWS) if len(prompt) else ():
             self._transport.send_next(wire.prefill(request.id, chunk))
         if self._draft:
-            self._draft.begin(request, noise_for(request.sampling, self._vocabulary) if switches.coupled else None, self._log)
+            self._draft.begin(
+                request,
+                noise_for(request.sampling, self._vocabulary) if switches.coupled else None,
+                self._log,
+            )
 
     def _perform(self, request: Request, actions: list[Action], stats: Stats) -> list[Committed]:
         self._wake_at = None
@@ -162,14 +210,18 @@ class Driver:
 
     def _commit(self, commit: Commit, stats: Stats) -> list[Committed]:
         if self._draft:
-            self._draft.commit(commit, self._features_of(commit.path) if self._reads_features else None)
+            self._draft.commit(
+                commit, self._features_of(commit.path) if self._reads_features else None
+            )
         stats.last_token = self._clock.now()
         if self._log.on:
             self._fates.decided(commit.path, commit.root, stats.last_token)
         stats.first_token = stats.first_token or stats.last_token
         gaps = [self._picks[node].gap for node in commit.path]
         self._picks = {}
-        return [Committed(*token) for token in zip(commit.tokens, commit.accepted, gaps, strict=True)]
+        return [
+            Committed(*token) for token in zip(commit.tokens, commit.accepted, gaps, strict=True)
+        ]
 
     def _features_of(self, path: tuple[int, ...]) -> torch.Tensor:
         """The target's features [len(path), hidden]. What else came back is refused: no descendant of a new root is back by now."""
@@ -202,7 +254,9 @@ class Driver:
             return None
         if message.kind == "text_features":
             assert self._draft is not None, "features that nobody asked for"
-            self._draft.layer_features(message.meta["layers"], message.meta["at"], message.tensors[0])
+            self._draft.layer_features(
+                message.meta["layers"], message.meta["at"], message.tensors[0]
+            )
             return None
         if message.kind in wire.NEWS:
             return wire.read_news(message)
@@ -213,7 +267,9 @@ class Driver:
 
     def _prompt_features(self, message: Message) -> None:
         assert self._draft is not None, "features that nobody asked for"
-        self._log.arrived(message, self._topology.last, 0, self._transport.inbox.since, self._clock.now(), None)
+        self._log.arrived(
+            message, self._topology.last, 0, self._transport.inbox.since, self._clock.now(), None
+        )
         self._draft.learn(message.tensors[0])
 
     def _returned(self, request: Request, message: Message) -> Returned:
@@ -234,16 +290,27 @@ class Driver:
             found = self._picks[node] = picks[node]
             return found.token
 
-        self._log.arrived(message, self._topology.last, 0, self._transport.inbox.since, self._clock.now(), came)
+        self._log.arrived(
+            message, self._topology.last, 0, self._transport.inbox.since, self._clock.now(), came
+        )
         return Returned(number, tuple(picks), choose)
 
-    def _to_pick(self, request: Request, head: Head, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Picks:
+    def _to_pick(
+        self,
+        request: Request,
+        head: Head,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        rows: torch.Tensor,
+    ) -> Picks:
         """The picks of those nodes that live: nobody asks for others."""
         nodes = self._scheduler.tree.nodes
         alive = [k for k, id in enumerate(ids.tolist()) if id in nodes]
         ids, positions, rows = ids[alive], positions[alive], rows[alive]
         parents = [nodes[id].parent for id in ids.tolist()]
-        return Picks(head, request.sampling, self._noise, ids.tolist(), parents, positions, rows, self._took)
+        return Picks(
+            head, request.sampling, self._noise, ids.tolist(), parents, positions, rows, self._took
+        )
 
     # ---- the end -----------------------------------------------------------------------------------
     def _end(self, request: Request) -> None:
@@ -254,7 +321,11 @@ class Driver:
     def _await_reports(self, request: Request, stats: Stats) -> None:
         while len(stats.reports) < self._topology.stages:
             item = receive(self._transport)
-            if not isinstance(item, Local) and item[1].kind == "report" and item[1].meta["request"] == request.id:
+            if (
+                not isinstance(item, Local)
+                and item[1].kind == "report"
+                and item[1].meta["request"] == request.id
+            ):
                 stats.reports[item[0]] = wire.read_report(item[1])
         if self._log.on:
             notes = {rank: report.spans for rank, report in stats.reports.items()}
@@ -270,7 +341,13 @@ class Driver:
             while answers < self._topology.stages:
                 item = receive(self._transport)
                 if not isinstance(item, Local) and item[1].kind == "pong":
-                    sent, clock, now = item[1].meta["sent"], item[1].meta["clock"], self._clock.now()
-                    best[item[0]] = min(best.get(item[0], (math.inf, 0.0)), (now - sent, clock - (sent + now) / 2))
+                    sent, clock, now = (
+                        item[1].meta["sent"],
+                        item[1].meta["clock"],
+                        self._clock.now(),
+                    )
+                    best[item[0]] = min(
+                        best.get(item[0], (math.inf, 0.0)), (now - sent, clock - (sent + now) / 2)
+                    )
                     answers += 1
         return {0: 0.0} | {rank: offset for rank, (_, offset) in best.items()}

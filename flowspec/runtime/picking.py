@@ -45,7 +45,9 @@ class Picks(Mapping[int, Pick]):
         if k not in self._logits:
             some = self._below(k)
             self._logits.update(zip(some, self._head(self._rows[torch.tensor(some)]), strict=True))
-        found = pick(on_host(self._logits[k]), self._sampling, self._noise, int(self._positions[k]) + 1)
+        found = pick(
+            on_host(self._logits[k]), self._sampling, self._noise, int(self._positions[k]) + 1
+        )
         self._took(time.thread_time() - begun)
         return found
 

@@ -83,18 +83,27 @@ def check_world(topology: Topology, one_clock: bool) -> None:
     )
 
 
-def join_run(topology: Topology, facts: Facts, limits: Limits, emulate: Emulate) -> tuple[GlooTransport, Callable[[], None]]:
+def join_run(
+    topology: Topology, facts: Facts, limits: Limits, emulate: Emulate
+) -> tuple[GlooTransport, Callable[[], None]]:
     """Connect to the other ranks; the transport, and what to call after it was closed.
 
     RankLost when one of them does not come in time, UserError when they do not run what this one runs: `facts`, as
     runtime/agreement.py compares them."""
-    need({"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys(), "MASTER_ADDR and MASTER_PORT say where ranks meet: start them by torchrun")
+    need(
+        {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys(),
+        "MASTER_ADDR and MASTER_PORT say where ranks meet: start them by torchrun",
+    )
     if os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost", "::1"):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")  # listen on loopback only
+        os.environ.setdefault(
+            "GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0"
+        )  # listen on loopback only
     rank, pulses, pace = int(os.environ["RANK"]), [Pulse() for _ in topology.ranks], _pace()
     with _Connecting(_seconds_to_connect()) as connecting:
         store, another = _stores(rank, topology.world_size)
-        heartbeat = Heartbeat(another, rank, pulses, lambda r, why: _mourn(heartbeat, rank, r, why, hung=True), **pace)
+        heartbeat = Heartbeat(
+            another, rank, pulses, lambda r, why: _mourn(heartbeat, rank, r, why, hung=True), **pace
+        )
         heartbeat.announce()
         heartbeat.start(connecting.awaits)  # from here on a rank that fails to connect is noticed
         try:
@@ -104,11 +113,15 @@ def join_run(topology: Topology, facts: Facts, limits: Limits, emulate: Emulate)
             raise
         pulses[rank].at(CONNECTING)
         connecting.to = lambda: _unconnected(heartbeat, pulses, rank)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=topology.world_size, timeout=FOREVER)
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=topology.world_size, timeout=FOREVER
+        )
         lost = lambda r, why: _mourn(heartbeat, rank, r, why, hung=False)  # noqa: E731
         transport = GlooTransport(lost, limits, emulate, pulses, pace.get("still", STILL))
         pulses[rank].at()
-    log.info("joined a run of %d ranks as %s", topology.world_size, rank_name(rank, socket.gethostname()))
+    log.info(
+        "joined a run of %d ranks as %s", topology.world_size, rank_name(rank, socket.gethostname())
+    )
 
     def depart() -> None:
         heartbeat.stop()
@@ -126,7 +139,10 @@ def _stores(rank: int, world_size: int) -> tuple[dist.Store, dist.Store]:
     """Two connections to the run's store: torchrun's, or without one rank 0's."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    one, two = (dist.TCPStore(host, port, world_size, serving, FOREVER, wait_for_workers=False) for serving in (serves, False))
+    one, two = (
+        dist.TCPStore(host, port, world_size, serving, FOREVER, wait_for_workers=False)
+        for serving in (serves, False)
+    )
     attempt = f"flowspec/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     return dist.PrefixStore(attempt, one), dist.PrefixStore(attempt, two)
 
@@ -136,7 +152,11 @@ CONNECTING = "connecting to the other ranks"
 
 def _unconnected(heartbeat: Heartbeat, pulses: list[Pulse], me: int) -> str:
     """Which ranks are not connected to all others."""
-    names = (rank_name(r, heartbeat.host(r)) for r, pulse in enumerate(pulses) if pulse.doing == CONNECTING or r == me)
+    names = (
+        rank_name(r, heartbeat.host(r))
+        for r, pulse in enumerate(pulses)
+        if pulse.doing == CONNECTING or r == me
+    )
     return f"not all ranks that met at {address()} could connect to each other: {', '.join(names)} still try"
 
 
@@ -145,7 +165,9 @@ class _Connecting:
     the calls that connect know no limit, or one that kills links later. What they raise becomes RankLost, with the same words."""
 
     def __init__(self, seconds: float):
-        self.to: Callable[[], str] = lambda: f"{own_name()} could not connect to the run's store at {address()}"
+        self.to: Callable[[], str] = lambda: (
+            f"{own_name()} could not connect to the run's store at {address()}"
+        )
         self._seconds, self._timer = seconds, threading.Timer(seconds, self._give_up)
         self._timer.daemon = True
 
@@ -155,7 +177,10 @@ class _Connecting:
 
     def _give_up(self) -> None:
         with _last_words:
-            report(f"{self.to()} within {self._seconds:g} s (FLOWSPEC_CONNECT=SECONDS gives more time)", 1)
+            report(
+                f"{self.to()} within {self._seconds:g} s (FLOWSPEC_CONNECT=SECONDS gives more time)",
+                1,
+            )
             leave(1)
 
     def __enter__(self) -> _Connecting:
@@ -172,7 +197,10 @@ def _seconds_to_connect() -> float:
     """FLOWSPEC_CONNECT: for hosts that are started by hand, or check large files first."""
     text = os.environ.get("FLOWSPEC_CONNECT", "60")
     found = re.fullmatch(r"\d+(\.\d+)?", text)
-    need(found is not None and 0 < float(text) < threading.TIMEOUT_MAX, f"FLOWSPEC_CONNECT is {text!r}: it must be a number of seconds")
+    need(
+        found is not None and 0 < float(text) < threading.TIMEOUT_MAX,
+        f"FLOWSPEC_CONNECT is {text!r}: it must be a number of seconds",
+    )
     return float(text)
 
 
@@ -182,18 +210,25 @@ def _pace() -> dict[str, float]:
     if not text:
         return {}
     try:
-        every, limit, still = map(float, text.split(",") if text.count(",") == 2 else f"{text},{STILL}".split(","))
+        every, limit, still = map(
+            float, text.split(",") if text.count(",") == 2 else f"{text},{STILL}".split(",")
+        )
     except ValueError:
         every = limit = still = 0.0
     ok = 0 < every < limit < math.inf and still > 0
-    need(ok, f"FLOWSPEC_HEARTBEAT is {text!r}: it must be two or three numbers of seconds, such as 0.5,3 or 0.5,3,{STILL:g}")
+    need(
+        ok,
+        f"FLOWSPEC_HEARTBEAT is {text!r}: it must be two or three numbers of seconds, such as 0.5,3 or 0.5,3,{STILL:g}",
+    )
     return {"every": every, "limit": limit, "still": still}
 
 
 def _mourn(heartbeat: Heartbeat, me: int, rank: int, reason: str, hung: bool) -> NoReturn:
     """A rank is lost (-1: the launcher), so the run is: say which and why, end a hung process on this machine, go, come what may."""
     if not hung:
-        time.sleep(1.0)  # a local death is torchrun's to report: it knows the signal, and ends us before this is over
+        time.sleep(
+            1.0
+        )  # a local death is torchrun's to report: it knows the signal, and ends us before this is over
     try:
         with _last_words:
             if rank < 0:  # nobody may be left to print what is reported

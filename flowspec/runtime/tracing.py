@@ -18,9 +18,19 @@ class Log:
 
     def add(self, rank: int, row: str, name: str, begin: float, end: float, **facts) -> None:
         if self.on:
-            self.spans.append(Span(rank, row, name, begin, end, {"request": self._request, **facts}))
+            self.spans.append(
+                Span(rank, row, name, begin, end, {"request": self._request, **facts})
+            )
 
-    def arrived(self, message: Message, sender: int, rank: int, at: float, taken: float, ids: Sequence[int] | None) -> None:
+    def arrived(
+        self,
+        message: Message,
+        sender: int,
+        rank: int,
+        at: float,
+        taken: float,
+        ids: Sequence[int] | None,
+    ) -> None:
         """A message of the ring: on its way from when the sender let go of it (by the sender's clock) to `at`, then waiting
         here until `taken`. `ids`: a segment's nodes; None: a chunk of the prompt."""
         if self.on:
@@ -30,7 +40,9 @@ class Log:
             self.add(rank, "receive", "prefill", at, taken, **about)
 
 
-def merged(notes: Mapping[int, Sequence[Span]], offsets: Mapping[int, float], fates: Fates) -> list[Span]:
+def merged(
+    notes: Mapping[int, Sequence[Span]], offsets: Mapping[int, float], fates: Fates
+) -> list[Span]:
     """Rank -> its spans, as one list on rank 0's clock with each segment's verdict. `offsets`: rank -> its clock minus rank 0's.
 
     A span begins by the clock of the rank it belongs to and ends by the clock of the rank that noted it."""

@@ -27,9 +27,16 @@ def receive(transport: Transport, until: float = math.inf) -> Any:
         if item is not None or clock.now() >= until:
             return item
         now = awake()
-        last = [then if then[0] == pulse.moves else (pulse.moves, now) for then, pulse in zip(last, transport.pulses, strict=True)]
+        last = [
+            then if then[0] == pulse.moves else (pulse.moves, now)
+            for then, pulse in zip(last, transport.pulses, strict=True)
+        ]
         for rank, (pulse, (_, since)) in enumerate(zip(transport.pulses, last, strict=True)):
             if pulse.doing and now - since > transport.still:
-                raise RankLost(f"rank {rank} (stage {rank}) hung: it stood still for {transport.still:g} s: {pulse.doing}")
+                raise RankLost(
+                    f"rank {rank} (stage {rank}) hung: it stood still for {transport.still:g} s: {pulse.doing}"
+                )
         if now - max(since for _, since in last) > STALL:
-            raise RankLost(f"nothing came back for {STALL:g} s although every rank is alive and waits for work")
+            raise RankLost(
+                f"nothing came back for {STALL:g} s although every rank is alive and waits for work"
+            )

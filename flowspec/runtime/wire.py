@@ -24,11 +24,24 @@ FORMAT = 2
 
 
 # ---- round the ring --------------------------------------------------------------------------------
-def start(request: Request, trace: bool, features: bool, layers: Sequence[int], switches: PolicyConfig, fresh: bool = False) -> Message:
+def start(
+    request: Request,
+    trace: bool,
+    features: bool,
+    layers: Sequence[int],
+    switches: PolicyConfig,
+    fresh: bool = False,
+) -> Message:
     """A request begins: stages make room for it, and note what they do when it is traced. `features`: rank 0's drafter reads
     the last stage's rows of the prompt and of all nodes that become text; `layers`: it reads what enters these layers there;
     `fresh`: what stages measured in earlier requests is forgotten."""
-    about = {"request": request.id, "trace": trace, "features": features, "layers": list(layers), "fresh": fresh}
+    about = {
+        "request": request.id,
+        "trace": trace,
+        "features": features,
+        "layers": list(layers),
+        "fresh": fresh,
+    }
     about |= {"drop_dead": switches.drop_dead, "abort": switches.abort}
     return Message("start", about | {"sampling": dataclasses.asdict(request.sampling)})
 
@@ -54,36 +67,65 @@ def _numbered(request: int, number: int) -> dict[str, Any]:
 
 def segment(request: int, segment: Segment) -> Message:
     """A segment on its first hop: per node its id, its parent and its token."""
-    nodes, tokens = torch.tensor([segment.ids, segment.parents], dtype=torch.int32), torch.tensor(segment.tokens, dtype=torch.int32)
+    nodes, tokens = (
+        torch.tensor([segment.ids, segment.parents], dtype=torch.int32),
+        torch.tensor(segment.tokens, dtype=torch.int32),
+    )
     return Message("segment", _numbered(request, segment.number), (nodes, tokens))
 
 
 def rows_of(request: int, segment: Segment, rows: Tensor) -> Message:
     """A segment on its way between stages: per node its id, its parent, its token (by which a last stage knows whether the node
     became text) and a feature row."""
-    return Message("segment", _numbered(request, segment.number), (torch.tensor(segment[1:], dtype=torch.int32), rows))
+    return Message(
+        "segment",
+        _numbered(request, segment.number),
+        (torch.tensor(segment[1:], dtype=torch.int32), rows),
+    )
 
 
 def read_segment(message: Message) -> Segment:
     """The nodes of either; on the first hop their tokens are the rows."""
     nodes, rows = message.tensors
     ids, parents, *tokens = nodes.tolist()
-    return Segment(message.meta["number"], tuple(ids), tuple(parents), tuple(tokens[0] if tokens else rows.tolist()))
+    return Segment(
+        message.meta["number"],
+        tuple(ids),
+        tuple(parents),
+        tuple(tokens[0] if tokens else rows.tolist()),
+    )
 
 
-def features(request: int, number: int, ids: Sequence[int], positions: Tensor, rows: Tensor) -> Message:
+def features(
+    request: int, number: int, ids: Sequence[int], positions: Tensor, rows: Tensor
+) -> Message:
     """A segment back at rank 0 that verifies itself: the last stage's normed rows."""
-    return Message("features", _numbered(request, number), (torch.tensor(ids, dtype=torch.int32), positions, rows))
+    return Message(
+        "features",
+        _numbered(request, number),
+        (torch.tensor(ids, dtype=torch.int32), positions, rows),
+    )
 
 
-def choices(request: int, number: int, ids: list[int], tokens: list[int], gaps: list[float], rows: Tensor | None = None) -> Message:
+def choices(
+    request: int,
+    number: int,
+    ids: list[int],
+    tokens: list[int],
+    gaps: list[float],
+    rows: Tensor | None = None,
+) -> Message:
     """A segment back from a last stage that verifies: which of its nodes became text (often none), the target's token after each, and
     how clear it was.
 
     rows: their feature rows, for a drafter that reads features."""
     table = torch.tensor([ids, tokens], dtype=torch.int32)
     more = () if rows is None else (rows,)
-    return Message("choices", _numbered(request, number), (table, torch.tensor(gaps, dtype=torch.float64), *more))
+    return Message(
+        "choices",
+        _numbered(request, number),
+        (table, torch.tensor(gaps, dtype=torch.float64), *more),
+    )
 
 
 def read_features(message: Message) -> tuple[list[int], Tensor]:
@@ -106,7 +148,11 @@ def text_features(request: int, layers: Sequence[int], at: int, rows: Tensor) ->
     return Message("text_features", {"request": request, "layers": list(layers), "at": at}, (rows,))
 
 
-NEWS: dict[str, type[Started] | type[Cost] | type[Idle]] = {"started": Started, "cost": Cost, "idle": Idle}
+NEWS: dict[str, type[Started] | type[Cost] | type[Idle]] = {
+    "started": Started,
+    "cost": Cost,
+    "idle": Idle,
+}
 """what stages tell rank 0 (core/machine.py), by the kind of its message"""
 _KINDS = {event: kind for kind, event in NEWS.items()}
 
@@ -169,7 +215,10 @@ def report(request: int, report: Report) -> Message:
 
 def read_report(message: Message) -> Report:
     fields = {name: message.meta[name] for name in Report._fields}
-    read = {"spans": [Span(*span) for span in fields["spans"]], "points": [Point(*point) for point in fields["points"]]}
+    read = {
+        "spans": [Span(*span) for span in fields["spans"]],
+        "points": [Point(*point) for point in fields["points"]],
+    }
     return Report(**{**fields, **read})
 
 
@@ -209,10 +258,28 @@ def limits(tree: int, hidden: int, layers: int, positions: int) -> Limits:
     """Every kind of message, and what it can hold in a run of a model with that many hidden units, layers and positions, whose trees
     have at most so many nodes."""
     rows = max(tree, PREFILL_ROWS)
-    numbers = 8 * ELEMENT * rows  # of each node: id, parent, token, position, gap, and room between tensors
+    numbers = (
+        8 * ELEMENT * rows
+    )  # of each node: id, parent, token, position, gap, and room between tensors
     features = ELEMENT * rows * hidden
-    ring = dict.fromkeys(("prefill", "segment", "features", "choices", "prompt_features"), Limit(FACTS, numbers + features))
-    words = ("start", "prune", "started", "cost", "idle", "prefilled", "end", "ping", "pong", "loading", "loaded", STOP.kind)
+    ring = dict.fromkeys(
+        ("prefill", "segment", "features", "choices", "prompt_features"),
+        Limit(FACTS, numbers + features),
+    )
+    words = (
+        "start",
+        "prune",
+        "started",
+        "cost",
+        "idle",
+        "prefilled",
+        "end",
+        "ping",
+        "pong",
+        "loading",
+        "loaded",
+        STOP.kind,
+    )
     return {
         **ring,
         **dict.fromkeys(words, Limit(FACTS, 0)),

@@ -145,9 +145,13 @@ class Worker:
             sampling = wire.read_sampling(message)
             noise = noise_for(sampling, self.head.vocabulary) if self.head else None
             notes = Log(about["trace"], request, self.emulate.hidden_scale)
-            layers = [k for k in about["layers"] if 0 <= k - self.first_layer < len(self.model.layers)]
+            layers = [
+                k for k in about["layers"] if 0 <= k - self.first_layer < len(self.model.layers)
+            ]
             rows = Cached(self.model, to_host=True, taps=[k - self.first_layer for k in layers])
-            self._live[request] = _Live(request, rows, sampling, noise, notes, layers, about["features"])
+            self._live[request] = _Live(
+                request, rows, sampling, noise, notes, layers, about["features"]
+            )
         if not self._is_last:
             self.transport.send_next(message)
 
@@ -162,7 +166,11 @@ class Worker:
         apart, rows = live.apart, message.tensors[-1]
         live.log.arrived(message, self._before, self._rank, arrived, taken, segment and segment.ids)
         waited, hop = taken - arrived, arrived - message.meta["sent"]
-        event = Arrived(live.request, segment, waited, hop) if segment else Chunk(live.request, len(rows))
+        event = (
+            Arrived(live.request, segment, waited, hop)
+            if segment
+            else Chunk(live.request, len(rows))
+        )
         for action in self.machine.handle(event):
             if isinstance(action, Compute):
                 self._compute(live, action, rows)
@@ -174,10 +182,18 @@ class Worker:
         """A forward over those of the rows that were admitted, and what follows from it."""
         begun, admitted, segment = self._clock.now(), forward.admitted, forward.segment
         rows = rows if forward.rows == len(rows) else rows[admitted.kept]
-        out = live.rows.forward(rows, admitted, self._needed, None if segment is None else segment.ids)
-        walked = self._walk(live, segment, admitted.positions, out) if out is not None and segment and self.head else None
+        out = live.rows.forward(
+            rows, admitted, self._needed, None if segment is None else segment.ids
+        )
+        walked = (
+            self._walk(live, segment, admitted.positions, out)
+            if out is not None and segment and self.head
+            else None
+        )
         whole = out is not None and self._pretend(begun, forward.rows)
-        spent = self._clock.now() - begun  # where this stage verifies, lm_head and picks are part of it
+        spent = (
+            self._clock.now() - begun
+        )  # where this stage verifies, lm_head and picks are part of it
         self._account(live, forward, begun, spent)
         if whole:
             self._hear_control()  # the latest moment at which a dead row can still be dropped
@@ -188,7 +204,9 @@ class Worker:
             else:
                 self._perform(action)
 
-    def _pass(self, live: _Live, action: Pass, positions: np.ndarray, out: Tensor, walked: _Walked | None) -> None:
+    def _pass(
+        self, live: _Live, action: Pass, positions: np.ndarray, out: Tensor, walked: _Walked | None
+    ) -> None:
         request, segment = live.request, action.segment
         some = slice(None) if len(action.rows) == len(out) else action.rows
         if segment is None:
@@ -201,14 +219,31 @@ class Worker:
         elif walked is not None:
             self.transport.send_next(wire.choices(request, segment.number, *walked))
         elif self._is_last:
-            self.transport.send_next(wire.features(request, segment.number, segment.ids, torch.from_numpy(positions[some]), out[some]))
+            self.transport.send_next(
+                wire.features(
+                    request,
+                    segment.number,
+                    segment.ids,
+                    torch.from_numpy(positions[some]),
+                    out[some],
+                )
+            )
         else:
             self.transport.send_next(wire.rows_of(request, segment, out[some]))
 
     def _walk(self, live: _Live, segment: Segment, positions: np.ndarray, out: Tensor) -> _Walked:
         assert self.head is not None
         ids, parents = segment.ids, segment.parents
-        picks = Picks(self.head, live.sampling, live.noise, ids, parents, torch.from_numpy(positions), out, live.picked)
+        picks = Picks(
+            self.head,
+            live.sampling,
+            live.noise,
+            ids,
+            parents,
+            torch.from_numpy(positions),
+            out,
+            live.picked,
+        )
         found: list[Pick] = []
 
         def choose(k: int) -> int:
@@ -217,7 +252,9 @@ class Worker:
 
         text = self.machine.walk(choose)
         rows = out[text] if live.features else None
-        return _Walked([ids[k] for k in text], [p.token for p in found], [p.gap for p in found], rows)
+        return _Walked(
+            [ids[k] for k in text], [p.token for p in found], [p.gap for p in found], rows
+        )
 
     # ---- beside the ring ---------------------------------------------------------------------------
     def _hear_control(self, wait: float = 0.0) -> bool:
@@ -252,19 +289,32 @@ class Worker:
             self.transport.send_control(0, wire.text_features(live.request, live.layers, *tapped))
 
     def _prune(self, message: Message) -> None:
-        for action in self.machine.handle(Decided(message.meta["request"], wire.read_prune(message))):
+        for action in self.machine.handle(
+            Decided(message.meta["request"], wire.read_prune(message))
+        ):
             self._perform(action)
 
     def _end(self, message: Message) -> None:
         request = message.meta["request"]
         self.machine.handle(End(request))
-        self.transport.send_control(0, wire.report(request, self._report(self._live.pop(request, None))))
+        self.transport.send_control(
+            0, wire.report(request, self._report(self._live.pop(request, None)))
+        )
 
     def _report(self, live: _Live | None) -> wire.Report:
         if live is None:
             return wire.Report(0.0, 0, 0, 0.0, [], 0.0, peak_memory(), [])
         points, row = self.machine.meter.forward.points(), self.machine.meter.row
-        return wire.Report(live.busy, live.computed, live.segments, live.overhead, points, row, peak_memory(), live.log.spans)
+        return wire.Report(
+            live.busy,
+            live.computed,
+            live.segments,
+            live.overhead,
+            points,
+            row,
+            peak_memory(),
+            live.log.spans,
+        )
 
     def _ping(self, message: Message) -> None:
         self.transport.send_control(0, wire.pong(message))
@@ -289,7 +339,10 @@ class Worker:
         live.log.add(self._rank, "compute", "prefill", begun, begun + spent, **about)
         log.debug("%d rows in %.2f ms", forward.rows, spent * 1000)
         live.busy += spent
-        live.computed, live.segments = live.computed + (forward.rows if segment else 0), live.segments + (segment is not None)
+        live.computed, live.segments = (
+            live.computed + (forward.rows if segment else 0),
+            live.segments + (segment is not None),
+        )
 
 
 _TAKEN: dict[str, Callable[[Worker, Message], None]] = {

@@ -36,9 +36,13 @@ class _Item:
 class LockStep:
     """Runs one request; the same arguments as `World`, but with the tree's settings instead of a policy."""
 
-    def __init__(self, request: Request, text: list[int], tree: TreeConfig, guesser: Guesser, ring: RingSpec):
+    def __init__(
+        self, request: Request, text: list[int], tree: TreeConfig, guesser: Guesser, ring: RingSpec
+    ):
         self.request, self.text, self.guesser = request, text, guesser
-        self.ring = ring = replace(ring, verify_last=False)  # rank 0 holds the lm_head and wants the features
+        self.ring = ring = replace(
+            ring, verify_last=False
+        )  # rank 0 holds the lm_head and wants the features
         self.top_k, self.levels = tree.top_k or 10, (tree.depth or 6) + 1
         self.budget = tree.budget or 80
         self.tree = TokenTree(request.prompt[-1], request.prompt_length - 1)
@@ -56,13 +60,17 @@ class LockStep:
             now = self._round(now)
         out = self.outcome
         out.drafted = self.tree.drafted
-        out.spans = untangled(self._fates.judge(s) for s in self._spans if s.begin <= out.last_token)
+        out.spans = untangled(
+            self._fates.judge(s) for s in self._spans if s.begin <= out.last_token
+        )
         return out
 
     @property
     def _over(self) -> bool:
         tokens = self.outcome.tokens
-        return len(tokens) >= self.request.sampling.max_new_tokens or bool(tokens and tokens[-1] in self.request.eos)
+        return len(tokens) >= self.request.sampling.max_new_tokens or bool(
+            tokens and tokens[-1] in self.request.eos
+        )
 
     # ---- a round -----------------------------------------------------------------------------------
     def _prefill(self) -> float:
@@ -72,9 +80,13 @@ class LockStep:
             rows, arrival = min(PREFILL_ROWS, self.request.prompt_length - 1 - begin), 0.0
             for rank in self.ring.topology.ranks:
                 if rank:
-                    arrival = self._free[rank] = max(arrival, self._free[rank]) + self.ring.seconds(rank, rows, begin)
+                    arrival = self._free[rank] = max(arrival, self._free[rank]) + self.ring.seconds(
+                        rank, rows, begin
+                    )
                 if rank < self.ring.stages or self.ring.features:
-                    arrival = self._links[rank].arrival(self.ring.hop_bytes(rank, rows, nodes=False), arrival)
+                    arrival = self._links[rank].arrival(
+                        self.ring.hop_bytes(rank, rows, nodes=False), arrival
+                    )
             known = arrival if self.ring.features else 0.0
         return known + self.ring.reading(self.request.prompt_length)
 
@@ -108,7 +120,9 @@ class LockStep:
         """Walk down inside the segment; False when the token after it is nowhere in the tree."""
         inside = {n.id for n in segment}
         node: Node | None = self.tree.root
-        assert node is not None and node.id in inside, "the root is in the first segment that is not empty"
+        assert node is not None and node.id in inside, (
+            "the root is in the first segment that is not empty"
+        )
         path, tokens, accepted = [], [], []
         while node is not None and node.id in inside and not self._over:
             token = self.text[node.position + 1 - self.request.prompt_length]
@@ -122,7 +136,10 @@ class LockStep:
             self.tree.reroot(node)
         else:
             self.tree.restart(path[-1].id, tokens[-1], path[-1].position + 1)
-        self._commit(Commit(tuple(n.id for n in path), tuple(tokens), tuple(accepted), self.tree.root.id), now)
+        self._commit(
+            Commit(tuple(n.id for n in path), tuple(tokens), tuple(accepted), self.tree.root.id),
+            now,
+        )
         return node is not None
 
     def _commit(self, commit: Commit, now: float) -> None:
@@ -155,7 +172,9 @@ class LockStep:
 
     def _expand(self, now: float) -> _Item:
         now, pool = self._draft(now)
-        return self._send(0, [n for n in sorted(pool, key=best_first)[:EXPANSION] if not n.sent], now)
+        return self._send(
+            0, [n for n in sorted(pool, key=best_first)[:EXPANSION] if not n.sent], now
+        )
 
     def _stage(self, rank: int, item: _Item, told: float) -> _Item:
         """Stage `rank` computes what is alive of its item once it knows the last prune; what the next rank gets."""
@@ -163,7 +182,9 @@ class LockStep:
         begin = max(item.arrival, told, self._free[rank])
         if not nodes:
             return self._send(rank, [], begin)
-        end = self._free[rank] = begin + self.ring.seconds(rank, len(nodes), self.tree.root.position)
+        end = self._free[rank] = begin + self.ring.seconds(
+            rank, len(nodes), self.tree.root.position
+        )
         self._note(rank, "compute", begin, end, nodes, item.number)
         self.outcome.forwarded += len(nodes) if rank == 1 else 0
         return self._send(rank, nodes, end, item.number)
@@ -181,6 +202,8 @@ class LockStep:
             self._note(rank, "send", now, arrival, nodes, number, bytes=size)
         return _Item(nodes, arrival, number)
 
-    def _note(self, rank: int, row: str, begin: float, end: float, nodes: list[Node], number: int, **facts) -> None:
+    def _note(
+        self, rank: int, row: str, begin: float, end: float, nodes: list[Node], number: int, **facts
+    ) -> None:
         about = {"request": self.request.id, "segment": number, "ids": [n.id for n in nodes]}
         self._spans.append(Span(rank, row, "prefill", begin, end, about | facts))

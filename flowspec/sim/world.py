@@ -20,7 +20,18 @@ from typing import NamedTuple, Protocol
 from flowspec.core.cost import Emulate
 from flowspec.core.costs import Costs
 from flowspec.core.learnt import Learnt
-from flowspec.core.machine import Arrived, Begin, Chunk, Compute, Computed, Decided, Pass, StageEvent, StageMachine, Tell
+from flowspec.core.machine import (
+    Arrived,
+    Begin,
+    Chunk,
+    Compute,
+    Computed,
+    Decided,
+    Pass,
+    StageEvent,
+    StageMachine,
+    Tell,
+)
 from flowspec.core.messages import (
     FRAME_BYTES,
     PREFILL_ROWS,
@@ -76,11 +87,17 @@ class RingSpec:
 
     def seconds(self, stage: int, rows: int, context: int) -> float:
         """A forward of stage 1.. over so many rows behind so many others."""
-        return self.emulate.stage_seconds(stage, rows) if self.costs is None else self.costs.seconds(stage, rows, context)
+        return (
+            self.emulate.stage_seconds(stage, rows)
+            if self.costs is None
+            else self.costs.seconds(stage, rows, context)
+        )
 
     def draft_seconds(self, nodes: int) -> float:
         """A forward of the drafter."""
-        return self.emulate.draft_ms / 1000 if self.costs is None else self.costs.draft_seconds(nodes)
+        return (
+            self.emulate.draft_ms / 1000 if self.costs is None else self.costs.draft_seconds(nodes)
+        )
 
     @property
     def latency(self) -> float:
@@ -95,7 +112,11 @@ class RingSpec:
         """From rank `sender` to the next. What rank 0 does before a segment leaves counts as part of its way."""
         if self.costs is None:
             return Link(self.latency, self.emulate.wire_seconds(1))
-        row = self.costs.rows[sender % len(self.costs.rows)] / max(1.0, self.hop_bytes(sender, 1)) if sender < self.stages else 0.0
+        row = (
+            self.costs.rows[sender % len(self.costs.rows)] / max(1.0, self.hop_bytes(sender, 1))
+            if sender < self.stages
+            else 0.0
+        )
         return Link(self.latency + (self.costs.coordinator if sender == 0 else 0.0), row)
 
     def hop_bytes(self, sender: int, rows: int, nodes: bool = True, accepted: int = 0) -> float:
@@ -111,7 +132,9 @@ class RingSpec:
         if sender < self.stages:
             return FRAME_BYTES + rows * (12 + row)  # id, parent, token, row
         if self.verify_last:
-            return FRAME_BYTES + accepted * (16 + (row if self.features else 0))  # id, token, gap, row
+            return FRAME_BYTES + accepted * (
+                16 + (row if self.features else 0)
+            )  # id, token, gap, row
         return FRAME_BYTES + rows * (12 + row)  # id, position, row
 
 
@@ -183,23 +206,35 @@ class World:
         switches: PolicyConfig,
         learnt: Learnt | None = None,
     ):
-        self.request, self.text, self.guesser, self.ring, self.switches = request, text, guesser, ring, switches
+        self.request, self.text, self.guesser, self.ring, self.switches = (
+            request,
+            text,
+            guesser,
+            ring,
+            switches,
+        )
         self.scheduler = Scheduler(request, policy, learnt, drafts=guesser is not None)
         self.outcome = Outcome()
         self._topology = ring.topology
-        self._stages = [_Stage(StageMachine(rank, self._topology)) for rank in self._topology.stage_ranks]
+        self._stages = [
+            _Stage(StageMachine(rank, self._topology)) for rank in self._topology.stage_ranks
+        ]
         self._links = [ring.link(sender) for sender in self._topology.ranks]
         self._fates, self._spans = Fates(), list[Span]()
         self._events: list[tuple[float, int, Callable, tuple]] = []
         self._order = itertools.count()
         self._drafter_free = ring.reading(request.prompt_length)  # the drafter does so first
-        self._awaited = request.prompt_length - 1 if ring.features else 0  # rows of the prompt's features
+        self._awaited = (
+            request.prompt_length - 1 if ring.features else 0
+        )  # rows of the prompt's features
         self._held: list[Draft] = []  # until they are here
         self._wake = 0
 
     def run(self) -> Outcome:
         for stage in self._stages:
-            stage.machine.handle(Begin(self.request.id, self.switches.drop_dead, self.switches.abort))
+            stage.machine.handle(
+                Begin(self.request.id, self.switches.drop_dead, self.switches.abort)
+            )
         prompt = len(self.request.prompt) - 1
         for begin in range(0, prompt, PREFILL_ROWS):
             self._send(0, None, min(PREFILL_ROWS, prompt - begin), 0.0)
@@ -208,16 +243,25 @@ class World:
             now, _, happen, what = heapq.heappop(self._events)
             happen(now, *what)
         out = self.outcome
-        out.returned_segments, out.drafted = self.scheduler.returned_segments, self.scheduler.tree.drafted
+        out.returned_segments, out.drafted = (
+            self.scheduler.returned_segments,
+            self.scheduler.tree.drafted,
+        )
         out.forwarded = self._stages[0].rows
-        out.spans = untangled(self._fates.judge(s) for s in self._spans if s.begin <= out.last_token)
+        out.spans = untangled(
+            self._fates.judge(s) for s in self._spans if s.begin <= out.last_token
+        )
         return out
 
     def _at(self, time: float, happen: Callable, *what) -> None:
         heapq.heappush(self._events, (time, next(self._order), happen, what))
 
-    def _note(self, rank: int, row: str, begin: float, end: float, segment: Segment | None, **facts) -> None:
-        known = {"request": self.request.id} | ({"segment": segment.number, "ids": segment.ids} if segment else {})
+    def _note(
+        self, rank: int, row: str, begin: float, end: float, segment: Segment | None, **facts
+    ) -> None:
+        known = {"request": self.request.id} | (
+            {"segment": segment.number, "ids": segment.ids} if segment else {}
+        )
         self._spans.append(Span(rank, row, "prefill", begin, end, known | facts))
 
     # ---- rank 0 ------------------------------------------------------------------------------------
@@ -262,7 +306,16 @@ class World:
             return
         begin = max(now, self._drafter_free)
         self._drafter_free = begin + self.ring.draft_seconds(len(draft.nodes))
-        self._spans.append(Span(0, "draft", "draft", begin, self._drafter_free, {"request": self.request.id, "nodes": len(draft.nodes)}))
+        self._spans.append(
+            Span(
+                0,
+                "draft",
+                "draft",
+                begin,
+                self._drafter_free,
+                {"request": self.request.id, "nodes": len(draft.nodes)},
+            )
+        )
         self._at(self._drafter_free, self._handle, self.guesser.propose(draft.nodes))
 
     def _on_prompt_features(self, now: float, rows: int) -> None:
@@ -275,7 +328,9 @@ class World:
 
     def _on_returned(self, now: float, segment: Segment) -> None:
         choices = {i: choice for i in segment.ids if (choice := self._choice(i)) is not None}
-        self._handle(now, Returned(segment.number, tuple(choices), lambda node, path: choices[node]))
+        self._handle(
+            now, Returned(segment.number, tuple(choices), lambda node, path: choices[node])
+        )
 
     def _choice(self, node: int) -> int | None:
         """The target's token after a node of the text; None for what rank 0 has refused meanwhile, and behind the text's end."""
@@ -284,7 +339,9 @@ class World:
         return self.text[at] if at < len(self.text) else None
 
     # ---- links and stages --------------------------------------------------------------------------
-    def _send(self, sender: int, segment: Segment | None, rows: int, now: float, accepted: int = 0) -> None:
+    def _send(
+        self, sender: int, segment: Segment | None, rows: int, now: float, accepted: int = 0
+    ) -> None:
         """From rank `sender` to the next of the ring; no segment: a chunk of the prompt. `accepted` of the rows became text."""
         size = self.ring.hop_bytes(sender, rows, segment is not None, accepted)
         arrival = self._links[sender].arrival(size, now)
@@ -297,7 +354,9 @@ class World:
         else:
             self._at(arrival, self._on_prompt_features, rows)
 
-    def _on_arrival(self, now: float, stage: _Stage, what: tuple[float, float, Segment | None, int]) -> None:
+    def _on_arrival(
+        self, now: float, stage: _Stage, what: tuple[float, float, Segment | None, int]
+    ) -> None:
         stage.queue.append(what)
         self._next(now, stage)
 
@@ -307,7 +366,13 @@ class World:
             sent, arrived, segment, rows = stage.queue.popleft()
             self._note(stage.rank, "receive", arrived, now, segment)
             request = self.request.id
-            self._handled(now, stage, Arrived(request, segment, now - arrived, arrived - sent) if segment else Chunk(request, rows))
+            self._handled(
+                now,
+                stage,
+                Arrived(request, segment, now - arrived, arrived - sent)
+                if segment
+                else Chunk(request, rows),
+            )
 
     def _handled(self, now: float, stage: _Stage, event: StageEvent, accepted: int = 0) -> None:
         """Perform what a stage decides, as runtime/worker.py does; what moves in its cache takes no time here."""
@@ -319,7 +384,9 @@ class World:
                 self._at(end, self._on_computed, stage, stage.running)
             elif isinstance(action, Tell):
                 self._at(now + self.ring.latency, self._handle, action.event)
-            elif isinstance(action, Pass) and (action.segment or stage.rank != self._topology.last or self.ring.features):
+            elif isinstance(action, Pass) and (
+                action.segment or stage.rank != self._topology.last or self.ring.features
+            ):
                 self._send(stage.rank, action.segment, len(action.rows), now, accepted)
 
     def _on_prune(self, now: float, stage: _Stage, prune: Prune) -> None:
@@ -337,7 +404,11 @@ class World:
             return
         stage.running, segment = None, forward.what.segment
         self._note(stage.rank, "compute", forward.begin, now, segment)
-        accepted = self._walked(stage, segment) if segment and forward.whole and stage.rank == self._topology.last else 0
+        accepted = (
+            self._walked(stage, segment)
+            if segment and forward.whole and stage.rank == self._topology.last
+            else 0
+        )
         self._handled(now, stage, Computed(now - forward.begin, forward.whole), accepted)
         self._next(now, stage)
 

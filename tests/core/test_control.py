@@ -27,7 +27,9 @@ JUMP = Curve(((1.0, 0.05), (2.0, 0.08), (8.0, 0.082), (128.0, 0.9)))
 def test_the_marginal_rule_takes_the_dearest_row_of_stages_and_links():
     assert ring((0.05, 0.0005), (0.05, 0.001)).theta == pytest.approx(0.001 / 0.051)
     assert ring((0.05, 0.0005), (0.05, 0.0005), row=0.0005).theta == pytest.approx(0.001 / 0.051)
-    assert ring((0.05, 0.05)).theta == pytest.approx(0.5), "a row that costs a slot must be as likely as not"
+    assert ring((0.05, 0.05)).theta == pytest.approx(0.5), (
+        "a row that costs a slot must be as likely as not"
+    )
     assert ring((1.0, 0.0)).theta == 0.002
     assert ring(JUMP).theta == pytest.approx(0.032 / 7 / 0.05), "a row among eight"
 
@@ -99,10 +101,14 @@ def test_what_is_much_faster_than_promised_needs_no_trial():
 def test_doubt_is_resolved_by_trial():
     """Costs promise 10 tok/s, measured while drafts took a share of the cores; plain decoding has 14."""
     control = ring(*[(0.05, 0.0)] * 2)
-    assert rates(control, (8, 12.0), (3, 14.0), (8, 14.0)) == [False, False, True], "a trial, and a rest of eight tokens"
+    assert rates(control, (8, 12.0), (3, 14.0), (8, 14.0)) == [False, False, True], (
+        "a trial, and a rest of eight tokens"
+    )
     assert 1 / control.plain == pytest.approx(14)
     control = ring(*[(0.05, 0.0)] * 2)
-    assert rates(control, (8, 12.0), (3, 10.0), (20, 12.0)) == [False, True, True], "speculation has won"
+    assert rates(control, (8, 12.0), (3, 10.0), (20, 12.0)) == [False, True, True], (
+        "speculation has won"
+    )
 
 
 def test_what_a_disturbed_trial_found_is_not_believed_for_ever():
@@ -147,7 +153,9 @@ def test_a_rest_goes_on_in_the_next_request():
     useless = [text(0.15, 0.05) for _ in range(20)]
     assert useless[0] < 6.4 / 0.96 and sum(useless) < 20 * 6.4 / 0.99, "tried seldom in the end"
     good = [text(0.04, 0.8) for _ in range(4)]
-    assert good[-1] < 3.0 and findings.rests == 0, "and yet another drafter, or another text, is found out"
+    assert good[-1] < 3.0 and findings.rests == 0, (
+        "and yet another drafter, or another text, is found out"
+    )
 
 
 def test_what_speculation_sent_does_not_count_for_plain_decoding():
@@ -166,14 +174,18 @@ def test_what_speculation_sent_does_not_count_for_plain_decoding():
 
 def test_a_trial_may_cost_only_a_share_of_what_is_left():
     control = ring(*[(0.05, 0.0)] * 2)
-    assert rates(control, (30, 14.0), total=40) == [True], "three tokens at 10 instead of 14 tok/s cost 3 % of 40"
+    assert rates(control, (30, 14.0), total=40) == [True], (
+        "three tokens at 10 instead of 14 tok/s cost 3 % of 40"
+    )
 
 
 def test_what_loses_is_stopped_and_rests_twice_as_long_each_time():
     control = ring(*[(0.05, 0.0)] * 2)
     seen = rates(control, *[(1, 10.0), *[(1, 5.0), (1, 10.0)] * 300], total=2000)
     assert not seen[8] and control._findings.rests >= 2
-    assert control._lost <= control.SHARE * 2000 + control.LOSS[1], "in all it may lose a share of the text"
+    assert control._lost <= control.SHARE * 2000 + control.LOSS[1], (
+        "in all it may lose a share of the text"
+    )
 
 
 def test_in_a_short_text_speculation_that_loses_is_not_tried_often():
@@ -192,7 +204,10 @@ def test_a_good_drafter_is_not_stopped_by_the_delays_of_a_busy_machine(seed):
     control.decided(1, now, left, 0.25)
     while left > 0:
         tokens = rng.choice([1, 2, 3, 4]) if control.speculates else 1
-        now, left = now + (0.11 + rng.expovariate(50)) * (4 if rng.random() < 0.03 else 1), left - tokens
+        now, left = (
+            now + (0.11 + rng.expovariate(50)) * (4 if rng.random() < 0.03 else 1),
+            left - tokens,
+        )
         control.decided(tokens, now, max(0, left), 0.25)
     assert control._findings.rests == 0, f"seed {seed}"
 
@@ -208,5 +223,13 @@ def test_a_growing_context_is_in_what_plain_decoding_is_believed_to_take():
 
 def test_it_says_what_it_chose():
     text = "\n".join(ring((0.05, 0.0005), (0.06, 0.001), row=0.0004, hop=0.001).explain())
-    for part in ("1: 50.5 51.0 52.0", "2: 61.0 62.0", "1.00 ms a hop, 0.400 ms a row", "P >= 0.023", "96 rows", "2 segments", "on"):
+    for part in (
+        "1: 50.5 51.0 52.0",
+        "2: 61.0 62.0",
+        "1.00 ms a hop, 0.400 ms a row",
+        "P >= 0.023",
+        "96 rows",
+        "2 segments",
+        "on",
+    ):
         assert part in text, text

@@ -32,7 +32,9 @@ def test_a_straight_line_is_found():
 
 def test_a_cost_without_variety_still_predicts():
     cost = seen([1] * 300, lambda n, _: 0.01)
-    assert cost.predict(1) == pytest.approx(0.01) and cost.predict(8) > 0.01, "what was not seen costs something"
+    assert cost.predict(1) == pytest.approx(0.01) and cost.predict(8) > 0.01, (
+        "what was not seen costs something"
+    )
 
 
 @pytest.mark.parametrize("seconds", [0.001, 5.0])
@@ -81,7 +83,9 @@ def test_rows_never_make_a_forward_shorter_and_delays_are_not_charged(seed):
     cost = RowCost()
     for _ in range(rng.randint(1, 120)):
         rows = rng.choice([1, 1, 1, 2, 3, 5, 8, 13, 30, 90])
-        cost.observe(rows, jump(rows) * (1 + rng.expovariate(8)) + (0.02 if rng.random() < 0.05 else 0))
+        cost.observe(
+            rows, jump(rows) * (1 + rng.expovariate(8)) + (0.02 if rng.random() < 0.05 else 0)
+        )
         seconds = [cost.predict(n) for n in range(1, 129)]
         assert all(b >= a - 1e-12 for a, b in itertools.pairwise(seconds)), f"seed {seed}"
     for _ in range(40):
@@ -103,7 +107,10 @@ def test_context_is_learnt_from_the_prompt_and_from_a_growing_text():
     for context in (4500, 4501, 4502):
         cost.observe(8, seconds(8, context), context)
     for rows, context in ((1, 4500), (8, 4500), (1, 8000), (8, 8000), (128, 4096)):
-        assert cost.predict(rows, context) == pytest.approx(seconds(rows, context), rel=0.1), (rows, context)
+        assert cost.predict(rows, context) == pytest.approx(seconds(rows, context), rel=0.1), (
+            rows,
+            context,
+        )
     assert cost.curve(4500).deep[0] == pytest.approx(2e-6, rel=0.2)
 
 
@@ -117,7 +124,19 @@ def test_chunks_of_different_length_do_not_pass_for_context():
 def test_rank_0_hears_of_the_first_forwards_of_each_size_and_then_seldom():
     meter = Meter()
     told = [meter.forward_over(rows, 0.01) for rows in [1] * 20 + [2, 2, 2, 2, 9]]
-    assert told == [*[True] * 6, False, True, *[False] * 7, True, *[False] * 4, True, True, True, True, True]
+    assert told == [
+        *[True] * 6,
+        False,
+        True,
+        *[False] * 7,
+        True,
+        *[False] * 4,
+        True,
+        True,
+        True,
+        True,
+        True,
+    ]
     assert meter.cost(2).stage == 2 and meter.cost(2).forward == meter.forward.curve()
 
 
@@ -131,12 +150,27 @@ def test_a_curve_goes_on_beyond_its_knots():
 # ---- kept in a file --------------------------------------------------------------------------------
 def test_what_a_run_measured_survives_a_file():
     stages = [seen((1, 1, 2, 8, 40), jump, context) for context in (100, 2000)]
-    costs = Costs(tuple(tuple(s.points()) for s in stages), (0.001, 0.002), (1e-5, 0.0), 0.0005, tuple(stages[0].points()), 1e-4, 0.0003)
+    costs = Costs(
+        tuple(tuple(s.points()) for s in stages),
+        (0.001, 0.002),
+        (1e-5, 0.0),
+        0.0005,
+        tuple(stages[0].points()),
+        1e-4,
+        0.0003,
+    )
     back = read(costs.to_json(), "here")
     assert back.to_json() == costs.to_json()
-    assert back.seconds(1, 1, 100) == pytest.approx(0.011, rel=0.01), "what the stage does besides counts"
-    assert back.draft_seconds(8) == pytest.approx(costs.draft_seconds(8), rel=1e-3) and back.row == 1e-5
-    assert merged([costs, costs]).seconds(2, 8, 2000) == pytest.approx(costs.seconds(2, 8, 2000), rel=0.1)
+    assert back.seconds(1, 1, 100) == pytest.approx(0.011, rel=0.01), (
+        "what the stage does besides counts"
+    )
+    assert (
+        back.draft_seconds(8) == pytest.approx(costs.draft_seconds(8), rel=1e-3)
+        and back.row == 1e-5
+    )
+    assert merged([costs, costs]).seconds(2, 8, 2000) == pytest.approx(
+        costs.seconds(2, 8, 2000), rel=0.1
+    )
     with pytest.raises(UserError, match="different numbers of stages"):
         merged([costs, Costs(costs.stages[:1], (0.0,), (0.0,), 0.0)])
 

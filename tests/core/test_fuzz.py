@@ -45,13 +45,19 @@ def test_the_fuzz_abandons_forwards(cache_step):
 def mutant(method):
     """A stage whose StageState has one method replaced; `method(original, self, *args)`."""
     name = method.__name__
-    state = type("Mutant", (StageState,), {name: lambda self, *a: method(getattr(StageState, name), self, *a)})
+    state = type(
+        "Mutant",
+        (StageState,),
+        {name: lambda self, *a: method(getattr(StageState, name), self, *a)},
+    )
     return type("MutantStage", (Stage,), {"STATE": state, "COMPACT": 4})
 
 
 def blind(admitted):
     """To all masks."""
-    return admitted._replace(behind=[[*range(admitted.base, admitted.length)] for _ in admitted.kept])
+    return admitted._replace(
+        behind=[[*range(admitted.base, admitted.length)] for _ in admitted.kept]
+    )
 
 
 class Mutants:
@@ -60,7 +66,9 @@ class Mutants:
     def not_compacted():
         def prune(good, self, message):
             gather = good(self, message)
-            return gather and Gather(gather.base, list(range(gather.base, gather.base + len(gather.rows))))
+            return gather and Gather(
+                gather.base, list(range(gather.base, gather.base + len(gather.rows)))
+            )
 
         return prune
 
@@ -92,7 +100,9 @@ class Mutants:
     def tail_forgotten():  # committed rows that were not moved down yet
         def admit(good, self, *segment):
             admitted = good(self, *segment)
-            return admitted._replace(behind=[[row for row in seen if row not in self.tail] for seen in admitted.behind])
+            return admitted._replace(
+                behind=[[row for row in seen if row not in self.tail] for seen in admitted.behind]
+            )
 
         return admit
 
@@ -183,7 +193,11 @@ def test_eager_compaction_is_right_too():
 
 
 def test_a_scheduler_that_ignores_end_tokens_is_caught():
-    cases = [c for c in map(Case, range(60)) if len(greedy(c.request)) < c.request.sampling.max_new_tokens]
+    cases = [
+        c
+        for c in map(Case, range(60))
+        if len(greedy(c.request)) < c.request.sampling.max_new_tokens
+    ]
     assert cases, "no case ends early"
     for case in cases:
         want = greedy(case.request)

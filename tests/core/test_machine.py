@@ -2,7 +2,20 @@
 
 import pytest
 
-from flowspec.core.machine import Arrived, Begin, Chunk, Compute, Computed, Decided, End, Move, Pass, Settled, StageMachine, Tell
+from flowspec.core.machine import (
+    Arrived,
+    Begin,
+    Chunk,
+    Compute,
+    Computed,
+    Decided,
+    End,
+    Move,
+    Pass,
+    Settled,
+    StageMachine,
+    Tell,
+)
 from flowspec.core.messages import Cost, Idle, Prune, Segment, Started
 from flowspec.core.ring import Ring
 from flowspec.core.stage import Gather, StageState
@@ -35,7 +48,9 @@ def kinds(actions) -> list:
 def test_a_segment_is_computed_and_passed_on_and_the_first_stage_says_when_it_will_be_free(rank):
     stage = machine(rank)
     *told, compute = stage.handle(arrived(7, [0, 1], [-1, 0]))
-    assert [(t.event.number, t.event.rows, t.event.waited) for t in told] == ([(7, 2, 0.5)] if rank == 1 else [])
+    assert [(t.event.number, t.event.rows, t.event.waited) for t in told] == (
+        [(7, 2, 0.5)] if rank == 1 else []
+    )
     assert (compute.rows, compute.context) == (2, 4) and stage.running is compute and stage.wanted()
     done = stage.handle(Computed(0.02))
     assert kinds(done) == [Cost, Pass] and done[0].event.stage == rank
@@ -46,8 +61,12 @@ def test_what_is_dead_is_neither_computed_nor_passed_on():
     stage = machine()
     stage.handle(arrived(1, [0, 1, 2], [-1, 0, 0]))
     assert kinds(stage.handle(Decided(1, Prune(1, 0, 2)))) == [Settled]
-    assert stage.handle(Computed(0.02))[-1] == Pass(1, Segment(1, (2,), (0,), (2,)), [2]), "its rows: the third of those computed"
-    assert [(t.event.rows, t.event.expected) for t in stage.handle(arrived(2, [3, 4], [1, 3]))] == [(0, 0.0)], "and nothing to compute"
+    assert stage.handle(Computed(0.02))[-1] == Pass(1, Segment(1, (2,), (0,), (2,)), [2]), (
+        "its rows: the third of those computed"
+    )
+    assert [(t.event.rows, t.event.expected) for t in stage.handle(arrived(2, [3, 4], [1, 3]))] == [
+        (0, 0.0)
+    ], "and nothing to compute"
     *_, compute = stage.handle(arrived(3, [5, 6], [1, 2]))
     assert compute.segment.ids == (6,) and compute.admitted.kept == [1]
 
@@ -63,7 +82,9 @@ def test_dead_rows_take_their_way_where_the_policy_does_not_drop_them():
 
 
 @pytest.mark.parametrize("rank", [1, 2])
-def test_a_forward_all_of_whose_rows_died_is_not_wanted_and_the_first_stage_says_that_it_is_idle(rank):
+def test_a_forward_all_of_whose_rows_died_is_not_wanted_and_the_first_stage_says_that_it_is_idle(
+    rank,
+):
     stage = machine(rank)
     stage.handle(arrived(1, [0], [-1]))
     stage.handle(Computed(0.02))
@@ -91,7 +112,12 @@ def test_a_request_that_ends_is_wanted_no_more_and_leaves_nothing():
     stage.handle(End(1))
     assert not stage.wanted() and stage.books(1) is None
     assert kinds(stage.handle(Computed(0.01))) == [Cost], "what was measured counts"
-    assert stage.handle(arrived(2, [1], [0])) == stage.handle(Chunk(1, 3)) == stage.handle(Decided(1, Prune(1, 0, 1))) == []
+    assert (
+        stage.handle(arrived(2, [1], [0]))
+        == stage.handle(Chunk(1, 3))
+        == stage.handle(Decided(1, Prune(1, 0, 1)))
+        == []
+    )
 
 
 def test_an_end_may_overtake_its_beginning():

@@ -4,7 +4,21 @@ import numpy as np
 import pytest
 
 from flowspec.core.curve import Curve
-from flowspec.core.messages import Commit, Cost, Draft, Drafted, DraftNode, Finish, Proposal, Prune, Returned, Segment, Started, Wake, Woke
+from flowspec.core.messages import (
+    Commit,
+    Cost,
+    Draft,
+    Drafted,
+    DraftNode,
+    Finish,
+    Proposal,
+    Prune,
+    Returned,
+    Segment,
+    Started,
+    Wake,
+    Woke,
+)
 from flowspec.core.policies import make_policy
 from flowspec.core.policy import PolicyConfig, TreeConfig
 from flowspec.core.request import Request, Sampling
@@ -22,8 +36,12 @@ def proposal(**chances):
 
 
 def scheduler(method="flowspec", stages=2, new=20, eos=(), drafts=True, jit=False, **tree):
-    policy = make_policy(method, TreeConfig(**tree), PolicyConfig(just_in_time=jit), Topology(stages))
-    request = Request(id=1, prompt=(7, 8, 9), sampling=Sampling(max_new_tokens=new), eos=frozenset(eos))
+    policy = make_policy(
+        method, TreeConfig(**tree), PolicyConfig(just_in_time=jit), Topology(stages)
+    )
+    request = Request(
+        id=1, prompt=(7, 8, 9), sampling=Sampling(max_new_tokens=new), eos=frozenset(eos)
+    )
     return Scheduler(request, policy, drafts=drafts)
 
 
@@ -50,7 +68,10 @@ def test_a_draft_is_sent_behind_the_root_likeliest_first():
     s = scheduler(top_k=2)
     s.start(0.0)
     actions = s.handle(Drafted.pack((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)
-    assert actions == [Draft((DraftNode(1, 0, 5), DraftNode(2, 0, 6))), Segment(2, (1, 2), (0, 0), (5, 6))]
+    assert actions == [
+        Draft((DraftNode(1, 0, 5), DraftNode(2, 0, 6))),
+        Segment(2, (1, 2), (0, 0), (5, 6)),
+    ]
 
 
 def test_a_hit_keeps_the_subtree_and_a_miss_keeps_nothing():
@@ -64,7 +85,9 @@ def test_a_hit_keeps_the_subtree_and_a_miss_keeps_nothing():
     miss = s.handle(back(2, {1: 0, 2: 30}), 4.0)
     assert miss == [Prune(2, 2, 5), Commit((2,), (30,), (False,), 5), Segment(4, (5,), (2,), (30,))]
     assert len(s.tree) == 1
-    assert s.handle(Drafted.pack((3, 4), (None, None)), 5.0) == [Draft((DraftNode(5, 2, 30),))], "one drafter forward at a time"
+    assert s.handle(Drafted.pack((3, 4), (None, None)), 5.0) == [Draft((DraftNode(5, 2, 30),))], (
+        "one drafter forward at a time"
+    )
 
 
 def test_several_tokens_of_one_segment_are_committed_at_once():
@@ -108,7 +131,10 @@ def test_pruned_verifies_every_piece_and_drafts_only_between_rounds():
 def test_pruned_ends_a_round_at_a_token_that_was_drafted_but_not_sent():
     s = scheduler("pruned", stages=1, budget=2, top_k=2, depth=1, new=2)
     s.start(0.0)
-    assert [p.ids for p in s.handle(Drafted.pack((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)] == [(0,), (1,)]
+    assert [p.ids for p in s.handle(Drafted.pack((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)] == [
+        (0,),
+        (1,),
+    ]
     assert s.handle(back(1, {0: 6}), 2.0) == [
         Prune(1, 0, 3),
         Commit((0,), (6,), (False,), 3),
@@ -122,7 +148,9 @@ def layered(**tree):
     s.start(0.0)
     s.handle(Drafted.pack((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)
     s.handle(Drafted.pack((1, 2), (proposal(t1=0.6, t2=0.3), proposal(t3=0.8, t4=0.1))), 2.0)
-    assert s.handle(Drafted.pack((3, 4), (proposal(t7=0.9), proposal(t8=0.9))), 3.0) == [], "three credits: the layer waits"
+    assert s.handle(Drafted.pack((3, 4), (proposal(t7=0.9), proposal(t8=0.9))), 3.0) == [], (
+        "three credits: the layer waits"
+    )
     return s
 
 
@@ -133,7 +161,9 @@ def test_pipedec_sends_the_best_of_each_layer_and_drafts_from_it():
         Segment(2, (1, 2), (0, 0), (5, 6)),
         Draft((DraftNode(1, 0, 5), DraftNode(2, 0, 6))),
     ]
-    assert s.handle(Drafted.pack((1, 2), (proposal(t1=0.6, t2=0.3), proposal(t3=0.8, t4=0.1))), 2.0) == [
+    assert s.handle(
+        Drafted.pack((1, 2), (proposal(t1=0.6, t2=0.3), proposal(t3=0.8, t4=0.1))), 2.0
+    ) == [
         Segment(3, (3, 4), (1, 2), (1, 3)),
         Draft((DraftNode(3, 1, 1), DraftNode(4, 2, 3))),
     ], "0.6 * 0.6 and 0.3 * 0.8 before 0.6 * 0.3"
@@ -158,7 +188,9 @@ def test_a_layer_of_pipedec_is_chosen_among_the_children_of_the_living():
 def test_just_in_time_a_layer_is_chosen_when_it_leaves():
     s = scheduler("pipedec", jit=True, top_k=1)
     s.start(0.0)
-    assert s.handle(Drafted.pack((0,), (proposal(t5=0.9),)), 1.0) == [], "the root has not started yet"
+    assert s.handle(Drafted.pack((0,), (proposal(t5=0.9),)), 1.0) == [], (
+        "the root has not started yet"
+    )
     s.handle(Cost(1, Curve.line(3.15, 0.05), 0.0), 1.0)
     assert s.handle(Started(1, 1, expected=4.0, waited=0.0), 2.0) == [Wake(3.8)]
     assert len(s.tree) == 1
@@ -168,14 +200,18 @@ def test_just_in_time_a_layer_is_chosen_when_it_leaves():
 def test_a_full_tree_holds_the_next_layer_back_until_the_root_moves_on():
     s = layered(budget=5)
     assert s.handle(back(1, {0: 5}), 4.0)[2] == Segment(4, (5,), (3,), (7,))
-    assert [a for a in scheduler("pipedec", budget=1).start(0.0) if isinstance(a, Draft)] == [], "no room for any"
+    assert [a for a in scheduler("pipedec", budget=1).start(0.0) if isinstance(a, Draft)] == [], (
+        "no room for any"
+    )
 
 
 def test_depth_bounds_the_layers_of_pipedec():
     s = scheduler("pipedec", top_k=1, depth=1, stages=5)
     s.start(0.0)
     s.handle(Drafted.pack((0,), (proposal(t5=0.9),)), 1.0)
-    assert s.handle(Drafted.pack((1,), (proposal(t6=0.9),)), 2.0) == [Segment(3, (2,), (1,), (6,))], "two levels below the root"
+    assert s.handle(Drafted.pack((1,), (proposal(t6=0.9),)), 2.0) == [
+        Segment(3, (2,), (1,), (6,))
+    ], "two levels below the root"
     assert s.handle(back(1, {0: 5}), 3.0)[2:] == [Draft((DraftNode(2, 1, 6),))]
 
 
@@ -193,8 +229,13 @@ def test_the_limit_cuts_an_accepted_path():
     s = scheduler("serial", new=2, budget=3, top_k=1, depth=3)
     s.start(0.0)
     actions = s.handle(Drafted.pack((0,), (proposal(t5=0.9),)), 1.0)
-    assert actions == [Segment(1, (0, 1), (-1, 0), (9, 5))], "a node deeper than the limit is never drafted"
-    assert s.handle(back(1, {0: 5, 1: 6}), 2.0) == [Commit((0, 1), (5, 6), (True, False), 2), Finish("length")]
+    assert actions == [Segment(1, (0, 1), (-1, 0), (9, 5))], (
+        "a node deeper than the limit is never drafted"
+    )
+    assert s.handle(back(1, {0: 5, 1: 6}), 2.0) == [
+        Commit((0, 1), (5, 6), (True, False), 2),
+        Finish("length"),
+    ]
 
 
 def test_without_a_drafter_nothing_is_drafted():
@@ -212,10 +253,14 @@ def test_a_dead_proposal_is_dropped():
 def test_just_in_time_the_next_segment_waits_for_the_first_stage():
     s = scheduler(jit=True, top_k=1)
     s.start(0.0)
-    assert s.handle(Drafted.pack((0,), (proposal(t5=0.9),)), 1.0) == [Draft((DraftNode(1, 0, 5),))], "the root has not started yet"
+    assert s.handle(Drafted.pack((0,), (proposal(t5=0.9),)), 1.0) == [
+        Draft((DraftNode(1, 0, 5),))
+    ], "the root has not started yet"
     s.handle(Cost(1, Curve.line(3.15, 0.05), 0.0), 1.0)
     [wake] = s.handle(Started(1, 1, expected=4.0, waited=0.0), 2.0)
-    assert wake == Wake(3.8), "two seconds there and back: free at 5 by our clock, a hop and a sixteenth of a forward earlier it may leave"
+    assert wake == Wake(3.8), (
+        "two seconds there and back: free at 5 by our clock, a hop and a sixteenth of a forward earlier it may leave"
+    )
     assert s.handle(Woke(), 3.8) == [Segment(2, (1,), (0,), (5,))]
 
 
@@ -231,7 +276,9 @@ def test_credits_bound_the_segments_in_flight():
     s = scheduler(stages=2, segment=1, top_k=4)
     s.start(0.0)
     actions = s.handle(Drafted.pack((0,), (proposal(t1=0.3, t2=0.3, t3=0.2, t4=0.2),)), 1.0)
-    assert sum(isinstance(a, Segment) for a in actions) == 1, "two credits with two stages, one is the root's"
+    assert sum(isinstance(a, Segment) for a in actions) == 1, (
+        "two credits with two stages, one is the root's"
+    )
 
 
 @pytest.mark.parametrize("name", ["budget", "top_k", "depth", "segment"])
@@ -244,13 +291,19 @@ def test_bad_trees_are_named(name):
 def refreshing(**tree):
     """The root (0) with children 1 (t5) and 2 (t6), both drafted; 3 (t1) and 5 (t2) are 1's, 4 is 2's."""
     policy = make_policy(
-        "flowspec", TreeConfig(top_k=2, **tree), PolicyConfig(just_in_time=False, calibrate=False), Topology(4), features=True
+        "flowspec",
+        TreeConfig(top_k=2, **tree),
+        PolicyConfig(just_in_time=False, calibrate=False),
+        Topology(4),
+        features=True,
     )
     s = Scheduler(Request(id=1, prompt=(7, 8, 9), sampling=Sampling(max_new_tokens=20)), policy)
     s.start(0.0)
     s.handle(Drafted.pack((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)
     s.handle(Drafted.pack((1, 2), (proposal(t1=0.5, t2=0.4), proposal(t1=0.9))), 2.0)
-    return s, s.handle(Drafted.pack((3, 4, 5), (proposal(t8=0.9), proposal(t8=0.9), proposal(t8=0.9))), 3.0)
+    return s, s.handle(
+        Drafted.pack((3, 4, 5), (proposal(t8=0.9), proposal(t8=0.9), proposal(t8=0.9))), 3.0
+    )
 
 
 def asked(actions):
@@ -275,13 +328,23 @@ def test_a_node_that_is_drafted_again_moves_its_subtree():
     again = asked(s.handle(Drafted.pack(frontier, [proposal(t9=0.9)] * len(frontier)), 5.0))
     nodes = s.tree.nodes
     before = {i: nodes[i].score - nodes[1].score for i in (3, 5)}
-    below = {id: node.score - nodes[node.parent].score for id, node in nodes.items() if node.parent in (3, 5)}
+    below = {
+        id: node.score - nodes[node.parent].score
+        for id, node in nodes.items()
+        if node.parent in (3, 5)
+    }
     others = [proposal(t9=0.9)] * (len(again.nodes) - 1)
-    actions = s.handle(Drafted.pack([n.id for n in again.nodes], [proposal(t2=0.9, t7=0.09), *others]), 6.0)
+    actions = s.handle(
+        Drafted.pack([n.id for n in again.nodes], [proposal(t2=0.9, t7=0.09), *others]), 6.0
+    )
     s.validate()
     after = {i: nodes[i].score - nodes[1].score for i in (3, 5)}
-    assert after[5] > before[5] and after[3] < before[3], "t2 is the favourite now, t1 is in the list no more"
-    assert {id: nodes[id].score - nodes[nodes[id].parent].score for id in below} == pytest.approx(below), "and what hangs below moved along"
+    assert after[5] > before[5] and after[3] < before[3], (
+        "t2 is the favourite now, t1 is in the list no more"
+    )
+    assert {id: nodes[id].score - nodes[nodes[id].parent].score for id in below} == pytest.approx(
+        below
+    ), "and what hangs below moved along"
     assert 7 in nodes[1].children, "a candidate that was not there before"
     assert {n.id for n in asked(actions).nodes} >= {3, 5}, "its children are next"
 

@@ -18,7 +18,15 @@ from flowspec.core.policies import METHODS, make_policy
 from flowspec.core.policy import PolicyConfig, TreeConfig
 from flowspec.core.request import Request, Sampling
 from flowspec.core.topology import Topology
-from flowspec.draft.recorded import LiveDrafter, RecordedDrafter, SyntheticDrafter, Tape, load, made_up_text, save
+from flowspec.draft.recorded import (
+    LiveDrafter,
+    RecordedDrafter,
+    SyntheticDrafter,
+    Tape,
+    load,
+    made_up_text,
+    save,
+)
 from flowspec.errors import UserError
 from flowspec.runtime import wire
 from flowspec.sim.lockstep import LockStep
@@ -28,7 +36,11 @@ BOARD = Emulate(stage_ms=50, token_ms=0.5, draft_ms=8, link_ms=1, link_mbps=150,
 
 
 def request(tokens: int = 40, prompt: int = 10, seed: int = 0, **sampling) -> Request:
-    return Request(id=seed, prompt=tuple(range(100, 100 + prompt)), sampling=Sampling(max_new_tokens=tokens, seed=seed, **sampling))
+    return Request(
+        id=seed,
+        prompt=tuple(range(100, 100 + prompt)),
+        sampling=Sampling(max_new_tokens=tokens, seed=seed, **sampling),
+    )
 
 
 def simulate(
@@ -43,7 +55,9 @@ def simulate(
     tree = tree or TreeConfig()
     if method == "flowspec-paper":
         return LockStep(wanted, text, tree, guesser, ring).run()
-    return World(wanted, text, make_policy(method, tree, switches, ring.topology), guesser, ring, switches).run()
+    return World(
+        wanted, text, make_policy(method, tree, switches, ring.topology), guesser, ring, switches
+    ).run()
 
 
 @pytest.mark.parametrize("profile", [[1.0], [0.6, 0.2, 0.1], [0.0, 0.3], [1e-9]])
@@ -52,7 +66,9 @@ def simulate(
 def test_every_method_writes_the_text_whatever_is_drafted(method, stages, profile):
     wanted, text = request(), made_up_text(40)
     guesser = None if method == "ar" else SyntheticDrafter(wanted, text, profile)
-    out = simulate(method, wanted, text, guesser, RingSpec(stages=stages, emulate=BOARD, hidden=256))
+    out = simulate(
+        method, wanted, text, guesser, RingSpec(stages=stages, emulate=BOARD, hidden=256)
+    )
     assert out.tokens == text
     assert all(s.begin <= s.end for s in out.spans)
     computed = [s for s in out.spans if s.rank and s.row == "compute" and s.name != "prefill"]
@@ -66,14 +82,21 @@ def test_every_method_writes_the_text_whatever_is_drafted(method, stages, profil
 def test_an_end_token_ends_it(method):
     wanted, text = dataclasses.replace(request(), eos=frozenset({7})), made_up_text(7)
     guesser = SyntheticDrafter(wanted, text, [0.8])
-    assert simulate(method, wanted, text, guesser, RingSpec(stages=3, emulate=BOARD, hidden=256)).tokens == text
+    assert (
+        simulate(
+            method, wanted, text, guesser, RingSpec(stages=3, emulate=BOARD, hidden=256)
+        ).tokens
+        == text
+    )
 
 
 def test_plain_decoding_takes_the_time_worked_out_by_hand():
     wanted, text = request(tokens=11), made_up_text(11)
     out = simulate("ar", wanted, text, None, RingSpec(stages=4, emulate=BOARD, hidden=256))
     row = 0.0505 + 0.001  # a stage over one row, and the latency of a hop
-    wire_seconds = (5 * FRAME_BYTES + 12 + 3 * (256 * 2 * 16 + 12) + 16) * 8 / 150e6  # ids out, rows between stages, a choice back
+    wire_seconds = (
+        (5 * FRAME_BYTES + 12 + 3 * (256 * 2 * 16 + 12) + 16) * 8 / 150e6
+    )  # ids out, rows between stages, a choice back
     token = 4 * row + 0.001 + wire_seconds
     assert out.last_token - out.first_token == pytest.approx(10 * token)
     assert out.tokens_per_second == pytest.approx(1 / token)
@@ -86,7 +109,10 @@ class Liar:
 
     def propose(self, nodes):
         z = np.log([0.9] + [0.015] * 5)
-        return Drafted.pack([n.id for n in nodes], [Proposal(np.arange(6) + (1 << 30) + 10 * n.id, z) for n in nodes])
+        return Drafted.pack(
+            [n.id for n in nodes],
+            [Proposal(np.arange(6) + (1 << 30) + 10 * n.id, z) for n in nodes],
+        )
 
     def commit(self, commit):
         pass
@@ -101,7 +127,10 @@ def test_speculation_is_never_slower_than_none(profile, stages, row_ms):
     ring = RingSpec(stages=stages, emulate=dataclasses.replace(BOARD, token_ms=row_ms), hidden=256)
     plain = simulate("ar", wanted, text, None, ring)
     guesser = Liar() if profile is None else SyntheticDrafter(wanted, text, profile)
-    assert simulate("flowspec", wanted, text, guesser, ring).tokens_per_second > 0.97 * plain.tokens_per_second
+    assert (
+        simulate("flowspec", wanted, text, guesser, ring).tokens_per_second
+        > 0.97 * plain.tokens_per_second
+    )
 
 
 SHAPES = {
@@ -130,29 +159,51 @@ class Shared(World):
 
     def _next(self, now, stage):
         busy = now < self._drafter_free
-        object.__setattr__(self.ring, "seconds", lambda s, n, c: SHAPES[self.ring.shape](n, c) * (self.ring.slowed if busy else 1.0))
+        object.__setattr__(
+            self.ring,
+            "seconds",
+            lambda s, n, c: SHAPES[self.ring.shape](n, c) * (self.ring.slowed if busy else 1.0),
+        )
         super()._next(now, stage)
 
 
 def against_plain(shape, stages, profile, tokens, slowed=1.0):
     """Tokens/s of flowspec over those of plain decoding, and its controller."""
     wanted, text = (
-        dataclasses.replace(request(tokens=tokens), prompt=tuple(range(2000, 6000 if shape == "deep" else 2064))),
+        dataclasses.replace(
+            request(tokens=tokens), prompt=tuple(range(2000, 6000 if shape == "deep" else 2064))
+        ),
         made_up_text(tokens),
     )
     rate = {}
     for method in ("ar", "flowspec"):
-        ring = Shaped(stages=stages, emulate=Emulate(link_ms=0.3, draft_ms=8), hidden=256, shape=shape, slowed=slowed)
-        guesser = None if method == "ar" else Liar() if profile is None else SyntheticDrafter(wanted, text, profile)
+        ring = Shaped(
+            stages=stages,
+            emulate=Emulate(link_ms=0.3, draft_ms=8),
+            hidden=256,
+            shape=shape,
+            slowed=slowed,
+        )
+        guesser = (
+            None
+            if method == "ar"
+            else Liar()
+            if profile is None
+            else SyntheticDrafter(wanted, text, profile)
+        )
         policy = make_policy(method, TreeConfig(), PolicyConfig(), Topology(stages))
-        rate[method] = Shared(wanted, text, policy, guesser, ring, PolicyConfig()).run().tokens_per_second
+        rate[method] = (
+            Shared(wanted, text, policy, guesser, ring, PolicyConfig()).run().tokens_per_second
+        )
     return rate["flowspec"] / rate["ar"], policy.control
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize("tokens", [64, pytest.param(128, marks=pytest.mark.slow)])
-def test_speculation_is_never_slower_than_none_where_rows_cost_as_on_real_devices(shape, stages, tokens):
+def test_speculation_is_never_slower_than_none_where_rows_cost_as_on_real_devices(
+    shape, stages, tokens
+):
     for profile, least in ((None, 0.97), ([5e-4], 0.97), ([0.3, 0.1], 0.97), ([0.85, 0.1], 1.25)):
         ratio, control = against_plain(shape, stages, profile, tokens)
         assert ratio >= least, f"{shape}, {stages} stages, {profile}"
@@ -178,8 +229,12 @@ def test_a_second_request_begins_with_what_the_first_has_learnt():
         out = world.run()
         spent.append(out.last_token - out.first_token)
         forwarded.append(out.forwarded)
-    assert rows == [2, 96], "the first segments of a run are short, those of a second request are not"
-    assert spent[1] < spent[0] and forwarded[1] < forwarded[0], "the liar is not believed a second time"
+    assert rows == [2, 96], (
+        "the first segments of a run are short, those of a second request are not"
+    )
+    assert spent[1] < spent[0] and forwarded[1] < forwarded[0], (
+        "the liar is not believed a second time"
+    )
     plain = simulate("ar", wanted, text, None, ring)
     assert spent[1] < (plain.last_token - plain.first_token) / 0.98
 
@@ -188,7 +243,9 @@ def test_speculation_that_does_not_pay_is_turned_off_and_tried_again():
     """Without calibration nothing else stops it from sending what a liar is sure of."""
     wanted, text = request(tokens=200), made_up_text(200)
     ring = RingSpec(stages=2, emulate=dataclasses.replace(BOARD, token_ms=50), hidden=256)
-    policy = make_policy("flowspec", TreeConfig(), switches := PolicyConfig(calibrate=False), ring.topology)
+    policy = make_policy(
+        "flowspec", TreeConfig(), switches := PolicyConfig(calibrate=False), ring.topology
+    )
     out = World(wanted, text, policy, Liar(), ring, switches).run()
     assert out.tokens == text
     assert policy.control._findings.rests >= 1 and policy.ring.plain
@@ -198,7 +255,14 @@ def test_speculation_that_does_not_pay_is_turned_off_and_tried_again():
 def test_a_forward_is_abandoned_once_at_the_end_of_its_layer_whatever_prunes_follow():
     wanted, text = request(), made_up_text(40)
     ring = RingSpec(stages=1, emulate=Emulate(stage_ms=80), hidden=256)  # layers of 10 ms
-    world = World(wanted, text, make_policy("ar", TreeConfig(), PolicyConfig(), ring.topology), None, ring, PolicyConfig())
+    world = World(
+        wanted,
+        text,
+        make_policy("ar", TreeConfig(), PolicyConfig(), ring.topology),
+        None,
+        ring,
+        PolicyConfig(),
+    )
     [stage] = world._stages
     stage.machine.handle(Begin(wanted.id))
     for number, id in enumerate((0, 8)):
@@ -214,7 +278,9 @@ def test_a_forward_is_abandoned_once_at_the_end_of_its_layer_whatever_prunes_fol
 
 
 def test_a_link_carries_one_message_at_a_time():
-    link = RingSpec(stages=1, emulate=Emulate(link_ms=2, link_mbps=8), hidden=1).link(0)  # a byte a microsecond
+    link = RingSpec(stages=1, emulate=Emulate(link_ms=2, link_mbps=8), hidden=1).link(
+        0
+    )  # a byte a microsecond
     assert [link.arrival(1000, t) for t in (0.0, 0.0, 5.0)] == pytest.approx([0.003, 0.004, 5.003])
 
 
@@ -222,31 +288,52 @@ def test_a_link_carries_one_message_at_a_time():
 @pytest.mark.parametrize("verify_last", [True, False])
 def test_the_simulated_bytes_are_those_of_the_real_messages(verify_last, accepted):
     ids, hidden, scale, features = (4, 5, 7), 6, 3.0, accepted is not None
-    ring = RingSpec(stages=2, emulate=Emulate(hidden_scale=scale), hidden=hidden, verify_last=verify_last, features=features)
+    ring = RingSpec(
+        stages=2,
+        emulate=Emulate(hidden_scale=scale),
+        hidden=hidden,
+        verify_last=verify_last,
+        features=features,
+    )
     rows, positions = torch.zeros(3, hidden), torch.zeros(3, dtype=torch.int64)
     tokens = torch.zeros(3, dtype=torch.int32)
     if verify_last:
         text = list(ids[: len(accepted or ())])
-        answer = wire.choices(1, 1, text, [0] * len(text), [0.0] * len(text), rows[: len(text)] if features else None)
+        answer = wire.choices(
+            1, 1, text, [0] * len(text), [0.0] * len(text), rows[: len(text)] if features else None
+        )
     else:
         answer = wire.features(1, 1, list(ids), positions, rows)
-    real = [wire.segment(1, Segment(1, ids, ids, ids)), wire.rows_of(1, Segment(1, ids, ids, ids), rows), answer]
+    real = [
+        wire.segment(1, Segment(1, ids, ids, ids)),
+        wire.rows_of(1, Segment(1, ids, ids, ids), rows),
+        answer,
+    ]
     became_text = len(accepted or ())
-    assert [wire_bytes(m, scale) for m in real] == [ring.hop_bytes(sender, 3, accepted=became_text) for sender in (0, 1, 2)]
+    assert [wire_bytes(m, scale) for m in real] == [
+        ring.hop_bytes(sender, 3, accepted=became_text) for sender in (0, 1, 2)
+    ]
     prompt = [wire.prefill(1, tokens), wire.prefill(1, rows), wire.prompt_features(1, rows)]
-    assert [wire_bytes(m, scale) for m in prompt] == [ring.hop_bytes(sender, 3, nodes=False) for sender in (0, 1, 2)]
+    assert [wire_bytes(m, scale) for m in prompt] == [
+        ring.hop_bytes(sender, 3, nodes=False) for sender in (0, 1, 2)
+    ]
 
 
 @pytest.mark.parametrize("method", ["serial", "naive", "pruned", "pipedec", "flowspec"])
 @pytest.mark.parametrize("prompt", [1, 2, 200])
-def test_every_row_of_prompt_and_text_comes_back_once_for_a_drafter_that_reads_features(method, prompt):
+def test_every_row_of_prompt_and_text_comes_back_once_for_a_drafter_that_reads_features(
+    method, prompt
+):
     wanted, text = request(prompt=prompt), made_up_text(40)
     ring = RingSpec(stages=3, emulate=BOARD, hidden=256, features=True)
     out = simulate(method, wanted, text, SyntheticDrafter(wanted, text, [0.6, 0.2]), ring)
     assert out.tokens == text
     row = 256 * 2 * 16
     back = [s for s in out.spans if (s.rank, s.row) == (3, "send")]
-    assert sum(s.facts["bytes"] - FRAME_BYTES for s in back if "segment" not in s.facts) == (prompt - 1) * row
+    assert (
+        sum(s.facts["bytes"] - FRAME_BYTES for s in back if "segment" not in s.facts)
+        == (prompt - 1) * row
+    )
     nodes = [s.facts["bytes"] - FRAME_BYTES for s in back if "segment" in s.facts]
     assert sum(size / (row + 16) for size in nodes) == pytest.approx(len(text))
 
@@ -254,8 +341,14 @@ def test_every_row_of_prompt_and_text_comes_back_once_for_a_drafter_that_reads_f
 @pytest.mark.parametrize("method", ["flowspec", "flowspec-paper"])
 def test_the_first_draft_waits_for_the_features_of_the_prompt(method):
     wanted, text = request(), made_up_text(40)
-    rings = [RingSpec(stages=2, emulate=BOARD, hidden=256, features=features) for features in (False, True)]
-    without, waiting = (simulate(method, wanted, text, SyntheticDrafter(wanted, text, [0.9]), ring) for ring in rings)
+    rings = [
+        RingSpec(stages=2, emulate=BOARD, hidden=256, features=features)
+        for features in (False, True)
+    ]
+    without, waiting = (
+        simulate(method, wanted, text, SyntheticDrafter(wanted, text, [0.9]), ring)
+        for ring in rings
+    )
     first = [min(s.begin for s in out.spans if s.row == "draft") for out in (without, waiting)]
     stage, hop = 0.05 + 9 * 0.0005, (FRAME_BYTES + 9 * 256 * 2 * 16) * 8 / 150e6 + 0.001
     back = 0.001 + (FRAME_BYTES + 9 * 4) * 8 / 150e6 + 2 * (stage + hop)
@@ -284,7 +377,11 @@ def test_a_drafter_asked_live_gets_the_features_of_its_path_and_of_no_other_row(
         live.commit(Commit((0, 3), (1, 2), (True, False), 7))
         live.commit(Commit((7, 8, 9), (3, 4, 5), (True, True, False), 10))
         given = rows.tolist()
-        assert heard == [given[: prompt - 1] or None, given[prompt - 1 : prompt + 1], given[prompt + 1 : prompt + 4]]
+        assert heard == [
+            given[: prompt - 1] or None,
+            given[prompt - 1 : prompt + 1],
+            given[prompt + 1 : prompt + 4],
+        ]
 
 
 def test_a_made_up_drafter_says_the_same_again():
@@ -292,12 +389,16 @@ def test_a_made_up_drafter_says_the_same_again():
     drafter = SyntheticDrafter(wanted, text, [0.1, 0.1])
     root, wrong = DraftNode(0, -1, wanted.prompt[-1]), DraftNode(1, 0, 1 << 30)
     first = [drafter.propose([node]).tokens.tolist() for node in (root, wrong)]
-    assert [drafter.propose([node]).tokens.tolist() for node in (root, wrong)] == first and first[0] != first[1]
+    assert [drafter.propose([node]).tokens.tolist() for node in (root, wrong)] == first and first[
+        0
+    ] != first[1]
 
 
 def test_a_list_of_stages_that_is_too_short_begins_again():
     mixed = Emulate(stage_ms=(50, 150), token_ms=(1.0, 3.0))
-    assert [mixed.stage_seconds(stage, 10) for stage in (1, 2, 3)] == pytest.approx([0.06, 0.18, 0.06])
+    assert [mixed.stage_seconds(stage, 10) for stage in (1, 2, 3)] == pytest.approx(
+        [0.06, 0.18, 0.06]
+    )
 
 
 # ---- recorded drafts -------------------------------------------------------------------------------
@@ -315,8 +416,16 @@ class Counting:
         for n in nodes:
             assert n.parent in self.parents or n.parent == -1
             self.parents[n.id] = n.parent
-        made = [Proposal(np.array([n.token + 1, 3]), np.log([0.7, 0.1]) + np.array([0.1, 1.0]), coupled=True) for n in nodes]
-        return Drafted.pack([n.id for n in nodes], [None if n.token == 13 else p for n, p in zip(nodes, made, strict=True)])
+        made = [
+            Proposal(
+                np.array([n.token + 1, 3]), np.log([0.7, 0.1]) + np.array([0.1, 1.0]), coupled=True
+            )
+            for n in nodes
+        ]
+        return Drafted.pack(
+            [n.id for n in nodes],
+            [None if n.token == 13 else p for n, p in zip(nodes, made, strict=True)],
+        )
 
     def commit(self, commit):
         raise AssertionError("a recording commits nothing")
@@ -342,7 +451,11 @@ def test_a_tape_asks_once_for_each_path_and_plays_alone_after_a_file(tmp_path):
     answer = alone.propose([root, DraftNode(2, 0, 13)])
     there = answer.proposal(0)
     assert answer.proposal(2) is None and alone.lacked == 0
-    assert there.tokens.tolist() == [110, 3] and there.coupled and there.coverage == pytest.approx(0.97)
+    assert (
+        there.tokens.tolist() == [110, 3]
+        and there.coupled
+        and there.coverage == pytest.approx(0.97)
+    )
     assert there.z[:, 0] == pytest.approx(np.log([0.7, 0.1]) + np.array([0.1, 1.0]))
     assert alone.propose([DraftNode(3, 0, 77)]).nodes == () and alone.lacked == 1
 
@@ -350,22 +463,35 @@ def test_a_tape_asks_once_for_each_path_and_plays_alone_after_a_file(tmp_path):
 def test_a_tape_of_several_drafters_survives_a_file_and_an_older_file_is_read(tmp_path):
     wanted = request(temperature=1.0)
     tape = Tape(wanted, [1, 2])
-    tape.proposals = {0: Proposal(np.array([5, 6]), np.array([[-1.0, -2.0], [-3.0, -0.5]]), 0.75), tape.child(0, 5): None}
+    tape.proposals = {
+        0: Proposal(np.array([5, 6]), np.array([[-1.0, -2.0], [-3.0, -0.5]]), 0.75),
+        tape.child(0, 5): None,
+    }
     save(tmp_path / "d.npz", [tape, Tape(wanted, [])], "these models")
     (read, empty), _ = load(tmp_path / "d.npz")
     there = RecordedDrafter(read).propose([DraftNode(0, -1, wanted.prompt[-1])])
-    assert there.z.tolist() == [[[-1.0, -2.0], [-3.0, -0.5]]] and not there.coupled and read.proposals[1] is None
+    assert (
+        there.z.tolist() == [[[-1.0, -2.0], [-3.0, -0.5]]]
+        and not there.coupled
+        and read.proposals[1] is None
+    )
     assert empty.proposals == {}
     with np.load(tmp_path / "d.npz") as arrays:
         old = dict(arrays)
     head = json.loads(bytes(old["head"])) | {"format": 1}
     del head["tapes"][0]["coupled"], head["tapes"][1:]
     one = old.pop("0.z")[:, 0]
-    old |= {"head": np.frombuffer(json.dumps(head).encode(), np.uint8), "0.logq": one, "0.noise": one + 1}
+    old |= {
+        "head": np.frombuffer(json.dumps(head).encode(), np.uint8),
+        "0.logq": one,
+        "0.noise": one + 1,
+    }
     np.savez(tmp_path / "old.npz", **old)
     (read,), _ = load(tmp_path / "old.npz")
     there = read.proposals[0]
-    assert there.coupled and there.tokens.tolist() == [5, 6] and there.z.tolist() == [[-1.0], [-5.0]]
+    assert (
+        there.coupled and there.tokens.tolist() == [5, 6] and there.z.tolist() == [[-1.0], [-5.0]]
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive", None])

@@ -38,7 +38,9 @@ def test_the_worked_example_on_a_stage_that_has_two_segments():
     state.COMPACT = -1
     admit(state, 0, 1, 2)
     admit(state, 3, 4, 5)
-    assert state.prune(Prune(1, 1, 4)) == Gather(12, [14]), "rows 10 and 11 are in place, the root moves behind them"
+    assert state.prune(Prune(1, 1, 4)) == Gather(12, [14]), (
+        "rows 10 and 11 are in place, the root moves behind them"
+    )
     assert state.context == 12 and state.row == {4: 12} and state.length == 13
     third = admit(state, 6, 7, 8)
     assert third.kept == [1], "of the third segment only node 7 is alive"
@@ -51,7 +53,9 @@ def test_the_worked_example_on_a_stage_that_has_one_segment():
     state.prune(Prune(1, 1, 4))
     second = admit(state, 3, 4, 5)
     assert second.kept == [1] and second.positions.tolist() == [12]
-    assert visible(second) == [[*range(12), 13]], "row 12 held the dead node 2 and is still there, unseen"
+    assert visible(second) == [[*range(12), 13]], (
+        "row 12 held the dead node 2 and is still there, unseen"
+    )
 
 
 def test_a_single_row_does_not_see_its_siblings():
@@ -113,7 +117,11 @@ def test_rows_of_the_text_can_be_made_anew():
     assert again.positions.tolist() == [4] and visible(again) == [[0, 1, 2, 3, 8]]
     assert state.context == 6 and visible(state.admit([9], [4])) == [[0, 1, 2, 3, 5, 7, 8, 9]]
     both = state.extend(3, at=4)
-    assert both.positions.tolist() == [4, 5, 6] and visible(both) == [[0, 1, 2, 3, 10], [0, 1, 2, 3, 10, 11], [0, 1, 2, 3, 10, 11, 12]]
+    assert both.positions.tolist() == [4, 5, 6] and visible(both) == [
+        [0, 1, 2, 3, 10],
+        [0, 1, 2, 3, 10, 11],
+        [0, 1, 2, 3, 10, 11, 12],
+    ]
     assert state.context == 7 and state.dead == 4
     state.COMPACT = -1
     assert state.prune(Prune(2, 4, 9)) == Gather(4, [10, 11, 12, 7, 9]) and state.dead == 0
@@ -122,7 +130,10 @@ def test_rows_of_the_text_can_be_made_anew():
 def test_what_became_text_is_handed_over_once_and_in_order():
     late, lost = (prompted(1) for _ in range(2))
     handed = {}
-    for name, state, prunes in (("late", late, [Prune(2, 1, 4), Prune(1, 0, 1)]), ("lost", lost, [Prune(2, 1, 4)])):
+    for name, state, prunes in (
+        ("late", late, [Prune(2, 1, 4), Prune(1, 0, 1)]),
+        ("lost", lost, [Prune(2, 1, 4)]),
+    ):
         waiting = Waiting()
         admit(state, 0, 1, 2, 3, 4)
         waiting.hold([0, 1, 2, 3, 4], "abcde")
@@ -148,10 +159,16 @@ def test_a_last_stage_knows_what_becomes_text():
         asked.clear()
         return accepted.walk(ids, parents, tokens, lambda k: asked.append(ids[k]) or choices[k])
 
-    assert walk([0, 1, 2], [-1, 0, 0], [5, 6, 7], [7, 1, 8]) == [0, 2], "the root, and the child with its choice"
+    assert walk([0, 1, 2], [-1, 0, 0], [5, 6, 7], [7, 1, 8]) == [0, 2], (
+        "the root, and the child with its choice"
+    )
     assert asked == [0, 2], "the choice after a node that was refused is nobody's business"
-    assert walk([3, 4, 5], [1, 2, 2], [1, 9, 3], [0, 0, 0]) == asked == [], "3 carries the choice of a node that was refused"
-    assert walk([6, 7], [2, 6], [8, 4], [4, 2]) == [0, 1] and asked == [6, 7], "a new root after a miss"
+    assert walk([3, 4, 5], [1, 2, 2], [1, 9, 3], [0, 0, 0]) == asked == [], (
+        "3 carries the choice of a node that was refused"
+    )
+    assert walk([6, 7], [2, 6], [8, 4], [4, 2]) == [0, 1] and asked == [6, 7], (
+        "a new root after a miss"
+    )
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -165,16 +182,29 @@ def test_the_walk_over_segments_is_the_one_over_the_whole_tree(seed):
         tokens.append(r.choice([t for t in range(9) if t not in used]))
         choices.append(r.randrange(4))
     path = [0]
-    while (after := [i for i, p in enumerate(parents) if p == path[-1] and tokens[i] == choices[path[-1]]]) or len(parents) < 150:
+    while (
+        after := [
+            i for i, p in enumerate(parents) if p == path[-1] and tokens[i] == choices[path[-1]]
+        ]
+    ) or len(parents) < 150:
         if not after:  # a miss
-            parents, tokens, choices = [*parents, path[-1]], [*tokens, choices[path[-1]]], [*choices, r.randrange(4)]
+            parents, tokens, choices = (
+                [*parents, path[-1]],
+                [*tokens, choices[path[-1]]],
+                [*choices, r.randrange(4)],
+            )
             after = [len(parents) - 1]
         path += after
     accepted, found, begin = Accepted(), [], 0
     while begin < len(parents):
         end = begin + r.randint(1, 20)
         part = slice(begin, end)
-        text = accepted.walk(range(begin, len(parents))[: end - begin], parents[part], tokens[part], lambda k, at=begin: choices[at + k])
+        text = accepted.walk(
+            range(begin, len(parents))[: end - begin],
+            parents[part],
+            tokens[part],
+            lambda k, at=begin: choices[at + k],
+        )
         found += [begin + k for k in text]
         begin = end
     assert found == path, f"seed {seed}"

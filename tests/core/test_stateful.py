@@ -7,7 +7,14 @@ from collections import defaultdict, deque
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from flowspec.core.curve import Curve
 from flowspec.core.machine import Decided
@@ -98,7 +105,9 @@ class RingMachine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 5))
     def an_old_prune_comes_again(self, which):
         stage = self.world.stages[which % len(self.world.stages)]
-        stage.perform(Decided(REQUEST, Prune(stage.state.version, stage.state.root, stage.state.root)))
+        stage.perform(
+            Decided(REQUEST, Prune(stage.state.version, stage.state.root, stage.state.root))
+        )
 
     @precondition(lambda self: self.world.links["control"])
     @rule()
@@ -196,4 +205,9 @@ def test_a_broken_cache_is_caught(name, monkeypatch):
 
 def fails(machine) -> None:
     with pytest.raises((AssertionError, KeyError, IndexError, RuntimeError)):
-        run_state_machine_as_test(machine, settings=settings(FAST, max_examples=300, phases=[Phase.generate], report_multiple_bugs=False))
+        run_state_machine_as_test(
+            machine,
+            settings=settings(
+                FAST, max_examples=300, phases=[Phase.generate], report_multiple_bugs=False
+            ),
+        )

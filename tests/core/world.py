@@ -14,8 +14,33 @@ import numpy as np
 import torch
 
 from flowspec.core.curve import Curve
-from flowspec.core.machine import Arrived, Begin, Chunk, Compute, Computed, Decided, Move, Pass, Settled, StageMachine, Tell
-from flowspec.core.messages import Commit, Cost, Draft, Drafted, Finish, Idle, Proposal, Prune, Returned, Segment, Wake, Woke
+from flowspec.core.machine import (
+    Arrived,
+    Begin,
+    Chunk,
+    Compute,
+    Computed,
+    Decided,
+    Move,
+    Pass,
+    Settled,
+    StageMachine,
+    Tell,
+)
+from flowspec.core.messages import (
+    Commit,
+    Cost,
+    Draft,
+    Drafted,
+    Finish,
+    Idle,
+    Proposal,
+    Prune,
+    Returned,
+    Segment,
+    Wake,
+    Woke,
+)
 from flowspec.core.policies import make_policy
 from flowspec.core.policy import PolicyConfig, TreeConfig
 from flowspec.core.request import Request, Sampling
@@ -55,13 +80,18 @@ class ToyModel:
 
     def __call__(self, rows, admitted, cache, taps, needed):
         cache.extend(len(rows))
-        made = torch.stack([rows, torch.from_numpy(admitted.positions) + 1], -1)[None, None]  # so that rows never written are (0, 0)
+        made = torch.stack([rows, torch.from_numpy(admitted.positions) + 1], -1)[
+            None, None
+        ]  # so that rows never written are (0, 0)
         for layer in range(self.LAYERS):
             if layer and not needed():
                 return None, None
             keys, _ = cache.update(made, made, layer)
         held = keys[0, 0].numpy()
-        self.seen = [np.concatenate([held[: admitted.base], held[np.array(seen, dtype=int)]]) for seen in admitted.behind]
+        self.seen = [
+            np.concatenate([held[: admitted.base], held[np.array(seen, dtype=int)]])
+            for seen in admitted.behind
+        ]
         return rows, rows[:, None] if taps else None
 
 
@@ -111,14 +141,20 @@ class Stage:
             self.handed += tokens.tolist()
         elif walk:
             self.machine.walk(walk)
-        told = [t for a in self.machine.handle(Computed(0.5, out is not None)) for t in self._perform(a)]
-        return told, {i: path(s) for i, s in zip(segment.ids, self.model.seen, strict=True)} if segment and out is not None else {}
+        told = [
+            t for a in self.machine.handle(Computed(0.5, out is not None)) for t in self._perform(a)
+        ]
+        return told, {
+            i: path(s) for i, s in zip(segment.ids, self.model.seen, strict=True)
+        } if segment and out is not None else {}
 
     def _perform(self, action):
         if isinstance(action, Move):
             self.cached.cache.gather(action.gather)
         elif isinstance(action, Settled):
-            assert action.at == len(self.handed), "something of the text was left out, or handed over twice"
+            assert action.at == len(self.handed), (
+                "something of the text was left out, or handed over twice"
+            )
             tapped = self.cached.settle(action.at, action.text, self.state.row)
             self.handed += tapped.rows[:, 0].tolist() if tapped else []
         else:
@@ -128,7 +164,9 @@ class Stage:
     def validate(self) -> None:
         self.state.validate()
         moved = self.machine.running is None  # else a move of rows may be due
-        assert not moved or self.cached.cache.length == self.state.length <= self.cached.cache.capacity
+        assert (
+            not moved or self.cached.cache.length == self.state.length <= self.cached.cache.capacity
+        )
 
 
 def path(rows: np.ndarray) -> tuple[int, ...]:
@@ -154,7 +192,9 @@ class Case:
         self.slow_prunes = r.choice([0.1, 1.0, 8.0])
         prompt = tuple(r.randrange(VOCABULARY) for _ in range(r.randint(1, 9)))
         eos = frozenset(r.sample(range(VOCABULARY), r.choice([0, 0, 1, 2])))
-        self.request = Request(id=REQUEST, prompt=prompt, sampling=Sampling(max_new_tokens=r.randint(1, 70)), eos=eos)
+        self.request = Request(
+            id=REQUEST, prompt=prompt, sampling=Sampling(max_new_tokens=r.randint(1, 70)), eos=eos
+        )
         self.tree = TreeConfig(
             budget=r.choice([None, 1, 2, 5, 30, 200]),
             top_k=r.choice([None, 1, 2, 4]),
@@ -173,13 +213,17 @@ class World:
 
     def __init__(self, case: Case, stage=Stage):
         self.case, self.random = case, case.random
-        policy = make_policy(case.method, case.tree, case.switches, Topology(case.stages), case.features)
+        policy = make_policy(
+            case.method, case.tree, case.switches, Topology(case.stages), case.features
+        )
         self.scheduler = Scheduler(case.request, policy, drafts=case.drafts)
         self.topology = Topology(case.stages)
         self.stages = [stage(rank, self.topology) for rank in self.topology.stage_ranks]
         for each in self.stages:
             each.machine.handle(Begin(REQUEST, case.switches.drop_dead, case.switches.abort))
-        self.context = {-1: case.request.prompt[:-1]}  # node -> the text up to it, for the drafter and the checks
+        self.context = {
+            -1: case.request.prompt[:-1]
+        }  # node -> the text up to it, for the drafter and the checks
         self.out, self.reason = [], None
         self.heap, self.tick, self.last = [], itertools.count(), {}
         self.prunes = [deque() for _ in self.stages]  # on their way to each
@@ -204,7 +248,9 @@ class World:
         getattr(self, "_on_" + kind)(now, *what)
         self.scheduler.validate()
         whole = [*self.case.request.prompt, *self.out]
-        assert all(stage.handed == whole[: len(stage.handed)] for stage in self.stages), "what was handed over is not the text"
+        assert all(stage.handed == whole[: len(stage.handed)] for stage in self.stages), (
+            "what was handed over is not the text"
+        )
 
     def interrupted(self) -> bool:
         """Does a prune come between two layers of a forward?"""
@@ -231,7 +277,12 @@ class World:
                 for k in range(len(self.stages)):
                     if self.random.random() >= self.case.lost:
                         self.prunes[k].append(action)
-                        self._post(f"prune{k}", now, self.random.random() * self.case.slow_prunes, ("prune", k))
+                        self._post(
+                            f"prune{k}",
+                            now,
+                            self.random.random() * self.case.slow_prunes,
+                            ("prune", k),
+                        )
             elif isinstance(action, Draft):
                 self._post("draft", now, self.random.random(), ("draft", action))
             elif isinstance(action, Commit):
@@ -262,15 +313,25 @@ class World:
             return choices.setdefault(node, target(self.context[node]))
 
         arrived = Arrived(REQUEST, segment, self.random.random(), self.random.random())
-        told, seen = stage.perform(arrived, segment.tokens, between, walk if last and case.verify_last else None)
+        told, seen = stage.perform(
+            arrived, segment.tokens, between, walk if last and case.verify_last else None
+        )
         for i, tokens in seen.items():
-            assert tokens == self.context[i] or not (i in stage.state.row or case.switches.drop_dead), "a stage attended to the wrong rows"
+            assert tokens == self.context[i] or not (
+                i in stage.state.row or case.switches.drop_dead
+            ), "a stage attended to the wrong rows"
         self._tell(now, told)
         for action in told:
             if isinstance(action, Pass):
                 assert case.switches.drop_dead or action.segment == segment, "a row was dropped"
-                answer = ("returned", self._answer(action.segment, choices)) if last else ("segment", k + 1, action.segment)
-                self._post("return" if last else f"hop{k + 1}", now, 0.5 + self.random.random(), answer)
+                answer = (
+                    ("returned", self._answer(action.segment, choices))
+                    if last
+                    else ("segment", k + 1, action.segment)
+                )
+                self._post(
+                    "return" if last else f"hop{k + 1}", now, 0.5 + self.random.random(), answer
+                )
 
     def _tell(self, now, told) -> None:
         """What stages say beside the ring; now and then they say that one is free, or that forwards cost something else."""
@@ -278,7 +339,11 @@ class World:
         events += [Idle()] if self.random.random() < 0.1 else []
         if self.random.random() < 0.3:
             curve = Curve.line(self.random.random(), 0.1 * self.random.random())
-            events.append(Cost(self.random.choice(self.topology.stage_ranks), curve, 0.1 * self.random.random()))
+            events.append(
+                Cost(
+                    self.random.choice(self.topology.stage_ranks), curve, 0.1 * self.random.random()
+                )
+            )
         for event in events:
             self._post("control", now, self.random.random(), ("news", event))
 
@@ -303,8 +368,12 @@ class World:
             if self.random.random() < self.case.accuracy and target(context) not in tokens:
                 tokens[0] = target(context)
             logq = np.sort(np.log(np.array([self.random.random() + 1e-3 for _ in tokens])))[::-1]
-            proposals.append(None if self.random.random() < 0.02 else Proposal(np.array(tokens), logq))
-        self._perform(self.scheduler.handle(Drafted.pack([n.id for n in draft.nodes], proposals), now), now)
+            proposals.append(
+                None if self.random.random() < 0.02 else Proposal(np.array(tokens), logq)
+            )
+        self._perform(
+            self.scheduler.handle(Drafted.pack([n.id for n in draft.nodes], proposals), now), now
+        )
 
     def _on_news(self, now, event):
         self._perform(self.scheduler.handle(event, now), now)

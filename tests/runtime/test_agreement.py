@@ -28,7 +28,14 @@ def facts(pair, layers=None, words=(), dtype="float32", drafter="lm"):
 
 def test_the_same_model_and_configuration_in_other_places_is_the_same(pair, tmp_path):
     shutil.copytree(pair.split(2), tmp_path / "elsewhere")
-    here = ["stages=elsewhere", "threads=1", "device=[cpu, cpu, cpu]", "trace=x.json", "dtype=float32", "sampling.seed=4"]
+    here = [
+        "stages=elsewhere",
+        "threads=1",
+        "device=[cpu, cpu, cpu]",
+        "trace=x.json",
+        "dtype=float32",
+        "sampling.seed=4",
+    ]
     config = tmp_path / "mine.yaml"
     config.write_text(pair.config(2).read_text())
     there = load_config(config, here)
@@ -39,15 +46,30 @@ def test_the_same_model_and_configuration_in_other_places_is_the_same(pair, tmp_
 @pytest.mark.parametrize(
     "words,said",
     [
-        (dict(layers="2,4"), "another split of the model: its stages.yaml says layers 2,4, rank 0's says 3,3"),
-        (dict(words=["verify_on=coordinator"]), "another configuration: its verify_on is coordinator, rank 0's is auto"),
-        (dict(words=["policy.abort=false"]), "another configuration: its policy.abort is False, rank 0's is True"),
-        (dict(words=["emulate.stage_ms=[1, 2]"]), "another configuration: its emulate.stage_ms is (1.0, 2.0), rank 0's is 0.0"),
+        (
+            dict(layers="2,4"),
+            "another split of the model: its stages.yaml says layers 2,4, rank 0's says 3,3",
+        ),
+        (
+            dict(words=["verify_on=coordinator"]),
+            "another configuration: its verify_on is coordinator, rank 0's is auto",
+        ),
+        (
+            dict(words=["policy.abort=false"]),
+            "another configuration: its policy.abort is False, rank 0's is True",
+        ),
+        (
+            dict(words=["emulate.stage_ms=[1, 2]"]),
+            "another configuration: its emulate.stage_ms is (1.0, 2.0), rank 0's is 0.0",
+        ),
         (dict(drafter="ngram"), "another configuration: its drafter is ngram, rank 0's is lm"),
     ],
 )
 def test_what_differs_is_named_with_both_values(pair, words, said):
-    assert first_difference([facts(pair), facts(pair, **words), facts(pair)], name) == f"rank 1 (HOST) has {said}"
+    assert (
+        first_difference([facts(pair), facts(pair, **words), facts(pair)], name)
+        == f"rank 1 (HOST) has {said}"
+    )
 
 
 def test_files_of_one_rank_and_versions_are_compared(pair):
@@ -58,13 +80,19 @@ def test_files_of_one_rank_and_versions_are_compared(pair):
     )
     others["version"]["wire format"] = "0"  # where the code differs, so may the rest
     own = ours["version"]["wire format"]
-    assert first_difference([ours, ours, others], name) == f"rank 2 (HOST) runs another wire format: 0, rank 0 runs {own}"
+    assert (
+        first_difference([ours, ours, others], name)
+        == f"rank 2 (HOST) runs another wire format: 0, rank 0 runs {own}"
+    )
 
 
 def test_a_rank_that_computes_nothing_of_the_target_has_no_say_in_its_dtype(pair):
     told = [facts(pair, dtype=None), facts(pair, dtype="float16"), facts(pair, dtype="float32")]
     assert first_difference(told[:2], name) is None
-    assert first_difference(told, name) == "rank 2 (HOST) computes in float32, rank 1 in float16: set dtype in the configuration"
+    assert (
+        first_difference(told, name)
+        == "rank 2 (HOST) computes in float32, rank 1 in float16: set dtype in the configuration"
+    )
 
 
 def test_every_rank_says_the_same_through_the_store(pair):
@@ -92,7 +120,9 @@ def test_a_rank_that_tells_nothing_is_named(pair, monkeypatch):
         agree(dist.HashStore(), Topology(1), 0, facts(pair), name)
 
 
-@pytest.mark.parametrize("text", ["", "3", "[]", '{"split": 1}', '{"split": {"layers": 4}}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "3", "[]", '{"split": 1}', '{"split": {"layers": 4}}', "[" * 100_000]
+)
 def test_a_rank_that_tells_something_else_is_named(pair, text):
     store = dist.HashStore()
     dist.PrefixStore("flowspec/agreement", store).set("1", text)
@@ -100,7 +130,10 @@ def test_a_rank_that_tells_something_else_is_named(pair, text):
         agree(store, Topology(1), 0, facts(pair), name)
 
 
-@pytest.mark.parametrize("field,value", [("hidden_size", 64), ("model_type", "mistral"), ("vocab_size", 321), ("max_positions", 99)])
+@pytest.mark.parametrize(
+    "field,value",
+    [("hidden_size", 64), ("model_type", "mistral"), ("vocab_size", 321), ("max_positions", 99)],
+)
 def test_a_manifest_that_is_not_of_its_config_is_refused_by_field(pair, tmp_path, field, value):
     shutil.copytree(pair.split(2), tmp_path / "split")
     path = tmp_path / "split" / "stages.yaml"
@@ -108,5 +141,8 @@ def test_a_manifest_that_is_not_of_its_config_is_refused_by_field(pair, tmp_path
     config = tmp_path / "config.yaml"
     config.write_text("stages: split\ndrafter: {kind: ngram}\n")
     for ranks in (None, [0], [2]):
-        with pytest.raises(UserError, match=rf"config.json: \w+ is .*, .*stages.yaml says {value}: run split_models.py again"):
+        with pytest.raises(
+            UserError,
+            match=rf"config.json: \w+ is .*, .*stages.yaml says {value}: run split_models.py again",
+        ):
             check_run(load_config(config), ranks)

@@ -14,9 +14,19 @@ from flowspec.models.attention import Seen
 from flowspec.models.stage import load_whole
 from tests.stages import Hand
 
-SMALL = dict(vocab_size=320, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6, max_position_embeddings=512)
+SMALL = dict(
+    vocab_size=320,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    max_position_embeddings=512,
+)
 MODELS = {
-    "llama": (LlamaForCausalLM, LlamaConfig(**SMALL, num_key_value_heads=2, head_dim=16, tie_word_embeddings=False)),
+    "llama": (
+        LlamaForCausalLM,
+        LlamaConfig(**SMALL, num_key_value_heads=2, head_dim=16, tie_word_embeddings=False),
+    ),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SMALL, num_key_value_heads=3, head_dim=16)),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
@@ -60,7 +70,11 @@ def speculatively(model, head, prompt, text, random):
         length = min(random.randint(1, 5), len(text) - done)
         for k in range(done, done + length):
             while random.random() < 0.6 and (ids or sent):
-                ids, parents, tokens = [*ids, new], [*parents, random.choice([*ids, *sent])], [*tokens, random.randrange(320)]
+                ids, parents, tokens = (
+                    [*ids, new],
+                    [*parents, random.choice([*ids, *sent])],
+                    [*tokens, random.randrange(320)],
+                )
                 new += 1
             ids, parents, tokens = [*ids, new], [*parents, parent], [*tokens, text[k]]
             path[k], parent, new = new, new, new + 1
@@ -81,7 +95,11 @@ def speculatively(model, head, prompt, text, random):
 def test_what_a_forward_saw_is_forgotten_with_it():
     state = StageState()
     seen = Seen(state.extend(3).only(2), torch.device("cpu"))
-    assert seen.slots[1].tolist() == [3] and seen.hidden.shape == (1, 3) and seen.order.tolist() == [0, 1, 2]
+    assert (
+        seen.slots[1].tolist() == [3]
+        and seen.hidden.shape == (1, 3)
+        and seen.order.tolist() == [0, 1, 2]
+    )
     forgotten = weakref.ref(seen)
     del seen
     assert forgotten() is None
@@ -104,5 +122,11 @@ def test_what_is_drafted_around_a_token_changes_no_bit(folder, dtype, native, mo
         print("seed", seed)
         rng = random.Random(seed)
         prompt, text = ([rng.randrange(320) for _ in range(n)] for n in (rng.randint(1, 150), 24))
-        for k, (a, b) in enumerate(zip(plainly(model, head, prompt, text), speculatively(model, head, prompt, text, rng), strict=True)):
+        for k, (a, b) in enumerate(
+            zip(
+                plainly(model, head, prompt, text),
+                speculatively(model, head, prompt, text, rng),
+                strict=True,
+            )
+        ):
             assert torch.equal(a, b), f"token {k}: {(a - b).abs().max():.1e} apart"

@@ -39,7 +39,19 @@ PATIENCE = 60.0
 """seconds: a guard against hanging, no measure of anything"""
 NETWORK = Emulate(link_ms=2.0, link_mbps=1000.0, hidden_scale=2.0)
 DTYPES = [
-    getattr(torch, name) for name in ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64")
+    getattr(torch, name)
+    for name in (
+        "bool",
+        "uint8",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "float16",
+        "bfloat16",
+        "float32",
+        "float64",
+    )
 ]
 SHAPES = [(), (0,), (0, 8), (8, 0), (1,), (3, 5), (2, 3, 7)]
 
@@ -78,13 +90,32 @@ def test_a_tensor_need_not_be_contiguous():
 
 
 def test_facts_travel_beside_tensors_and_without_them():
-    facts = {"request": 7, "name": "é語", "share": 0.1, "none": None, "list": [1, [2]], "big": 2**63}
+    facts = {
+        "request": 7,
+        "name": "é語",
+        "share": 0.1,
+        "none": None,
+        "list": [1, [2]],
+        "big": 2**63,
+    }
     for tensors in [(), (tensor(torch.int8, (3,)), tensor(torch.float64, (2,)))]:
         got = there_and_back(*tensors, **facts)
         assert (got.kind, got.meta, len(got.tensors)) == ("any", facts, len(tensors))
 
 
-@pytest.mark.parametrize("header", [[0, 0], [-8, 4], [16, 0], [16, -1], [16, 24], [1 << 60, 8], [0x7B22_6B69_6E64_223A, 32], [20, 18]])
+@pytest.mark.parametrize(
+    "header",
+    [
+        [0, 0],
+        [-8, 4],
+        [16, 0],
+        [16, -1],
+        [16, 24],
+        [1 << 60, 8],
+        [0x7B22_6B69_6E64_223A, 32],
+        [20, 18],
+    ],
+)
 def test_a_header_of_garbage_is_refused(header):
     with pytest.raises(ValueError, match="not a flowspec frame"):
         payload_size(torch.tensor(header), LIMITS)
@@ -102,7 +133,9 @@ def test_no_frame_is_longer_than_its_kind_can_be():
     ]:
         header, payload = encode(message)
         if refused is None:
-            assert decode(header, payload[: payload_size(header, limits)], limits).kind == message.kind
+            assert (
+                decode(header, payload[: payload_size(header, limits)], limits).kind == message.kind
+            )
         else:
             with pytest.raises(ValueError, match=refused):
                 payload_size(header, limits)
@@ -149,7 +182,11 @@ def test_a_frame_with_bytes_changed_is_refused_or_a_message_and_nothing_else():
     seed = time.time_ns()
     print("seed", seed)
     rng = random.Random(seed)
-    good = Message("any", {"request": 3, "sent": 0.25, "list": [1, [2]]}, (tensor(torch.int32, (2, 3)), tensor(torch.bfloat16, (3, 5))))
+    good = Message(
+        "any",
+        {"request": 3, "sent": 0.25, "list": [1, [2]]},
+        (tensor(torch.int32, (2, 3)), tensor(torch.bfloat16, (3, 5))),
+    )
     clean = [part.numpy().tobytes() for part in encode(good)]
     telling = b'0123456789[]{}",:-eE.tfn\\u\xff\x00 '
     refused = 0
@@ -157,7 +194,9 @@ def test_a_frame_with_bytes_changed_is_refused_or_a_message_and_nothing_else():
         header, payload = (bytearray(part) for part in clean)
         for _ in range(rng.choice([1, 1, 2, 8])):
             where = header if rng.random() < 0.05 else payload
-            where[rng.randrange(len(where))] = rng.choice(telling) if rng.random() < 0.7 else rng.randrange(256)
+            where[rng.randrange(len(where))] = (
+                rng.choice(telling) if rng.random() < 0.7 else rng.randrange(256)
+            )
         try:
             size = payload_size(frame_header := torch.frombuffer(header, dtype=torch.int64), LIMITS)
             payload = (payload + bytes(size))[:size] if size != len(payload) else payload
@@ -223,7 +262,10 @@ def test_urgent_items_leave_the_inbox_first_and_each_kind_in_order():
 
 
 def test_an_inbox_that_waits_wakes_for_an_item_and_for_a_failure():
-    for wake, expected in [(lambda box: box.put("a"), "a"), (lambda box: box.fail(OSError("gone")), "gone")]:
+    for wake, expected in [
+        (lambda box: box.put("a"), "a"),
+        (lambda box: box.fail(OSError("gone")), "gone"),
+    ]:
         inbox, got = Inbox(), []
 
         def wait(inbox=inbox, got=got):
@@ -263,9 +305,21 @@ def in_order(t) -> list:
 
 
 def big(t) -> list:
-    t.send_next(Message("big", {}, (tensor(torch.int64, (700_000,), seed=t.rank), tensor(torch.float32, (300, 1000), seed=t.rank))))
+    t.send_next(
+        Message(
+            "big",
+            {},
+            (
+                tensor(torch.int64, (700_000,), seed=t.rank),
+                tensor(torch.float32, (300, 1000), seed=t.rank),
+            ),
+        )
+    )
     [(source, m)] = receive(t, 1)
-    return [same(m.tensors[0], tensor(torch.int64, (700_000,), source)), same(m.tensors[1], tensor(torch.float32, (300, 1000), source))]
+    return [
+        same(m.tensors[0], tensor(torch.int64, (700_000,), source)),
+        same(m.tensors[1], tensor(torch.float32, (300, 1000), source)),
+    ]
 
 
 def every_tensor(t) -> list:
@@ -273,7 +327,12 @@ def every_tensor(t) -> list:
     t.send_next(Message("all", {}, tuple(sent)))
     t.send_next(Message("nothing", {"of": "tensors"}))
     (_, everything), (_, nothing) = receive(t, 2)
-    return [[same(a, b) for a, b in zip(everything.tensors, sent, strict=True)], nothing.kind, nothing.meta, list(nothing.tensors)]
+    return [
+        [same(a, b) for a, b in zip(everything.tensors, sent, strict=True)],
+        nothing.kind,
+        nothing.meta,
+        list(nothing.tensors),
+    ]
 
 
 def control_and_back(t) -> list:
@@ -283,7 +342,10 @@ def control_and_back(t) -> list:
         return [source, m.kind]
     for rank in t.topology.stage_ranks:
         t.send_control(rank, Message("question", {"question": rank * 11}, (torch.arange(rank),)))
-    return sorted([source, m.meta["to"], m.meta["by"], m.tensors[0].tolist()] for source, m in receive(t, t.topology.stages))
+    return sorted(
+        [source, m.meta["to"], m.meta["by"], m.tensors[0].tolist()]
+        for source, m in receive(t, t.topology.stages)
+    )
 
 
 def overtaken(t) -> list:
@@ -327,7 +389,9 @@ def over_threads(scenario: str, emulate: Emulate | None) -> list:
 def gloo_world(tmp_path_factory):
     """What each rank of a world of processes wrote down."""
     folder = tmp_path_factory.mktemp("gloo")
-    env = {k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "MASTER_PORT")} | {"OMP_NUM_THREADS": "1"}
+    env = {k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "MASTER_PORT")} | {
+        "OMP_NUM_THREADS": "1"
+    }
     words = [sys.executable, "-m", "tests.runtime.test_comm", str(folder)]
     ranks = [subprocess.Popen([*words, str(rank)], cwd=ROOT, env=env) for rank in range(WORLD)]
     try:
@@ -359,7 +423,10 @@ def test_a_message_of_megabytes_arrives_as_it_was(seen):
 
 
 def test_every_dtype_and_shape_arrives_as_it_was_and_so_does_a_message_of_no_tensors(seen):
-    assert seen("every_tensor") == [[[True] * len(DTYPES) * len(SHAPES), "nothing", {"of": "tensors"}, []]] * WORLD
+    assert (
+        seen("every_tensor")
+        == [[[True] * len(DTYPES) * len(SHAPES), "nothing", {"of": "tensors"}, []]] * WORLD
+    )
 
 
 def test_control_reaches_each_stage_and_comes_back(seen):
@@ -377,11 +444,18 @@ def test_a_world_over_gloo_ends_without_losing_anyone_or_keeping_a_thread(gloo_w
 
 
 def test_a_peer_of_another_version_is_lost_by_name_and_not_silently(gloo_world):
-    assert gloo_world[2]["future"] == [[1, "its message was refused: a peer speaks version 9 of the wire format, this is version 1"]]
+    assert gloo_world[2]["future"] == [
+        [
+            1,
+            "its message was refused: a peer speaks version 9 of the wire format, this is version 1",
+        ]
+    ]
 
 
 def test_whatever_goes_wrong_in_a_receiving_thread_is_told_by_name(gloo_world):
-    assert gloo_world[1]["odd"] == [[0, "its message could not be read: KeyError: 'nobody expected this'"]]
+    assert gloo_world[1]["odd"] == [
+        [0, "its message could not be read: KeyError: 'nobody expected this'"]
+    ]
 
 
 # ---- an emulated network ---------------------------------------------------------------------------
@@ -389,7 +463,10 @@ def test_whatever_goes_wrong_in_a_receiving_thread_is_told_by_name(gloo_world):
 def test_hidden_rows_weigh_two_bytes_an_element_times_the_scale_and_numbers_as_they_are(scale):
     ids = tensor(torch.int32, (2, 5))
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        assert wire_bytes(Message("rows", {}, (ids, tensor(dtype, (5, 48)))), scale) == FRAME_BYTES + 2 * 5 * 4 + 5 * 48 * 2 * scale
+        assert (
+            wire_bytes(Message("rows", {}, (ids, tensor(dtype, (5, 48)))), scale)
+            == FRAME_BYTES + 2 * 5 * 4 + 5 * 48 * 2 * scale
+        )
     assert wire_bytes(Message("none"), scale) == FRAME_BYTES
 
 
@@ -426,7 +503,16 @@ def test_no_message_arrives_before_its_time_nor_out_of_order():
     sizes = [10_000, 0, 4_000, 20_000]
     begun = time.monotonic()
     for n, size in enumerate(sizes):
-        end.send_next(Message("rows", {"n": n}, (torch.zeros(1, size // 6, dtype=torch.float32), torch.zeros(size % 6, dtype=torch.uint8))))
+        end.send_next(
+            Message(
+                "rows",
+                {"n": n},
+                (
+                    torch.zeros(1, size // 6, dtype=torch.float32),
+                    torch.zeros(size % 6, dtype=torch.uint8),
+                ),
+            )
+        )
     end.send_control(1, Message("control"))
     due = {"control": 0.020} | {n: 0.020 + sum(sizes[: n + 1]) / 1e6 for n in range(len(sizes))}
     got = []
@@ -444,7 +530,9 @@ def test_a_time_from_the_wire_hides_no_message():
     emulate = Emulate(link_ms=20.0, link_mbps=8.0)
     for asked in (1e18, float("inf"), float("nan"), 2**80, "soon", None, [1]):
         now = time.monotonic()
-        due = Arrivals(emulate).due(Message("any", {DUE: asked}, (torch.zeros(1000, dtype=torch.uint8),)))
+        due = Arrivals(emulate).due(
+            Message("any", {DUE: asked}, (torch.zeros(1000, dtype=torch.uint8),))
+        )
         most = (emulate.link_ms + (1000 + FRAME_BYTES) / 1000) / 1000  # 1000 bytes a millisecond
         assert due <= time.monotonic() + most
         assert not isinstance(asked, float | int) or due >= now + most
@@ -481,7 +569,12 @@ def test_a_silent_rank_is_named_once_and_those_that_beat_are_not():
 def started_hearts(store, note, **pace) -> list[Heartbeat]:
     """Of three ranks; `note` hears what rank 0 finds. Each has pulses of its own, as processes do."""
     pace = {"every": 0.02, "limit": 1.0} | pace
-    hearts = [Heartbeat(store, rank, [Pulse() for _ in range(3)], note if rank == 0 else lambda *_: None, **pace) for rank in range(3)]
+    hearts = [
+        Heartbeat(
+            store, rank, [Pulse() for _ in range(3)], note if rank == 0 else lambda *_: None, **pace
+        )
+        for rank in range(3)
+    ]
     for step in (Heartbeat.announce, Heartbeat.start):
         for heart in hearts:
             step(heart)
@@ -513,7 +606,9 @@ def test_a_rank_that_beats_but_stands_still_at_work_is_named_and_one_that_waits_
             hearts[1]._pulses[1].move()
         hearts[1]._pulses[1].at()
 
-    assert heard(until=work, still=0.6) == [(2, "it beats, but stood still for 0.6 s: at work on a segment message")]
+    assert heard(until=work, still=0.6) == [
+        (2, "it beats, but stood still for 0.6 s: at work on a segment message")
+    ]
 
 
 class Silent(dist.HashStore):
@@ -545,14 +640,27 @@ def test_a_store_that_goes_silent_is_the_launcher_s_end_within_the_limit():
     assert not told.wait(0.6)
     store.stopped.set()
     assert told.wait(PATIENCE)
-    assert lost == [(-1, "the launcher or the first rank's host is gone (torch's store was silent for 0.3 s)")]
+    assert lost == [
+        (-1, "the launcher or the first rank's host is gone (torch's store was silent for 0.3 s)")
+    ]
     heart.stop()
     assert time.monotonic() - begun < PATIENCE, "nobody waited for the store"
     store.over.set()
 
 
 def test_what_stands_in_the_store_for_a_rank_is_checked():
-    for told in (b"", b"[", b"[" * 9000, b"\xff", b"7", b"null", b"[1, 2]", b'[1, 2, "a", 3]', b'["1", 2, "a"]', b'[true, 2, "a"]'):
+    for told in (
+        b"",
+        b"[",
+        b"[" * 9000,
+        b"\xff",
+        b"7",
+        b"null",
+        b"[1, 2]",
+        b'[1, 2, "a", 3]',
+        b'["1", 2, "a"]',
+        b'[true, 2, "a"]',
+    ):
         with pytest.raises(ValueError, match="none of ours"):
             beats._beat(told)
         with pytest.raises(ValueError, match="none of ours"):
@@ -561,7 +669,13 @@ def test_what_stands_in_the_store_for_a_rank_is_checked():
 
 
 # ---- whom to kill ----------------------------------------------------------------------------------
-RUN = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999", "TORCHELASTIC_RUN_ID": "none"}
+RUN = {
+    "RANK": "0",
+    "WORLD_SIZE": "3",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29999",
+    "TORCHELASTIC_RUN_ID": "none",
+}
 
 
 @pytest.fixture
@@ -572,10 +686,14 @@ def sleeper(monkeypatch):
     started = []
 
     def start(**changed: str | None) -> int:
-        env = {name: value for name, value in {**os.environ, **changed}.items() if value is not None}
+        env = {
+            name: value for name, value in {**os.environ, **changed}.items() if value is not None
+        }
         started.append(subprocess.Popen(["sleep", "60"], env=env))
         process = Path(f"/proc/{started[-1].pid}")
-        while (process / "comm").read_text() != "sleep\n" or not (process / "environ").read_bytes():  # exec's: the name comes first
+        while (process / "comm").read_text() != "sleep\n" or not (
+            process / "environ"
+        ).read_bytes():  # exec's: the name comes first
             time.sleep(0.01)
         return started[-1].pid
 
@@ -589,9 +707,27 @@ def test_only_a_process_that_was_started_as_that_rank_of_this_run_is_one_of_ours
     pid = sleeper(RANK="2")
     assert is_rank_of_this_run(pid, 2)
     assert not is_rank_of_this_run(pid, 1)
-    for changed in ({"MASTER_PORT": "29998"}, {"TORCHELASTIC_RUN_ID": "other"}, {"WORLD_SIZE": None}, {"RANK": None}):
+    for changed in (
+        {"MASTER_PORT": "29998"},
+        {"TORCHELASTIC_RUN_ID": "other"},
+        {"WORLD_SIZE": None},
+        {"RANK": None},
+    ):
         assert not is_rank_of_this_run(sleeper(**{"RANK": "2", **changed}), 2)
-    for other in (0, 1, -1, -pid, os.getpid(), os.getppid(), 2**40, True, 2.0, str(pid), None, [pid]):
+    for other in (
+        0,
+        1,
+        -1,
+        -pid,
+        os.getpid(),
+        os.getppid(),
+        2**40,
+        True,
+        2.0,
+        str(pid),
+        None,
+        [pid],
+    ):
         assert not is_rank_of_this_run(other, 2)
 
 
@@ -627,7 +763,10 @@ def test_rank_0_waits_for_a_stage_that_moves_and_names_one_that_stands_still(mon
 
     thread = threading.Thread(target=slow)
     thread.start()
-    with pytest.raises(RankLost, match=r"rank 2 \(stage 2\) hung: it stood still for 0.3 s: at work on a segment message"):
+    with pytest.raises(
+        RankLost,
+        match=r"rank 2 \(stage 2\) hung: it stood still for 0.3 s: at work on a segment message",
+    ):
         waiting.receive(ends[0])
     over.set()
     thread.join()
@@ -679,7 +818,13 @@ def test_the_pace_has_two_numbers_or_three(monkeypatch):
 
 # ---- a rank of the world of processes --------------------------------------------------------------
 def main(folder: Path, rank: int) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=gloo.FOREVER)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=WORLD,
+        timeout=gloo.FOREVER,
+    )
     lost: list = []
     seen = {}
     for name, scenario in SCENARIOS.items():
@@ -687,8 +832,16 @@ def main(folder: Path, rank: int) -> None:
         seen[name] = scenario(transport)
         transport.close()
         transport.close()
-    threads = [t.name for t in threading.enumerate() if t.name.startswith(("send to", "receive from"))]
-    facts = {"seen": seen, "lost": lost, "threads": threads, "future": future(rank), "odd": odd(rank)}
+    threads = [
+        t.name for t in threading.enumerate() if t.name.startswith(("send to", "receive from"))
+    ]
+    facts = {
+        "seen": seen,
+        "lost": lost,
+        "threads": threads,
+        "future": future(rank),
+        "odd": odd(rank),
+    }
     (folder / f"{rank}.json").write_text(json.dumps(facts))
     sys.stdout.flush()
     os._exit(0)  # a link that was broken on purpose still waits

@@ -19,7 +19,14 @@ TEXTS = ["def add(a, b):\n    return", "for i in"]
 RATES = {"decode_rate", "total_rate"}
 
 
-def run(side: str, prompt: int, repeat: int, tokens: list[int], seconds: float, gaps: list[float] | None = None) -> compare.Run:
+def run(
+    side: str,
+    prompt: int,
+    repeat: int,
+    tokens: list[int],
+    seconds: float,
+    gaps: list[float] | None = None,
+) -> compare.Run:
     return compare.Run(prompt, repeat, 0, side, tokens, gaps, seconds / 4, seconds * 3 / 4, {})
 
 
@@ -28,7 +35,11 @@ def test_all_sides_write_the_same_tokens_in_every_drawn_order(pair):
     with Engine.from_config(pair.config(2)) as engine:
         ring, alone = compare.ring(engine), compare.alone(pair.model, draft)
         plan = compare.Plan([engine.text.encode(text) for text in TEXTS], 160, 24, 3, 0.0, 5)
-        runs = compare.measure(plan, {side: ring if side in compare.RING else alone for side in compare.SIDES}, lambda line: None)
+        runs = compare.measure(
+            plan,
+            {side: ring if side in compare.RING else alone for side in compare.SIDES},
+            lambda line: None,
+        )
     found = compare.report(plan, TEXTS, runs)
     assert len(runs) == 2 * 3 * 4 and compare.verdict(found) == (0, 0)
     for number, (tokens, each) in enumerate(zip(plan.prompts, found["prompts"], strict=True)):
@@ -57,10 +68,23 @@ def test_no_text_is_longer_than_the_model_has_positions():
 
 def test_ratios_are_of_runs_of_the_same_prompt_and_repeat():
     ids = list(range(5))
-    fast, slow = [run("flowspec", 0, r, ids, 1.0 + r) for r in (0, 1)], [run("ar", 0, r, ids, s) for r, s in ((0, 2.0), (1, 8.0))]
+    fast, slow = (
+        [run("flowspec", 0, r, ids, 1.0 + r) for r in (0, 1)],
+        [run("ar", 0, r, ids, s) for r, s in ((0, 2.0), (1, 8.0))],
+    )
     found = compare.rates([*fast, *slow])
-    assert found["ar"]["flowspec_over_total_rate"] == {"median": 3.0, "min": 2.0, "max": 4.0, "count": 2}
-    assert found["ar"]["total_rate"] == {"median": (5 / 2 + 5 / 8) / 2, "min": 5 / 8, "max": 5 / 2, "count": 2}
+    assert found["ar"]["flowspec_over_total_rate"] == {
+        "median": 3.0,
+        "min": 2.0,
+        "max": 4.0,
+        "count": 2,
+    }
+    assert found["ar"]["total_rate"] == {
+        "median": (5 / 2 + 5 / 8) / 2,
+        "min": 5 / 8,
+        "max": 5 / 2,
+        "count": 2,
+    }
     assert found["flowspec"]["decode_rate"]["max"] == pytest.approx(4 / 0.75)
     assert found["assisted"]["total_rate"] is None
 
@@ -68,8 +92,19 @@ def test_ratios_are_of_runs_of_the_same_prompt_and_repeat():
 @pytest.mark.parametrize(("gap", "tie"), [(1e-6, True), (0.5, False)])
 def test_a_parting_is_found_and_told_a_tie_from_a_bug(gap, tie):
     plain = run("ar", 0, 0, [1, 2, 3], 1.0, [1.0, gap, 1.0])
-    sides = [plain, run("flowspec", 0, 0, [1, 2, 3], 1.0), run("transformers", 0, 0, [1, 9, 3], 1.0)]
-    expected = {"side": "transformers", "prompt": 0, "repeat": 0, "new_token": 1, "gap": gap, "tie": tie}
+    sides = [
+        plain,
+        run("flowspec", 0, 0, [1, 2, 3], 1.0),
+        run("transformers", 0, 0, [1, 9, 3], 1.0),
+    ]
+    expected = {
+        "side": "transformers",
+        "prompt": 0,
+        "repeat": 0,
+        "new_token": 1,
+        "gap": gap,
+        "tie": tie,
+    }
     assert compare.partings(sides, 0.0) == [expected]
     assert compare.partings(sides, 0.9) == []
 
@@ -82,7 +117,13 @@ def test_a_text_that_ends_early_is_a_bug():
 
 def test_bad_input_is_one_line(pair, tmp_path, capsys):
     folders = ["--model", str(pair.target), "--draft", str(pair.draft)]
-    for more in (["--repeats=0"], ["--stages=7"], ["--prompts=none.jsonl"], [f"--json={tmp_path}"], [f"--draft={tmp_path / 'none'}"]):
+    for more in (
+        ["--repeats=0"],
+        ["--stages=7"],
+        ["--prompts=none.jsonl"],
+        [f"--json={tmp_path}"],
+        [f"--draft={tmp_path / 'none'}"],
+    ):
         assert compare.main([*folders, *more]) == 2
         error = capsys.readouterr().err
         assert error.startswith("flowspec: ") and error.count("\n") == 1, error
@@ -92,15 +133,31 @@ def test_bad_input_is_one_line(pair, tmp_path, capsys):
 def test_the_whole_comparison_over_processes(pair, tmp_path, capsys):
     prompts, out, trace = tmp_path / "prompts.jsonl", tmp_path / "out.json", tmp_path / "trace.json"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in [*TEXTS, "unused"]))
-    words = ["--model", pair.target, "--draft", pair.draft, "--prompts", prompts, "--json", out, "--trace", trace]
-    assert compare.main([*map(str, words), "--prompts-used=2", "--new-tokens=12", "--repeats=2"]) == 0
+    words = [
+        "--model",
+        pair.target,
+        "--draft",
+        pair.draft,
+        "--prompts",
+        prompts,
+        "--json",
+        out,
+        "--trace",
+        trace,
+    ]
+    assert (
+        compare.main([*map(str, words), "--prompts-used=2", "--new-tokens=12", "--repeats=2"]) == 0
+    )
     found = json.loads(out.read_text())
     assert [each["prompt"] for each in found["prompts"]] == TEXTS
     assert len(found["runs"]) == 2 * 2 * 4 and compare.verdict(found) == (0, 0)
     assert set(found["sides"]) == set(compare.SIDES)
     for side in found["sides"].values():
         assert set(side) == {*RATES, *(f"flowspec_over_{rate}" for rate in RATES)}
-        assert all(value["count"] == 4 and value["min"] <= value["median"] <= value["max"] for value in side.values())
+        assert all(
+            value["count"] == 4 and value["min"] <= value["median"] <= value["max"]
+            for value in side.values()
+        )
     assert found["processes"]["ring"] == {"threads": 1, "dtype": "float32"}
     assert found["processes"]["transformers"]["threads"] == 2
     assert found["processes"]["transformers"]["assistant"]["num_assistant_tokens"] == 20

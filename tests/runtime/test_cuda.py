@@ -35,7 +35,11 @@ def logits(pair, device: str, dtype: torch.dtype) -> torch.Tensor:
     manifest = Manifest.load(pair.split(2))
     sequences = [Hand(load_stage(manifest, rank, dtype, device), to_host=True) for rank in (1, 2)]
     head, found = load_head(manifest, 2, dtype, device), []
-    for tokens, ids, parents in [([5, 6, 7], [], []), ([8, 9, 10, 11], [0, 1, 2, 3], [-1, 0, 0, 2]), ([12], [4], [3])]:
+    for tokens, ids, parents in [
+        ([5, 6, 7], [], []),
+        ([8, 9, 10, 11], [0, 1, 2, 3], [-1, 0, 0, 2]),
+        ([12], [4], [3]),
+    ]:
         rows = torch.tensor(tokens)
         for sequence in sequences:
             rows = sequence.verify(ids, parents, rows)[2] if ids else sequence.prefill(rows)
@@ -46,17 +50,28 @@ def logits(pair, device: str, dtype: torch.dtype) -> torch.Tensor:
     return torch.cat(found).float().cpu()
 
 
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-3), (torch.float16, 5e-2), (torch.bfloat16, 3e-1)], ids=str)
+@pytest.mark.parametrize(
+    "dtype,tolerance",
+    [(torch.float32, 1e-3), (torch.float16, 5e-2), (torch.bfloat16, 3e-1)],
+    ids=str,
+)
 def test_stages_on_a_gpu_compute_what_they_do_on_a_cpu(pair, monkeypatch, dtype, tolerance):
     monkeypatch.setattr(StageState, "COMPACT", -1)
-    torch.testing.assert_close(logits(pair, "cuda", dtype), logits(pair, "cpu", torch.float32), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        logits(pair, "cuda", dtype),
+        logits(pair, "cpu", torch.float32),
+        rtol=tolerance,
+        atol=tolerance,
+    )
 
 
 @torch.no_grad()
 def by_transformers(pair, tokens, dtype: str) -> list[int]:
     model = copy.deepcopy(pair.model).to("cuda", getattr(torch, dtype))
     ids = torch.tensor([tokens], device="cuda")
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, pad_token_id=0)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, pad_token_id=0
+    )
     return out[0, len(tokens) :].tolist()
 
 
@@ -71,7 +86,12 @@ def assert_same_but_for_ties(tokens, want: list[int], dtype: str) -> None:
 @pytest.mark.parametrize("drafter", ["lm", "eagle"])
 @pytest.mark.parametrize("verify_on", ["last", "coordinator"])
 def test_every_method_writes_transformers_greedy_text(pair, dtype, drafter, verify_on):
-    words = ["device=cuda", f"dtype={dtype}", f"verify_on={verify_on}", "sampling.max_new_tokens=24"]
+    words = [
+        "device=cuda",
+        f"dtype={dtype}",
+        f"verify_on={verify_on}",
+        "sampling.max_new_tokens=24",
+    ]
     with Engine.from_config(pair.config(2, None, drafter), words) as engine:
         want = by_transformers(pair, engine.text.encode(PROMPT), dtype)
         for method in METHODS:
@@ -88,6 +108,8 @@ def test_ranks_of_a_run_share_a_gpu(pair, tmp_path):
     with Engine.from_config(pair.config(1), ["device=cuda:0", "dtype=float32"]) as engine:
         generation = engine.generate(PROMPT)
         list(generation)
-    with Command(tmp_path, pair.config(1), "--prompt", PROMPT, "device=cuda:0", "dtype=float32") as run:
+    with Command(
+        tmp_path, pair.config(1), "--prompt", PROMPT, "device=cuda:0", "dtype=float32"
+    ) as run:
         assert run.end() == 0, run.err
         assert run.out == f"{PROMPT}{generation.result.text}\n"

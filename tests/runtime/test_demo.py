@@ -22,21 +22,34 @@ PROMPTS = read_prompts(str(ROOT / "demo" / "prompts.jsonl"))
 
 @pytest.fixture(scope="module")
 def target():
-    return AutoModelForCausalLM.from_pretrained(ROOT / "demo" / "target", dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        ROOT / "demo" / "target", dtype=torch.float32
+    ).eval()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stages,drafter", [(1, "lm"), (2, "eagle"), (3, "mixture"), (4, "eagle"), (6, "ngram")])
+@pytest.mark.parametrize(
+    "stages,drafter", [(1, "lm"), (2, "eagle"), (3, "mixture"), (4, "eagle"), (6, "ngram")]
+)
 def test_every_method_continues_real_text_as_transformers_does(stages, drafter, target, tmp_path):
     split(str(ROOT / "demo" / "target"), stages, tmp_path / "split", layers=STAGES[stages])
-    (tmp_path / "config.yaml").write_text(f"stages: split\ndrafter: {DRAFTERS[drafter]}\nthreads: 1\n")
+    (tmp_path / "config.yaml").write_text(
+        f"stages: split\ndrafter: {DRAFTERS[drafter]}\nthreads: 1\n"
+    )
     with Engine.from_config(tmp_path / "config.yaml") as engine:
         prompt = PROMPTS[stages]
         want = generate(target, engine.text.encode(prompt), 64)
         for method in (*METHODS, "ar"):
-            assert [t.id for t in engine.generate(prompt, method=method, max_new_tokens=64)] == want, (method, prompt)
+            assert [
+                t.id for t in engine.generate(prompt, method=method, max_new_tokens=64)
+            ] == want, (method, prompt)
         sampled = [
-            [t.id for t in engine.generate(prompt, method=m, max_new_tokens=64, temperature=0.8, top_p=0.9, seed=5)]
+            [
+                t.id
+                for t in engine.generate(
+                    prompt, method=m, max_new_tokens=64, temperature=0.8, top_p=0.9, seed=5
+                )
+            ]
             for m in (*METHODS, "ar")
         ]
         assert all(text == sampled[0] for text in sampled), prompt
@@ -55,13 +68,19 @@ def test_the_card_tells_the_agreement_that_was_asked_for():
 def test_the_readmes_python_example_runs():
     split_demo(load_config(DEMO))
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert "length" in done.stdout or "stop" in done.stdout
 
 
 def test_the_files_that_the_readme_names_exist():
     text = (ROOT / "README.md").read_text()
-    names = re.findall(r"`((?:[\w.-]+/)+[\w.-]*|[\w-]+\.(?:py|sh|md))`", text) + re.findall(r"bash ([\w/.-]+\.sh)", text)
-    missing = [n for n in names if not (Path(ROOT) / n).exists() and not n.startswith(("rank_", "split/"))]
+    names = re.findall(r"`((?:[\w.-]+/)+[\w.-]*|[\w-]+\.(?:py|sh|md))`", text) + re.findall(
+        r"bash ([\w/.-]+\.sh)", text
+    )
+    missing = [
+        n for n in names if not (Path(ROOT) / n).exists() and not n.startswith(("rank_", "split/"))
+    ]
     assert not missing

@@ -44,7 +44,9 @@ def gpus(monkeypatch, count: int) -> None:
         ("cpu", 0, None, 0, "cpu"),
     ],
 )
-def test_ranks_of_a_host_take_its_gpus_in_turn(pair, monkeypatch, wanted, rank, local, count, taken):
+def test_ranks_of_a_host_take_its_gpus_in_turn(
+    pair, monkeypatch, wanted, rank, local, count, taken
+):
     gpus(monkeypatch, count)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if local is not None:
@@ -53,9 +55,15 @@ def test_ranks_of_a_host_take_its_gpus_in_turn(pair, monkeypatch, wanted, rank, 
 
 
 @pytest.mark.parametrize(
-    "wanted,count,said", [("cuda", 0, "device is cuda, but torch sees no GPU on rank 1"), ("cuda:2", 2, "cuda:1 is the last")]
+    "wanted,count,said",
+    [
+        ("cuda", 0, "device is cuda, but torch sees no GPU on rank 1"),
+        ("cuda:2", 2, "cuda:1 is the last"),
+    ],
 )
-def test_a_gpu_that_is_not_there_is_named_before_the_ring_is_joined(pair, monkeypatch, wanted, count, said):
+def test_a_gpu_that_is_not_there_is_named_before_the_ring_is_joined(
+    pair, monkeypatch, wanted, count, said
+):
     gpus(monkeypatch, count)
     config = load_config(pair.config(2), [f"device={wanted}"])
     with pytest.raises(UserError, match=said):
@@ -64,8 +72,14 @@ def test_a_gpu_that_is_not_there_is_named_before_the_ring_is_joined(pair, monkey
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_method_in_half_precision_parts_from_plain_decoding_at_ties_only(pair, capsys, dtype):
-    with Engine.from_config(pair.config(2), [f"dtype={dtype}", "sampling.max_new_tokens=12"]) as engine:
-        assert lossless.verify(engine, ["def add"], [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "seed": 1}])
+    with Engine.from_config(
+        pair.config(2), [f"dtype={dtype}", "sampling.max_new_tokens=12"]
+    ) as engine:
+        assert lossless.verify(
+            engine,
+            ["def add"],
+            [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "seed": 1}],
+        )
         assert engine.dtype_name == dtype
 
 
@@ -93,14 +107,21 @@ def test_a_forward_a_gather_and_a_head_touch_nothing_on_the_host(pair, monkeypat
         kept, positions, out = sequence.verify([0, 1, 2, 3], [-1, 0, 0, 2], rows[[0, 1, 2, 0]])
         sequence.prune(Prune(1, 0, 2))
         assert Head(torch.zeros(320, 48, device=META))(torch.zeros(4, 48)).device == META
-    assert (kept, positions.tolist(), out.device, out.shape) == ([0, 1, 2, 3], [3, 4, 4, 5], META, (4, 48))
+    assert (kept, positions.tolist(), out.device, out.shape) == (
+        [0, 1, 2, 3],
+        [3, 4, 4, 5],
+        META,
+        (4, 48),
+    )
     assert sequence.cache.length == sequence.state.length == 6  # node 1 was taken out
 
 
 @pytest.mark.parametrize("kind,name,width", [("eagle", "head", 48), ("eagle3", "head3", 3 * 48)])
 def test_an_eagle_head_touches_nothing_on_the_host(deep, kind, name, width):
     head = Head(torch.zeros(320, 48, device=META))
-    eagle = load_eagle(kind, getattr(deep, name), Manifest.load(deep.split(2)), head, torch.float16, "meta")
+    eagle = load_eagle(
+        kind, getattr(deep, name), Manifest.load(deep.split(2)), head, torch.float16, "meta"
+    )
     assert eagle.names is None or eagle.names.device.type == "cpu"  # where candidates are found
     with OneDevice():
         rows = eagle.rows(torch.tensor([1, 2]), eagle.place(torch.zeros(2, width)))
@@ -124,7 +145,9 @@ class Ring(InprocTransport):
 
 @pytest.mark.parametrize("rank", [1, 2])
 @pytest.mark.parametrize("features,layers", [(True, ()), (False, ()), (False, (1, 4))])
-def test_no_tensor_reaches_the_transport_before_it_is_on_the_host(pair, monkeypatch, rank, features, layers):
+def test_no_tensor_reaches_the_transport_before_it_is_on_the_host(
+    pair, monkeypatch, rank, features, layers
+):
     copied = []
 
     def copy(rows):
@@ -142,9 +165,15 @@ def test_no_tensor_reaches_the_transport_before_it_is_on_the_host(pair, monkeypa
     worker.take(wire.segment(1, segment) if rank == 1 else wire.rows_of(1, segment, rows))
     worker.take(wire.prune(1, Prune(1, 0, 1)))
     told = ["text_features"] * bool(layers)
-    assert copied == 2 * [META, *[META] * bool(layers)]  # one copy a forward, and one of what entered the layers
+    assert copied == 2 * [
+        META,
+        *[META] * bool(layers),
+    ]  # one copy a forward, and one of what entered the layers
     with_tensors = [message for message in end.sent if message.tensors]
-    kinds = {1: [*told, "prefill", "segment", *told], 2: [*told, *["prompt_features"] * features, "features", *told]}
+    kinds = {
+        1: [*told, "prefill", "segment", *told],
+        2: [*told, *["prompt_features"] * features, "features", *told],
+    }
     assert [message.kind for message in with_tensors] == kinds[rank]
     assert {t.device.type for message in with_tensors for t in message.tensors} == {"cpu"}
 

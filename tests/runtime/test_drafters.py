@@ -28,7 +28,9 @@ def whole(pair):
 def from_scratch(whole, tokens):
     """The drafter's log-probabilities after these tokens, computed without any cache."""
     model, head = whole
-    return torch.log_softmax(head(Sequence(model).prefill(torch.tensor(tokens)))[-1, :320].float(), -1)
+    return torch.log_softmax(
+        head(Sequence(model).prefill(torch.tensor(tokens)))[-1, :320].float(), -1
+    )
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -55,7 +57,9 @@ def test_an_incremental_tree_proposes_what_a_fresh_forward_would(whole, seed):
             for node in nodes:
                 proposal = answer.proposal(node.id)
                 want = from_scratch(whole, text + [t for _, t in path_of[node.id]])
-                np.testing.assert_allclose(proposal.z[:, 0], want[proposal.tokens].double().numpy(), atol=2e-4)
+                np.testing.assert_allclose(
+                    proposal.z[:, 0], want[proposal.tokens].double().numpy(), atol=2e-4
+                )
                 assert proposal.tokens[0] == int(want.argmax()) and len(proposal.tokens) == KEPT
                 children[node.id] = []
                 for token in proposal.tokens[: r.randint(1, 3)].tolist():
@@ -73,7 +77,11 @@ def test_an_incremental_tree_proposes_what_a_fresh_forward_would(whole, seed):
                 tokens.append(r.randrange(300))
             drafter.commit(Commit(tuple(path), tuple(tokens), (False,) * len(tokens), new_root))
             text, anchor, root = text + tokens, path[-1], new_root
-            kept = {i: p for i, p in path_of.items() if hit and len(steps) and any(n == new_root for n, _ in p)}
+            kept = {
+                i: p
+                for i, p in path_of.items()
+                if hit and len(steps) and any(n == new_root for n, _ in p)
+            }
             cut = len(steps)
             path_of = {i: p[cut:] for i, p in kept.items()} or {root: []}
             children = {i: c for i, c in children.items() if i in path_of}
@@ -110,7 +118,9 @@ def test_after_a_pause_the_text_is_read_in_chunks(whole, monkeypatch):
     rows, begin = [], 600
     forward = type(whole[0]).forward
     monkeypatch.setattr(
-        type(whole[0]), "forward", lambda self, x, *more, **named: (rows.append(len(x)), forward(self, x, *more, **named))[1]
+        type(whole[0]),
+        "forward",
+        lambda self, x, *more, **named: (rows.append(len(x)), forward(self, x, *more, **named))[1],
     )
     text = [random.Random(n).randrange(300) for n in range(begin)]
     drafter = LmDrafter(*whole, 320)
@@ -120,12 +130,20 @@ def test_after_a_pause_the_text_is_read_in_chunks(whole, monkeypatch):
     for n, token in enumerate(text):  # nobody drafts
         drafter.commit(Commit((n,), (token,), (False,), n + 1))
     answer = drafter.propose([DraftNode(begin, begin - 1, text[-1])])
-    assert rows == [PREFILL_ROWS, PREFILL_ROWS, begin - 1 - 2 * PREFILL_ROWS + 1]  # the first root has its row, the last is the node
+    assert rows == [
+        PREFILL_ROWS,
+        PREFILL_ROWS,
+        begin - 1 - 2 * PREFILL_ROWS + 1,
+    ]  # the first root has its row, the last is the node
     want = from_scratch(whole, [*PROMPT, *text])
-    np.testing.assert_allclose(answer.z[0, :, 0], want[answer.tokens[0]].double().numpy(), atol=2e-4)
+    np.testing.assert_allclose(
+        answer.z[0, :, 0], want[answer.tokens[0]].double().numpy(), atol=2e-4
+    )
     child = DraftNode(begin + 1, begin, int(answer.tokens[0, 0]))
     want = from_scratch(whole, [*PROMPT, *text, child.token])
-    np.testing.assert_allclose(drafter.propose([child]).z[0, :, 0], want.topk(KEPT).values.double().numpy(), atol=2e-4)
+    np.testing.assert_allclose(
+        drafter.propose([child]).z[0, :, 0], want.topk(KEPT).values.double().numpy(), atol=2e-4
+    )
 
 
 def test_the_memory_of_a_look_up_forgets_with_the_tree():
@@ -136,14 +154,23 @@ def test_the_memory_of_a_look_up_forgets_with_the_tree():
         drafter.commit(Commit((n,), (22,), (False,), n + 3))
     assert len(drafter._ending) == 1 and not drafter._parent
     assert drafter.propose([DraftNode(301, 298, 5)]).nodes == ()  # below a dead node
-    drafter.propose([DraftNode(300, 297, 22), DraftNode(302, 300, 23), DraftNode(303, 300, 24), DraftNode(304, 302, 25)])
+    drafter.propose(
+        [
+            DraftNode(300, 297, 22),
+            DraftNode(302, 300, 23),
+            DraftNode(303, 300, 24),
+            DraftNode(304, 302, 25),
+        ]
+    )
     drafter.commit(Commit((300,), (23,), (True,), 302))
     assert set(drafter._ending) == {302, 304}
 
 
 def test_look_up_proposes_what_followed_before_longest_match_first():
     drafter = NgramDrafter()
-    drafter.begin(Request(id=1, prompt=(1, 2, 3, 9, 4, 2, 3, 8, 1, 2, 3), sampling=Sampling()), None)
+    drafter.begin(
+        Request(id=1, prompt=(1, 2, 3, 9, 4, 2, 3, 8, 1, 2, 3), sampling=Sampling()), None
+    )
     proposal = drafter.propose([DraftNode(0, -1, 3)]).proposal(0)
     assert proposal.tokens.tolist() == [9] and proposal.coverage == NgramDrafter.LENGTHS[3]
     assert drafter.propose([DraftNode(1, 0, 9)]).tokens.tolist() == [[4]]

@@ -83,7 +83,9 @@ def predicted(eagle, tokens, features):
 @torch.no_grad()
 def by_transformers(pair, tensors, kind, tokens, features, norm=False):
     """The same by a whole model of one layer, as the papers' code builds it."""
-    config = {"qwen2": Qwen2Config, "llama": LlamaConfig}[kind].from_dict({**pair.model.config.to_dict(), "num_hidden_layers": 1})
+    config = {"qwen2": Qwen2Config, "llama": LlamaConfig}[kind].from_dict(
+        {**pair.model.config.to_dict(), "num_hidden_layers": 1}
+    )
     model = {"qwen2": Qwen2Model, "llama": LlamaModel}[kind](config).eval()
     model.norm = torch.nn.Identity()
     if not norm:
@@ -91,7 +93,9 @@ def by_transformers(pair, tensors, kind, tokens, features, norm=False):
     own = {name: tensor for name, tensor in tensors.items() if name.startswith("layers.")}
     assert not model.load_state_dict(own, strict=False).unexpected_keys
     embedding = tensors.get("embed_tokens.weight", pair.model.model.embed_tokens.weight)
-    rows = torch.cat([embedding[torch.tensor(tokens)], features], -1) @ tensors["fc.weight"].T + tensors.get("fc.bias", 0.0)
+    rows = torch.cat([embedding[torch.tensor(tokens)], features], -1) @ tensors[
+        "fc.weight"
+    ].T + tensors.get("fc.bias", 0.0)
     return model(inputs_embeds=rows[None]).last_hidden_state[0]
 
 
@@ -101,13 +105,22 @@ def test_a_published_head_computes_what_it_did_where_it_was_trained(pair, head, 
     folder, tensors = head
     torch.manual_seed(3)
     if variant == "whole":  # its own embedding, a bias in fc, and a norm that published heads lack
-        more = {"embed_tokens.weight": (320, HIDDEN), "fc.bias": (HIDDEN,), "layers.0.input_layernorm.weight": (HIDDEN,)}
+        more = {
+            "embed_tokens.weight": (320, HIDDEN),
+            "fc.bias": (HIDDEN,),
+            "layers.0.input_layernorm.weight": (HIDDEN,),
+        }
         tensors |= {name: torch.randn(shape) for name, shape in more.items()}
     if variant == "qwen":  # its config.json says llama
-        tensors |= {f"layers.0.self_attn.{k}_proj.bias": torch.randn(n) for k, n in (("q", HIDDEN), ("k", 24), ("v", 24))}
+        tensors |= {
+            f"layers.0.self_attn.{k}_proj.bias": torch.randn(n)
+            for k, n in (("q", HIDDEN), ("k", 24), ("v", 24))
+        }
     (folder / "model.safetensors").unlink()
     if file.endswith("bin"):
-        torch.save(tensors | {"layers.0.self_attn.rotary_emb.steps": torch.arange(6)}, folder / file)
+        torch.save(
+            tensors | {"layers.0.self_attn.rotary_emb.steps": torch.arange(6)}, folder / file
+        )
     else:
         save_file(tensors, folder / file)
     loaded = load(folder, pair)
@@ -132,19 +145,39 @@ PUBLISHED = {
 def test_names_and_shapes_of_published_heads_fit(name):
     """Without weights: tensors on torch's meta device have shapes only."""
     hidden, wide, heads, groups, vocabulary, more = PUBLISHED[name]
-    config = dict(model_type="llama", hidden_size=hidden, intermediate_size=wide, num_attention_heads=heads, num_hidden_layers=1)
+    config = dict(
+        model_type="llama",
+        hidden_size=hidden,
+        intermediate_size=wide,
+        num_attention_heads=heads,
+        num_hidden_layers=1,
+    )
     config |= dict(vocab_size=vocabulary, max_position_embeddings=2048, rms_norm_eps=1e-5, **more)
     config |= {"num_key_value_heads": groups} if groups else {}
     check_config(config)
     narrow = hidden * (groups or heads) // heads
-    shapes = {f"self_attn.{k}_proj": (n, hidden) for k, n in (("q", hidden), ("k", narrow), ("v", narrow), ("o", hidden))}
-    shapes |= {"mlp.gate_proj": (wide, hidden), "mlp.up_proj": (wide, hidden), "mlp.down_proj": (hidden, wide)}
+    shapes = {
+        f"self_attn.{k}_proj": (n, hidden)
+        for k, n in (("q", hidden), ("k", narrow), ("v", narrow), ("o", hidden))
+    }
+    shapes |= {
+        "mlp.gate_proj": (wide, hidden),
+        "mlp.up_proj": (wide, hidden),
+        "mlp.down_proj": (hidden, wide),
+    }
     shapes |= {"post_attention_layernorm": (hidden,)}
-    tensors = {f"layers.0.{k}.weight": torch.empty(shape, device="meta") for k, shape in shapes.items()}
+    tensors = {
+        f"layers.0.{k}.weight": torch.empty(shape, device="meta") for k, shape in shapes.items()
+    }
     biased = {"q": hidden, "k": narrow, "v": narrow} if "qkv_bias" in more else {}
-    tensors |= {f"layers.0.self_attn.{k}_proj.bias": torch.empty(n, device="meta") for k, n in biased.items()}
+    tensors |= {
+        f"layers.0.self_attn.{k}_proj.bias": torch.empty(n, device="meta")
+        for k, n in biased.items()
+    }
     layer = decoder_layer(config, tensors, "meta", name, torch.float32)
-    assert {n: p.shape for n, p in layer.named_parameters()} == {n: t.shape for n, t in tensors.items()}
+    assert {n: p.shape for n, p in layer.named_parameters()} == {
+        n: t.shape for n, t in tensors.items()
+    }
 
 
 def embedded(deep, tensors):
@@ -156,7 +189,10 @@ def embedded(deep, tensors):
 def test_a_published_eagle3_head_computes_what_the_paper_says(deep, tmp_path, file, variant):
     folder, config = tmp_path / "head", deep.model.config
     shutil.copytree(deep.head3, folder)
-    tensors, about = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    tensors, about = (
+        load_file(folder / "model.safetensors"),
+        json.loads((folder / "config.json").read_text()),
+    )
     torch.manual_seed(3)
     if variant == "own embedding":
         tensors["embed_tokens.weight"] = torch.randn(320, HIDDEN)
@@ -164,25 +200,52 @@ def test_a_published_eagle3_head_computes_what_the_paper_says(deep, tmp_path, fi
         del tensors["d2t"], tensors["t2d"], about["draft_vocab_size"]
         tensors["lm_head.weight"] = torch.randn(320, HIDDEN)
     if variant == "narrow":  # like the head of Llama 3.3 70B
-        about |= {"hidden_size": 24, "target_hidden_size": HIDDEN, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12}
+        about |= {
+            "hidden_size": 24,
+            "target_hidden_size": HIDDEN,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 12,
+        }
         config = LlamaConfig.from_dict(about)
-        tensors |= {"fc.weight": torch.randn(24, 3 * HIDDEN), "embed_tokens.weight": torch.randn(320, 24), "norm.weight": torch.randn(24)}
+        tensors |= {
+            "fc.weight": torch.randn(24, 3 * HIDDEN),
+            "embed_tokens.weight": torch.randn(320, 24),
+            "norm.weight": torch.randn(24),
+        }
         tensors |= {"lm_head.weight": torch.randn(200, 24)}
-        shapes = {"self_attn.q": (24, 48), "self_attn.k": (12, 48), "self_attn.v": (12, 48), "self_attn.o": (24, 24)}
+        shapes = {
+            "self_attn.q": (24, 48),
+            "self_attn.k": (12, 48),
+            "self_attn.v": (12, 48),
+            "self_attn.o": (24, 24),
+        }
         shapes |= {"mlp.gate": (96, 24), "mlp.up": (96, 24), "mlp.down": (24, 96)}
-        tensors |= {f"midlayer.{name}_proj.weight": 0.2 * torch.randn(shape) for name, shape in shapes.items()}
-        tensors |= {f"midlayer.{n}.weight": torch.randn(24) for n in ("input_layernorm", "hidden_norm", "post_attention_layernorm")}
+        tensors |= {
+            f"midlayer.{name}_proj.weight": 0.2 * torch.randn(shape)
+            for name, shape in shapes.items()
+        }
+        tensors |= {
+            f"midlayer.{n}.weight": torch.randn(24)
+            for n in ("input_layernorm", "hidden_norm", "post_attention_layernorm")
+        }
     (folder / "config.json").write_text(json.dumps(about))
     (folder / "model.safetensors").unlink()
-    torch.save(tensors, folder / file) if file.endswith("bin") else save_file(tensors, folder / file)
+    torch.save(tensors, folder / file) if file.endswith("bin") else save_file(
+        tensors, folder / file
+    )
     loaded = load(folder, deep, "eagle3")
     tokens, states = [3, 1, 4, 1, 5, 9], torch.randn(6, 3 * HIDDEN)
     fused = states @ tensors["fc.weight"].T
     torch.testing.assert_close(loaded.place(states), fused)
     want = eagle3(embedded(deep, tensors), config, tokens, fused)
     torch.testing.assert_close(predicted(loaded, tokens, fused), want, rtol=1e-4, atol=1e-4)
-    normed = torch.nn.functional.rms_norm(want, want.shape[-1:], tensors["norm.weight"], config.rms_norm_eps)
-    torch.testing.assert_close(loaded.logits(want), normed @ tensors["lm_head.weight"].T, rtol=1e-4, atol=1e-4)
+    normed = torch.nn.functional.rms_norm(
+        want, want.shape[-1:], tensors["norm.weight"], config.rms_norm_eps
+    )
+    torch.testing.assert_close(
+        loaded.logits(want), normed @ tensors["lm_head.weight"].T, rtol=1e-4, atol=1e-4
+    )
     if variant == "all tokens":
         assert loaded.names is None
     else:
@@ -200,14 +263,36 @@ PUBLISHED_3 = {
 def published3(name):
     """config.json of such a head, and the shapes of its tensors."""
     hidden, wide, heads, groups, width, vocabulary, own = PUBLISHED_3[name]
-    config = dict(model_type="llama", hidden_size=hidden, intermediate_size=wide, num_attention_heads=heads, num_key_value_heads=groups)
-    config |= dict(num_hidden_layers=1, vocab_size=vocabulary, draft_vocab_size=own, max_position_embeddings=2048, rms_norm_eps=1e-5)
+    config = dict(
+        model_type="llama",
+        hidden_size=hidden,
+        intermediate_size=wide,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+    )
+    config |= dict(
+        num_hidden_layers=1,
+        vocab_size=vocabulary,
+        draft_vocab_size=own,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+    )
     rows = {"q": heads * width, "k": groups * width, "v": groups * width}
     shapes = {f"midlayer.self_attn.{k}_proj.weight": (n, 2 * hidden) for k, n in rows.items()}
-    shapes |= {"midlayer.self_attn.o_proj.weight": (hidden, heads * width), "midlayer.mlp.down_proj.weight": (hidden, wide)}
+    shapes |= {
+        "midlayer.self_attn.o_proj.weight": (hidden, heads * width),
+        "midlayer.mlp.down_proj.weight": (hidden, wide),
+    }
     shapes |= {f"midlayer.mlp.{k}_proj.weight": (wide, hidden) for k in ("gate", "up")}
-    shapes |= {f"midlayer.{k}.weight": (hidden,) for k in ("input_layernorm", "hidden_norm", "post_attention_layernorm")}
-    return config, shapes | {"fc.weight": (hidden, 3 * hidden), "norm.weight": (hidden,), "lm_head.weight": (own, hidden)}
+    shapes |= {
+        f"midlayer.{k}.weight": (hidden,)
+        for k in ("input_layernorm", "hidden_norm", "post_attention_layernorm")
+    }
+    return config, shapes | {
+        "fc.weight": (hidden, 3 * hidden),
+        "norm.weight": (hidden,),
+        "lm_head.weight": (own, hidden),
+    }
 
 
 @pytest.mark.parametrize("name", PUBLISHED_3)
@@ -216,11 +301,17 @@ def test_names_and_shapes_of_published_eagle3_heads_fit(name):
     check_config(config)
     tensors = {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}
     layer = decoder_layer(config, tensors, "meta", name, torch.float32, beside=True)
-    own = {k.replace("midlayer.", "layers.0."): t.shape for k, t in tensors.items() if k.startswith("midlayer.")}
+    own = {
+        k.replace("midlayer.", "layers.0."): t.shape
+        for k, t in tensors.items()
+        if k.startswith("midlayer.")
+    }
     assert {n: p.shape for n, p in layer.named_parameters()} == own
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/heads").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs/heads").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_configurations_of_published_heads_are_whole(path):
     config = load_config(path)
     kind, _, target = path.stem[::-1].partition("_")
@@ -235,27 +326,37 @@ def test_configurations_of_published_heads_are_whole(path):
 @pytest.mark.parametrize("name", ["Llama 3.1 8B", "Vicuna 13B"])
 def test_a_head_of_its_true_size_is_read_and_drafts(deep, tmp_path, name):
     config, shapes = published3(name)
-    tensors = {k: torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02) for k, shape in shapes.items()}
+    tensors = {
+        k: torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02) for k, shape in shapes.items()
+    }
     tensors["d2t"] = 3 * torch.arange(32000)
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(tensors, tmp_path / "model.safetensors")
     del tensors
-    sizes = dict(vocab_size=config["vocab_size"], hidden_size=config["hidden_size"], num_layers=32, tied=True)
+    sizes = dict(
+        vocab_size=config["vocab_size"], hidden_size=config["hidden_size"], num_layers=32, tied=True
+    )
     manifest = dataclasses.replace(Manifest.load(deep.split(1)), **sizes)
     check_eagle("eagle3", tmp_path, manifest, "drafter")
     lent = Head(torch.zeros(config["vocab_size"], config["hidden_size"], dtype=torch.bfloat16))
     try:
-        drafter = EagleDrafter(load_eagle("eagle3", tmp_path, manifest, lent, torch.bfloat16, "cpu"))
+        drafter = EagleDrafter(
+            load_eagle("eagle3", tmp_path, manifest, lent, torch.bfloat16, "cpu")
+        )
     finally:
         (tmp_path / "model.safetensors").unlink()
     drafter.begin(request(), None, torch.randn(3, 3 * config["hidden_size"]))
     [tokens] = drafter.propose([DraftNode(0, -1, 8)]).tokens
-    assert len(set(tokens.tolist())) == 20 and (name == "Vicuna 13B" or all(token % 4 == 0 for token in tokens))
+    assert len(set(tokens.tolist())) == 20 and (
+        name == "Vicuna 13B" or all(token % 4 == 0 for token in tokens)
+    )
 
 
 def test_half_precision_is_read_as_what_is_computed_with(pair, head):
     folder, tensors = head
-    save_file({name: tensor.half() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    save_file(
+        {name: tensor.half() for name, tensor in tensors.items()}, folder / "model.safetensors"
+    )
     loaded = load(folder, pair)
     assert loaded.place(torch.zeros(1, HIDDEN, dtype=torch.float16)).dtype == torch.float32
     assert predicted(loaded, [1, 2], torch.randn(2, HIDDEN)).dtype == torch.float32
@@ -277,8 +378,14 @@ def test_a_token_of_the_targets_padding_is_read_as_the_last_one(eagle):
     [
         (lambda t: t.pop("fc.weight"), "has no tensor fc.weight"),
         (lambda t: t.update({"fc.weight": torch.zeros(HIDDEN, 3 * HIDDEN)}), "fc.weight has shape"),
-        (lambda t: t.update({"embed_tokens.weight": torch.zeros(9, HIDDEN)}), "embed_tokens.weight has shape"),
-        (lambda t: t.pop("layers.0.mlp.up_proj.weight"), "1 tensors are missing, such as layers.0.mlp.up_proj.weight"),
+        (
+            lambda t: t.update({"embed_tokens.weight": torch.zeros(9, HIDDEN)}),
+            "embed_tokens.weight has shape",
+        ),
+        (
+            lambda t: t.pop("layers.0.mlp.up_proj.weight"),
+            "1 tensors are missing, such as layers.0.mlp.up_proj.weight",
+        ),
     ],
 )
 def test_a_head_that_does_not_fit_is_refused_when_it_is_read(pair, head, change, message):
@@ -294,14 +401,28 @@ def test_a_head_that_does_not_fit_is_refused_when_it_is_read(pair, head, change,
     "change,message",
     [
         (lambda t: t.pop("d2t"), "has no tensor d2t: it is no head of kind eagle3"),
-        (lambda t: t.update({"d2t": torch.full((200,), 200)}), "d2t names token 320, the target's vocabulary has 320"),
-        (lambda t: t.update({"d2t": torch.zeros(9, dtype=torch.long)}), r"d2t has shape \(9,\), a head of kind eagle3 .* has \(200,\)"),
+        (
+            lambda t: t.update({"d2t": torch.full((200,), 200)}),
+            "d2t names token 320, the target's vocabulary has 320",
+        ),
+        (
+            lambda t: t.update({"d2t": torch.zeros(9, dtype=torch.long)}),
+            r"d2t has shape \(9,\), a head of kind eagle3 .* has \(200,\)",
+        ),
         (lambda t: t.update({"fc.weight": torch.zeros(HIDDEN, 2 * HIDDEN)}), "fc.weight has shape"),
-        (lambda t: t.pop("midlayer.hidden_norm.weight"), "1 tensors are missing, such as layers.0.hidden_norm.weight"),
-        (lambda t: t.update({"midlayer.self_attn.q_proj.weight": torch.zeros(HIDDEN, HIDDEN)}), "q_proj.weight has shape"),
+        (
+            lambda t: t.pop("midlayer.hidden_norm.weight"),
+            "1 tensors are missing, such as layers.0.hidden_norm.weight",
+        ),
+        (
+            lambda t: t.update({"midlayer.self_attn.q_proj.weight": torch.zeros(HIDDEN, HIDDEN)}),
+            "q_proj.weight has shape",
+        ),
     ],
 )
-def test_an_eagle3_head_that_does_not_fit_is_refused_when_it_is_read(deep, tmp_path, change, message):
+def test_an_eagle3_head_that_does_not_fit_is_refused_when_it_is_read(
+    deep, tmp_path, change, message
+):
     shutil.copy(deep.head3 / "config.json", tmp_path)
     tensors = load_file(deep.head3 / "model.safetensors")
     change(tensors)
@@ -328,7 +449,9 @@ def test_without_an_embedding_anywhere_it_says_what_to_copy(pair, head, tmp_path
     manifest = Manifest.load(pair.split(1))
     shutil.copytree(manifest.root / "rank_00", tmp_path / "rank_00")
     alone = dataclasses.replace(manifest, root=tmp_path)
-    with pytest.raises(UserError, match=r"has no embed_tokens.weight, so the target's is needed: copy .*rank_01"):
+    with pytest.raises(
+        UserError, match=r"has no embed_tokens.weight, so the target's is needed: copy .*rank_01"
+    ):
         load_eagle("eagle", head[0], alone, Head(torch.zeros(320, HIDDEN)), torch.float32, "cpu")
 
 
@@ -342,11 +465,19 @@ class Oracle:
 
     def __init__(self, eagle, prompt, features):
         self.eagle = eagle
-        self.truth = list(eagle.place(features))  # of the target: before each row of the text, then before the root
+        self.truth = list(
+            eagle.place(features)
+        )  # of the target: before each row of the text, then before the root
         self.text = [(None, token) for token in prompt[1:-1]]
-        self.given = self.truth[: len(self.text)]  # what the text's rows were made of; None: no row yet
+        self.given = self.truth[
+            : len(self.text)
+        ]  # what the text's rows were made of; None: no row yet
         self.sure = len(self.text)
-        self.anchor, self.tree, self.made = -1, {}, {}  # node -> the feature its row was made of; the one predicted there
+        self.anchor, self.tree, self.made = (
+            -1,
+            {},
+            {},
+        )  # node -> the feature its row was made of; the one predicted there
 
     def commit(self, path):
         self.text += path
@@ -360,11 +491,17 @@ class Oracle:
         """Logits [vocabulary] after each of these paths [(id, token), ...] from the root on; the drafter is asked for their last nodes."""
         while None in self.given[self._rows_due() :] or self._before_root() is None:
             self._make() or self._guess(self.given.index(None))
-        before = [self._before_root() if len(path) == 1 else self.made[path[-2][0]] for path in paths]
+        before = [
+            self._before_root() if len(path) == 1 else self.made[path[-2][0]] for path in paths
+        ]
         self._make()
-        self.tree.update((path[-1][0], feature) for path, feature in zip(paths, before, strict=True))
+        self.tree.update(
+            (path[-1][0], feature) for path, feature in zip(paths, before, strict=True)
+        )
         for path in paths:
-            self.made[path[-1][0]] = self._predicted([*self.text, *path], [*self.given, *(self.tree[id] for id, _ in path)])
+            self.made[path[-1][0]] = self._predicted(
+                [*self.text, *path], [*self.given, *(self.tree[id] for id, _ in path)]
+            )
         return [self.eagle.logits(self.made[path[-1][0]][None])[0] for path in paths]
 
     def _rows_due(self):
@@ -412,7 +549,10 @@ def test_an_incremental_tree_proposes_what_a_fresh_forward_with_the_same_feature
     drafter.begin(request(prompt), None, features)
     oracle = Oracle(eagle, prompt, features)
     anchor, next_id = -1, 1
-    paths, asked = {0: [(0, prompt[-1])]}, set()  # node -> (id, token) of the nodes from the root to it
+    paths, asked = (
+        {0: [(0, prompt[-1])]},
+        set(),
+    )  # node -> (id, token) of the nodes from the root to it
     for _ in range(30):
         if late and r.random() < 0.4:
             n = r.randint(0, len(coming))
@@ -422,7 +562,9 @@ def test_an_incremental_tree_proposes_what_a_fresh_forward_with_the_same_feature
         elif r.random() < 0.6:
             ready = [i for i in paths if len(paths[i]) == 1 or paths[i][-2][0] in asked]
             batch = sorted(r.sample(ready, min(len(ready), r.randint(1, 4))))
-            answer = drafter.propose([DraftNode(i, ([(anchor, 0)] + paths[i])[-2][0], paths[i][-1][1]) for i in batch])
+            answer = drafter.propose(
+                [DraftNode(i, ([(anchor, 0)] + paths[i])[-2][0], paths[i][-1][1]) for i in batch]
+            )
             assert answer.nodes == tuple(batch)
             for i, logits in zip(batch, oracle.propose([paths[i] for i in batch]), strict=True):
                 proposal, want = answer.proposal(i), torch.log_softmax(logits, -1)
@@ -441,7 +583,10 @@ def test_an_incremental_tree_proposes_what_a_fresh_forward_with_the_same_feature
             next_id += not hit
             known = torch.randn(len(path), width)
             tokens = [token for _, token in [*path[1:], root]]
-            drafter.commit(Commit(tuple(i for i, _ in path), tuple(tokens), (False,) * len(path), root[0]), None if late else known)
+            drafter.commit(
+                Commit(tuple(i for i, _ in path), tuple(tokens), (False,) * len(path), root[0]),
+                None if late else known,
+            )
             oracle.commit(path)
             coming += known if late else ()
             if not late:
@@ -472,26 +617,40 @@ def test_a_node_that_is_asked_again_is_drafted_from_anew(eagle):
     features = torch.randn(4, HIDDEN)
     grown, fresh = EagleDrafter(eagle), EagleDrafter(eagle)
     grown.begin(request(), None, features[:3])
-    for nodes in ([DraftNode(0, -1, 8)], [DraftNode(1, 0, 20)], [DraftNode(2, 1, 21), DraftNode(3, 1, 22)]):
+    for nodes in (
+        [DraftNode(0, -1, 8)],
+        [DraftNode(1, 0, 20)],
+        [DraftNode(2, 1, 21), DraftNode(3, 1, 22)],
+    ):
         stale = grown.propose(nodes)
     grown.commit(Commit((0,), (20,), (True,), 1), features[3:])
     fresh.begin(request((*PROMPT, 20)), None, features)
-    for again, first in (([DraftNode(1, 0, 20)], [DraftNode(0, -1, 20)]), ([DraftNode(2, 1, 21)], [DraftNode(1, 0, 21)])):
+    for again, first in (
+        ([DraftNode(1, 0, 20)], [DraftNode(0, -1, 20)]),
+        ([DraftNode(2, 1, 21)], [DraftNode(1, 0, 21)]),
+    ):
         a, b = grown.propose(again), fresh.propose(first)
         np.testing.assert_allclose(a.z, b.z, atol=1e-5)
     assert abs(stale.z[0] - a.z[0]).max() > 1e-4
 
 
-def test_candidates_of_a_head_with_a_vocabulary_of_its_own_are_the_targets_tokens(deep, monkeypatch):
+def test_candidates_of_a_head_with_a_vocabulary_of_its_own_are_the_targets_tokens(
+    deep, monkeypatch
+):
     monkeypatch.setattr("flowspec.draft.base.KEPT", 320)
     noise, drafter = NoiseRows(3, 320), EagleDrafter(load(deep.head3, deep, "eagle3"))
     features, said = torch.randn(3, 3 * HIDDEN), []
     for coupled in (noise, None):
         drafter.begin(request(temperature=0.7, seed=3), coupled, features)
         found = drafter.propose([DraftNode(0, -1, 8)]).proposal(0)
-        assert sorted(found.tokens.tolist()) == drafter._eagle.names.tolist() and (np.diff(found.z[:, 0]) <= 0).all()
+        assert (
+            sorted(found.tokens.tolist()) == drafter._eagle.names.tolist()
+            and (np.diff(found.z[:, 0]) <= 0).all()
+        )
         said.append(found.z[found.tokens.argsort(), 0])
-    np.testing.assert_allclose(said[0] - said[1], noise(len(PROMPT))[drafter._eagle.names].numpy(), atol=1e-5)
+    np.testing.assert_allclose(
+        said[0] - said[1], noise(len(PROMPT))[drafter._eagle.names].numpy(), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, (9, 4), (9,)])
@@ -508,7 +667,10 @@ def test_candidates_are_ranked_with_the_noise_of_their_own_position(eagle, monke
         drafter.commit(Commit((0,), (11,), (False,), 5), known)
         answers.append(drafter.propose([DraftNode(5, 0, 11)]))
         said.append([answer.z[0, answer.tokens[0].argsort(), 0] for answer in answers])
-        assert all(answer.coupled == (coupled is noise) and (np.diff(answer.z[0, :, 0]) <= 0).all() for answer in answers)
+        assert all(
+            answer.coupled == (coupled is noise) and (np.diff(answer.z[0, :, 0]) <= 0).all()
+            for answer in answers
+        )
     for k, (z, logq) in enumerate(zip(*said, strict=True)):
         np.testing.assert_allclose(z - logq, noise(len(prompt) + k).numpy(), atol=1e-5)
 
@@ -573,7 +735,11 @@ def test_drafting_waits_for_the_prompts_features_if_it_reads_them(wanted):
         thread.learn(rows)
     thread._queue.put(None)
     thread._thread.join()
-    assert drafter.heard == [("begin", 3 if wanted else None), ("propose", 0), ("commit", 1 if wanted else None)]
+    assert drafter.heard == [
+        ("begin", 3 if wanted else None),
+        ("propose", 0),
+        ("commit", 1 if wanted else None),
+    ]
 
 
 def test_a_draft_that_outlives_its_request_is_noted_as_its_own():
@@ -592,7 +758,10 @@ def test_a_draft_that_outlives_its_request_is_noted_as_its_own():
 
 
 # ---- in the ring -----------------------------------------------------------------------------------
-SAMPLED = [dict(temperature=0.8, top_p=0.9, seed=1), dict(temperature=1.2, top_k=20, min_p=0.02, seed=4)]
+SAMPLED = [
+    dict(temperature=0.8, top_p=0.9, seed=1),
+    dict(temperature=1.2, top_k=20, min_p=0.02, seed=4),
+]
 
 
 def text(engine, prompt, **settings):
@@ -604,7 +773,12 @@ def slow(*values):
 
 
 WORLDS = [("eagle", 1, "last"), slow("eagle", 3, "last"), slow("eagle", 3, "coordinator")]
-WORLDS += [*(slow("eagle3", n, on) for n, on in ((1, "last"), (2, "last"), (2, "coordinator"), (3, "last"), (3, "coordinator")))]
+WORLDS += [
+    *(
+        slow("eagle3", n, on)
+        for n, on in ((1, "last"), (2, "last"), (2, "coordinator"), (3, "last"), (3, "coordinator"))
+    )
+]
 
 
 @pytest.mark.parametrize("kind,stages,verify_on", WORLDS)
@@ -621,7 +795,10 @@ def test_every_method_writes_the_targets_text(pairs, kind, stages, verify_on):
         accepted.pop("flowspec")  # what it speculates on follows from what things cost here and now
         assert accepted.pop("ar") == 0 and min(accepted.values()) > 3
         for settings in SAMPLED:
-            texts = [text(engine, [7, 8, 9], method=method, max_new_tokens=16, **settings) for method in METHODS]
+            texts = [
+                text(engine, [7, 8, 9], method=method, max_new_tokens=16, **settings)
+                for method in METHODS
+            ]
             assert texts == texts[:1] * len(METHODS)
 
 
@@ -637,7 +814,9 @@ def test_the_features_at_commits_are_the_targets_own(pair, monkeypatch, verify_o
     got = features_given(monkeypatch, "commit")
     monkeypatch.setattr(driver, "PREFILL_ROWS", 4)
     prompt = list(range(40, 50))
-    with Engine.from_config(pair.config(3, None, "eagle"), [f"verify_on={verify_on}", "emulate.stage_ms=2"]) as engine:
+    with Engine.from_config(
+        pair.config(3, None, "eagle"), [f"verify_on={verify_on}", "emulate.stage_ms=2"]
+    ) as engine:
         for method in METHODS:
             ids = text(engine, prompt, method=method, max_new_tokens=16)
             if method == "ar":
@@ -649,13 +828,19 @@ def test_the_features_at_commits_are_the_targets_own(pair, monkeypatch, verify_o
             torch.testing.assert_close(torch.cat(got), want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("stages,layers", [(1, None), (2, None), (3, "2,2,4"), slow(3, None), slow(4, "3,1,1,3")])
-def test_what_an_eagle3_head_learns_is_what_enters_the_targets_layers(deep, monkeypatch, stages, layers):
+@pytest.mark.parametrize(
+    "stages,layers", [(1, None), (2, None), (3, "2,2,4"), slow(3, None), slow(4, "3,1,1,3")]
+)
+def test_what_an_eagle3_head_learns_is_what_enters_the_targets_layers(
+    deep, monkeypatch, stages, layers
+):
     """Each layer's features come from the stage that holds it, whenever they like; side by side they are the text's, in its order."""
     got = features_given(monkeypatch, "learn")
     monkeypatch.setattr(driver, "PREFILL_ROWS", 4)
     prompt = list(range(40, 75))
-    with Engine.from_config(deep.config(stages, layers, "eagle3"), ["emulate.stage_ms=2"]) as engine:
+    with Engine.from_config(
+        deep.config(stages, layers, "eagle3"), ["emulate.stage_ms=2"]
+    ) as engine:
         for method in METHODS:
             ids = text(engine, prompt, method=method, max_new_tokens=16)
             if method == "ar":
@@ -663,7 +848,9 @@ def test_what_an_eagle3_head_learns_is_what_enters_the_targets_layers(deep, monk
                 continue
             wait_for_the_drafter(engine)
             with torch.no_grad():
-                states = deep.model.model(torch.tensor([prompt + ids[:-1]]), output_hidden_states=True).hidden_states
+                states = deep.model.model(
+                    torch.tensor([prompt + ids[:-1]]), output_hidden_states=True
+                ).hidden_states
             want, told = torch.cat([states[k][0] for k in (2, 4, 5)], -1), torch.cat(got)
             assert len(prompt) + 4 < len(told) <= len(want)  # the last ones come after the end
             torch.testing.assert_close(told, want[: len(told)], rtol=1e-4, atol=1e-4)
@@ -672,7 +859,9 @@ def test_what_an_eagle3_head_learns_is_what_enters_the_targets_layers(deep, monk
 def test_a_prune_in_the_midst_of_a_forward_hands_over_what_was_there_before_it(deep, monkeypatch):
     """Nothing of the forward under way is text yet; its rows are handed over by the next prune. Dead and abandoned rows never are."""
     monkeypatch.setattr(StageState, "COMPACT", -1)
-    sequence = Hand(load_stage(Manifest.load(deep.split(1)), 1, torch.float32, "cpu"), taps=[2, 4, 5])
+    sequence = Hand(
+        load_stage(Manifest.load(deep.split(1)), 1, torch.float32, "cpu"), taps=[2, 4, 5]
+    )
     sequence.prefill(torch.tensor([5, 6, 7]))
     sequence.verify([0, 1, 2], [-1, 0, 0], torch.tensor([8, 9, 10]))
 
@@ -685,10 +874,14 @@ def test_a_prune_in_the_midst_of_a_forward_hands_over_what_was_there_before_it(d
     for _ in range(2):  # the second time it is old news
         sequence.prune(Prune(2, 3, 6))
     with torch.no_grad():
-        states = deep.model.model(torch.tensor([[5, 6, 7, 8, 9, 11]]), output_hidden_states=True).hidden_states
+        states = deep.model.model(
+            torch.tensor([[5, 6, 7, 8, 9, 11]]), output_hidden_states=True
+        ).hidden_states
     assert [tapped.at for tapped in sequence.told] == [0, 3, 4]
     want = torch.cat([states[k][0] for k in (2, 4, 5)], -1)
-    torch.testing.assert_close(torch.cat([tapped.rows for tapped in sequence.told]), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.cat([tapped.rows for tapped in sequence.told]), want, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_features_of_several_layers_are_put_side_by_side_in_the_texts_order():
@@ -705,7 +898,13 @@ def test_features_of_several_layers_are_put_side_by_side_in_the_texts_order():
 @pytest.mark.parametrize("features", [True, False])
 def test_only_a_drafter_that_reads_features_is_sent_any(pair, monkeypatch, features):
     sent, choices = [], wire.choices
-    monkeypatch.setattr(wire, "choices", lambda *given: sent.append(len(given[-1]) if given[-1] is not None else None) or choices(*given))
+    monkeypatch.setattr(
+        wire,
+        "choices",
+        lambda *given: (
+            sent.append(len(given[-1]) if given[-1] is not None else None) or choices(*given)
+        ),
+    )
     with Engine.from_config(pair.config(2, None, "eagle" if features else "lm")) as engine:
         text(engine, [5, 6, 7], max_new_tokens=6)
     assert (None not in sent and any(sent)) if features else set(sent) == {None}

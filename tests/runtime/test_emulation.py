@@ -13,7 +13,17 @@ from flowspec.comm.base import Inbox, Message, Pulse
 from flowspec.comm.shaped import ShapedTransport
 from flowspec.core.cost import Emulate
 from flowspec.core.machine import StageMachine
-from flowspec.core.messages import FRAME_BYTES, Commit, Draft, Drafted, DraftNode, Proposal, Prune, Segment, Woke
+from flowspec.core.messages import (
+    FRAME_BYTES,
+    Commit,
+    Draft,
+    Drafted,
+    DraftNode,
+    Proposal,
+    Prune,
+    Segment,
+    Woke,
+)
 from flowspec.core.policy import PolicyConfig
 from flowspec.core.request import Request, Sampling
 from flowspec.core.topology import Topology
@@ -38,7 +48,9 @@ class Ring(inproc.InprocTransport):
     """A rank's end of a ring of three whose messages are only kept."""
 
     def __init__(self, rank: int):
-        super().__init__(rank, [Inbox(VirtualClock()) for _ in range(3)], [Pulse() for _ in range(3)])
+        super().__init__(
+            rank, [Inbox(VirtualClock()) for _ in range(3)], [Pulse() for _ in range(3)]
+        )
         self.sent = []
 
     def send_next(self, message):
@@ -56,7 +68,14 @@ class Ring(inproc.InprocTransport):
 class Stage:
     """Rank 1 or 2 of two, its time virtual, its model real; a layer takes `layer_ms` of that time."""
 
-    def __init__(self, model: StageModel, rank: int = 1, layer_ms: float = 0.0, switches: PolicyConfig | None = None, **emulate):
+    def __init__(
+        self,
+        model: StageModel,
+        rank: int = 1,
+        layer_ms: float = 0.0,
+        switches: PolicyConfig | None = None,
+        **emulate,
+    ):
         self.end, self.model, self.layers, self.layer_ms = Ring(rank), model, 0, layer_ms
         self.clock = self.end.inbox.clock
         self.worker = Worker(self.end, model, emulate=Emulate(**emulate))
@@ -77,10 +96,18 @@ class Stage:
         """Seconds that it took; `meanwhile`: (seconds from its beginning, message beside the ring)."""
         for after, message in meanwhile:
             self.end.inbox.put((0, message), urgent=True, due=self.clock.now() + after)
-        return self._took(wire.rows_of(REQUEST.id, Segment(1, tuple(ids), tuple(parents), tuple(ids)), self._rows(len(ids))))
+        return self._took(
+            wire.rows_of(
+                REQUEST.id, Segment(1, tuple(ids), tuple(parents), tuple(ids)), self._rows(len(ids))
+            )
+        )
 
     def _rows(self, n: int) -> torch.Tensor:
-        return torch.ones(n, dtype=torch.int32) if self.model.embed_tokens is not None else torch.ones(n, 48)
+        return (
+            torch.ones(n, dtype=torch.int32)
+            if self.model.embed_tokens is not None
+            else torch.ones(n, 48)
+        )
 
     def _took(self, message) -> float:
         self.end.kinds()
@@ -103,22 +130,37 @@ class Checks:
     def rows_are_charged(model):
         for rank, base, slope in ((1, 0.010, 0.002), (2, 0.020, 0.003)):
             stage = Stage(model, rank, stage_ms=(10.0, 20.0), token_ms=(2.0, 3.0))
-            took = [stage.prefill(7), stage.segment([0], [-1]), stage.segment([1, 2, 3, 4, 5], [0, 0, 1, 2, 2])]
+            took = [
+                stage.prefill(7),
+                stage.segment([0], [-1]),
+                stage.segment([1, 2, 3, 4, 5], [0, 0, 1, 2, 2]),
+            ]
             assert took == [exactly(base + n * slope) for n in (7, 1, 5)]
             took += [stage.segment([6, 7, 8], [1, 2, 99])]
             assert took[3] == exactly(base + 2 * slope), "a row that is not computed is not charged"
             assert stage.segment([10], [98]) == 0.0, "nor is a forward of none"
-            assert stage.live.busy == exactly(sum(took)) and (stage.live.computed, stage.live.segments) == (8, 3)
-            assert [s.end - s.begin for s in stage.live.log.spans if s.row == "compute"] == [*map(exactly, took)]
+            assert stage.live.busy == exactly(sum(took)) and (
+                stage.live.computed,
+                stage.live.segments,
+            ) == (8, 3)
+            assert [s.end - s.begin for s in stage.live.log.spans if s.row == "compute"] == [
+                *map(exactly, took)
+            ]
 
     def computing_is_part_of_what_is_charged(model):
         for layer_ms, seconds in ((4.0, 0.023), (30.0, 0.090)):
             stage = Stage(model, layer_ms=layer_ms, stage_ms=20.0, token_ms=1.0)
-            assert stage.prefill(3) == exactly(seconds) and stage.segment([0, 1, 2], [-1, 0, 0]) == exactly(seconds)
+            assert stage.prefill(3) == exactly(seconds) and stage.segment(
+                [0, 1, 2], [-1, 0, 0]
+            ) == exactly(seconds)
 
     def an_emulated_forward_ends_with_the_layer_in_which_its_rows_died(model):
         dies, off = wire.prune(REQUEST.id, Prune(1, 0, 50)), PolicyConfig(abort=False)
-        for after, seconds, kinds in ((0.033, 0.040, ["started", "idle"]), (0.079, 0.080, ["started", "idle"]), (0.081, 0.080, None)):
+        for after, seconds, kinds in (
+            (0.033, 0.040, ["started", "idle"]),
+            (0.079, 0.080, ["started", "idle"]),
+            (0.081, 0.080, None),
+        ):
             stage = Stage(model, stage_ms=78.0, token_ms=1.0)  # eight layers of 10 ms
             stage.segment([0], [-1])
             assert stage.segment([1, 2], [0, 0], [(after, dies)]) == exactly(seconds)
@@ -126,29 +168,44 @@ class Checks:
         stage = Stage(model, stage_ms=78.0, token_ms=1.0, switches=off)
         stage.segment([0], [-1])
         assert stage.segment([1, 2], [0, 0], [(0.033, dies)]) == exactly(0.080), "switched off"
-        assert stage.segment([51, 52], [50, 50], [(0.033, wire.end(REQUEST.id))]) == 0.0, "below a root that never came"
-        assert stage.segment([50, 51], [0, 50], [(0.033, wire.end(REQUEST.id))]) == exactly(0.040), "the request is over"
+        assert stage.segment([51, 52], [50, 50], [(0.033, wire.end(REQUEST.id))]) == 0.0, (
+            "below a root that never came"
+        )
+        assert stage.segment([50, 51], [0, 50], [(0.033, wire.end(REQUEST.id))]) == exactly(
+            0.040
+        ), "the request is over"
 
     def a_forward_is_abandoned_between_two_layers(model):
         dies = wire.prune(REQUEST.id, Prune(1, 0, 50))
         for after, layers in ((0.005, 1), (0.015, 2), (0.025, 3), (0.035, 3)):
             stage = Stage(model, layer_ms=10.0)
             stage.segment([0], [-1])
-            assert stage.segment([1, 2], [0, 0], [(after, dies)]) == exactly(layers * 0.010) and stage.layers == layers
+            assert (
+                stage.segment([1, 2], [0, 0], [(after, dies)]) == exactly(layers * 0.010)
+                and stage.layers == layers
+            )
             assert ("idle" in stage.end.kinds()) == (layers < 3)
             assert stage.live.rows.cache.length == stage.state.length
         stage = Stage(model, layer_ms=10.0, switches=PolicyConfig(abort=False))
         stage.segment([0], [-1])
-        assert stage.segment([1, 2], [0, 0], [(0.005, dies)]) == exactly(0.030) and stage.layers == 3
+        assert (
+            stage.segment([1, 2], [0, 0], [(0.005, dies)]) == exactly(0.030) and stage.layers == 3
+        )
 
     def drafts_are_charged(model):
         for itself, seconds in ((0.0, 0.010), (0.004, 0.010), (0.025, 0.025)):
             inbox = Inbox(clock := VirtualClock())
-            thread, log, begun = DraftThread(Drafter(clock, itself), inbox, least=0.010), Log(True, 1), clock.now()
+            thread, log, begun = (
+                DraftThread(Drafter(clock, itself), inbox, least=0.010),
+                Log(True, 1),
+                clock.now(),
+            )
             thread.begin(REQUEST, None, log)
             for k in range(3):
                 thread.draft(REQUEST, Draft((DraftNode(k, k - 1, 5),)))
-                assert inbox.get().event.nodes == (k,) and inbox.since - begun == exactly((k + 2) * seconds)
+                assert inbox.get().event.nodes == (k,) and inbox.since - begun == exactly(
+                    (k + 2) * seconds
+                )
                 thread.commit(Commit((k,), (5,), (True,), k + 1), None)
             thread.close()
             assert clock.now() - begun == exactly(4 * seconds), "a commit is no forward"
@@ -157,24 +214,34 @@ class Checks:
     def links_are_charged(model):
         clock = VirtualClock()
         first, second = inproc.ring(Topology(1), clock)
-        end = ShapedTransport(first, Emulate(link_ms=20.0, link_mbps=8.0, hidden_scale=3.0))  # 1000 bytes a millisecond
+        end = ShapedTransport(
+            first, Emulate(link_ms=20.0, link_mbps=8.0, hidden_scale=3.0)
+        )  # 1000 bytes a millisecond
         begun, due = clock.now(), []
         for elements, numbers in ((1000, 0), (0, 0), (500, 1000)):
-            end.send_next(Message("rows", {}, (torch.zeros(1, elements), torch.zeros(numbers, dtype=torch.uint8))))
+            end.send_next(
+                Message(
+                    "rows", {}, (torch.zeros(1, elements), torch.zeros(numbers, dtype=torch.uint8))
+                )
+            )
         end.send_control(1, Message("control"))
         for _ in range(4):
             due.append((second.inbox.get()[1].kind, clock.now() - begun))
             assert second.inbox.since == clock.now()
         frame = FRAME_BYTES / 1e6  # around each
         rows = [("rows", exactly(t)) for t in (0.026 + frame, 0.026 + 2 * frame, 0.030 + 3 * frame)]
-        assert due == [("control", exactly(0.020 + frame)), *rows], "one after the other, each link by itself"
+        assert due == [("control", exactly(0.020 + frame)), *rows], (
+            "one after the other, each link by itself"
+        )
 
     def rank_0_wakes_when_it_is_time(model):
         end = Ring(0)
         driver = Driver(end, None, 320)
         driver._wake_at = end.inbox.clock.now() + 0.5
         begun = end.inbox.clock.now()
-        assert driver._next_event(REQUEST) == Woke() and end.inbox.clock.now() - begun == exactly(0.5)
+        assert driver._next_event(REQUEST) == Woke() and end.inbox.clock.now() - begun == exactly(
+            0.5
+        )
 
 
 class Drafter:
@@ -190,7 +257,9 @@ class Drafter:
 
     def propose(self, nodes):
         self.clock.sleep(self.seconds)
-        return Drafted.pack([n.id for n in nodes], [Proposal(np.array([5]), np.zeros(1)) for _ in nodes])
+        return Drafted.pack(
+            [n.id for n in nodes], [Proposal(np.array([5]), np.zeros(1)) for _ in nodes]
+        )
 
     def commit(self, commit, features):
         pass
@@ -215,7 +284,12 @@ def spans(pair):
     """What all ranks of a run with emulated times noted. By the real clock: nothing may be quicker than it is said to be.
 
     The times are far above the real ones of so small a model, on a busy machine too."""
-    times = ["emulate={stage_ms: [10, 20], token_ms: 10, draft_ms: 40}", "policy.abort=false", "tree.budget=4", "sampling.max_new_tokens=5"]
+    times = [
+        "emulate={stage_ms: [10, 20], token_ms: 10, draft_ms: 40}",
+        "policy.abort=false",
+        "tree.budget=4",
+        "sampling.max_new_tokens=5",
+    ]
     with Engine.from_config(pair.config(2), times) as engine:
         engine.traced = True
         list(generation := engine.generate([5, 6, 7], method="serial"))
@@ -224,9 +298,16 @@ def spans(pair):
 
 def quick(spans) -> list:
     """The forwards and drafts that took less than they should; each kind is there, and forwards of several rows."""
-    least = {"draft": lambda span: 0.040, "compute": lambda span: 0.010 * (span.rank + span.facts.get("rows", 2))}  # 2 of the prompt
-    charged = [span for span in spans if span.row == "draft" or (span.row == "compute" and span.rank)]
-    assert {span.rank for span in charged} == {0, 1, 2} and max(span.facts.get("rows", 0) for span in charged) > 1
+    least = {
+        "draft": lambda span: 0.040,
+        "compute": lambda span: 0.010 * (span.rank + span.facts.get("rows", 2)),
+    }  # 2 of the prompt
+    charged = [
+        span for span in spans if span.row == "draft" or (span.row == "compute" and span.rank)
+    ]
+    assert {span.rank for span in charged} == {0, 1, 2} and max(
+        span.facts.get("rows", 0) for span in charged
+    ) > 1
     return [span for span in charged if span.end - span.begin < least[span.row](span) - 1e-6]
 
 
@@ -239,10 +320,20 @@ class Mutants:
     """Each is (whose, method, the broken one; it is given the good one first), and what must notice it."""
 
     def drafts_are_free():
-        return DraftThread, "_at_least", lambda good, self, log, work: (work(), 0.0), "drafts_are_charged"
+        return (
+            DraftThread,
+            "_at_least",
+            lambda good, self, log, work: (work(), 0.0),
+            "drafts_are_charged",
+        )
 
     def drafts_are_not_told_what_they_take():
-        return DraftThread, "__init__", lambda good, self, drafter, inbox, least=0.0: good(self, drafter, inbox), "drafts_are_charged"
+        return (
+            DraftThread,
+            "__init__",
+            lambda good, self, drafter, inbox, least=0.0: good(self, drafter, inbox),
+            "drafts_are_charged",
+        )
 
     def a_draft_takes_its_own_time_as_well():
         def _at_least(good, self, log, work):
@@ -252,16 +343,31 @@ class Mutants:
         return DraftThread, "_at_least", _at_least, "drafts_are_charged"
 
     def rows_are_free():
-        return Emulate, "stage_seconds", lambda good, self, stage, rows: good(self, stage, 0), "rows_are_charged"
+        return (
+            Emulate,
+            "stage_seconds",
+            lambda good, self, stage, rows: good(self, stage, 0),
+            "rows_are_charged",
+        )
 
     def all_forwards_are_of_one_row():
-        return Worker, "_pretend", lambda good, self, begun, rows: good(self, begun, 1), "rows_are_charged"
+        return (
+            Worker,
+            "_pretend",
+            lambda good, self, begun, rows: good(self, begun, 1),
+            "rows_are_charged",
+        )
 
     def forwards_are_free():
         return Worker, "_pretend", lambda good, self, *about: True, "rows_are_charged"
 
     def all_stages_are_the_first():
-        return Emulate, "stage_seconds", lambda good, self, stage, rows: good(self, 1, rows), "rows_are_charged"
+        return (
+            Emulate,
+            "stage_seconds",
+            lambda good, self, stage, rows: good(self, 1, rows),
+            "rows_are_charged",
+        )
 
     def computing_comes_on_top():
         def _pretend(good, self, begun, rows):
@@ -270,7 +376,12 @@ class Mutants:
         return Worker, "_pretend", _pretend, "computing_is_part_of_what_is_charged"
 
     def all_is_needed():
-        return Worker, "_needed", lambda good, self: True, "a_forward_is_abandoned_between_two_layers"
+        return (
+            Worker,
+            "_needed",
+            lambda good, self: True,
+            "a_forward_is_abandoned_between_two_layers",
+        )
 
     def all_is_needed_of_what_is_emulated():
         check = "an_emulated_forward_ends_with_the_layer_in_which_its_rows_died"
@@ -309,7 +420,12 @@ class Mutants:
             self._clock.sleep = sleep
             return whole
 
-        return Worker, "_pretend", _pretend, "an_emulated_forward_ends_with_the_layer_in_which_its_rows_died"
+        return (
+            Worker,
+            "_pretend",
+            _pretend,
+            "an_emulated_forward_ends_with_the_layer_in_which_its_rows_died",
+        )
 
     def links_are_free():
         return shaped._Link, "due", lambda good, self, message: message, "links_are_charged"
@@ -344,7 +460,10 @@ def test_a_mutant_is_caught(model, monkeypatch, mutant):
         getattr(Checks, check)(model)
 
 
-@pytest.mark.parametrize("mutant", ["drafts_are_not_told_what_they_take", "all_forwards_are_of_one_row", "forwards_are_free"])
+@pytest.mark.parametrize(
+    "mutant",
+    ["drafts_are_not_told_what_they_take", "all_forwards_are_of_one_row", "forwards_are_free"],
+)
 def test_a_mutant_is_caught_in_a_run(monkeypatch, request, mutant):
     break_(monkeypatch, *getattr(Mutants, mutant)()[:3])
     assert quick(request.getfixturevalue("spans"))
@@ -358,4 +477,6 @@ def test_a_forward_is_told_behind_the_context_that_it_had(model):
     dies = wire.prune(REQUEST.id, Prune(1, 0, 1))
     stage.segment([*range(40, 80)], [1, *[2] * 39], [(0.033, dies)])
     assert stage.state.length == 6, "compacted"
-    assert sorted(p.context for p in stage.worker.machine.meter.forward.points()) == [0, 23], "40 rows behind 3 and behind 43"
+    assert sorted(p.context for p in stage.worker.machine.meter.forward.points()) == [0, 23], (
+        "40 rows behind 3 and behind 43"
+    )

@@ -13,7 +13,9 @@ def test_a_generation_can_be_abandoned_and_the_next_one_is_right(pair):
     with Engine.from_config(pair.config(2)) as engine:
         first = engine.generate([5, 6, 7])
         next(first)
-        assert [t.id for t in engine.generate([7, 8, 9], max_new_tokens=20)] == pair.greedy([7, 8, 9], 20)
+        assert [t.id for t in engine.generate([7, 8, 9], max_new_tokens=20)] == pair.greedy(
+            [7, 8, 9], 20
+        )
         assert first.result.finish_reason == "cancelled" and first.result.new_tokens == 1
 
 
@@ -22,8 +24,12 @@ def test_the_result_agrees_with_the_tokens(pair):
         generation = engine.generate("def add", max_new_tokens=12)
         tokens = list(generation)
         result = generation.result
-        assert result.token_ids == [t.id for t in tokens] and result.text == "".join(t.text for t in tokens)
-        assert result.new_tokens == 12 and result.finish_reason == "length" and result.world_size == 4
+        assert result.token_ids == [t.id for t in tokens] and result.text == "".join(
+            t.text for t in tokens
+        )
+        assert (
+            result.new_tokens == 12 and result.finish_reason == "length" and result.world_size == 4
+        )
         assert result.accepted_tokens == sum(t.accepted for t in tokens)
         assert result.tokens_per_second == pytest.approx(11 / result.decode_seconds)
         assert len(result.stage_utilisation) == len(result.stage_peak_mb) == 3
@@ -34,7 +40,9 @@ def test_what_was_measured_lasts_from_request_to_request_until_it_is_forgotten(p
         generation = engine.generate([5, 6, 7], method="naive", max_new_tokens=12)
         list(generation)
         costs = generation.result.costs
-        return sum(times for _, _, _, times in costs["stages"][1]["forwards"]), sum(times for _, _, _, times in costs["draft"])
+        return sum(times for _, _, _, times in costs["stages"][1]["forwards"]), sum(
+            times for _, _, _, times in costs["draft"]
+        )
 
     with Engine.from_config(pair.config(2)) as engine:
         once, twice = forwards(engine), forwards(engine)

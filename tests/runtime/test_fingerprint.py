@@ -31,12 +31,17 @@ def test_the_hash_is_of_the_values_and_not_of_how_they_are_stored(tmp_path):
     torch.manual_seed(5)
     half = torch.randn(700, 800).bfloat16().half()  # more than one chunk; what both halves can say
     half[0, 0] = 0.0
-    found = {stored(tmp_path / str(dtype), half.to(dtype)) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
+    found = {
+        stored(tmp_path / str(dtype), half.to(dtype))
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    }
     assert len(found) == 1
     large = half.float()
     large[3, 3] = 1e6  # infinite as a half
     large[1:2] += 2e-4  # some of these round up, some down
-    assert stored(tmp_path / "large", large) == stored(tmp_path / "rounded", large.half()) not in found
+    assert (
+        stored(tmp_path / "large", large) == stored(tmp_path / "rounded", large.half()) not in found
+    )
 
 
 def test_every_split_of_a_model_tells_the_same_hash_and_an_older_one_none(pair, tmp_path):
@@ -63,7 +68,10 @@ def head(pair, tmp_path):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | ({CARD: card} if card else {})))
         if embedding is not None:
-            save_file(load_file(folder / "model.safetensors") | {EAGLE_EMBEDDING: embedding}, folder / "model.safetensors")
+            save_file(
+                load_file(folder / "model.safetensors") | {EAGLE_EMBEDDING: embedding},
+                folder / "model.safetensors",
+            )
         return folder
 
     return made
@@ -78,7 +86,10 @@ def warnings(folder, manifest, caplog):
 
 def test_a_head_of_another_target_is_refused_by_name(pair, head):
     manifest, other = Manifest.load(pair.split(2)), embedding_hash(Checkpoint(pair.draft))
-    with pytest.raises(UserError, match=rf"drafter.path: .*{CARD} is {other}, the target's is {manifest.embedding}: give the head"):
+    with pytest.raises(
+        UserError,
+        match=rf"drafter.path: .*{CARD} is {other}, the target's is {manifest.embedding}: give the head",
+    ):
         check_eagle("eagle", head(other), manifest, "drafter.path")
 
 

@@ -9,7 +9,10 @@ from flowspec.engine import Engine
 
 METHODS = [*(m for m in ALL_METHODS if m != "ar"), "ar"]
 PROMPTS = [[5], [7, 8, 9, 10, 11], list(range(40, 75))]
-SAMPLED = [dict(temperature=0.8, top_p=0.9, seed=1), dict(temperature=1.2, top_k=20, min_p=0.02, seed=4)]
+SAMPLED = [
+    dict(temperature=0.8, top_p=0.9, seed=1),
+    dict(temperature=1.2, top_k=20, min_p=0.02, seed=4),
+]
 
 TIGHT = pytest.mark.parametrize("cache_step", [1], indirect=True, ids=["tight"])
 
@@ -34,7 +37,11 @@ def slow(*values):
     [
         (1, None, "ngram"),
         (2, "1,5", "lm"),
-        *(slow(n, layers, drafter) for n, layers in [(4, "2,1,1,2"), (6, None)] for drafter in ("lm", "ngram")),
+        *(
+            slow(n, layers, drafter)
+            for n, layers in [(4, "2,1,1,2"), (6, None)]
+            for drafter in ("lm", "ngram")
+        ),
         slow(1, None, "lm"),
         slow(2, "1,5", "ngram"),
     ],
@@ -47,10 +54,15 @@ def test_every_method_writes_transformers_greedy_text(pair, stages, layers, draf
                 assert_same(text(engine, prompt, method=method), want)
 
 
-@pytest.mark.parametrize("stages,verify_on", [(1, "last"), slow(1, "coordinator"), slow(3, "last"), slow(3, "coordinator")])
+@pytest.mark.parametrize(
+    "stages,verify_on",
+    [(1, "last"), slow(1, "coordinator"), slow(3, "last"), slow(3, "coordinator")],
+)
 @pytest.mark.parametrize("coupled", ["true", slow("false")])
 def test_every_method_writes_the_same_sampled_text(pair, stages, verify_on, coupled):
-    with Engine.from_config(pair.config(stages), [f"verify_on={verify_on}", f"policy.coupled={coupled}"]) as engine:
+    with Engine.from_config(
+        pair.config(stages), [f"verify_on={verify_on}", f"policy.coupled={coupled}"]
+    ) as engine:
         for settings in SAMPLED:
             want = text(engine, PROMPTS[1], method="ar", **settings)
             for method in METHODS[:-1]:
@@ -62,9 +74,14 @@ def test_every_method_writes_the_same_sampled_text(pair, stages, verify_on, coup
 def test_any_tree_and_segment(pair, cache_step, seed):
     r = random.Random(seed)
     tree = dict(
-        budget=r.choice([1, 2, 7, 40, 200]), segment=r.choice([1, 2, 16, 64]), top_k=r.choice([1, 4, 16]), depth=r.choice([1, 3, 9])
+        budget=r.choice([1, 2, 7, 40, 200]),
+        segment=r.choice([1, 2, 16, 64]),
+        top_k=r.choice([1, 4, 16]),
+        depth=r.choice([1, 3, 9]),
     )
-    with Engine.from_config(pair.config(r.choice([1, 2, 4])), [f"tree.{k}={v}" for k, v in tree.items()]) as engine:
+    with Engine.from_config(
+        pair.config(r.choice([1, 2, 4])), [f"tree.{k}={v}" for k, v in tree.items()]
+    ) as engine:
         want = pair.greedy(PROMPTS[1], 40)
         for method in METHODS[:-1]:
             assert_same(text(engine, PROMPTS[1], method=method), want)
@@ -82,7 +99,10 @@ def test_any_tree_and_segment(pair, cache_step, seed):
 def test_any_delay(pair, emulate):
     with Engine.from_config(pair.config(3), [f"emulate={emulate}"]) as engine:
         for method in METHODS:
-            assert_same(text(engine, PROMPTS[2], method=method, max_new_tokens=24), pair.greedy(PROMPTS[2], 24))
+            assert_same(
+                text(engine, PROMPTS[2], method=method, max_new_tokens=24),
+                pair.greedy(PROMPTS[2], 24),
+            )
             assert engine._running.result.emulated
 
 
@@ -94,7 +114,10 @@ def test_dead_rows_left_in_place_or_gathered_at_once(pair, monkeypatch, cache_st
         monkeypatch.setattr(StageState, "COMPACT", limit)
         with Engine.from_config(pair.config(2)) as engine:
             for method in METHODS[:-1]:
-                assert_same(text(engine, PROMPTS[1], method=method, max_new_tokens=24), pair.greedy(PROMPTS[1], 24))
+                assert_same(
+                    text(engine, PROMPTS[1], method=method, max_new_tokens=24),
+                    pair.greedy(PROMPTS[1], 24),
+                )
 
 
 def test_long_prompts_are_prefilled_in_chunks(pair, monkeypatch):
@@ -106,7 +129,9 @@ def test_long_prompts_are_prefilled_in_chunks(pair, monkeypatch):
     prompt = [int(t) for t in (i * i % 290 for i in range(100))]
     with Engine.from_config(pair.config(3)) as engine:
         for method in METHODS:
-            assert_same(text(engine, prompt, method=method, max_new_tokens=20), pair.greedy(prompt, 20))
+            assert_same(
+                text(engine, prompt, method=method, max_new_tokens=20), pair.greedy(prompt, 20)
+            )
 
 
 def test_the_draft_is_of_use(pair):

@@ -28,12 +28,16 @@ def test_it_is_the_product(outputs, inputs, dtype):
     held = kernels.unpacked(layer.packed, outputs).double()
     if dtype == torch.int8:
         held *= layer.scale.double()[:, None]
-        assert (held - weight).abs().max() <= (weight.abs().amax(1) / 254).max() * 1.001, "no more than half a step of the scale"
+        assert (held - weight).abs().max() <= (weight.abs().amax(1) / 254).max() * 1.001, (
+            "no more than half a step of the scale"
+        )
     else:
         assert torch.equal(held.to(dtype), weight.to(dtype))
     for n in (1, 2, 3, 5, 6, 7, 11, 12, 13, 40):
         x = torch.randn(n, inputs)
-        torch.testing.assert_close(layer(x).double(), x.double() @ held.T + layer.bias.double(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            layer(x).double(), x.double() @ held.T + layer.bias.double(), rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -20,22 +20,34 @@ from flowspec.preflight import check_run
 
 def answer(coupled=False, coverage=0.97, **lists):
     """Of nodes n<id>={token: z}."""
-    made = [Proposal(np.array([*one]), np.array([*one.values()], float), coverage, coupled) for one in lists.values()]
+    made = [
+        Proposal(np.array([*one]), np.array([*one.values()], float), coverage, coupled)
+        for one in lists.values()
+    ]
     return Drafted.pack([int(name[1:]) for name in lists], made)
 
 
 def candidates(drafted, node):
     """token -> z by each drafter, in the order of the list."""
     proposal = drafted.proposal(node)
-    return {token: pytest.approx(z) for token, z in zip(proposal.tokens.tolist(), proposal.z.tolist(), strict=True)}
+    return {
+        token: pytest.approx(z)
+        for token, z in zip(proposal.tokens.tolist(), proposal.z.tolist(), strict=True)
+    }
 
 
 # ---- what is proposed ------------------------------------------------------------------------------
 def test_all_candidates_of_all_drafters_best_first_and_each_once():
-    both = united([3], [answer(n3={7: -0.5, 8: -2.0}), answer(n3={9: -0.1, 8: -0.4, 7: -5.0}, coverage=0.5)])
+    both = united(
+        [3], [answer(n3={7: -0.5, 8: -2.0}), answer(n3={9: -0.1, 8: -0.4, 7: -5.0}, coverage=0.5)]
+    )
     cut = -2.0 - math.log(2)
     assert candidates(both, 3) == {8: [-2.0, -0.4], 9: [cut, -0.1], 7: [-0.5, -5.0]}
-    assert list(candidates(both, 3)) == [8, 9, 7] and both.coverage.tolist() == [0.97] and not both.coupled
+    assert (
+        list(candidates(both, 3)) == [8, 9, 7]
+        and both.coverage.tolist() == [0.97]
+        and not both.coupled
+    )
     assert both.z.shape == (1, 3, 2), "no column for a token that was there already"
 
 
@@ -44,9 +56,13 @@ def test_a_drafter_that_cannot_go_on_from_a_node_says_nothing_of_it():
     look_up = answer(n5={4: 0.0}, n6={2: 0.0}, coverage=0.25)
     both = united([5, 3, 4, 6], [first, look_up])
     assert both.nodes == (5, 3, 6) and both.coverage.tolist() == [0.25, 0.97, 0.97] and both.coupled
-    assert candidates(both, 3) == {7: [-0.5, 0.0], 8: [-2.0, 0.0]} and candidates(both, 5) == {4: [0.0, 0.0]}
+    assert candidates(both, 3) == {7: [-0.5, 0.0], 8: [-2.0, 0.0]} and candidates(both, 5) == {
+        4: [0.0, 0.0]
+    }
     half = math.log(2)
-    assert candidates(both, 6) == {1: [-0.3, -half], 2: [-0.3 - half, 0.0]}, "a list of one is for its token"
+    assert candidates(both, 6) == {1: [-0.3, -half], 2: [-0.3 - half, 0.0]}, (
+        "a list of one is for its token"
+    )
     assert both.proposal(4) is None
     nobody = united([1, 2], [answer(), answer()])
     assert nobody.nodes == () and nobody.tokens.size == 0
@@ -107,8 +123,14 @@ def test_a_score_weighs_each_drafter_and_ranks_anew():
         if weights:
             made.weights.values[:2] = weights
         [(_, tokens, scores)] = made.scored([tree.root], both, 16)
-        u = {token: np.dot(weights or [0.5, 0.5], z.expected) for token, z in candidates(both, 0).items()}
-        p = {token: 0.97 * made.weights.trust * math.exp(x) / sum(map(math.exp, u.values())) for token, x in u.items()}
+        u = {
+            token: np.dot(weights or [0.5, 0.5], z.expected)
+            for token, z in candidates(both, 0).items()
+        }
+        p = {
+            token: 0.97 * made.weights.trust * math.exp(x) / sum(map(math.exp, u.values()))
+            for token, x in u.items()
+        }
         assert dict(zip(tokens, np.exp(scores), strict=True)) == pytest.approx(p)
         assert scores == sorted(scores, reverse=True)
 
@@ -138,21 +160,36 @@ def test_a_drafter_that_said_nothing_is_not_judged():
 # ---- in a run --------------------------------------------------------------------------------------
 def mixture(pair, *more, head="eagle"):
     folder = pair.head if head == "eagle" else pair.head3
-    members = [f"{{kind: {head}, path: {folder}}}", f"{{kind: lm, path: {pair.draft}}}", "{kind: ngram}", *more]
+    members = [
+        f"{{kind: {head}, path: {folder}}}",
+        f"{{kind: lm, path: {pair.draft}}}",
+        "{kind: ngram}",
+        *more,
+    ]
     return f"drafter=[{', '.join(members)}]"
 
 
-SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in (("eagle", "coordinator"), ("eagle3", "last"))]
+SLOW = [
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in (("eagle", "coordinator"), ("eagle3", "last"))
+]
 
 
 @pytest.mark.parametrize("head,verify_on", [("eagle", "last"), *SLOW])
 def test_every_method_writes_the_targets_text(request, head, verify_on):
     pair = request.getfixturevalue("pair" if head == "eagle" else "deep")
-    words = [mixture(pair, head=head), f"verify_on={verify_on}", "emulate={stage_ms: 5, draft_ms: 1}"]
+    words = [
+        mixture(pair, head=head),
+        f"verify_on={verify_on}",
+        "emulate={stage_ms: 5, draft_ms: 1}",
+    ]
     with Engine.from_config(pair.config(2), words) as engine:
 
         def text(method, **settings):
-            return [t.id for t in engine.generate([7, 8, 9], method=method, max_new_tokens=24, **settings)]
+            return [
+                t.id
+                for t in engine.generate([7, 8, 9], method=method, max_new_tokens=24, **settings)
+            ]
 
         want = pair.greedy([7, 8, 9], 24)
         for method in METHODS:
@@ -178,7 +215,10 @@ def test_a_list_of_one_is_that_drafter(pair):
         ("[{knid: ngram}]", "unknown key drafter.0.knid: did you mean drafter.0.kind?"),
         ("[ngram]", "drafter.0 must be a mapping"),
         ("[]", "drafter is an empty list"),
-        ("[{kind: eagle, path: x}, {kind: ngram}, {kind: eagle3, path: y}]", "drafter lists an eagle and an eagle3 head"),
+        (
+            "[{kind: eagle, path: x}, {kind: ngram}, {kind: eagle3, path: y}]",
+            "drafter lists an eagle and an eagle3 head",
+        ),
         ("[{kind: ngram}, {kind: eagle, path: nowhere}]", "drafter.1.path nowhere: no such folder"),
     ],
 )
@@ -189,6 +229,12 @@ def test_what_is_wrong_with_a_member_is_said_by_its_key(pair, words, said):
 
 
 def test_a_head_of_another_target_is_refused_by_its_key(pair, tmp_path):
-    (tmp_path / "config.json").write_text((pair.head / "config.json").read_text().replace('"hidden_size": 48', '"hidden_size": 64'))
-    with pytest.raises(UserError, match=r"drafter\.3\.path: .*hidden_size is 64, the target's is 48"):
-        check_run(load_config(pair.config(2), [mixture(pair, f"{{kind: eagle, path: {tmp_path}}}")]))
+    (tmp_path / "config.json").write_text(
+        (pair.head / "config.json").read_text().replace('"hidden_size": 48', '"hidden_size": 64')
+    )
+    with pytest.raises(
+        UserError, match=r"drafter\.3\.path: .*hidden_size is 64, the target's is 48"
+    ):
+        check_run(
+            load_config(pair.config(2), [mixture(pair, f"{{kind: eagle, path: {tmp_path}}}")])
+        )

@@ -39,7 +39,9 @@ def test_a_walk_sees_what_all_rows_together_give(sampling, seed):
     for _ in range(n - 1):
         parents.append(r.randrange(max(0, len(parents) - 10), len(parents)))
         positions.append(positions[parents[-1]] + 1)
-    whole = [pick(row, sampling, noise, p + 1) for row, p in zip(head(rows), positions, strict=True)]
+    whole = [
+        pick(row, sampling, noise, p + 1) for row, p in zip(head(rows), positions, strict=True)
+    ]
     # the first child carries its parent's choice; the others' tokens are none of the vocabulary's
     tokens, taken = [], set()
     for k, p in enumerate(parents):
@@ -51,7 +53,16 @@ def test_a_walk_sees_what_all_rows_together_give(sampling, seed):
         end = min(n, begin + r.randint(1, 30))
         part, before = slice(begin, end), len(head.rows)
         ids, took = list(range(begin, end)), []
-        picks = Picks(head, sampling, noise, ids, parents[part], torch.tensor(positions[part]), rows[part], took.append)
+        picks = Picks(
+            head,
+            sampling,
+            noise,
+            ids,
+            parents[part],
+            torch.tensor(positions[part]),
+            rows[part],
+            took.append,
+        )
 
         def choose(k, picks=picks, ids=ids):
             looked[ids[k]] = picks[ids[k]]
@@ -63,7 +74,9 @@ def test_a_walk_sees_what_all_rows_together_give(sampling, seed):
         begin = end
     assert max(head.rows) <= Picks.ROWS and len(looked) > 2, f"seed {seed}"
     for k, got in looked.items():
-        assert got.token == whole[k].token and got.gap == pytest.approx(whole[k].gap, abs=1e-4), f"seed {seed}"
+        assert got.token == whole[k].token and got.gap == pytest.approx(whole[k].gap, abs=1e-4), (
+            f"seed {seed}"
+        )
 
 
 @pytest.mark.parametrize("verify_on", ["last", "coordinator"])
@@ -80,8 +93,12 @@ def test_only_tokens_of_the_text_are_picked(pair, monkeypatch, verify_on, method
     prompt, settings = [7, 8, 9], dict(max_new_tokens=30, temperature=0.8, top_p=0.95, seed=2)
     with Engine.from_config(pair.config(2), [f"verify_on={verify_on}"]) as engine:
         text = [t.id for t in engine.generate(prompt, method=method, **settings)]
-    inside = sorted((p, t) for p, t in picked if p < len(prompt) + 30)  # a last stage may walk on while rank 0 stops
-    assert inside == list(enumerate(text, len(prompt))), "each position once, and nothing that was refused"
+    inside = sorted(
+        (p, t) for p, t in picked if p < len(prompt) + 30
+    )  # a last stage may walk on while rank 0 stops
+    assert inside == list(enumerate(text, len(prompt))), (
+        "each position once, and nothing that was refused"
+    )
 
 
 def test_lm_head_and_picks_are_part_of_a_last_stages_measured_time(pair, monkeypatch):
@@ -113,4 +130,6 @@ def test_half_precision_heads_compute_in_float32(monkeypatch, dtype):
     for n in (1, 3):
         logits = Head(weight)(rows[:n])
         assert logits.dtype == torch.float32
-        torch.testing.assert_close(logits.double(), rows[:n].double() @ weight.double().T, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            logits.double(), rows[:n].double() @ weight.double().T, rtol=1e-5, atol=1e-5
+        )

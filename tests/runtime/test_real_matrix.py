@@ -22,7 +22,14 @@ def script(name: str):
 
 
 real, weaken = script("real_matrix"), script("weaken")
-AXES = dict(contexts=(64, 1024), vocabularies=(4096,), dtypes=("float32",), drafters=("good", "weak"), stages=(1,), temperatures=(0.0, 1.0))
+AXES = dict(
+    contexts=(64, 1024),
+    vocabularies=(4096,),
+    dtypes=("float32",),
+    drafters=("good", "weak"),
+    stages=(1,),
+    temperatures=(0.0, 1.0),
+)
 
 
 def run(cell, pair: int, method: str, rate: float | None, text: str = "same"):
@@ -30,7 +37,10 @@ def run(cell, pair: int, method: str, rate: float | None, text: str = "same"):
 
 
 def test_the_shipped_matrices_are_read():
-    shipped = {path.stem: real.load_matrix(path) for path in (SCRIPTS.parent / "configs" / "real").glob("*.yaml")}
+    shipped = {
+        path.stem: real.load_matrix(path)
+        for path in (SCRIPTS.parent / "configs" / "real").glob("*.yaml")
+    }
     assert len(real.cells(shipped["full"])) == 4 * 3 * 2 * 3 * 2 * 2
     assert all(matrix.pairs >= 5 and matrix.new_tokens == 64 for matrix in shipped.values())
 
@@ -76,10 +86,22 @@ def test_cells_of_a_ring_are_side_by_side():
 
 def test_the_tables_pair_runs_and_name_slow_cells():
     good, slow, *_ = real.cells(real.Matrix(**AXES))
-    runs = [run(good, pair, method, rate) for pair in (1, 2, 3) for method, rate in (("ar", 10.0 * pair), ("flowspec", 20.0 * pair))]
-    runs += [run(slow, 1, "ar", 10.0), run(slow, 1, "flowspec", 5.0, "other"), run(slow, 2, "ar", 10.0), run(slow, 3, "ar", None)]
+    runs = [
+        run(good, pair, method, rate)
+        for pair in (1, 2, 3)
+        for method, rate in (("ar", 10.0 * pair), ("flowspec", 20.0 * pair))
+    ]
+    runs += [
+        run(slow, 1, "ar", 10.0),
+        run(slow, 1, "flowspec", 5.0, "other"),
+        run(slow, 2, "ar", 10.0),
+        run(slow, 3, "ar", None),
+    ]
     found = real.outcomes(runs)
-    assert found[good].ratios == [2.0, 2.0, 2.0] and found[good].ms == {"ar": 50.0, "flowspec": 25.0}
+    assert found[good].ratios == [2.0, 2.0, 2.0] and found[good].ms == {
+        "ar": 50.0,
+        "flowspec": 25.0,
+    }
     assert found[slow].ratios == [0.5] and found[slow].different == 1
     table = real.markdown(found)
     assert "| 4096 | float32 | good | 1 | 0 | 64 | 2.00 | 2.00..2.00 | 3 |" in table
@@ -87,8 +109,15 @@ def test_the_tables_pair_runs_and_name_slow_cells():
 
 
 def test_prompts_are_as_long_as_asked_and_differ():
-    made = [real.prompt(str.split, pair, length) for pair, length in ((1, 64), (2, 64), (1, 9000), (1, 200_000))]
-    assert [len(each) for each in made] == [64, 64, 9000, 200_000] and made[0] != made[1] and made[2][:64] == made[0]
+    made = [
+        real.prompt(str.split, pair, length)
+        for pair, length in ((1, 64), (2, 64), (1, 9000), (1, 200_000))
+    ]
+    assert (
+        [len(each) for each in made] == [64, 64, 9000, 200_000]
+        and made[0] != made[1]
+        and made[2][:64] == made[0]
+    )
 
 
 def test_a_weak_head_agrees_as_often_as_asked():
@@ -103,9 +132,18 @@ def test_a_weak_head_agrees_as_often_as_asked():
 
 
 def test_a_weak_draft_is_a_checkpoint_with_a_head_of_its_own(pair, tmp_path, capsys):
-    words = ["--draft", str(pair.draft), "--target", str(pair.target), "--output", str(tmp_path / "weak")]
+    words = [
+        "--draft",
+        str(pair.draft),
+        "--target",
+        str(pair.target),
+        "--output",
+        str(tmp_path / "weak"),
+    ]
     assert weaken.main([*words, "--agree", "0"]) == 0
-    assert json.loads((tmp_path / "weak" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert (
+        json.loads((tmp_path / "weak" / "config.json").read_text())["tie_word_embeddings"] is False
+    )
     assert (tmp_path / "weak" / "tokenizer.json").is_file()
     capsys.readouterr()
     for wrong in (["--agree", "2"], ["--agree", "0"]):
@@ -119,8 +157,16 @@ def test_a_draft_with_room_computes_what_it_did_and_its_new_tokens_lose(pair, tm
     from transformers import AutoModelForCausalLM
 
     words = ["--draft", str(pair.draft), "--target", str(pair.draft), "--agree", "1"]
-    assert weaken.main([*words, "--output", str(tmp_path / "roomy"), "--vocab", "5000", "--positions", "4096"]) == 0
-    small, roomy = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in (pair.draft, tmp_path / "roomy"))
+    assert (
+        weaken.main(
+            [*words, "--output", str(tmp_path / "roomy"), "--vocab", "5000", "--positions", "4096"]
+        )
+        == 0
+    )
+    small, roomy = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        for folder in (pair.draft, tmp_path / "roomy")
+    )
     own = small.config.vocab_size
     assert (roomy.config.vocab_size, roomy.config.max_position_embeddings) == (5000, 4096)
     text = torch.arange(5, 45)[None]

@@ -11,7 +11,19 @@ from rich.console import Console
 
 from flowspec import UserError
 from flowspec.bench import report
-from flowspec.bench.report import Record, Spread, best, chart, identical, markdown, save, show, summarise, sweep_table, table
+from flowspec.bench.report import (
+    Record,
+    Spread,
+    best,
+    chart,
+    identical,
+    markdown,
+    save,
+    show,
+    summarise,
+    sweep_table,
+    table,
+)
 from flowspec.core.policies import METHODS
 from flowspec.core.policy import SWITCHES
 
@@ -22,7 +34,9 @@ RATES = {  # method -> prompt -> tokens/s of each repeat; hand-made so that medi
 }
 
 
-def record(method: str, prompt: int, repeat: int, rate: float | None, temperature: float = 0.0, **changes) -> Record:
+def record(
+    method: str, prompt: int, repeat: int, rate: float | None, temperature: float = 0.0, **changes
+) -> Record:
     fields = dict(
         method=method,
         temperature=temperature,
@@ -70,12 +84,16 @@ def test_rates_are_medians_of_the_prompts_medians():
     assert rows["flowspec"].rate == Spread(27.0, 22.0, 32.0)
     third = [*example(), record("ar", 3, 1, 12.0), record("ar", 3, 2, 13.0)]
     assert rows_of(third)["ar"].rates[3] == 12.5  # an even number of repeats
-    assert rows_of(third)["ar"].rate == Spread(12.5, 10.0, 20.0)  # an odd number of prompts: the middle one
+    assert rows_of(third)["ar"].rate == Spread(
+        12.5, 10.0, 20.0
+    )  # an odd number of prompts: the middle one
 
 
 def test_noise_is_the_largest_relative_spread_over_the_repeats_of_one_prompt():
     rows = rows_of(example())
-    assert rows["ar"].noise == pytest.approx(0.3)  # prompt 1: (11 - 8) / 10; prompt 2: (20 - 16) / 20
+    assert rows["ar"].noise == pytest.approx(
+        0.3
+    )  # prompt 1: (11 - 8) / 10; prompt 2: (20 - 16) / 20
     assert rows["flowspec"].noise == pytest.approx(10 / 32)
     assert rows["naive"].noise == pytest.approx(5 / 24)
     assert rows_of([r for r in example() if r.repeat == 2])["ar"].noise is None
@@ -94,7 +112,9 @@ def test_speed_ups_are_of_the_same_prompt_and_repeat():
 def test_a_speed_up_needs_a_partner():
     alone = rows_of([r for r in example() if r.method == "flowspec"])["flowspec"]
     assert (alone.over["ar"], alone.over["naive"], alone.ratios) == (None, None, {})
-    apart = rows_of([record("ar", 1, 1, 10.0), record("flowspec", 1, 2, 20.0), record("flowspec", 2, 1, 20.0)])
+    apart = rows_of(
+        [record("ar", 1, 1, 10.0), record("flowspec", 1, 2, 20.0), record("flowspec", 2, 1, 20.0)]
+    )
     assert apart["flowspec"].over["ar"] is None
     hot = rows_of([record("ar", 1, 1, 10.0), record("flowspec", 1, 1, 20.0, temperature=0.7)])
     assert hot["flowspec"].over["ar"] is None
@@ -113,22 +133,64 @@ def test_texts_of_one_token_have_no_part_in_the_rates():
     assert rows["flowspec"].rates == {1: 23.0, 2: 32.0, 3: 99.0}
     assert rows["flowspec"].over["ar"] == Spread(2.0, 1.5, 3.0)
     none = rows_of([record("ar", 1, 1, None, simulated=5.0)])["ar"]
-    assert (none.rate, none.noise, none.over["ar"], none.rates, none.simulated, none.off) == (None, None, None, {}, 5.0, None)
+    assert (none.rate, none.noise, none.over["ar"], none.rates, none.simulated, none.off) == (
+        None,
+        None,
+        None,
+        {},
+        5.0,
+        None,
+    )
 
 
 def test_the_other_figures_are_medians_over_records():
     records = [
-        record("ar", 1, 1, 8.0, utilisation=[0.5, 0.25], bytes_per_token=[1.0, 20.0, 300.0], accepted_per_segment=1.0, bubbles=0.1),
-        record("ar", 2, 1, 8.0, utilisation=[1.0, 0.5], bytes_per_token=[3.0, 10.0, 100.0], accepted_per_segment=2.0, bubbles=0.4),
-        record("ar", 3, 1, 8.0, utilisation=[0.0, 0.25], bytes_per_token=[2.0, 30.0, 200.0], accepted_per_segment=4.0, bubbles=0.3),
+        record(
+            "ar",
+            1,
+            1,
+            8.0,
+            utilisation=[0.5, 0.25],
+            bytes_per_token=[1.0, 20.0, 300.0],
+            accepted_per_segment=1.0,
+            bubbles=0.1,
+        ),
+        record(
+            "ar",
+            2,
+            1,
+            8.0,
+            utilisation=[1.0, 0.5],
+            bytes_per_token=[3.0, 10.0, 100.0],
+            accepted_per_segment=2.0,
+            bubbles=0.4,
+        ),
+        record(
+            "ar",
+            3,
+            1,
+            8.0,
+            utilisation=[0.0, 0.25],
+            bytes_per_token=[2.0, 30.0, 200.0],
+            accepted_per_segment=4.0,
+            bubbles=0.3,
+        ),
     ]
     row = rows_of(records)["ar"]
-    assert (row.utilisation, row.bytes_per_token, row.accepted_per_segment, row.bubbles) == (0.375, [2.0, 20.0, 200.0], 2.0, 0.3)
+    assert (row.utilisation, row.bytes_per_token, row.accepted_per_segment, row.bubbles) == (
+        0.375,
+        [2.0, 20.0, 200.0],
+        2.0,
+        0.3,
+    )
     assert (row.wasted, row.dead_rows) == (0.625, 0.03125)
 
 
 def test_off_compares_each_prompt_with_its_own_prediction():
-    predicted = [record("ar", prompt, 1, 10.0, simulated=value) for prompt, value in [(1, 8.0), (2, 12.5), (3, 10.0), (4, None)]]
+    predicted = [
+        record("ar", prompt, 1, 10.0, simulated=value)
+        for prompt, value in [(1, 8.0), (2, 12.5), (3, 10.0), (4, None)]
+    ]
     row = rows_of([*predicted, record("ar", 1, 2, 14.0, simulated=8.0)])["ar"]
     assert row.simulated == 10.0
     assert row.off == pytest.approx(0.0)  # +0.5, -0.2, 0
@@ -139,7 +201,9 @@ def test_temperatures_stand_as_they_came_and_methods_in_their_order():
     names = ["mine", "flowspec", "other", "pruned", "ar", "naive"]
     records = [record(name, 1, 1, 8.0, temperature) for temperature in (0.7, 0.0) for name in names]
     ordered = ["ar", "naive", "pruned", "flowspec", "mine", "other"]
-    assert [(row.temperature, row.method) for row in summarise(records)] == [(t, name) for t in (0.7, 0.0) for name in ordered]
+    assert [(row.temperature, row.method) for row in summarise(records)] == [
+        (t, name) for t in (0.7, 0.0) for name in ordered
+    ]
     assert summarise([]) == []
 
 
@@ -158,7 +222,13 @@ def test_other_tokens_are_named_with_who_wrote_them():
     def wrong(method: str, prompt: int, repeat: int, temperature: float = 0.0) -> Record:
         return record(method, prompt, repeat, 8.0, temperature, tokens_sha="other")
 
-    records = [*example(), wrong("flowspec", 2, 4), wrong("naive", 2, 4), wrong("pipedec", 2, 1), wrong("ar", 1, 4)]
+    records = [
+        *example(),
+        wrong("flowspec", 2, 4),
+        wrong("naive", 2, 4),
+        wrong("pipedec", 2, 1),
+        wrong("ar", 1, 4),
+    ]
     hot = [record("naive", 1, 2, 8.0, 0.7), wrong("flowspec", 1, 1, 0.7)]
     assert identical([*records, *hot]) == [
         "prompt 1 at temperature 0: ar (in some repeats) wrote other tokens than ar in repeat 1",
@@ -180,13 +250,23 @@ WORK = ["accepted", "busy", "bubbles", "wasted", "dead", "kB/token"]
 
 def test_the_table_of_summaries():
     worked = ["1.50", "50%", "50%", "62%", "3.1%", "0.2 4.0 1.5"]
-    lines = printed(lambda console: console.print(table(summarise(example()), "three [methods]")), 160)
+    lines = printed(
+        lambda console: console.print(table(summarise(example()), "three [methods]")), 160
+    )
     assert lines[0].strip() == "three [methods]"
     assert [re.split(" {2,}", line.strip()) for line in (lines[1], *lines[3:6])] == [
         ["temp", "method", "tokens/s", "noise", "vs naive", "vs ar", *WORK],
         ["0", "ar", "15.0 (10.0..20.0)", "30%", "0.66x (0.50..1.00)", "1.00x", *worked],
         ["0", "naive", "20.0 (16.0..24.0)", "21%", "1.00x", "1.51x (1.00..2.00)", *worked],
-        ["0", "flowspec", "27.0 (22.0..32.0)", "31%", "1.33x (1.25..2.00)", "2.00x (1.50..3.00)", *worked],
+        [
+            "0",
+            "flowspec",
+            "27.0 (22.0..32.0)",
+            "31%",
+            "1.33x (1.25..2.00)",
+            "2.00x (1.50..3.00)",
+            *worked,
+        ],
     ]
 
 
@@ -218,14 +298,18 @@ def test_show_prints_summaries_and_prompts():
 
 def test_names_of_many_variants_are_shown_whole_and_texts_of_one_token_do_no_harm():
     variants = [*METHODS, *(f"flowspec - {name}" for name in SWITCHES)]
-    lines = printed(lambda console: show([record(name, 1, 1, 8.0) for name in variants], "all", console), 140)
+    lines = printed(
+        lambda console: show([record(name, 1, 1, 8.0) for name in variants], "all", console), 140
+    )
     assert not any("…" in line for line in lines)
     assert printed(lambda console: show([record("ar", 1, 1, None)], "all", console), 140)
 
 
 @pytest.mark.parametrize("width,tables", [(140, 1), (139, 2), (80, 2)])
 def test_a_narrow_terminal_gets_two_tables_with_nothing_cut_off(width, tables):
-    records = [r for temperature in (0.0, 0.7) for r in example(temperature=temperature, simulated=20.0)]
+    records = [
+        r for temperature in (0.0, 0.7) for r in example(temperature=temperature, simulated=20.0)
+    ]
     lines = printed(lambda console: show(records, "narrow", console), width)
     assert sum(" method " in line for line in lines) == tables
     assert "…" not in "".join(lines)
@@ -239,8 +323,17 @@ def test_without_a_terminal_lines_are_140_wide(capsys):
 
 # ---- Markdown --------------------------------------------------------------------------------------
 def test_markdown():
-    facts = {"machine": "8 cores", "command": "flowspec compare", "emulated": True, "date": "2026-01-02"}
-    records = [record("ar", 1, 1, 8.0, simulated=10.0), record("ar", 1, 2, 8.0, simulated=10.0), record("flowspec", 1, 1, 20.0)]
+    facts = {
+        "machine": "8 cores",
+        "command": "flowspec compare",
+        "emulated": True,
+        "date": "2026-01-02",
+    }
+    records = [
+        record("ar", 1, 1, 8.0, simulated=10.0),
+        record("ar", 1, 2, 8.0, simulated=10.0),
+        record("flowspec", 1, 1, 20.0),
+    ]
     assert markdown(records, "Demo", facts).split("\n") == [
         "## Demo",
         "",
@@ -320,14 +413,26 @@ def test_the_picture_is_a_png_under_its_own_name(matplotlib, tmp_path):
 
 
 def test_a_bar_a_method_and_temperature(figures, tmp_path):
-    chart([*example(), *example(temperature=0.7, simulated=18.0)], tmp_path / "c.png", "Demo", {"emulated": True})
+    chart(
+        [*example(), *example(temperature=0.7, simulated=18.0)],
+        tmp_path / "c.png",
+        "Demo",
+        {"emulated": True},
+    )
     axes = figures[0].axes[0]
     assert axes.get_title(loc="left") == "Demo (emulated times)"
     assert [label.get_text() for label in axes.get_xticklabels()] == ["ar", "naive", "flowspec"] * 2
     assert [bar.get_height() for bar in axes.patches] == [15.0, 20.0, 27.0] * 2
-    assert [bar.get_x() + bar.get_width() / 2 for bar in axes.patches] == pytest.approx([0, 1, 2, 3.6, 4.6, 5.6])
+    assert [bar.get_x() + bar.get_width() / 2 for bar in axes.patches] == pytest.approx(
+        [0, 1, 2, 3.6, 4.6, 5.6]
+    )
     speedups = ["1.00x", "1.51x", "2.00x"] * 2
-    assert texts_of(figures[0]) == [report._OVER_BARS, *speedups, "temperature 0", "temperature 0.7"]
+    assert texts_of(figures[0]) == [
+        report._OVER_BARS,
+        *speedups,
+        "temperature 0",
+        "temperature 0.7",
+    ]
     dots = [list(line.get_ydata()) for line in axes.lines if line.get_marker() == "o"]
     assert dots == [[10.0, 20.0], [16.0, 24.0], [22.0, 32.0]] * 2
     diamonds = [list(line.get_ydata()) for line in axes.lines if line.get_marker() == "D"]
@@ -342,7 +447,11 @@ def test_a_picture_without_ar_and_predictions_says_nothing_of_them(figures, tmp_
     assert figures[0].axes[0].get_title(loc="left") == "Demo (simulated)"
     assert texts_of(figures[0]) == ["temperature 0"]
     assert [label.get_text() for label in figures[0].axes[0].get_xticklabels()] == ["naive", "mine"]
-    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["median over prompts", "least to most", "a prompt"]
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == [
+        "median over prompts",
+        "least to most",
+        "a prompt",
+    ]
 
 
 def test_pictures_that_cannot_be_are_refused_in_one_line(matplotlib, tmp_path):

@@ -4,7 +4,12 @@ import math
 
 import pytest
 import torch
-from transformers.generation.logits_process import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from flowspec.core.request import Sampling
 from flowspec.errors import UserError
@@ -58,7 +63,9 @@ def test_chi_square_can_fail():
 @pytest.mark.parametrize("seed", range(5))
 def test_filters_are_those_of_transformers(settings, seed):
     sampling = Sampling(**settings)
-    logits = torch.randn(1, 200, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
+    logits = (
+        torch.randn(1, 200, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
+    )
     warpers = [TemperatureLogitsWarper(sampling.temperature)]
     warpers += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
     warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
@@ -75,7 +82,13 @@ def test_pick_is_the_argmax_when_greedy_and_tells_its_lead():
 
 
 @pytest.mark.parametrize(
-    "settings", [*FILTERS, dict(temperature=2.0, top_k=1), dict(temperature=1.5, top_p=0.05), dict(temperature=1.0, min_p=1.0)]
+    "settings",
+    [
+        *FILTERS,
+        dict(temperature=2.0, top_k=1),
+        dict(temperature=1.5, top_p=0.05),
+        dict(temperature=1.0, min_p=1.0),
+    ],
 )
 def test_pick_is_the_argmax_of_the_filtered_distribution(settings):
     """The quick look-up against the slow, obvious one."""
@@ -90,7 +103,10 @@ def test_pick_is_the_argmax_of_the_filtered_distribution(settings):
         assert gap == pytest.approx(float(values[0] - values[1]))
 
 
-@pytest.mark.parametrize("settings", [*FILTERS, dict(temperature=3.0, top_p=0.99), dict(temperature=0.01), dict(temperature=50.0)])
+@pytest.mark.parametrize(
+    "settings",
+    [*FILTERS, dict(temperature=3.0, top_p=0.99), dict(temperature=0.01), dict(temperature=50.0)],
+)
 @pytest.mark.parametrize("spread", [0.0, 1.0, 6.0])
 def test_tokens_that_are_left_out_unseen_could_not_have_won(settings, spread):
     """A large vocabulary, where few get exact noise: winner and lead are those of all."""
@@ -99,7 +115,9 @@ def test_tokens_that_are_left_out_unseen_could_not_have_won(settings, spread):
         logits = spread * torch.randn(20_000, generator=torch.Generator().manual_seed(position))
         values, tokens = (filtered(logits, sampling) + noise(position)).topk(2)
         token, gap = pick(logits, sampling, noise, position)
-        assert token == int(tokens[0]) and gap == pytest.approx(float(values[0] - values[1])), f"position {position}"
+        assert token == int(tokens[0]) and gap == pytest.approx(float(values[0] - values[1])), (
+            f"position {position}"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -126,7 +144,11 @@ def test_a_damaged_row_is_picked_from_all_the_same():
         logits = torch.full((3000,), bad)
         for settings in ({}, *FILTERS):
             sampling = Sampling(**settings)
-            assert 0 <= pick(logits, sampling, NoiseRows(1, 3000) if settings else None, 5).token < 3000
+            assert (
+                0
+                <= pick(logits, sampling, NoiseRows(1, 3000) if settings else None, 5).token
+                < 3000
+            )
 
 
 def test_noise_is_the_same_for_a_row_a_subset_and_a_batch():
@@ -148,11 +170,22 @@ def test_noise_has_the_moments_of_gumbel():
     assert abs(noise.mean() - 0.5772) < 0.01
     assert abs(noise.var() - math.pi**2 / 6) < 0.03
     assert abs(torch.corrcoef(noise[:, :2].T)[0, 1]) < 0.4
-    assert abs(torch.corrcoef(torch.stack([noise[:-1].flatten(), noise[1:].flatten()]))[0, 1]) < 0.01
+    assert (
+        abs(torch.corrcoef(torch.stack([noise[:-1].flatten(), noise[1:].flatten()]))[0, 1]) < 0.01
+    )
 
 
 @pytest.mark.parametrize(
-    "bad", [dict(temperature=-1), dict(top_p=0), dict(top_p=1.5), dict(min_p=2), dict(top_k=-1), dict(max_new_tokens=0), dict(seed=-1)]
+    "bad",
+    [
+        dict(temperature=-1),
+        dict(top_p=0),
+        dict(top_p=1.5),
+        dict(min_p=2),
+        dict(top_k=-1),
+        dict(max_new_tokens=0),
+        dict(seed=-1),
+    ],
 )
 def test_bad_settings_are_named(bad):
     with pytest.raises(UserError, match=f"sampling.{next(iter(bad))} is"):

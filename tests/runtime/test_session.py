@@ -33,11 +33,18 @@ def test_a_full_disk_keeps_what_was_written(pair, tmp_path, monkeypatch):
 
     def full(file, *line):
         calls.append(line)
-        real(file if len(calls) == 1 else SimpleNamespace(write=refuse, close=file.close, name=file.name), *line)
+        real(
+            file
+            if len(calls) == 1
+            else SimpleNamespace(write=refuse, close=file.close, name=file.name),
+            *line,
+        )
 
     with Engine.from_config(pair.config(1)) as engine:
         monkeypatch.setattr(session, "add_line", full)
-        with pytest.raises(UserError, match="No space left on device; what it holds so far is kept"):
+        with pytest.raises(
+            UserError, match="No space left on device; what it holds so far is kept"
+        ):
             session.run(engine, ["def", "for i"], [], str(path), chat=False)
     assert path.read_text() == "older" and len(beside_of(str(path)).read_text().splitlines()) == 1
 
@@ -61,18 +68,26 @@ def test_a_device_is_written_to_as_it_is_and_keeps_its_place(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_a_device_that_is_full_is_named_in_one_line(pair):
     """A real one: what stays buffered fails again when the file is closed."""
-    with Engine.from_config(pair.config(1)) as engine, pytest.raises(UserError, match="--json: cannot write /dev/full: No space left"):
+    with (
+        Engine.from_config(pair.config(1)) as engine,
+        pytest.raises(UserError, match="--json: cannot write /dev/full: No space left"),
+    ):
         session.run(engine, ["def"], [], "/dev/full", chat=False)
 
 
 def test_a_link_at_the_partial_name_is_not_followed(tmp_path):
     mine, theirs = tmp_path / "results.jsonl", tmp_path / "theirs"
     theirs.write_text("precious")
-    for path, writes in ((mine, lambda: _replace(mine)), (tmp_path / "weights", lambda: write_file(tmp_path / "weights", [b"new"], 3))):
+    for path, writes in (
+        (mine, lambda: _replace(mine)),
+        (tmp_path / "weights", lambda: write_file(tmp_path / "weights", [b"new"], 3)),
+    ):
         for ending in (".partial", f".tmp-{os.getpid()}"):
             path.with_name(path.name + ending).symlink_to(theirs)
         writes()
-        assert theirs.read_text() == "precious" and path.read_text() == "new" and not path.is_symlink()
+        assert (
+            theirs.read_text() == "precious" and path.read_text() == "new" and not path.is_symlink()
+        )
     beside_of(mine).symlink_to(tmp_path / "nothing yet")
     with pytest.raises(UserError, match="cannot write"):
         check_writable(str(mine))

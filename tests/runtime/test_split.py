@@ -64,7 +64,11 @@ def stage_tensors(manifest: Manifest) -> dict[str, torch.Tensor]:
 
 
 def folder_state(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def edit_config(folder: Path, **changes) -> None:
@@ -100,8 +104,16 @@ def test_every_rank_gets_its_part(tmp_path, llama):
     assert [rank.layers for rank in manifest.ranks] == [(0, 0), (0, 1), (1, 3), (3, 5)]
     assert [rank.lm_head is not None for rank in manifest.ranks] == [True, False, False, True]
     present = {path.name for path in manifest.folder(0).iterdir()}
-    assert {"tokenizer.json", "chat_template.jinja", "generation_config.json", "config.json"} < present
-    assert {path.name for path in manifest.folder(2).iterdir()} == {"model.safetensors", "config.json"}
+    assert {
+        "tokenizer.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "config.json",
+    } < present
+    assert {path.name for path in manifest.folder(2).iterdir()} == {
+        "model.safetensors",
+        "config.json",
+    }
 
 
 def test_transformers_reads_a_split_put_back_together(tmp_path, llama):
@@ -109,17 +121,25 @@ def test_transformers_reads_a_split_put_back_together(tmp_path, llama):
     whole = stage_tensors(manifest) | load_file(manifest.path(manifest.ranks[2].lm_head))
     (tmp_path / "again").mkdir()
     save_file(whole, tmp_path / "again" / "model.safetensors", {"format": "pt"})
-    (tmp_path / "again" / "config.json").write_bytes((manifest.folder(1) / "config.json").read_bytes())
+    (tmp_path / "again" / "config.json").write_bytes(
+        (manifest.folder(1) / "config.json").read_bytes()
+    )
     tokens = torch.arange(10)[None]
     with torch.no_grad():
-        logits = [LlamaForCausalLM.from_pretrained(folder)(tokens).logits for folder in (llama, tmp_path / "again")]
+        logits = [
+            LlamaForCausalLM.from_pretrained(folder)(tokens).logits
+            for folder in (llama, tmp_path / "again")
+        ]
     assert torch.equal(*logits)
 
 
 def test_dtype_is_converted(tmp_path, llama):
     stored = load_file(llama / "model.safetensors")
     manifest = split(str(llama), 2, tmp_path / "out", dtype="bfloat16")
-    assert all(torch.equal(tensor, stored[name].bfloat16()) for name, tensor in stage_tensors(manifest).items())
+    assert all(
+        torch.equal(tensor, stored[name].bfloat16())
+        for name, tensor in stage_tensors(manifest).items()
+    )
     assert manifest.dtype == "bfloat16"
     assert json.loads((manifest.folder(1) / "config.json").read_text())["dtype"] == "bfloat16"
     assert split(str(llama), 2, tmp_path / "auto").dtype == "float32"
@@ -133,16 +153,24 @@ def test_float16_that_would_overflow_is_refused(tmp_path, llama):
         split(str(llama), 2, tmp_path / "out", dtype="float16")
 
 
-def test_a_head_that_differs_from_the_embedding_is_kept_though_the_config_ties_them(tmp_path, llama):
+def test_a_head_that_differs_from_the_embedding_is_kept_though_the_config_ties_them(
+    tmp_path, llama
+):
     edit_config(llama, tie_word_embeddings=True)
     manifest = split(str(llama), 2, tmp_path / "out")
     head = load_file(manifest.path(manifest.ranks[0].lm_head))["lm_head.weight"]
-    assert torch.equal(head, load_file(llama / "model.safetensors")["lm_head.weight"]) and not manifest.tied
+    assert (
+        torch.equal(head, load_file(llama / "model.safetensors")["lm_head.weight"])
+        and not manifest.tied
+    )
 
 
 def test_tensors_of_no_use_are_left_out(tmp_path, llama, capsys):
     stored = load_file(llama / "model.safetensors")
-    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2), "value_head.weight": torch.ones(3)}
+    extra = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2),
+        "value_head.weight": torch.ones(3),
+    }
     save_file(stored | extra, llama / "model.safetensors", {"format": "pt"})
     assert main(["--model", str(llama), "--stages", "2", "--output", str(tmp_path / "out")]) == 0
     assert not extra.keys() & stage_tensors(Manifest.load(tmp_path / "out")).keys()
@@ -184,7 +212,9 @@ def refused(capsys, *argv: str) -> str:
     ],
 )
 def test_bad_arguments_are_one_line(tmp_path, llama, capsys, arguments, said):
-    assert said in refused(capsys, "--model", str(llama), "--output", str(tmp_path / "new" / "out"), *arguments)
+    assert said in refused(
+        capsys, "--model", str(llama), "--output", str(tmp_path / "new" / "out"), *arguments
+    )
     assert not (tmp_path / "new").exists()
 
 
@@ -194,7 +224,9 @@ def damage_config(folder: Path) -> None:
 
 def drop_tensors(folder: Path) -> None:
     stored = load_file(folder / "model.safetensors")
-    save_file({k: v for k, v in stored.items() if "layers.3.mlp" not in k}, folder / "model.safetensors")
+    save_file(
+        {k: v for k, v in stored.items() if "layers.3.mlp" not in k}, folder / "model.safetensors"
+    )
 
 
 def only_pickles(folder: Path) -> None:
@@ -216,11 +248,23 @@ def garble(folder: Path) -> None:
     [
         (damage_config, "config.json is not valid JSON"),
         (lambda folder: (folder / "config.json").unlink(), "config.json: No such file"),
-        (lambda folder: edit_config(folder, model_type="gpt2"), "model_type 'gpt2' is not supported"),
-        (lambda folder: edit_config(folder, num_hidden_layers=None), "num_hidden_layers must be a positive integer"),
+        (
+            lambda folder: edit_config(folder, model_type="gpt2"),
+            "model_type 'gpt2' is not supported",
+        ),
+        (
+            lambda folder: edit_config(folder, num_hidden_layers=None),
+            "num_hidden_layers must be a positive integer",
+        ),
         (lambda folder: edit_config(folder, num_hidden_layers=4), "weights of layer 4"),
-        (lambda folder: edit_config(folder, vocab_size=60), "model.embed_tokens.weight has shape [61, 16]"),
-        (lambda folder: edit_config(folder, quantization_config={"bits": 4}), "quantization_config"),
+        (
+            lambda folder: edit_config(folder, vocab_size=60),
+            "model.embed_tokens.weight has shape [61, 16]",
+        ),
+        (
+            lambda folder: edit_config(folder, quantization_config={"bits": 4}),
+            "quantization_config",
+        ),
         (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
         (only_pickles, "convert them"),
         (drop_tensors, "model.layers.3.mlp.gate_proj.weight"),
@@ -230,7 +274,9 @@ def garble(folder: Path) -> None:
 )
 def test_bad_checkpoints_are_one_line(tmp_path, llama, capsys, spoil, said):
     spoil(llama)
-    assert said in refused(capsys, "--model", str(llama), "--stages", "2", "--output", str(tmp_path / "out"))
+    assert said in refused(
+        capsys, "--model", str(llama), "--stages", "2", "--output", str(tmp_path / "out")
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -238,7 +284,15 @@ def test_a_missing_shard_is_named(tmp_path, capsys):
     make_llama(tmp_path / "model", shard="8KB")
     shard = sorted((tmp_path / "model").glob("model-00002*"))[0]
     shard.unlink()
-    assert shard.name in refused(capsys, "--model", str(tmp_path / "model"), "--stages", "2", "--output", str(tmp_path / "out"))
+    assert shard.name in refused(
+        capsys,
+        "--model",
+        str(tmp_path / "model"),
+        "--stages",
+        "2",
+        "--output",
+        str(tmp_path / "out"),
+    )
 
 
 def test_an_output_that_is_no_split_is_left_alone(tmp_path, llama, capsys):
@@ -255,7 +309,16 @@ def test_an_output_that_is_no_split_is_left_alone(tmp_path, llama, capsys):
 
 
 def test_the_script_prints_one_line_and_exits_2(tmp_path, llama):
-    command = [sys.executable, str(ROOT / "split_models.py"), "--model", str(llama), "--stages", "9", "--output", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        str(ROOT / "split_models.py"),
+        "--model",
+        str(llama),
+        "--stages",
+        "9",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "flowspec: --stages is 9, the model has only 5 layers\n"
@@ -264,7 +327,14 @@ def test_the_script_prints_one_line_and_exits_2(tmp_path, llama):
 def test_a_hub_id_that_cannot_be_had_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    arguments = ("--model", "flowspec-test/absent", "--stages", "2", "--output", str(tmp_path / "out"))
+    arguments = (
+        "--model",
+        "flowspec-test/absent",
+        "--stages",
+        "2",
+        "--output",
+        str(tmp_path / "out"),
+    )
     assert "hub did not give it" in refused(capsys, *arguments)
 
 
@@ -286,10 +356,15 @@ def failing_after(monkeypatch, calls: int, error: BaseException) -> None:
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize(("error", "code", "said"), [(FULL, 2, "no space left"), (KeyboardInterrupt(), 130, "interrupted")])
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [(FULL, 2, "no space left"), (KeyboardInterrupt(), 130, "interrupted")],
+)
 @pytest.mark.parametrize("calls", [0, 7, 50])
 @pytest.mark.parametrize("older", [False, True])
-def test_a_split_that_fails_leaves_the_older_one_and_no_debris(tmp_path, llama, monkeypatch, capsys, error, code, said, calls, older):
+def test_a_split_that_fails_leaves_the_older_one_and_no_debris(
+    tmp_path, llama, monkeypatch, capsys, error, code, said, calls, older
+):
     work = tmp_path / "work"
     if older:
         split(str(llama), 4, work / "out")
@@ -318,8 +393,12 @@ def test_a_failed_swap_puts_the_older_split_back(tmp_path, llama, monkeypatch):
 
 
 def test_too_small_a_disk_is_told_beforehand(tmp_path, llama, monkeypatch, capsys):
-    monkeypatch.setattr(split_module.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
-    assert "no space left" in refused(capsys, "--model", str(llama), "--stages", "2", "--output", str(tmp_path / "a" / "out"))
+    monkeypatch.setattr(
+        split_module.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000})
+    )
+    assert "no space left" in refused(
+        capsys, "--model", str(llama), "--stages", "2", "--output", str(tmp_path / "a" / "out")
+    )
     assert not (tmp_path / "a").exists()
 
 
@@ -327,14 +406,23 @@ def test_an_older_split_is_replaced(tmp_path, llama):
     split(str(llama), 4, tmp_path / "work" / "out")
     split(str(llama), 2, tmp_path / "work" / "out")
     assert Manifest.load(tmp_path / "work" / "out").topology.stages == 2
-    assert sorted(os.listdir(tmp_path / "work" / "out")) == ["rank_00", "rank_01", "rank_02", "stages.yaml"]
+    assert sorted(os.listdir(tmp_path / "work" / "out")) == [
+        "rank_00",
+        "rank_01",
+        "rank_02",
+        "stages.yaml",
+    ]
     assert os.listdir(tmp_path / "work") == ["out"]
 
 
 # ---- the manifest ----------------------------------------------------------------------------------
 def test_the_manifest_round_trips(tmp_path, llama):
     written = split(str(llama), 3, tmp_path / "out")
-    assert Manifest.load(tmp_path / "out") == Manifest.load(tmp_path / "out" / "stages.yaml") == written
+    assert (
+        Manifest.load(tmp_path / "out")
+        == Manifest.load(tmp_path / "out" / "stages.yaml")
+        == written
+    )
     assert written.root == Manifest.load(tmp_path / "out").root == tmp_path / "out"
     written.save(tmp_path / "copy.yaml")
     assert Manifest.load(tmp_path / "copy.yaml") == written
@@ -389,9 +477,16 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"), [(flip, "is damaged"), (Path.unlink, "is missing"), (lambda path: os.truncate(path, 9), "has 9 bytes instead of")]
+    ("spoil", "said"),
+    [
+        (flip, "is damaged"),
+        (Path.unlink, "is missing"),
+        (lambda path: os.truncate(path, 9), "has 9 bytes instead of"),
+    ],
 )
-@pytest.mark.parametrize("name", ["rank_02/model.safetensors", "rank_03/lm_head.safetensors", "rank_01/config.json"])
+@pytest.mark.parametrize(
+    "name", ["rank_02/model.safetensors", "rank_03/lm_head.safetensors", "rank_01/config.json"]
+)
 def test_a_spoilt_file_is_named(tmp_path, llama, spoil, said, name):
     manifest = split(str(llama), 3, tmp_path / "out")
     verify_files(manifest, range(4))
@@ -414,7 +509,9 @@ def test_only_the_files_asked_for_are_verified(tmp_path, llama):
 def test_hashes_are_kept_until_a_file_changes(tmp_path, llama, monkeypatch):
     manifest = split(str(llama), 3, tmp_path / "out")
     verify_files(manifest, range(4))
-    monkeypatch.setattr("flowspec.models.manifest._sha256", lambda path: pytest.fail(f"{path} was read again"))
+    monkeypatch.setattr(
+        "flowspec.models.manifest._sha256", lambda path: pytest.fail(f"{path} was read again")
+    )
     verify_files(manifest, range(4))
 
 
@@ -451,13 +548,29 @@ def test_the_supported_are_accepted():
         (config_of(LlamaConfig) | {"model_type": "gemma2"}, "model_type 'gemma2'"),
         (config_of(LlamaConfig) | {"model_type": None}, "model_type None"),
         (config_of(MistralConfig), "sliding_window is 4096;"),
-        ({k: v for k, v in config_of(MistralConfig).items() if k != "sliding_window"}, "4096 by default"),
+        (
+            {k: v for k, v in config_of(MistralConfig).items() if k != "sliding_window"},
+            "4096 by default",
+        ),
         (config_of(MixtralConfig, sliding_window=128), "sliding_window is 128"),
         (config_of(Qwen2Config) | {"use_sliding_window": True}, "use_sliding_window is true"),
-        (config_of(Qwen3Config) | {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types holds sliding_attention"),
-        (config_of(LlamaConfig) | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type dynamic"),
-        (config_of(LlamaConfig) | {"rope_parameters": {"rope_type": "longrope"}}, "rope type longrope"),
-        (config_of(LlamaConfig) | {"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "rope type dynamic"),
+        (
+            config_of(Qwen3Config) | {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types holds sliding_attention",
+        ),
+        (
+            config_of(LlamaConfig) | {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope type dynamic",
+        ),
+        (
+            config_of(LlamaConfig) | {"rope_parameters": {"rope_type": "longrope"}},
+            "rope type longrope",
+        ),
+        (
+            config_of(LlamaConfig)
+            | {"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}},
+            "rope type dynamic",
+        ),
     ],
 )
 def test_the_others_are_refused_by_name(config, said):
@@ -477,7 +590,10 @@ def test_every_family_has_its_classes(name):
     [
         (LlamaForCausalLM, LlamaConfig(**TINY, attention_bias=True, mlp_bias=True)),
         (Qwen2ForCausalLM, Qwen2Config(**TINY)),
-        (Qwen3ForCausalLM, Qwen3Config(**TINY, attention_bias=True, head_dim=8, tie_word_embeddings=True)),
+        (
+            Qwen3ForCausalLM,
+            Qwen3Config(**TINY, attention_bias=True, head_dim=8, tie_word_embeddings=True),
+        ),
         (MixtralForCausalLM, MixtralConfig(**TINY, num_local_experts=3)),
     ],
 )
@@ -491,7 +607,9 @@ def test_a_stage_gets_what_transformers_own_layers_hold(tmp_path, kind, config, 
     manifest = split(str(tmp_path / "model"), 2, tmp_path / "out")
     expected, seen = model.model.state_dict(), set()
     for rank in manifest.ranks[1:]:
-        for name, tensor in module_tensors(TensorFile(manifest.path(rank)), FAMILIES[manifest.model_type], rank.layers[0]):
+        for name, tensor in module_tensors(
+            TensorFile(manifest.path(rank)), FAMILIES[manifest.model_type], rank.layers[0]
+        ):
             head, layer, *rest = name.split(".", 2)
             full = f"layers.{int(layer) + rank.layers[0]}.{rest[0]}" if head == "layers" else name
             assert torch.equal(tensor, expected[full]), full
@@ -503,8 +621,15 @@ def test_stage_tensors_are_converted_while_they_load(tmp_path):
     model = MixtralForCausalLM(MixtralConfig(**TINY, num_local_experts=3))
     model.save_pretrained(tmp_path / "model")
     manifest = split(str(tmp_path / "model"), 1, tmp_path / "out")
-    loaded = dict(module_tensors(TensorFile(manifest.path(manifest.ranks[1])), FAMILIES["mixtral"], 0, torch.bfloat16))
-    assert all(torch.equal(tensor, model.model.state_dict()[name].bfloat16()) for name, tensor in loaded.items())
+    loaded = dict(
+        module_tensors(
+            TensorFile(manifest.path(manifest.ranks[1])), FAMILIES["mixtral"], 0, torch.bfloat16
+        )
+    )
+    assert all(
+        torch.equal(tensor, model.model.state_dict()[name].bfloat16())
+        for name, tensor in loaded.items()
+    )
 
 
 # ---- safetensors files -----------------------------------------------------------------------------
@@ -520,22 +645,35 @@ def test_files_are_read_as_safetensors_reads_them(tmp_path, monkeypatch):
     for name, tensor in tensors.items():
         assert torch.equal(file.read(name), tensor) and file.read(name).dtype == tensor.dtype
         assert torch.equal(file.read(name, torch.float64), tensor.double())
-        assert b"".join(file.chunks(name, 3)) == tensor.flatten().view(torch.uint8).numpy().tobytes()
+        assert (
+            b"".join(file.chunks(name, 3)) == tensor.flatten().view(torch.uint8).numpy().tobytes()
+        )
     assert file.info("half").shape == (5, 3) and file.info("half").dtype == "F16"
     with pytest.raises(UserError, match="has no tensor other"):
         file.read("other")
 
 
 def test_files_are_written_as_safetensors_reads_them(tmp_path):
-    tensors = {"odd": torch.tensor([1, 2, 3], dtype=torch.uint8), "half": torch.randn(3).half(), "empty": torch.empty(0, 2)}
+    tensors = {
+        "odd": torch.tensor([1, 2, 3], dtype=torch.uint8),
+        "half": torch.randn(3).half(),
+        "empty": torch.empty(0, 2),
+    }
     names = {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}
     entries = [
-        Entry(name, names[tensor.dtype], tuple(tensor.shape), lambda tensor=tensor: [tensor.flatten().view(torch.uint8).numpy().tobytes()])
+        Entry(
+            name,
+            names[tensor.dtype],
+            tuple(tensor.shape),
+            lambda tensor=tensor: [tensor.flatten().view(torch.uint8).numpy().tobytes()],
+        )
         for name, tensor in tensors.items()
     ]
     size, digest = write_tensors(tmp_path / "b.safetensors", entries, {"format": "pt"})
     again = load_file(tmp_path / "b.safetensors")
-    assert again.keys() == tensors.keys() and all(torch.equal(again[name], tensors[name]) for name in tensors)
+    assert again.keys() == tensors.keys() and all(
+        torch.equal(again[name], tensors[name]) for name in tensors
+    )
     assert size == (tmp_path / "b.safetensors").stat().st_size and len(digest) == 64
     with pytest.raises(ValueError, match="announced"):
         write_tensors(tmp_path / "c.safetensors", [entries[0]._replace(shape=(9,))])
@@ -583,18 +721,33 @@ print(peak() - before)
 
 def random_llama(folder: Path, hidden: int = 512, layers: int = 4, vocab: int = 4096) -> int:
     """A sharded checkpoint of random bytes, a file a layer; returns its size in bytes."""
-    sizes = dict(TINY, hidden_size=hidden, num_hidden_layers=layers, vocab_size=vocab, intermediate_size=4 * hidden, num_attention_heads=8)
+    sizes = dict(
+        TINY,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        vocab_size=vocab,
+        intermediate_size=4 * hidden,
+        num_attention_heads=8,
+    )
     folder.mkdir()
     config = LlamaConfig(**sizes, tie_word_embeddings=True)
     config.save_pretrained(folder)
     with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in LlamaForCausalLM(config).state_dict().items() if name != "lm_head.weight"}
+        shapes = {
+            name: tuple(tensor.shape)
+            for name, tensor in LlamaForCausalLM(config).state_dict().items()
+            if name != "lm_head.weight"
+        }
     shards: dict[str, list[Entry]] = {}
     for name, shape in shapes.items():
         entry = Entry(name, "F32", shape, list)
-        shards.setdefault(f"model-{layer_of(name)}.safetensors", []).append(entry._replace(chunks=lambda e=entry: [os.urandom(e.nbytes)]))
+        shards.setdefault(f"model-{layer_of(name)}.safetensors", []).append(
+            entry._replace(chunks=lambda e=entry: [os.urandom(e.nbytes)])
+        )
     total = sum(write_tensors(folder / shard, entries)[0] for shard, entries in shards.items())
-    index = {"weight_map": {entry.name: shard for shard, entries in shards.items() for entry in entries}}
+    index = {
+        "weight_map": {entry.name: shard for shard, entries in shards.items() for entry in entries}
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return total
 

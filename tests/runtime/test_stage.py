@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from flowspec.commands.split import main as split
 from flowspec.core.messages import Prune
@@ -12,21 +19,37 @@ from flowspec.models.manifest import Manifest
 from flowspec.models.stage import Sequence, load_head, load_stage, load_whole
 from tests.stages import Hand
 
-SMALL = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=128)
+SMALL = dict(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=128,
+)
 CONFIGS = {
     "llama": LlamaConfig(**SMALL, num_key_value_heads=2, tie_word_embeddings=False),
-    "llama tied": LlamaConfig(**SMALL, num_key_value_heads=4, tie_word_embeddings=True, attention_bias=True),
+    "llama tied": LlamaConfig(
+        **SMALL, num_key_value_heads=4, tie_word_embeddings=True, attention_bias=True
+    ),
     "llama rope": LlamaConfig(
         **SMALL,
         num_key_value_heads=2,
         rope_parameters=dict(
-            rope_type="llama3", rope_theta=1e4, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+            rope_type="llama3",
+            rope_theta=1e4,
+            factor=4.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=32,
         ),
     ),
     "mistral": MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=None),
     "qwen2": Qwen2Config(**SMALL, num_key_value_heads=2),
     "qwen3": Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=16),
-    "mixtral": MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2),
+    "mixtral": MixtralConfig(
+        **SMALL, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
+    ),
 }
 
 
@@ -40,7 +63,18 @@ def family(request, tmp_path_factory):
         torch.nn.init.normal_(p, std=0.3)
     model.save_pretrained(folder / "whole")
     (folder / "whole" / "tokenizer.json").write_text("{}")
-    assert split(["--model", str(folder / "whole"), "--stages", "2", "--layers", "1,2", "--output", str(folder / "split")]) in (0, None)
+    assert split(
+        [
+            "--model",
+            str(folder / "whole"),
+            "--stages",
+            "2",
+            "--layers",
+            "1,2",
+            "--output",
+            str(folder / "split"),
+        ]
+    ) in (0, None)
     manifest = Manifest.load(folder / "split")
     stages = [load_stage(manifest, rank, torch.float32, "cpu") for rank in (1, 2)]
     return model, stages, load_head(manifest, 2, torch.float32, "cpu"), folder / "whole"
@@ -183,13 +217,18 @@ def test_a_draft_model_is_a_whole_checkpoint(family):
     if family[0].config.model_type == "mixtral":
         pytest.skip("one file a layer group: covered by the stages")
     whole, head = load_whole(folder, torch.float32, "cpu")
-    close(head(Sequence(whole).prefill(torch.tensor([3, 1, 4, 1, 5]))), reference(model, [3, 1, 4, 1, 5]))
+    close(
+        head(Sequence(whole).prefill(torch.tensor([3, 1, 4, 1, 5]))),
+        reference(model, [3, 1, 4, 1, 5]),
+    )
 
 
 def test_states_with_no_rows(family):
     _, stages, _, _ = family
     sequence = Hand(stages[0])
     sequence.prefill(torch.tensor([1, 2]))
-    kept, positions, rows = sequence.verify([7], [6], torch.tensor([3]))  # neither the root nor below a row
+    kept, positions, rows = sequence.verify(
+        [7], [6], torch.tensor([3])
+    )  # neither the root nor below a row
     assert kept == [] and len(rows) == 0 and positions.shape == (0,)
     assert isinstance(sequence.state.admit([], []).hidden, np.ndarray)

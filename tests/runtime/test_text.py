@@ -39,9 +39,22 @@ def test_no_piece_holds_a_broken_character(tokenizer, text):
 @pytest.fixture
 def sentencepiece():
     """As Llama-2's: a space is part of the word, bytes of characters it does not know come one by one."""
-    vocab = {"<unk>": 0, **{f"<0x{b:02X}>": 1 + b for b in range(256)}, "▁Hello": 257, "▁world": 258, "!": 259}
+    vocab = {
+        "<unk>": 0,
+        **{f"<0x{b:02X}>": 1 + b for b in range(256)},
+        "▁Hello": 257,
+        "▁world": 258,
+        "!": 259,
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     return tokenizer
 
 
@@ -65,7 +78,13 @@ def test_a_character_cut_by_the_limit_is_not_shown(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "text,stop,want", [("one END two", ["END"], "one "), ("aab", ["ab"], "a"), ("x\n\ny", ["\n\n", "y"], "x"), ("END", ["END"], "")]
+    "text,stop,want",
+    [
+        ("one END two", ["END"], "one "),
+        ("aab", ["ab"], "a"),
+        ("x\n\ny", ["\n\n", "y"], "x"),
+        ("END", ["END"], ""),
+    ],
 )
 def test_nothing_at_or_after_a_stop_text_is_given(tokenizer, text, stop, want):
     out, stream = pieces(tokenizer, text, stop)
@@ -80,7 +99,9 @@ def test_what_only_looks_like_a_stop_text_is_given_in_the_end(tokenizer):
 def test_the_same_tokens_with_other_padding_are_the_same_vocabulary(tokenizer):
     check_same_tokens(tokenizer, tokenizer, "draft")
     vocabulary = json.loads(tokenizer.to_str())
-    vocabulary["model"]["vocab"]["A"], vocabulary["model"]["vocab"]["B"] = (vocabulary["model"]["vocab"][c] for c in "BA")
+    vocabulary["model"]["vocab"]["A"], vocabulary["model"]["vocab"]["B"] = (
+        vocabulary["model"]["vocab"][c] for c in "BA"
+    )
     other = Tokenizer.from_str(json.dumps(vocabulary))
     with pytest.raises(UserError, match=r"another vocabulary.*2 tokens differ"):
         check_same_tokens(tokenizer, other, "draft")

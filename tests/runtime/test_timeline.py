@@ -69,7 +69,11 @@ def example() -> list[Span]:
 # ---- fates -----------------------------------------------------------------------------------------
 def test_fates_know_what_was_accepted_refused_later_and_dead_before():
     assert fates().of(NODES[1], seconds(2)) == ("accepted", 1, 0)
-    assert fates().of(NODES[2], seconds(8)) == ("accepted", 1, 2)  # 2, and 4 below it, died with the choice of 1 at tick 6
+    assert fates().of(NODES[2], seconds(8)) == (
+        "accepted",
+        1,
+        2,
+    )  # 2, and 4 below it, died with the choice of 1 at tick 6
     assert fates().of([3], seconds(8)) == ("pruned", 0, 0)
     assert fates().of([3], seconds(13)) == ("stale", 0, 1)
     assert fates().of([3, 4], seconds(8)) == ("pruned", 0, 1)
@@ -77,7 +81,10 @@ def test_fates_know_what_was_accepted_refused_later_and_dead_before():
 
 def test_a_judged_span_counts_its_nodes_and_any_other_stays_as_it_is():
     judged = span(1, "compute", 10, 11, 3)
-    assert (judged.name, judged.facts) == ("pruned", {"request": 7, "segment": 3, "rows": 2, "accepted": 0, "dead": 1})
+    assert (judged.name, judged.facts) == (
+        "pruned",
+        {"request": 7, "segment": 3, "rows": 2, "accepted": 0, "dead": 1},
+    )
     draft = other(0, "draft", "draft", 6, 7)
     assert fates().judge(draft) is draft
 
@@ -91,14 +98,24 @@ def test_a_trace_comes_back_with_its_begin_at_zero(tmp_path):
     assert [s.begin for s in spans] == sorted(s.begin for s in spans)
     spans.sort(key=lambda s: s[:3])
     assert [(*s[:3], s.facts) for s in spans] == [(*s[:3], s.facts) for s in made]
-    assert [t for s in spans for t in s[3:5]] == pytest.approx([t - 10 for s in made for t in s[3:5]])
+    assert [t for s in spans for t in s[3:5]] == pytest.approx(
+        [t - 10 for s in made for t in s[3:5]]
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["t.json"]
 
 
 def test_the_file_is_what_chrome_and_perfetto_read(tmp_path):
-    write(tmp_path / "t.json", [span(1, "compute", 8, 10, 2), span(0, "send", 7, 8, 2, bytes=400)], FACTS)
+    write(
+        tmp_path / "t.json",
+        [span(1, "compute", 8, 10, 2), span(0, "send", 7, 8, 2, bytes=400)],
+        FACTS,
+    )
     trace = json.loads((tmp_path / "t.json").read_text())
-    names = {(e["pid"], e.get("tid"), e["name"]): e["args"] for e in trace["traceEvents"] if e["ph"] == "M"}
+    names = {
+        (e["pid"], e.get("tid"), e["name"]): e["args"]
+        for e in trace["traceEvents"]
+        if e["ph"] == "M"
+    }
     assert names[1, None, "process_name"] == {"name": "rank 1, stage 1"}
     assert names[0, 1, "thread_name"] == {"name": "send"}
     slices = [e for e in trace["traceEvents"] if e["ph"] == "X"]
@@ -106,7 +123,14 @@ def test_the_file_is_what_chrome_and_perfetto_read(tmp_path):
         (0, 1, "accepted", 0, 1e5),
         (1, 0, "accepted", 1e5, 2e5),
     ]
-    assert slices[0]["args"] == {"request": 7, "segment": 2, "bytes": 400, "rows": 4, "accepted": 1, "dead": 2}
+    assert slices[0]["args"] == {
+        "request": 7,
+        "segment": 2,
+        "bytes": 400,
+        "rows": 4,
+        "accepted": 1,
+        "dead": 2,
+    }
 
 
 @pytest.mark.parametrize(
@@ -145,7 +169,10 @@ def test_the_figures_of_an_example_worked_by_hand():
 
 
 def test_what_happens_before_between_and_after_requests_does_not_count():
-    later = [s._replace(begin=s.begin + 5, end=s.end + 5, facts={**s.facts, "request": 8}) for s in example()]
+    later = [
+        s._replace(begin=s.begin + 5, end=s.end + 5, facts={**s.facts, "request": 8})
+        for s in example()
+    ]
     one, two = summary(example()), summary([*example(), *later])
     assert two.seconds == pytest.approx(2 * one.seconds)
     assert two.utilisation == pytest.approx(one.utilisation)
@@ -167,7 +194,9 @@ def test_the_verdict_says_where_the_time_went_what_became_of_the_rows_and_what_t
     ]
 
 
-@pytest.mark.parametrize("key,mark", [("emulated", " (emulated times)"), ("simulated", " (simulated)")])
+@pytest.mark.parametrize(
+    "key,mark", [("emulated", " (emulated times)"), ("simulated", " (simulated)")]
+)
 def test_the_verdict_says_when_the_clock_was_not_the_machine_s(key, mark):
     assert verdict(example(), FACTS | {key: True}).splitlines()[0].endswith("for the draft)" + mark)
     assert mark not in verdict(example(), FACTS | {key: False})
@@ -180,10 +209,26 @@ def forward(begin: float, end: float, segment: int) -> Span:
 @pytest.mark.parametrize(
     "method,spans,words",
     [
-        ("flowspec", [forward(0, 1, 1), other(0, "draft", "draft", 1, 5)], "waiting for the draft, 80% of the stages' time; try a faster"),
-        ("flowspec", [forward(0, 1, 1), forward(1, 5, 3)], "segments of which nothing became text, 80% of the stages' time; try a smaller"),
-        ("flowspec", [forward(0, 1, 1), forward(4, 5, 2)], "stages that had no segment to compute, 60% of the stages' time; try a deeper"),
-        ("serial", [forward(0, 1, 1), forward(4, 5, 2)], "to compute, 60% of the stages' time; try method: flowspec"),
+        (
+            "flowspec",
+            [forward(0, 1, 1), other(0, "draft", "draft", 1, 5)],
+            "waiting for the draft, 80% of the stages' time; try a faster",
+        ),
+        (
+            "flowspec",
+            [forward(0, 1, 1), forward(1, 5, 3)],
+            "segments of which nothing became text, 80% of the stages' time; try a smaller",
+        ),
+        (
+            "flowspec",
+            [forward(0, 1, 1), forward(4, 5, 2)],
+            "stages that had no segment to compute, 60% of the stages' time; try a deeper",
+        ),
+        (
+            "serial",
+            [forward(0, 1, 1), forward(4, 5, 2)],
+            "to compute, 60% of the stages' time; try method: flowspec",
+        ),
     ],
 )
 def test_the_largest_loss_is_named_with_what_to_try(method, spans, words):
@@ -248,7 +293,10 @@ def file(tmp_path):
 
 def test_the_command_prints_the_verdict_and_draws_beside_the_file(matplotlib, file, capsys):
     assert main([str(file)]) == 0
-    assert capsys.readouterr() == (verdict(example(), FACTS) + "\n", f"drawn: {file.with_suffix('.png')}\n")
+    assert capsys.readouterr() == (
+        verdict(example(), FACTS) + "\n",
+        f"drawn: {file.with_suffix('.png')}\n",
+    )
     assert size_of(file.with_suffix(".png")) == (1400, 600)
 
 
@@ -260,15 +308,23 @@ def test_the_command_draws_where_and_what_it_is_told(matplotlib, file, capsys):
         main([str(file), "--from", "5"])
 
 
-def test_without_matplotlib_the_verdict_is_all_unless_a_picture_was_asked_for(monkeypatch, file, capsys):
+def test_without_matplotlib_the_verdict_is_all_unless_a_picture_was_asked_for(
+    monkeypatch, file, capsys
+):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main([str(file)]) == 0
-    assert capsys.readouterr() == (verdict(example(), FACTS) + "\n", f"no picture: {timeline.MISSING}\n")
+    assert capsys.readouterr() == (
+        verdict(example(), FACTS) + "\n",
+        f"no picture: {timeline.MISSING}\n",
+    )
     with pytest.raises(UserError, match=r"pip install -r requirements_plots\.txt"):
         main([str(file), "--png", "x.png"])
 
 
-@pytest.mark.parametrize("argv,complaint", [([], "FILE"), (["t.json", "--from", "x"], "--from"), (["nowhere.json"], "nowhere.json")])
+@pytest.mark.parametrize(
+    "argv,complaint",
+    [([], "FILE"), (["t.json", "--from", "x"], "--from"), (["nowhere.json"], "nowhere.json")],
+)
 def test_bad_words_are_answered_in_one_line(argv, complaint):
     with pytest.raises(UserError, match=complaint) as error:
         main(argv)

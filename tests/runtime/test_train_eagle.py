@@ -24,7 +24,16 @@ def train(pair, tmp_path, monkeypatch):
     out = tmp_path / "head"
 
     def run(*words):
-        argv = ["train_eagle.py", "--target", pair.target, "--out", out, *WORDS, tmp_path / "text.md", *words]
+        argv = [
+            "train_eagle.py",
+            "--target",
+            pair.target,
+            "--out",
+            out,
+            *WORDS,
+            tmp_path / "text.md",
+            *words,
+        ]
         monkeypatch.setattr(sys, "argv", list(map(str, argv)))
         train_eagle.main()
         return out
@@ -35,11 +44,16 @@ def train(pair, tmp_path, monkeypatch):
 def test_what_is_left_is_a_head_in_the_published_layout(pair, train):
     out = train("--steps", "3")
     tensors, like = load_file(out / "model.safetensors"), load_file(pair.head / "model.safetensors")
-    assert {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in like.items()} | {"embed_tokens.weight": (320, 48)}
+    assert {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in like.items()} | {
+        "embed_tokens.weight": (320, 48)
+    }
     assert {t.dtype for t in tensors.values()} == {torch.float16}
     facts = json.loads((out / "training.json").read_text())
     assert facts["steps"] == 3 and set(facts["held_out"]) >= {"first_choice_agreement"}
-    assert json.loads((out / "config.json").read_text())[CARD] == Manifest.load(pair.split(1)).embedding
+    assert (
+        json.loads((out / "config.json").read_text())[CARD]
+        == Manifest.load(pair.split(1)).embedding
+    )
 
 
 def test_the_head_predicts_as_it_did_in_training(pair, train):
@@ -51,7 +65,9 @@ def test_the_head_predicts_as_it_did_in_training(pair, train):
     features = target.features(ids)
     with torch.no_grad():
         want = training.eagle(target.embedding(ids[:, 1:]), features[:, :-1])[0]
-    head = load_eagle("eagle", out, Manifest.load(pair.split(1)), Head(torch.zeros(320, 48)), torch.float32, "cpu")
+    head = load_eagle(
+        "eagle", out, Manifest.load(pair.split(1)), Head(torch.zeros(320, 48)), torch.float32, "cpu"
+    )
     got = Sequence(head.layer).prefill(head.rows(ids[0, 1:], features[0, :-1]))
     torch.testing.assert_close(got, want, rtol=0.01, atol=0.01)  # the file is in half precision
 
@@ -66,7 +82,10 @@ def test_an_interrupted_training_goes_on(train, monkeypatch, capsys):
 
     monkeypatch.setattr(train_eagle.Training, "step", stop_after_two)
     out = train("--steps", "5")
-    assert "interrupted after 2 steps" in capsys.readouterr().out and (out / "model.safetensors").exists()
+    assert (
+        "interrupted after 2 steps" in capsys.readouterr().out
+        and (out / "model.safetensors").exists()
+    )
     monkeypatch.setattr(train_eagle.Training, "step", step)
     train("--steps", "5", "--resume")
     assert json.loads((out / "training.json").read_text())["steps"] == 5

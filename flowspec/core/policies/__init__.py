@@ -23,6 +23,12 @@ _MAKERS: dict[str, Maker] = {
 METHODS = tuple(_MAKERS)
 
 
-def make_policy(method: str, tree: TreeConfig, switches: PolicyConfig, topology: Topology, features: bool = False) -> Policy:
+def make_policy(
+    method: str,
+    tree: TreeConfig,
+    switches: PolicyConfig,
+    topology: Topology,
+    features: bool = False,
+) -> Policy:
     """The policy of a method for one request. `features`: its drafter reads the target's."""
     return _MAKERS[method](tree, switches, topology, features)

@@ -22,7 +22,10 @@ class Candidates:
     __slots__ = ("next", "offsets", "tokens")
 
     def __init__(self, tokens: list[int], offsets: list[float]):
-        self.tokens, self.offsets = tokens, offsets  # log p of each: a child's score less its parent's
+        self.tokens, self.offsets = (
+            tokens,
+            offsets,
+        )  # log p of each: a child's score less its parent's
         self.next = 0
 
 
@@ -42,7 +45,9 @@ class Continuous(Attached):
     CROWD = 600
     """nodes of the tree when the budget is auto"""
 
-    def __init__(self, config: TreeConfig, topology: Topology, switches: PolicyConfig, features: bool):
+    def __init__(
+        self, config: TreeConfig, topology: Topology, switches: PolicyConfig, features: bool
+    ):
         self.budget = config.budget or self.CROWD
         self.drafts = self.budget > 1
         self.top_k = config.top_k or 16
@@ -52,7 +57,9 @@ class Continuous(Attached):
         self.refreshes = switches.refresh and features
         self.scorer = Scorer(switches.calibrate, switches.ngram_feature)
 
-    def attach(self, tree: TokenTree, learnt: Learnt, request: Request, levels_left: Callable[[], int]) -> None:
+    def attach(
+        self, tree: TokenTree, learnt: Learnt, request: Request, levels_left: Callable[[], int]
+    ) -> None:
         findings = learnt.findings.setdefault(request.sampling.temperature, Findings())
         self.control = Controller(learnt.ring, self._topology, self._fixed_rows, findings)
         self.promise = 1.0  # how likely the best child of a node is, of late
@@ -66,15 +73,21 @@ class Continuous(Attached):
         return [*self.control.explain(), *self.scorer.explain()]
 
     def _reset(self) -> None:
-        self.drafting = self.tree.root.score  # the best node that the drafter is asked for the first time
+        self.drafting = (
+            self.tree.root.score
+        )  # the best node that the drafter is asked for the first time
         # Heaps of (-score, id), absolute: moving the root reorders nothing. An entry that is not its node's present score is
         # dropped where it comes up; so is that of a dead node.
         self.unsent = [(-self.tree.root.score, self.tree.root.id)]
         self.unexpanded = list(self.unsent)
         self.tail: list[tuple[float, int]] = []  # (-score of the next candidate, parent)
-        self.wave: list[tuple[float, int]] = []  # drafted from features that are older than those at hand
+        self.wave: list[
+            tuple[float, int]
+        ] = []  # drafted from features that are older than those at hand
         self.asked_again: set[int] = set()  # those of the wave that were given to the drafter
-        self.too_deep: list[tuple[float, int]] = []  # unexpanded, but not before the root has moved on
+        self.too_deep: list[
+            tuple[float, int]
+        ] = []  # unexpanded, but not before the root has moved on
         self.candidates: dict[int, Candidates] = {}
 
     def rerooted(self) -> None:
@@ -85,7 +98,10 @@ class Continuous(Attached):
         for entry in self.too_deep:
             heapq.heappush(self.unexpanded, entry)
         self.too_deep = []
-        self.wave, self.asked_again = ([(-root.score, root.id)] if self.refreshes and root.expanded else []), set()
+        self.wave, self.asked_again = (
+            ([(-root.score, root.id)] if self.refreshes and root.expanded else []),
+            set(),
+        )
         if len(self.candidates) > 2 * len(self.tree) + 64:  # of nodes that died
             self.candidates = {i: found for i, found in self.candidates.items() if i in self.tree}
         self._grow()
@@ -96,7 +112,9 @@ class Continuous(Attached):
 
     def proposed(self, nodes: list[Node], drafted: Drafted) -> None:
         scored = self.scorer.scored(nodes, drafted, self.top_k)
-        offsets = [[score - node.score for score in scores] for node, _, scores in scored]  # before any of them is moved
+        offsets = [
+            [score - node.score for score in scores] for node, _, scores in scored
+        ]  # before any of them is moved
         for (node, tokens, _), below in zip(scored, offsets, strict=True):
             again, found = node.id in self.candidates, Candidates(tokens, below)
             self.candidates[node.id] = found
@@ -113,7 +131,9 @@ class Continuous(Attached):
         spreads = node.id in self.asked_again
         offsets, last = dict(zip(found.tokens, found.offsets, strict=True)), found.offsets[-1]
         for token, child in node.children.items():
-            change = node.score + offsets.get(token, min(last, child.score - node.score)) - child.score
+            change = (
+                node.score + offsets.get(token, min(last, child.score - node.score)) - child.score
+            )
             if abs(change) > self.MOVE:
                 self._move(child, change)
             if child.expanded and spreads:
@@ -166,7 +186,11 @@ class Continuous(Attached):
         """The best of the wave: the root, whose features are known now, then the nodes below those that were drafted again."""
         batch: list[Node] = []
         useless = self.tree.root.position + self.levels_left()
-        while self.wave and len(batch) < self.REFRESHED and -self.wave[0][0] >= self.tree.root.score + self.ALIVE:
+        while (
+            self.wave
+            and len(batch) < self.REFRESHED
+            and -self.wave[0][0] >= self.tree.root.score + self.ALIVE
+        ):
             node = self.tree.nodes.get(heapq.heappop(self.wave)[1])
             if node is not None and node.position < useless:
                 batch.append(node)
@@ -220,7 +244,12 @@ class Continuous(Attached):
         while tail and len(tree.nodes) < self.budget and tail[0][0] <= most:
             key, id = heapq.heappop(tail)
             node, found = tree.nodes.get(id), self.candidates.get(id)
-            if node is None or found is None or found.next == len(found.tokens) or -key != node.score + found.offsets[found.next]:
+            if (
+                node is None
+                or found is None
+                or found.next == len(found.tokens)
+                or -key != node.score + found.offsets[found.next]
+            ):
                 continue
             token = found.tokens[found.next]
             found.next += 1

@@ -33,16 +33,24 @@ class PipeDec(Attached):
     def rerooted(self) -> None:
         if not self.tree.root.sent:  # a miss: everything else is dead
             self.layer = [self.tree.root]
-            self.candidates: list[tuple[float, int, int]] = []  # (-score, parent, token), the children of the layer
+            self.candidates: list[
+                tuple[float, int, int]
+            ] = []  # (-score, parent, token), the children of the layer
 
     def proposed(self, nodes: list[Node], drafted: Drafted) -> None:
         for node, tokens, scores in self.scorer.scored(nodes, drafted, self.top_k):
-            self.candidates += [(-score, node.id, token) for token, score in zip(tokens, scores, strict=True)]
+            self.candidates += [
+                (-score, node.id, token) for token, score in zip(tokens, scores, strict=True)
+            ]
 
     def draft(self) -> list[Node]:
         """What is alive of the last layer, once."""
         levels = min(self.levels, self.levels_left())
-        return [n for n in self.layer if n.id in self.tree and not n.expanded and self.tree.depth(n) < levels]
+        return [
+            n
+            for n in self.layer
+            if n.id in self.tree and not n.expanded and self.tree.depth(n) < levels
+        ]
 
     def segment(self, drafting: bool) -> list[Node]:
         """A new root alone, else the next layer: the likeliest candidates whose parents are alive."""
