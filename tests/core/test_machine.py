@@ -144,3 +144,12 @@ def test_whatever_a_stage_says_of_its_wait_a_hop_takes_no_less_than_nothing():
     ring.sent(1, (0,), 1.0)
     ring.started(Started(1, 1, 0.1, waited=5.0), 1.2)
     assert ring.known_hop == 0.0
+
+
+def test_rows_of_a_prompt_are_not_wanted_once_their_request_is_over():
+    stage = StageMachine(2, Topology(3))
+    stage.handle(Begin(1))
+    stage.handle(Chunk(1, 4))
+    assert stage.wanted()
+    stage.handle(End(1))
+    assert not stage.wanted() and stage.handle(Computed(0.01, whole=False)) == []
