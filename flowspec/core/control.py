@@ -42,6 +42,12 @@ class Stretch:
             self._count -= self._lately.popleft()[0]
         return seconds
 
+    def grew(self, last: int) -> float:
+        """The seconds of the last so many decisions over those of the ones before (medians, lately); 1 where there are too few."""
+        seconds = [took for _, took in self._lately]
+        before, after = seconds[:-last], seconds[-last:]
+        return median(after) / max(median(before), 1e-9) if len(before) >= last else 1.0
+
     @property
     def each(self) -> float:
         """Seconds of a token, lately."""
@@ -62,6 +68,10 @@ class Findings:
     """tokens since the last of them"""
     resting: int = 0
     """tokens that are left of a rest: it goes on in the next request"""
+    doubted: float = 0.0
+    """the scorer's promise when speculation was stopped last"""
+    probing: bool = True
+    """drafting beside plain decoding does not make it slower"""
 
 
 class _Prices(NamedTuple):
@@ -132,6 +142,14 @@ class Controller:
     PATIENCE = 4.0
     LEAD = 4.0
     """tokens' plain time of gains that are remembered against later losses"""
+    PROBES = 3
+    """tokens at the end of a rest whose roots are drafted from, though nothing of it is sent: while one stage after the other computes
+    one row, the drafter's processor is idle, and the scorer's promise says whether the text has become easier"""
+    DEAR = 1.1
+    """times the seconds of the tokens before: where probes make tokens that slow, nothing is probed any more"""
+    LEND = 2.0
+    """tokens' plain time that speculation may lose beyond its share where the probes promise twice what it was stopped at, and more than
+    HOPE's second"""
     REST = (8, 128)
     """tokens that a rest from speculation lasts, the first and the longest"""
     CHANGED = 1.3
@@ -162,6 +180,7 @@ class Controller:
         self._draining = False  # what speculation sent is still on its way
         self._counted = True  # what it lost is in `_lost`
         self._trial = False  # the present stretch of plain decoding is one
+        self._lent = False  # probes have begun this attempt
 
     # ---- rows --------------------------------------------------------------------------------------
     def _priced(self) -> _Prices:
@@ -239,6 +258,12 @@ class Controller:
             if not self._findings.resting:
                 self._settle(self._now, now)
 
+    @property
+    def probes(self) -> bool:
+        """Whether to draft from roots while nothing is speculated: near the end of a rest."""
+        resting = not self.speculates and not self._trial and self._findings.probing
+        return resting and self._now is not None and self._until - self._now.tokens <= self.PROBES
+
     def _regrets(self, stretch: Stretch) -> bool:
         """Plain decoding turns out to be clearly slower than what was stopped for it."""
         attempt = self._attempt
@@ -268,6 +293,7 @@ class Controller:
         unsure = ratio < doubt and stretch.tokens >= after and trial >= self.TRIAL[0]
         if lost or unsure:
             self._attempt, self._counted, self._trial = stretch, False, unsure or not tried
+            self._findings.doubted = self._promise
             self._findings.trials += self._trial
             self._until = int(max(trial, self.TRIAL[0])) if self._trial else self._rest()
             self._turn(now)
@@ -280,7 +306,15 @@ class Controller:
             return least
         if self._promise > high and not self._findings.rests:
             return self.PATIENCE
+        if self._promise > high and self._lent:
+            return most
         return min(most, max(least, self.PART * self._allowed))
+
+    @property
+    def _better(self) -> bool:
+        """The probes of a rest promise clearly more than what was stopped."""
+        enough = max(self.HOPE[1], 2 * self._findings.doubted)
+        return self._promise >= enough and self._allowed > -self.LEND
 
     def _settle(self, stretch: Stretch, now: float) -> None:
         """A stretch of plain decoding is over. After a trial: was it faster?"""
@@ -291,13 +325,14 @@ class Controller:
             self._lost += attempt.seconds / stretch.each - attempt.tokens
             self._counted = True
         slower = attempt is not None and stretch.each < attempt.each
-        if self._trial and slower:
-            self._until = stretch.tokens + self._rest()
-        elif (attempt is not None and not slower) or self._allowed > self.LOSS[
-            0
-        ]:  # it was no loss after all, or there is some to lose
+        if self.probes:
+            self._findings.probing = stretch.grew(self.PROBES) < self.DEAR
+        trial, self._trial, self._lent = self._trial, False, self._better
+        goes_on = attempt is not None and not slower  # it was no loss after all
+        if goes_on or (not trial and (self._lent or self._allowed > self.LOSS[0])):
             self._turn(now)
-        self._trial = False
+        else:
+            self._until = stretch.tokens + self._rest()
 
     def _rest(self) -> int:
         """Tokens of plain decoding: twice as many each time."""

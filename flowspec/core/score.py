@@ -139,6 +139,7 @@ class Scorer:
     def __init__(self, calibrate: bool, ngrams: bool):
         self._learns, self._uses_ngrams = calibrate, ngrams
         self._lists: dict[int, List] = {}  # by node
+        self._judged = 0  # positions that `promise` rests on
         self.promise = None if calibrate else self.UNKNOWN
         """how much probability the target's choices had in the lists, of late; None before there was one"""
 
@@ -240,6 +241,11 @@ class Scorer:
         tokens.insert(place, token)
         scores.insert(place, score)
 
+    def judge_anew(self) -> None:
+        """Let `promise` rest on positions from here on only."""
+        if self._learns:
+            self.promise, self._judged = None, 0
+
     def explain(self) -> list[str]:
         """What was learnt of the drafter; for people."""
         values, drafters = [f"{value:.2f}" for value in self.weights.values], self.weights.drafters
@@ -266,9 +272,9 @@ class Scorer:
                 p = self.weights.learn(
                     x, found.coverage, listed.index(token) if token in listed else None
                 )
-                self.promise = (
-                    p if self.promise is None else self.promise + self.LATELY * (p - self.promise)
-                )
+                self._judged += 1
+                share = max(self.LATELY, 1 / self._judged)
+                self.promise = (self.promise or 0.0) * (1 - share) + share * p
         if self._ngrams is not None:
             self._ngrams.extend(tokens)
         if len(self._lists) > 4 * len(self._tree) + 64:  # of nodes that died

@@ -233,3 +233,42 @@ def test_it_says_what_it_chose():
         "on",
     ):
         assert part in text, text
+
+
+def opening(control, probe=0.1, promise=0.02, later=0.8):
+    """A text of 64 tokens, 0.1 s each without speculation and 0.2 with it. Its first guesses are
+    wrong, those after a rest are as right as `later` says. (now, tokens left) when speculation
+    goes on, or after 20 tokens."""
+    now, left = 0.0, 64
+    control.decided(1, now, left, promise)
+    while left > 44 and not (control.speculates and control._findings.rests):
+        was, probes = control.speculates, control.probes
+        now, left = now + (0.2 if was else probe if probes else 0.1), left - 1
+        control.decided(1, now, left, promise if was else later if probes else None)
+    return now, left
+
+
+def test_what_was_stopped_for_wrong_guesses_goes_on_once_probes_are_right():
+    """The first attempt lost all that speculation may lose in so short a text."""
+    control = ring(*[(0.05, 0.0)] * 2)
+    opening(control)
+    assert control.speculates and control._allowed < control.LOSS[0] and control._lent
+    hopeless = ring(*[(0.05, 0.0)] * 2)
+    opening(hopeless, later=0.1)
+    assert not hopeless.speculates and hopeless._findings.rests == 2, "and rests twice as long"
+
+
+def test_guesses_that_were_right_before_are_no_reason_to_go_on():
+    control = ring(*[(0.05, 0.0)] * 2)
+    opening(control, promise=0.45)
+    assert not control.speculates, "speculation did not pay for another reason"
+
+
+def test_nothing_is_probed_where_probes_slow_plain_decoding():
+    control = ring(*[(0.05, 0.0)] * 2)
+    now, left = opening(control, probe=0.14, later=0.05)
+    assert not control._findings.probing
+    while left:
+        now, left = now + 0.1, left - 1
+        control.decided(1, now, left, None)
+        assert not control.probes

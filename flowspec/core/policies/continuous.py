@@ -67,7 +67,10 @@ class Continuous(Attached):
 
     def decided(self, path: Sequence[int], tokens: Sequence[int], now: float) -> None:
         super().decided(path, tokens, now)
+        speculated = self.control.speculates
         self.control.decided(len(tokens), now, self.levels_left() + 1, self.scorer.promise)
+        if speculated and not self.control.speculates:
+            self.scorer.judge_anew()
 
     def explain(self) -> list[str]:
         return [*self.control.explain(), *self.scorer.explain()]
@@ -161,7 +164,8 @@ class Continuous(Attached):
     def draft(self) -> list[Node]:
         """What is to be drafted again, then the likeliest unexpanded nodes, while P >= theta / 4 and the budget has room."""
         if not self.control.speculates:
-            return []
+            root = self.tree.root
+            return [root] if self.control.probes and not root.expanded else []
         batch = self._stale() if self.wave else []
         again = len(batch)
         nodes, least = self.tree.nodes, self._score_of(self.control.theta / 4)
@@ -201,7 +205,7 @@ class Continuous(Attached):
         """The root if it is unsent, then the likeliest unsent nodes while P >= theta, up to the rows of a segment."""
         batch: list[Node] = []
         nodes, root, least = self.tree.nodes, self.tree.root, self._score_of(self.control.theta)
-        if drafting and not root.sent and self._worth_waiting():
+        if drafting and not root.sent and self.control.speculates and self._worth_waiting():
             return []
         most = self.control.rows if self.control.speculates else int(not root.sent)
         while self.unsent and len(batch) < most:
