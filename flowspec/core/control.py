@@ -174,7 +174,7 @@ class Controller:
         self._until = findings.resting  # tokens that the present stretch of plain decoding lasts
         self._lost = 0.0  # plain tokens' time that speculation has lost so far
         self._begun = 0  # tokens that were left then
-        self._promise = 0.0
+        self._promise, self._judged = 0.0, False
         self._foreseen = 0  # tokens of the text so far and ahead
         self._attempt: Stretch | None = None  # the last at speculation
         self._draining = False  # what speculation sent is still on its way
@@ -234,7 +234,7 @@ class Controller:
         if self._now is None or (promise is None and self.speculates and self._attempt is None):
             self._now, self._begun = Stretch(now, self.CLIP[self.speculates]), left
             return
-        self._promise = promise or 0.0
+        self._promise, self._judged = promise or 0.0, promise is not None
         self._foreseen = self._begun - left + min(left, self.AHEAD)
         if (
             self._draining and self._attempt is not None
@@ -329,7 +329,9 @@ class Controller:
             self._findings.probing = stretch.grew(self.PROBES) < self.DEAR
         trial, self._trial, self._lent = self._trial, False, self._better
         goes_on = attempt is not None and not slower  # it was no loss after all
-        if goes_on or (not trial and (self._lent or self._allowed > self.LOSS[0])):
+        hopeless = self._judged and self._promise < self.HOPE[0]  # say the probes
+        tries = self._lent or (self._allowed > self.LOSS[0] and not hopeless)
+        if goes_on or (not trial and tries):
             self._turn(now)
         else:
             self._until = stretch.tokens + self._rest()

@@ -235,13 +235,13 @@ def test_it_says_what_it_chose():
         assert part in text, text
 
 
-def opening(control, probe=0.1, promise=0.02, later=0.8):
-    """A text of 64 tokens, 0.1 s each without speculation and 0.2 with it. Its first guesses are
+def opening(control, probe=0.1, promise=0.02, later=0.8, left=64):
+    """A text of so many tokens, 0.1 s each without speculation and 0.2 with it. Its first guesses are
     wrong, those after a rest are as right as `later` says. (now, tokens left) when speculation
     goes on, or after 20 tokens."""
-    now, left = 0.0, 64
+    now, end = 0.0, left - 20
     control.decided(1, now, left, promise)
-    while left > 44 and not (control.speculates and control._findings.rests):
+    while left > end and not (control.speculates and control._findings.rests):
         was, probes = control.speculates, control.probes
         now, left = now + (0.2 if was else probe if probes else 0.1), left - 1
         control.decided(1, now, left, promise if was else later if probes else None)
@@ -256,6 +256,13 @@ def test_what_was_stopped_for_wrong_guesses_goes_on_once_probes_are_right():
     hopeless = ring(*[(0.05, 0.0)] * 2)
     opening(hopeless, later=0.1)
     assert not hopeless.speculates and hopeless._findings.rests == 2, "and rests twice as long"
+
+
+def test_a_text_that_could_afford_an_attempt_makes_none_while_probes_are_wrong():
+    for later, speculates in ((0.05, False), (0.2, True)):
+        control = ring(*[(0.05, 0.0)] * 2)
+        opening(control, later=later, left=2000)
+        assert control._allowed > control.LOSS[0] and control.speculates == speculates
 
 
 def test_guesses_that_were_right_before_are_no_reason_to_go_on():
