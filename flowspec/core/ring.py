@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import deque
+from statistics import median
 
 import numpy as np
 
@@ -18,6 +20,7 @@ class Ring:
     """of a forward: a segment that is late by the wake-up of a thread costs more than one that knows a little less"""
     MOST = 96
     """rows of a segment"""
+    LATEST = 65
     GUESS = Curve.line(0.02, 0.02 / SHAPE)
 
     def __init__(self) -> None:
@@ -27,6 +30,8 @@ class Ring:
         """stage -> what a row adds to the hop to it"""
         self.hop = math.inf
         """one hop: half of the first stage's quickest answer, less the wait in its queue"""
+        self.hops: deque[float] = deque(maxlen=self.LATEST)
+        """the latest such halves, wake-ups of a busy machine included"""
         self.draft = 0.0
         """a drafter's forward, once there was one"""
         self.news = 0
@@ -53,9 +58,9 @@ class Ring:
         sent_at = self.waiting.pop(event.number, None)
         if sent_at is None:  # it came back before this news did
             return
-        self.hop = max(
-            0.0, min(self.hop, (now - sent_at - event.waited) / 2)
-        )  # whatever a stage says of its wait
+        hop = max(0.0, (now - sent_at - event.waited) / 2)  # whatever a stage says of its wait
+        self.hop = min(self.hop, hop)
+        self.hops.append(hop)
         # the slowest stage or link sets the pace: what leaves sooner would only wait there
         self.free_at = (
             now
@@ -130,6 +135,11 @@ class Ring:
     def known_hop(self) -> float:
         """Seconds of one hop; 0 until there was one to measure."""
         return 0.0 if math.isinf(self.hop) else self.hop
+
+    @property
+    def usual_hop(self) -> float:
+        """Seconds that a hop takes as a rule; 0 until there was one to measure."""
+        return median(self.hops) if self.hops else 0.0
 
     def drafted(self, seconds: float) -> None:
         """A drafter's forward took this long. The first may have waited for the prompt's features: a much shorter one tells."""

@@ -71,7 +71,7 @@ class Stats:
     bookkeeping: float = 0.0
     """CPU seconds of rank 0's main thread beside verification (lm_head and sampling) and waiting"""
     hop: float = 0.0
-    """one hop, as far as it was measured"""
+    """what a hop takes as a rule, as far as it was measured"""
     reports: dict[int, wire.Report] = field(default_factory=dict)
     explanation: list[str] = field(default_factory=list)
     """what the policy chose, and why"""
@@ -145,7 +145,7 @@ class Driver:
             stats.segments, stats.explanation, stats.hop = (
                 scheduler.segments,
                 policy.explain(),
-                scheduler.ring.known_hop,
+                scheduler.ring.usual_hop,
             )
             self._end(request)
             if not broken:

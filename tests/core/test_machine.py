@@ -153,3 +153,11 @@ def test_rows_of_a_prompt_are_not_wanted_once_their_request_is_over():
     assert stage.wanted()
     stage.handle(End(1))
     assert not stage.wanted() and stage.handle(Computed(0.01, whole=False)) == []
+
+
+def test_what_a_hop_takes_as_a_rule_is_no_matter_of_one_lucky_message():
+    ring = Ring()
+    for number, took in enumerate((0.2, 0.01, 0.3, 0.25, 0.2)):
+        ring.sent(number, (number,), 0.0)
+        ring.started(Started(number, 1, 0.1, waited=0.0), 2 * took)
+    assert (ring.known_hop, ring.usual_hop) == (pytest.approx(0.01), pytest.approx(0.2))
