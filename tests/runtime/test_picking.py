@@ -111,10 +111,10 @@ def test_lm_head_and_picks_are_part_of_a_last_stages_measured_time(pair, monkeyp
         now[0] += 5.0
         return plain(*given)
 
-    def noted(self, live, rows, context, begun, whole=True, **about):
-        if self.head is not None and about:
-            seen.append(now[0] - begun)
-        account(self, live, rows, context, begun, whole, **about)
+    def noted(self, live, forward, begun, spent):
+        if self.head is not None and forward.segment:
+            seen.append(spent)
+        account(self, live, forward, begun, spent)
 
     monkeypatch.setattr(picking, "pick", slow)
     monkeypatch.setattr(worker.Worker, "_account", noted)

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from flowspec import Engine, UserError, session
+from flowspec import Engine, UserError
+from flowspec.commands import session
 from flowspec.files import beside_of, replacing
 from flowspec.models.weights import write_file
 from flowspec.preflight import check_writable
