@@ -1,4 +1,7 @@
-"""What to spend on speculation, by what things cost here and what speculation has brought so far (POLICY section 5). Pure."""
+"""The controller decides how much to spend on speculation, from measured costs and gains.
+
+docs/policy.md, sections 3 and 4, gives the formulas. This module is pure (no torch, clock or I/O).
+"""
 
 from __future__ import annotations
 
@@ -16,21 +19,26 @@ from flowspec.core.topology import Topology
 
 
 class Stretch:
-    """Tokens of a while in one mode, and what they took. Seconds are clipped: one long delay is the machine's."""
+    """A stretch is a run of tokens committed in one mode, with the seconds that they took.
+
+    Seconds are clipped, since a single long delay is due to the machine, not to the mode."""
 
     LATEST = 16
-    """tokens that count as lately"""
+    """The recent window is the shortest run of last commits with at least this many tokens."""
 
     def __init__(self, now: float, clip: float):
-        """`clip`: times what is usual."""
+        """`clip` is the longest time counted for a commit, as a multiple of the usual time."""
         self._clip = clip
         self._last = now
         self.tokens, self.seconds = 0, 0.0
-        self._lately: deque[tuple[int, float]] = deque()
-        self._count = 0  # tokens of these
+        self._lately: deque[tuple[int, float]] = deque()  # (tokens, clipped seconds) a commit
+        self._count = 0  # tokens in `_lately`
 
     def decided(self, tokens: int, now: float, usual: float) -> float:
-        """So many tokens more are text; the seconds that they took, clipped. `usual`: of a token without speculation."""
+        """Record a commit of `tokens` tokens and return the seconds it took, clipped.
+
+        The clip is a multiple of `usual` (the seconds of a token without speculation) or of the
+        recent median per commit, whichever is larger."""
         most = self._clip * max(
             usual, median(took for _, took in self._lately) if self._lately else 0.0
         )
@@ -43,14 +51,16 @@ class Stretch:
         return seconds
 
     def grew(self, last: int) -> float:
-        """The seconds of the last so many decisions over those of the ones before (medians, lately); 1 where there are too few."""
+        """Return the median seconds of the `last` latest commits over that of those before.
+
+        Only recent commits count. The ratio is 1 if fewer than `last` earlier commits are known."""
         seconds = [took for _, took in self._lately]
         before, after = seconds[:-last], seconds[-last:]
         return median(after) / max(median(before), 1e-9) if len(before) >= last else 1.0
 
     @property
     def each(self) -> float:
-        """Seconds of a token, lately."""
+        """Return the recent seconds per token; infinity if there was no commit."""
         return (
             sum(seconds for _, seconds in self._lately) / self._count if self._count else math.inf
         )
@@ -58,37 +68,38 @@ class Stretch:
 
 @dataclass
 class Findings:
-    """What speculation has brought so far, in this request and in earlier ones like it."""
+    """Findings hold what speculation has brought, in this request and earlier ones like it."""
 
     rests: int = 0
-    """times that it was stopped since it last paid"""
+    """Speculation was stopped for a rest this many times since it last paid."""
     trials: int = 0
-    """of plain decoding, lately: fewer are needed the more there were"""
+    """This counts trials of plain decoding (halved at each request); each delays the next."""
     since: int = 0
-    """tokens since the last of them"""
+    """This many tokens were committed since plain decoding was last measured."""
     resting: int = 0
-    """tokens that are left of a rest: it goes on in the next request"""
+    """This many tokens are left of a rest, which goes on in the next request."""
     doubted: float = 0.0
-    """the scorer's promise when speculation was stopped last"""
+    """This was the scorer's promise when speculation was last stopped."""
     probing: bool = True
-    """drafting beside plain decoding does not make it slower"""
+    """Probing is allowed: drafting beside plain decoding does not make it slower."""
 
 
 class _Prices(NamedTuple):
-    """What rows cost, in seconds, links included."""
+    """Prices are the costs of rows in seconds, links included."""
 
     times: np.ndarray
-    """what they were made of"""
+    """This is the `Ring.times` that the prices were made from (another array: they are stale)."""
     more: np.ndarray
-    """[MOST + 1]: what 0 (as good as 1), 1, ... rows add to a forward of one"""
+    """Entry n, of [MOST + 1], is what n rows add to a forward of one row; 0 rows count as 1."""
     forward: float
-    """a forward of one row"""
+    """A forward of one row takes this long on the slowest stage and link."""
     least: float
-    """what a row adds in the cheapest number of rows, as a share of a forward"""
+    """A row adds this share of `forward` on average, at the number of rows where it is cheapest."""
     round: float
-    """a forward of one row on each stage"""
+    """A forward of one row on every stage, one after the other, takes this long."""
     grown: float
-    """times what a round was when plain decoding was tried, as the context has grown; 1 if it was not"""
+    """`round` is this many times what it was at the context where plain decoding was last tried;
+    1 if it was not tried."""
 
     @classmethod
     def of(cls, ring: Ring, stages: int) -> _Prices:
@@ -108,54 +119,68 @@ class _Prices(NamedTuple):
 
 
 class Controller:
-    """Rows of a segment, which are worth it, segments in flight, and whether to speculate at all.
+    """The controller sets the rows of a segment, the segments in flight, and whether to speculate.
 
-    Whether to speculate is settled by trying, and trying is bounded: what was slower may cost SHARE of the text in all. Speculation begins.
-    A trial of plain decoding follows when it is in doubt (it brings less than DOUBT times what costs promise without it) and cheap, or
-    when speculation has lost a good part of what it may. What was slower rests, twice as long each time."""
+    Whether to speculate is settled by trying, and trying is bounded: in all, speculation may lose
+    SHARE of the text's plain time. Speculation begins. A trial of plain decoding follows when
+    speculation is in doubt (less than DOUBT times the rate that costs promise without it) and the
+    trial is cheap, or when speculation has lost a good part of what it may. Speculation that was
+    slower rests, twice as long each time. Losses are counted in plain tokens: one plain token is
+    the time of one token without speculation."""
 
     CLIP = (1.5, 3.0)
-    """times what is usual, beyond which a delay does not count: without speculation, and with it, whose times vary by themselves"""
+    """A delay counts only up to this multiple of the usual time: (without speculation, with it).
+    The second is larger because times with speculation vary by themselves."""
     LEAST = 0.002
-    """of a node's probability"""
+    """`theta`, a probability, is never below this."""
     DOUBT = 1.5
-    """times the promised rate: what is faster needs no trial"""
+    """Speculation that is faster than this multiple of the promised plain rate needs no trial."""
     FIRST = 8
-    """tokens after which there may be a first doubt"""
+    """The first doubt may arise after this many tokens."""
     AGAIN = 16
-    """tokens of speculation, times two to the number of trials, after which there may be doubt again: by CLOSE"""
+    """Once plain decoding was tried, doubt (by CLOSE) may arise again after this many tokens of
+    speculation, times 2 ** `Findings.trials`."""
     CLOSE = 1.25
-    """times the rate of plain decoding"""
+    """A mode is clearly faster than the other above this ratio of their rates."""
     TRIAL = (2, 3)
-    """tokens of a trial of plain decoding, at least and at most"""
+    """A trial of plain decoding lasts this many tokens, at least and at most."""
     SHARE = 0.02
-    """of the plain time of the text so far and of what is left, at most AHEAD tokens: what speculation may lose in all"""
+    """Speculation may lose this share, in all, of the plain time of the text so far and of the
+    tokens that are left (at most AHEAD of them)."""
     AHEAD = 96
+    """At most this many of the tokens that are left count for SHARE."""
     PRICE = 0.03
-    """of the time that is left: what a trial of plain decoding may cost"""
+    """A trial of plain decoding may cost this share of the time that is left."""
     LOSS = (0.5, 2.0)
-    """tokens' plain time that an attempt at speculation may lose, at least and at most; between them PART of what is left to lose"""
+    """An attempt at speculation may lose this many plain tokens, at least and at most; between the
+    two, it may lose PART of what is left to lose."""
     PART = 0.6
+    """An attempt may lose this share of what is left to lose, within LOSS."""
     HOPE = (0.1, 0.4)
-    """of the scorer's promise. Below the first an attempt ends at the least loss; above the second it may lose PATIENCE, at the first time:
-    a ring fills slowly, and what is drafted for it is right as often as not"""
+    """These are bounds on the scorer's promise. Below the first, an attempt ends at the least loss.
+    Above the second, an attempt may lose PATIENCE if speculation has not rested since it last paid:
+    a ring fills slowly, and what is drafted for it is right as often as not."""
     PATIENCE = 4.0
+    """A promising attempt that follows no rest may lose this many plain tokens."""
     LEAD = 4.0
-    """tokens' plain time of gains that are remembered against later losses"""
+    """Gains of at most this many plain tokens are remembered against later losses."""
     PROBES = 3
-    """tokens at the end of a rest whose roots are drafted from, though nothing of it is sent: while one stage after the other computes
-    one row, the drafter's processor is idle, and the scorer's promise says whether the text has become easier"""
+    """During this many tokens at the end of a rest, roots are drafted from but no draft is sent.
+    The drafter's processor is idle while one stage after the other computes one row, and the
+    scorer's promise then says whether the text has become easier."""
     DEAR = 1.1
-    """times the seconds of the tokens before: where probes make tokens that slow, nothing is probed any more"""
+    """Probing ends for good where it makes tokens take this many times as long as those before."""
     LEND = 2.0
-    """tokens' plain time that speculation may lose beyond its share where the probes promise twice what it was stopped at, and more than
-    HOPE's second"""
+    """Speculation may lose this many plain tokens beyond its share if the probes promise at least
+    twice what it was stopped at and at least HOPE's second value."""
     REST = (8, 128)
-    """tokens that a rest from speculation lasts, the first and the longest"""
+    """The first rest from speculation and the longest one last this many tokens."""
     CHANGED = 1.3
-    """times what it was: what the growing context makes of a plain token's time before it is tried anew, if in doubt"""
+    """Plain decoding is tried anew, if in doubt, once the context has changed the time of a plain
+    token by this factor."""
     OLD = 512
-    """tokens of the run after which what a trial found is to be tried anew, if in doubt: the few tokens of it may have met a busy moment"""
+    """Plain decoding is tried anew, if in doubt, after this many tokens of the run: the few tokens
+    of a trial may have met a busy moment."""
 
     def __init__(self, ring: Ring, topology: Topology, fixed_rows: int | None, findings: Findings):
         self._ring, self._topology, self._fixed_rows, self._findings = (
@@ -168,21 +193,19 @@ class Controller:
         self._prices = _Prices.of(ring, topology.stages)
         self.speculates = findings.resting == 0
         self._now: Stretch | None = None
-        self._lead = (
-            0.0  # seconds that this stretch of speculation has gained on plain decoding, of late
-        )
+        self._lead = 0.0  # recent gain of this stretch of speculation on plain decoding, in seconds
         self._until = findings.resting  # tokens that the present stretch of plain decoding lasts
-        self._lost = 0.0  # plain tokens' time that speculation has lost so far
-        self._begun = 0  # tokens that were left then
+        self._lost = 0.0  # plain tokens that speculation has lost so far
+        self._begun = 0  # tokens that were left when the first stretch began
         self._promise, self._judged = 0.0, False
-        self._foreseen = 0  # tokens of the text so far and ahead
-        self._attempt: Stretch | None = None  # the last at speculation
-        self._draining = False  # what speculation sent is still on its way
-        self._counted = True  # what it lost is in `_lost`
-        self._trial = False  # the present stretch of plain decoding is one
-        self._lent = False  # probes have begun this attempt
+        self._foreseen = 0  # tokens of the text so far, and of at most AHEAD that are left
+        self._attempt: Stretch | None = None  # the last attempt at speculation that was stopped
+        self._draining = False  # segments of the stopped attempt are still on their way
+        self._counted = True  # `_lost` includes the loss of `_attempt`
+        self._trial = False  # the present stretch of plain decoding is a trial, not a rest
+        self._lent = False  # the present attempt was begun by probes
 
-    # ---- rows --------------------------------------------------------------------------------------
+    # ---- rows ------------------------------------------------------------------------------------
     def _priced(self) -> _Prices:
         if self._prices.times is not self._ring.times:
             self._prices = _Prices.of(self._ring, self._topology.stages)
@@ -190,19 +213,25 @@ class Controller:
 
     @property
     def theta(self) -> float:
-        """The least probability of a node that can be worth a row: what a row adds, in the cheapest number of them, as a share of what a
-        forward of its own would take. On a line a + b n with links e n: (b + e) / (a + b + e)."""
+        """Return the least probability at which a node can be worth a row.
+
+        It is what a row adds, at the number of rows where it is cheapest, as a share of a forward
+        of its own. If a forward takes a + b n and a link e n: (b + e) / (a + b + e)."""
         return max(self.LEAST, self._priced().least)
 
     @property
     def rows(self) -> int:
-        """The most rows of a segment. What a row costs is a guess at first, so the first segments are short: two rows, and twice as many
-        each time that the first stage has told its cost."""
+        """Return the most rows that a segment may have.
+
+        What a row costs is a guess at first, so segments begin with two rows, and twice as many
+        each time the first stage reports its cost."""
         return min(self._ring.MOST, self._fixed_rows or int(2.0 ** min(10, 1 + self._ring.news)))
 
     def worth(self, reaches: Sequence[float]) -> int:
-        """How many of a segment's nodes to send, given their probabilities to be needed, falling: as many as gain most. A node that is
-        needed saves a forward of its own; what it adds to this one delays everything."""
+        """Return how many of a segment's nodes to send, so that the gain is largest.
+
+        `reaches` are the nodes' probabilities to be needed, in falling order. A node that is needed
+        saves a forward of its own; what it adds to this forward delays everything."""
         if len(reaches) < 2:
             return len(reaches)
         prices = self._priced()
@@ -211,34 +240,43 @@ class Controller:
 
     @property
     def credits(self) -> int:
-        """Segments that keep the slowest stage busy: as many of its forwards as one needs for the round, links included. One more
-        would be decided too early: it leaves before the news that the one ahead of it brings."""
+        """Return the number of segments in flight that keep the slowest stage busy.
+
+        It is the time of one round, links included, in forwards of the slowest stage. One segment
+        more would be decided too early: it leaves before the news of the one ahead of it."""
         return max(1, round(self.lap / self._ring.base))
 
     @property
     def lap(self) -> float:
-        """Seconds that the root alone needs for the round: a token's, without speculation, by these costs."""
+        """Return the seconds of a round with the root alone.
+
+        By these costs, that is the time of a token without speculation."""
         return self._priced().round + self._topology.hops * self._ring.known_hop
 
-    # ---- whether to speculate ----------------------------------------------------------------------
+    # ---- whether to speculate --------------------------------------------------------------------
     @property
     def plain(self) -> float:
-        """Seconds of a token without speculation: as tried, and as the context has grown since; else by costs, which leave out what
-        lies between forwards, and hold what drafting takes from the same cores."""
+        """Return the seconds of a token without speculation.
+
+        They are those of the last trial, scaled for the context since. Before any trial they follow
+        from costs, which leave out the time between forwards and include what drafting takes from
+        cores that it shares with the stages."""
         tried = self._ring.plain
         return self.lap if tried is None else tried[0] * self._priced().grown
 
     def decided(self, tokens: int, now: float, left: int, promise: float | None) -> None:
-        """So many more tokens are text, and so many are left. `promise`: the probability that drafts gave to what was chosen, of late;
-        None before a draft was judged: until then (a drafter reads the prompt, say) nothing was tried."""
+        """Take in a commit of `tokens` tokens, with `left` still to come; this may switch the mode.
+
+        `promise` is the probability that recent drafts gave to the target's choices. It is None
+        before a draft was judged: until then (while a drafter reads the prompt, say) speculation
+        was not really tried, and the commit does not count."""
         if self._now is None or (promise is None and self.speculates and self._attempt is None):
             self._now, self._begun = Stretch(now, self.CLIP[self.speculates]), left
             return
         self._promise, self._judged = promise or 0.0, promise is not None
         self._foreseen = self._begun - left + min(left, self.AHEAD)
-        if (
-            self._draining and self._attempt is not None
-        ):  # what was on its way belongs to the attempt that has ended
+        if self._draining and self._attempt is not None:
+            # what was still on its way belongs to the attempt that has ended
             self._attempt.decided(tokens, now, self.plain)
             self._draining, self._now = tokens > 1, Stretch(now, self.CLIP[False])
             return
@@ -260,12 +298,12 @@ class Controller:
 
     @property
     def probes(self) -> bool:
-        """Whether to draft from roots while nothing is speculated: near the end of a rest."""
+        """Tell whether to draft from roots though nothing is speculated: near the end of a rest."""
         resting = not self.speculates and not self._trial and self._findings.probing
         return resting and self._now is not None and self._until - self._now.tokens <= self.PROBES
 
     def _regrets(self, stretch: Stretch) -> bool:
-        """Plain decoding turns out to be clearly slower than what was stopped for it."""
+        """Tell whether a rest turns out to be clearly slower than the speculation it replaced."""
         attempt = self._attempt
         return (
             attempt is not None
@@ -276,11 +314,13 @@ class Controller:
 
     @property
     def _allowed(self) -> float:
-        """Plain tokens' time that is left to lose."""
+        """Return the plain tokens that speculation may still lose; negative if it has lost more."""
         return self.SHARE * self._foreseen - self._lost
 
     def _doubt(self, stretch: Stretch, now: float, left: int) -> None:
-        """Is speculation to rest? If it has lost enough, or for a trial if that is cheap for what it may show."""
+        """Stop speculation if it has lost enough, or for a trial of plain decoding.
+
+        A trial needs doubt and must be cheap for what it may show."""
         ratio, tried = self.plain / stretch.each, self._tried
         lost = -self._lead > self.plain * self._bearable
         lost = lost or (tried and ratio < 1 and stretch.tokens >= stretch.LATEST)
@@ -300,7 +340,7 @@ class Controller:
 
     @property
     def _bearable(self) -> float:
-        """Plain tokens' time that this attempt may lose."""
+        """Return the plain tokens that this attempt may lose."""
         (least, most), (low, high) = self.LOSS, self.HOPE
         if self._promise < low:
             return least
@@ -312,12 +352,15 @@ class Controller:
 
     @property
     def _better(self) -> bool:
-        """The probes of a rest promise clearly more than what was stopped."""
+        """Tell whether a rest's probes promise clearly more than the attempt that was stopped."""
         enough = max(self.HOPE[1], 2 * self._findings.doubted)
         return self._promise >= enough and self._allowed > -self.LEND
 
     def _settle(self, stretch: Stretch, now: float) -> None:
-        """A stretch of plain decoding is over. After a trial: was it faster?"""
+        """Record the speed of a stretch of plain decoding, then resume speculation or rest.
+
+        Speculation resumes if it was not slower. After a rest it also resumes if its probes promise
+        clearly more, or if it may lose more and they are not hopeless."""
         self._ring.plain, self._findings.since = (stretch.each, self._ring.context), 0
         self._prices = self._prices._replace(grown=1.0)
         attempt = self._attempt  # None: the rest began in an earlier request
@@ -328,8 +371,8 @@ class Controller:
         if self.probes:
             self._findings.probing = stretch.grew(self.PROBES) < self.DEAR
         trial, self._trial, self._lent = self._trial, False, self._better
-        goes_on = attempt is not None and not slower  # it was no loss after all
-        hopeless = self._judged and self._promise < self.HOPE[0]  # say the probes
+        goes_on = attempt is not None and not slower  # speculation was no loss after all
+        hopeless = self._judged and self._promise < self.HOPE[0]  # according to the probes
         tries = self._lent or (self._allowed > self.LOSS[0] and not hopeless)
         if goes_on or (not trial and tries):
             self._turn(now)
@@ -337,7 +380,7 @@ class Controller:
             self._until = stretch.tokens + self._rest()
 
     def _rest(self) -> int:
-        """Tokens of plain decoding: twice as many each time."""
+        """Count a rest and return its length in tokens, twice as many each time."""
         first, longest = self.REST
         self._findings.rests += 1
         return min(longest, first * 2 ** min(10, self._findings.rests - 1))
@@ -349,14 +392,14 @@ class Controller:
 
     @property
     def _tried(self) -> bool:
-        """Plain decoding was tried not long ago, behind a context like this."""
+        """Tell whether plain decoding was tried recently, behind a context like the present one."""
         like_this = (
             self._ring.plain is not None and 1 / self.CHANGED < self._priced().grown < self.CHANGED
         )
         return like_this and self._findings.since < self.OLD
 
     def explain(self) -> list[str]:
-        """What was chosen, and why; for people."""
+        """Return lines that tell people what was chosen, and why."""
         ring = self._ring
         stages = "; ".join(
             f"{s}: {_forwards(c.over(_SHOWN, ring.context))}" for s, c in sorted(ring.costs.items())
@@ -364,10 +407,14 @@ class Controller:
         shown = ", ".join(f"{n:.0f}" for n in _SHOWN)
         lines = [
             f"stages (ms of a forward over {shown} rows, behind {ring.context} tokens): {stages}",
-            f"links: {1000 * ring.known_hop:.2f} ms a hop, {1000 * ring.row:.3f} ms a row; a draft takes {1000 * ring.draft:.1f} ms",
-            f"a row must be needed with P >= {self.theta:.3f} (what it adds to the slowest stage and link, by what a forward costs)",
-            f"at most {self.rows} rows a segment{' (tree.segment)' if self._fixed_rows else ''}, and of these as many as gain most",
-            f"{self.credits} segments in flight (the slowest stage's forwards in one round of the ring)",
+            f"links: {1000 * ring.known_hop:.2f} ms a hop, {1000 * ring.row:.3f} ms a row; "
+            f"a draft takes {1000 * ring.draft:.1f} ms",
+            f"a row must be needed with P >= {self.theta:.3f} "
+            "(what it adds to the slowest stage and link, by what a forward costs)",
+            f"at most {self.rows} rows a segment{' (tree.segment)' if self._fixed_rows else ''}, "
+            "and of these as many as gain most",
+            f"{self.credits} segments in flight "
+            "(the slowest stage's forwards in one round of the ring)",
         ]
         attempt = self._now if self.speculates else self._attempt
         each = math.inf if attempt is None else attempt.each
@@ -379,7 +426,8 @@ class Controller:
         )
         state, rests = "on" if self.speculates else "off", self._findings.rests
         lines.append(
-            f"speculation {state}: {measured}; without it {plain}; rested {rests} times since it last paid"
+            f"speculation {state}: {measured}; without it {plain}; "
+            f"rested {rests} times since it last paid"
         )
         return lines
 

@@ -1,4 +1,7 @@
-"""Measured costs: a stage's forward as a curve over rows, and what a row adds to a hop. Pure. What follows: core/control.py."""
+"""Measured costs are a stage's forward as a curve over rows, and what a row adds to a hop.
+
+core/control.py decides what follows from them. This module is pure (no torch, clock or I/O).
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,12 @@ from flowspec.errors import need
 
 
 class Line:
-    """Weighted least squares over the recent past: seconds as a linear function of rows."""
+    """A line is a least-squares fit of seconds over rows (or context tokens).
+
+    Older observations weigh less, by a factor `forget` for each newer one."""
 
     DOUBT = 2.0
-    """standard errors that are taken off the slope: what may be chance is not charged"""
+    """This many standard errors are taken off the slope: what may be chance is not charged."""
 
     def __init__(self, forget: float = 0.95) -> None:
         self._forget = forget
@@ -30,19 +35,21 @@ class Line:
 
     @property
     def slope(self) -> float:
-        """Seconds a row; never below zero, 0 until rows of different number were seen."""
+        """Return the seconds per row; it is never below 0, and 0 while the rows do not differ."""
         slope, doubt = _line(self._sums)
         return max(0.0, slope - self.DOUBT * doubt)
 
     @property
     def spread(self) -> float:
-        """The standard deviation of the rows seen."""
+        """Return the weighted standard deviation of the rows seen."""
         w, n, _, nn, *_ = self._sums.tolist()
         return math.sqrt(max(0.0, nn / w - (n / w) ** 2)) if w else 0.0
 
 
 def _line(sums: np.ndarray) -> tuple[float, float]:
-    """Of the sums of weight * [1, n, t, n n, n t, t t]: the slope of t over n, and its standard error."""
+    """Return the slope of t over n and its standard error; both are 0 if n does not vary.
+
+    `sums` are the sums of weight * [1, n, t, n n, n t, t t]."""
     w, n, t, nn, nt, tt = sums.tolist()
     spread = nn - n * n / w if w else 0.0
     if spread < 1e-9:
@@ -53,32 +60,36 @@ def _line(sums: np.ndarray) -> tuple[float, float]:
 
 
 def _moments(rows: float, seconds: float) -> np.ndarray:
+    """Return [1, n, t, n n, n t, t t] of one observation: n rows, t seconds."""
     return np.array([1.0, rows, seconds, rows * rows, rows * seconds, seconds * seconds])
 
 
 class Point(NamedTuple):
-    """Forwards of about so many rows at about this context."""
+    """A point sums up forwards over about as many rows, behind about as many context tokens.
+
+    `rows` and `context` are means."""
 
     rows: float
     context: float
     seconds: float
-    """the median"""
+    """This is the median of the forwards."""
     times: int
-    """how often"""
+    """This is the number of forwards."""
 
 
 class _Bin:
-    """The latest forwards over rows between two powers of two."""
+    """A bin holds the latest forwards whose numbers of rows lie between two powers of two."""
 
     LATEST = 9
+    """Estimates rest on this many latest forwards."""
     KEPT = 33
+    """At most this many forwards are kept for each point of the report."""
     SPAN = 512
-    """tokens of context that a point for the report spans"""
+    """A point of the report spans this many tokens of context."""
 
     def __init__(self) -> None:
-        self.latest: deque[tuple[int, float, float]] = deque(
-            maxlen=self.LATEST
-        )  # (rows, context, seconds)
+        # (rows, context, seconds)
+        self.latest: deque[tuple[int, float, float]] = deque(maxlen=self.LATEST)
         self.by_context = Line(forget=1.0)
         self.all: dict[int, deque[tuple[int, float, float]]] = {}
 
@@ -90,10 +101,15 @@ class _Bin:
 
     @property
     def rows(self) -> float:
+        """Return the mean number of rows of the latest forwards."""
         return sum(rows for rows, _, _ in self.latest) / len(self.latest)
 
     def typical(self, slope: float, context: float, deep: tuple[float, float]) -> float:
-        """Seconds over `rows` rows at `context`: a low quantile (the least of three, the fourth of nine), since a delay only adds."""
+        """Return the typical seconds of a forward over `self.rows` rows behind `context` tokens.
+
+        It is a low quantile (the least of three, the fourth of nine), since a delay only adds.
+        Forwards are moved there first: `slope` is the seconds per row, and `deep` what a token of
+        context adds to a forward and to each of its rows."""
         middle = self.rows
         moved = sorted(
             t + slope * (middle - n) + (context - at) * (deep[0] + deep[1] * n)
@@ -103,23 +119,27 @@ class _Bin:
 
 
 class RowCost:
-    """What forwards of a stage have shown so far: a curve over rows and context, robust to a busy machine.
+    """A row cost estimates a stage's forwards as a curve over rows and context.
 
-    A delay only makes a forward longer, and rows never make one shorter. So what is believed of a number of rows is a low quantile of
-    its latest forwards, no more than any larger number took, and as long as few were seen it is drawn to what its neighbours say.
+    It is robust to a busy machine: a delay only makes a forward longer, and rows never make one
+    shorter. So the estimate for a number of rows is a low quantile of its latest forwards and no
+    more than any larger number took; while few were seen, it is drawn to what its neighbours say.
     Where nothing was measured, a row is guessed to add a fiftieth of a forward."""
 
     SPREAD = 100.0
-    """tokens: the least standard deviation of the contexts that say what context costs"""
+    """A bin says what context costs once its contexts have this standard deviation (tokens)."""
     SHARED = 8.0
-    """rows whose arithmetic over the context costs what reading it does, until both were told apart"""
+    """The arithmetic of this many rows over the context is taken to cost as much as reading it,
+    until the two were told apart."""
 
     def __init__(self) -> None:
         self._bins: dict[int, _Bin] = {}  # ceil(log2(rows)) -> what was seen
-        self._curve: Curve | None = None  # until there is more to know
+        self._curve: Curve | None = None  # cached until the next forward
 
     def observe(self, rows: int, seconds: float, context: float = 0.0) -> bool:
-        """Take in a forward; True: one of the first of about so many rows."""
+        """Take in a forward of `seconds` over `rows` rows behind `context` tokens.
+
+        Return True if it is one of the first three over about as many rows."""
         bin = self._bins.setdefault(min(7, max(0, rows - 1).bit_length()), _Bin())
         bin.add(rows, context, seconds)
         self._curve = None
@@ -128,7 +148,9 @@ class RowCost:
         return len(bin.latest) <= 3
 
     def curve(self, context: float = 0.0) -> Curve:
-        """What is believed now, with its knots about this context."""
+        """Return the present estimate.
+
+        Its knots are made for `context`, unless the curve is cached since the last forward."""
         self._curve = self._curve or self._fitted(context)
         return self._curve
 
@@ -138,9 +160,8 @@ class RowCost:
             return Curve.line(0.02, 0.02 / SHAPE)
         deep = self._deep(bins)
         seen = [(b.rows, b.typical(0.0, context, deep)) for b in bins]
-        for _ in range(
-            3
-        ):  # rows of a bin differ: the slope between its neighbours says what that makes
+        for _ in range(3):
+            # rows within a bin differ: the slope between its neighbours says what that makes
             seen = [(b.rows, b.typical(_chord(seen, k), context, deep)) for k, b in enumerate(bins)]
         knots: list[tuple[float, float]] = []
         for k, bin in enumerate(bins):
@@ -163,7 +184,7 @@ class RowCost:
         return Curve(tuple(knots), deep, context)
 
     def _deep(self, bins: list[_Bin]) -> tuple[float, float]:
-        """Seconds of a token of context: of a forward, and of each row."""
+        """Return the seconds that a token of context adds to a forward, and to each of its rows."""
         known = [(b.rows, b.by_context.slope) for b in bins if b.by_context.spread >= self.SPREAD]
         if not known:
             return 0.0, 0.0
@@ -174,10 +195,11 @@ class RowCost:
         return max(0.0, c0 - row * n0), row
 
     def predict(self, rows: int, context: float = 0.0) -> float:
+        """Return the expected seconds of a forward."""
         return self.curve(context).at(rows, context)
 
     def points(self) -> list[Point]:
-        """All that was seen, for people and for the simulator."""
+        """Return all that was seen as sorted points, for people and for the simulator."""
         found = []
         for bin in list(self._bins.values()):  # a drafter's thread may still be at it
             for some in list(bin.all.values()):
@@ -194,7 +216,7 @@ class RowCost:
 
 
 def _guess(known: tuple[float, float], rows: float) -> float:
-    """Seconds over `rows` rows, by what is known of another number."""
+    """Return the seconds over `rows` rows, scaled from the known point (rows, seconds)."""
     n, seconds = known
     return seconds * (SHAPE + rows) / (SHAPE + n)
 
@@ -205,7 +227,10 @@ def _believed(
     above: tuple[float, float] | None,
     count: int,
 ) -> float:
-    """Seconds of a point (rows, seconds) that was seen so often, by what is believed below it and the least that was seen above it."""
+    """Return the estimated seconds of the point `seen` = (rows, seconds), seen `count` times.
+
+    `below` is the estimate at the next smaller number of rows; `above` is the next larger number of
+    rows with the least seconds seen there or further up. Either is None at the end."""
     rows, seconds = seen
     if below is None:
         return min(seconds, above[1]) if above else seconds
@@ -217,68 +242,74 @@ def _believed(
         seconds = min(seconds, above[1])
     if seconds <= guess:
         return max(seconds, below[1])
-    doubt = (
-        2 if above else 2 * below[0] / rows
-    ) / count**2  # a guess from below says little of many times the rows
+    # a guess from below says little of many times the rows
+    doubt = (2 if above else 2 * below[0] / rows) / count**2
     return guess + (seconds - guess) / (1 + doubt)
 
 
 def _chord(points: list[tuple[float, float]], k: int) -> float:
-    """The slope between the neighbours of points[k]; never below zero."""
+    """Return the slope between the neighbours of points[k]; it is never below 0."""
     (n0, t0), (n1, t1) = points[max(0, k - 1)], points[min(len(points) - 1, k + 1)]
     return max(0.0, (t1 - t0) / (n1 - n0)) if n1 > n0 else 0.0
 
 
 class Meter:
-    """What a stage measures of itself and of the hop to it, and when rank 0 should hear of it again."""
+    """A meter measures a stage's forwards and the hop to it, and says when to tell rank 0."""
 
     OFTEN = 6
+    """Rank 0 is told after each of this many first forwards."""
     EVERY = 8
-    """news after each of the first forwards, of the first of about so many rows, and after every so many"""
+    """Later it is told after every so many forwards, and after the first three over about as many
+    rows."""
 
     def __init__(self) -> None:
         self.forward, self._hop = RowCost(), Line()
         self._forwards = 0
-        self._first: float | None = None  # of the hops' seconds
+        self._first: float | None = None  # seconds of the first hop
 
     def hop(self, rows: int, seconds: float) -> None:
-        """A message of so many rows took so long, by two clocks: only differences count."""
+        """Record that a message of `rows` rows took `seconds` from the previous rank to this one.
+
+        The two ranks' clocks differ, so only differences to the first message count."""
         self._first = seconds if self._first is None else self._first
         self._hop.observe(rows, seconds - self._first)
 
     def forward_over(self, rows: int, seconds: float, context: float = 0.0) -> bool:
-        """A forward behind this context took so long; True: tell rank 0."""
+        """Record a forward behind `context` tokens; return True if rank 0 should be told."""
         new = self.forward.observe(rows, seconds, context)
         self._forwards += 1
         return new or self._forwards <= self.OFTEN or self._forwards % self.EVERY == 0
 
     def cost(self, stage: int, context: float = 0.0) -> Cost:
+        """Return what rank 0 is told of this stage."""
         return Cost(stage, self.forward.curve(context), self.row)
 
     @property
     def row(self) -> float:
-        """Seconds that a row adds to the hop."""
+        """Return the seconds that a row adds to the hop."""
         return self._hop.slope
 
 
 @dataclass(frozen=True, kw_only=True)
 class Emulate:
-    """Times that one machine pretends to, so that it can stand for a cluster; null switches one off.
+    """These are the times that one machine pretends to, so that it can stand for a cluster.
 
-    A stage's forward over n rows takes at least stage_ms + token_ms * n, a drafter's forward at least draft_ms. A hop
-    delivers a message link_ms + bytes / link_mbps after it was sent; links carry one message at a time."""
+    A stage's forward over n rows takes at least stage_ms + token_ms * n milliseconds, a drafter's
+    forward at least draft_ms. A hop delivers a message link_ms + bytes / link_mbps (megabits per
+    second; None: no limit) after it was sent; a link carries one message at a time."""
 
     LAYERS: ClassVar = 8
-    """of an emulated stage: points at which a forward can be abandoned"""
+    """An emulated stage has this many layers; a forward can be abandoned at the end of each."""
     stage_ms: float | tuple[float, ...] = 0.0
-    """One number, or one a stage."""
+    """This is one number, or one for each stage."""
     token_ms: float | tuple[float, ...] = 0.0
-    """Likewise."""
+    """This is one number, or one for each stage."""
     draft_ms: float = 0.0
     link_ms: float = 0.0
     link_mbps: float | None = None
     hidden_scale: float = 1.0
-    """Hidden rows are counted as 2-byte elements times this, so that a small model's rows weigh like a large one's."""
+    """Hidden rows count as 2-byte elements times this, so that a small model's rows weigh like a
+    large one's."""
 
     def __post_init__(self) -> None:
         for name in ("stage_ms", "token_ms", "draft_ms", "link_ms", "hidden_scale"):
@@ -294,13 +325,16 @@ class Emulate:
 
     @property
     def active(self) -> bool:
+        """Tell whether anything is emulated."""
         return self != Emulate()
 
     @property
     def shapes_links(self) -> bool:
+        """Tell whether links are emulated."""
         return self.link_ms > 0 or self.link_mbps is not None
 
     def check_stages(self, stages: int) -> None:
+        """Raise UserError unless each setting is one number, or one for each stage."""
         for name in ("stage_ms", "token_ms"):
             n = len(_each(getattr(self, name)))
             need(
@@ -309,7 +343,9 @@ class Emulate:
             )
 
     def stage_seconds(self, stage: int, rows: int) -> float:
-        """Least time of stage 1.. over `rows` rows. A list that is too short (a simulation of more stages) begins again."""
+        """Return the least seconds of stage `stage` (from 1) over `rows` rows.
+
+        A list that is too short (in a simulation of more stages) begins again."""
         base, slope = (
             values[(stage - 1) % len(values)]
             for values in (_each(self.stage_ms), _each(self.token_ms))
@@ -317,7 +353,7 @@ class Emulate:
         return (base + slope * rows) / 1000
 
     def wire_seconds(self, size: float) -> float:
-        """Time a message of `size` bytes keeps its link busy."""
+        """Return the seconds for which a message of `size` bytes keeps its link busy."""
         return 0.0 if self.link_mbps is None else size * 8 / (self.link_mbps * 1e6)
 
 

@@ -1,4 +1,8 @@
-"""What a run has measured of its ring, for the simulator: kept in its results, read again from a file's objects. Pure."""
+"""Costs hold what a run has measured of its ring, for the simulator.
+
+They are kept in the run's results and read again from a file's objects. This module is pure (no
+torch, clock or I/O).
+"""
 
 from __future__ import annotations
 
@@ -12,40 +16,47 @@ from flowspec.core.curve import Curve
 from flowspec.errors import need
 
 FORMAT = 1
+"""This is the version of the format of `Costs.to_json`."""
 NEAR = 256
-"""tokens of context that are as good as the same"""
+"""Contexts in the same block of this many tokens share a curve."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds."""
+    """These are the measured costs of a ring; all times are in seconds."""
 
     stages: tuple[tuple[Point, ...], ...]
-    """of each stage its forwards"""
+    """Each stage has the points of its forwards."""
     own: tuple[float, ...]
-    """of each stage, a segment: what it does beside its forward"""
+    """Each stage spends this on a segment beside its forward."""
     rows: tuple[float, ...]
-    """of the hop to each stage: what a row adds"""
+    """A row adds this to the hop to each stage."""
     hop: float
-    """one hop"""
+    """One hop takes this long."""
     draft: tuple[Point, ...] = ()
-    """the drafter's forwards, by nodes"""
+    """These are the drafter's forwards; `rows` are nodes. It is empty if nothing was drafted."""
     read: float = 0.0
-    """a token of the prompt that the drafter reads"""
+    """The drafter reads a token of the prompt in this time."""
     coordinator: float = 0.0
-    """a segment: what rank 0 does for it, beside verifying and waiting"""
+    """Rank 0 spends this on a segment, beside verifying and waiting."""
     _curves: dict[tuple[int, int], Curve] = field(default_factory=dict, compare=False, repr=False)
 
     def seconds(self, stage: int, rows: int, context: int) -> float:
-        """Stage 1.. over `rows` rows behind `context` others. A ring with more stages than were measured begins again."""
+        """Return the seconds of stage `stage` (from 1) over `rows` rows behind `context` tokens.
+
+        What it does beside its forward is included. A ring with more stages than were measured
+        begins again with the first one's costs."""
         at = (stage - 1) % len(self.stages)
         return self._curve(at, self.stages[at], context).at(rows, context) + self.own[at]
 
     def draft_seconds(self, nodes: int) -> float:
+        """Return the seconds of a drafter's forward over `nodes` nodes; 0 if none was measured."""
         return self._curve(-1, self.draft, 0).at(nodes) if self.draft else 0.0
 
     def _curve(self, key: int, points: Sequence[Point], context: int) -> Curve:
-        """By the points, those of about this context before all."""
+        """Return the (cached) curve of the points, which rests above all on those near `context`.
+
+        They are observed last, and a RowCost estimates by the latest forwards."""
         at = key, context // NEAR
         if at not in self._curves:
             cost = RowCost()
@@ -57,11 +68,11 @@ class Costs:
 
     @property
     def row(self) -> float:
-        """What a row adds to the slowest hop."""
+        """Return the seconds that a row adds to the slowest hop."""
         return max(self.rows, default=0.0)
 
     def to_json(self) -> dict[str, Any]:
-        """Milliseconds; `read` gives it back."""
+        """Return a JSON object in milliseconds, from which `read` restores the costs."""
         stages = [
             {"forwards": _listed(points), "own_ms": _ms(own), "row_ms": _ms(row)}
             for points, own, row in zip(self.stages, self.own, self.rows, strict=True)
@@ -79,12 +90,14 @@ def _ms(seconds: float) -> float:
 
 
 def _listed(points: Iterable[Point]) -> list[list[float]]:
-    """[rows, context, milliseconds, how often] each."""
+    """Return [rows, context, milliseconds, number of forwards] for each point."""
     return [[round(p.rows, 2), round(p.context), _ms(p.seconds), p.times] for p in points]
 
 
 def merged(all: Sequence[Costs]) -> Costs:
-    """Of several runs over the same ring."""
+    """Return the costs of several runs over the same ring: all points, the medians of the rest.
+
+    UserError is raised if the numbers of stages differ."""
     need(
         len({len(costs.stages) for costs in all}) == 1,
         "costs of rings with different numbers of stages: take one of them",
@@ -108,7 +121,9 @@ def merged(all: Sequence[Costs]) -> Costs:
 
 
 def read(found: Mapping[str, Any] | None, where: str) -> Costs:
-    """The costs of an object that `to_json` made; UserError names `where` it is from."""
+    """Return the costs of an object that `Costs.to_json` made.
+
+    If it is none, UserError is raised and names `where` the object is from."""
     wrong = f"{where} holds no measured costs: give a file that run --json or bench compare wrote"
     need(isinstance(found, Mapping), wrong)
     assert found is not None
@@ -141,6 +156,7 @@ def read(found: Mapping[str, Any] | None, where: str) -> Costs:
 
 
 def _points(rows: Iterable[Sequence[float]]) -> tuple[Point, ...]:
+    """Return the points of what `_listed` made."""
     return tuple(
         Point(float(rows), float(context), ms / 1000, int(count))
         for rows, context, ms, count in rows

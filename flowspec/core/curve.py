@@ -1,4 +1,7 @@
-"""What a stage's forward takes, as a curve over its rows and the context behind them. Pure."""
+"""A curve gives the time of a stage's forward over its rows and the context behind them.
+
+This module is pure (no torch, clock or I/O).
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,33 @@ from dataclasses import dataclass
 import numpy as np
 
 SHAPE = 50.0
-"""rows that add as much as a forward over none takes: a guess, where nothing was measured"""
+"""This many rows are guessed to add as much as a forward over none takes, where nothing was
+measured."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Seconds of a forward over n rows behind a context of so many tokens: knots joined by straight lines, and what a token more adds."""
+    """A curve gives the seconds of a forward over n rows behind a context of some tokens.
+
+    It is made of knots joined by straight lines, and of what one more token of context adds."""
 
     knots: tuple[tuple[float, float], ...]
-    """(rows, seconds) at `context` tokens, rising in both; two at least"""
+    """The knots are at least two pairs (rows, seconds) at `context` tokens, rising in both."""
     deep: tuple[float, float] = (0.0, 0.0)
-    """seconds that a token of context adds to a forward, and to each row of it"""
+    """These are the seconds that a token of context adds to a forward, and to each of its rows."""
     context: float = 0.0
+    """The knots hold at this many tokens of context."""
 
     @classmethod
     def line(cls, base: float, slope: float) -> Curve:
-        """base + slope * n, whatever the context."""
+        """Return the curve base + slope * n (for n from 1 up), whatever the context."""
         return cls(tuple((float(n), base + slope * n) for n in (1, 128)))
 
     def over(self, rows: np.ndarray, context: float | None = None) -> np.ndarray:
-        """Seconds of forwards over so many rows each; without `context`, at the curve's own."""
+        """Return the seconds of forwards over `rows` rows each, in the shape of `rows`.
+
+        `context` None means the curve's own. At another one the result is at least a tenth of the
+        time at the curve's own."""
         x, y = np.array(self.knots).T
         here = np.interp(rows, x, y) + np.maximum(rows - x[-1], 0) * (y[-1] - y[-2]) / (
             x[-1] - x[-2]
@@ -38,4 +48,5 @@ class Curve:
         )
 
     def at(self, rows: float, context: float | None = None) -> float:
+        """Return the seconds of one forward, as `over` does."""
         return float(self.over(np.array(rows, float), context))

@@ -1,4 +1,7 @@
-"""What a run has found out, for its next requests. Pure."""
+"""A run keeps what it has found out for its next requests.
+
+This module is pure (no torch, clock or I/O).
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,13 @@ from flowspec.core.score import Weights
 
 @dataclass
 class Learnt:
-    """Owned by the run on rank 0. A second request starts with the costs, weights and findings that the first one ended with."""
+    """What was learnt is owned by the run, on rank 0.
+
+    A request starts with the costs, weights and findings that the one before ended with."""
 
     ring: Ring = field(default_factory=Ring)
     weights: dict[tuple[int, bool], Weights] = field(default_factory=dict)
-    """(drafters, coupled with the target's noise) -> how far the drafters' lists are to be believed"""
+    """This maps (number of drafters, whether they are coupled with the target's noise) to how far
+    the drafters' lists are to be believed."""
     findings: dict[float, Findings] = field(default_factory=dict)
-    """temperature -> whether speculation has paid"""
+    """This maps a temperature to whether speculation has paid."""

@@ -1,4 +1,7 @@
-"""What one generation is asked for. Pure: no tensor, no clock, no file."""
+"""A request says what one generation is asked for.
+
+This module is pure (no torch, clock or I/O).
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,12 @@ _MASK = (1 << 64) - 1
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a token is picked from the target's logits. Filters apply in the order temperature, top-k, top-p, min-p."""
+    """Sampling says how a token is picked from the target's logits.
+
+    Filters apply in the order temperature, top-k, top-p, min-p."""
 
     temperature: float = 0.0
-    """0 is greedy (argmax)."""
+    """Temperature 0 is greedy (argmax)."""
     top_k: int = 0
     """Keep the k likeliest tokens; 0 keeps all."""
     top_p: float = 1.0
@@ -23,12 +28,13 @@ class Sampling:
     min_p: float = 0.0
     """Keep tokens of at least min_p times the likeliest one's probability; 0 keeps all."""
     seed: int | None = None
-    """Of the keyed noise; null draws one and reports it."""
+    """The keyed noise has this seed; None (null in a file) draws a seed and reports it."""
     max_new_tokens: int = 128
+    """The text has at most this many new tokens."""
 
     @property
     def filters(self) -> bool:
-        """Does any filter take tokens out?"""
+        """Tell whether any filter takes tokens out."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     def __post_init__(self) -> None:
@@ -51,13 +57,15 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One prompt on its way through the ring. Token positions are absolute: the prompt fills [0, prompt_length)."""
+    """A request is one prompt on its way through the ring.
+
+    Token positions are absolute: the prompt fills [0, prompt_length)."""
 
     id: int
     prompt: tuple[int, ...]
     sampling: Sampling
     eos: frozenset[int] = frozenset()
-    """Tokens that end the text (the last of the output)."""
+    """Each of these tokens ends the text, as the last token of the output."""
 
     @property
     def prompt_length(self) -> int:

@@ -1,4 +1,7 @@
-"""Rank 0's picture of the ring: what things cost there, and what is on its way. Pure."""
+"""The ring is rank 0's picture of what things cost in the ring and of what is on its way there.
+
+This module is pure (no torch, clock or I/O).
+"""
 
 from __future__ import annotations
 
@@ -14,47 +17,55 @@ from flowspec.core.tree import TokenTree
 
 
 class Ring:
-    """What rank 0 knows of the ring (seconds), and what is on its way there. It outlives requests; `begin` forgets what was on its way."""
+    """A ring holds what rank 0 knows of the costs (in seconds) and of the segments in flight.
+
+    It outlives requests; `begin` forgets the segments in flight."""
 
     EARLY = 1 / 16
-    """of a forward: a segment that is late by the wake-up of a thread costs more than one that knows a little less"""
+    """A segment is sent to arrive this share of a forward before the first stage is free. Being
+    late by the wake-up of a thread costs more than knowing a little less."""
     MOST = 96
-    """rows of a segment"""
+    """A segment has at most this many rows."""
     LATEST = 65
+    """The usual hop rests on this many latest ones."""
     GUESS = Curve.line(0.02, 0.02 / SHAPE)
+    """This is the curve of forwards before a stage has reported its own."""
 
     def __init__(self) -> None:
         self.costs: dict[int, Curve] = {}
-        """stage -> its forwards, once it has told of them"""
+        """This maps a stage to the curve of its forwards, once it has reported it."""
         self.rows: dict[int, float] = {}
-        """stage -> what a row adds to the hop to it"""
+        """This maps a stage to the seconds that a row adds to the hop to it."""
         self.hop = math.inf
-        """one hop: half of the first stage's quickest answer, less the wait in its queue"""
+        """The shortest hop takes this long: the first stage's answer without its wait in the queue,
+        halved, and the least of these. It is infinity before the first answer."""
         self.hops: deque[float] = deque(maxlen=self.LATEST)
-        """the latest such halves, wake-ups of a busy machine included"""
+        """These are the latest such halves, which include the wake-ups of a busy machine."""
         self.draft = 0.0
-        """a drafter's forward, once there was one"""
+        """A drafter's forward takes this many seconds (smoothed); 0 until there was one."""
         self.news = 0
-        """times that the first stage has told its cost"""
+        """The first stage has reported its cost this many times."""
         self.plain: tuple[float, int] | None = None
-        """a token's time without speculation, once it was tried, and the context behind which it was"""
+        """These are the seconds of a token without speculation and the context (in tokens) behind
+        which they were measured; None until it was tried."""
         self.begin(0)
 
     def begin(self, context: int) -> None:
-        """A request whose prompt is so long; nothing of another is on its way any more."""
+        """Begin a request behind `context` tokens; no segment of another one is in flight."""
         self.out: dict[int, tuple[int, ...]] = {}  # number -> ids, while a node of it is alive
-        self.waiting: dict[
-            int, float
-        ] = {}  # number -> when it was sent, until the first stage starts on it
+        # number -> when it was sent, until the first stage starts on it
+        self.waiting: dict[int, float] = {}
         self._last = 0  # number of the newest segment
-        self.free_at = -math.inf
+        self.free_at = -math.inf  # when the first stage becomes free
         self.context = context
         self._times: np.ndarray | None = None
 
     def sent(self, number: int, ids: tuple[int, ...], now: float) -> None:
+        """Record that segment `number` with these nodes has left."""
         self.out[number], self.waiting[number], self._last = ids, now, number
 
     def started(self, event: Started, now: float) -> None:
+        """Take in that the first stage has taken a segment off its queue."""
         sent_at = self.waiting.pop(event.number, None)
         if sent_at is None:  # it came back before this news did
             return
@@ -69,20 +80,24 @@ class Ring:
         )
 
     def measured(self, event: Cost) -> None:
+        """Take in what a stage has measured."""
         self.costs[event.stage] = event.forward
         self.rows[event.stage] = event.row
         self.news += event.stage == 1
         self._times = None
 
     def deepened(self, context: int) -> None:
-        """The stages' caches hold so many tokens now."""
-        if self.context <= context <= 16 + self.context * 33 // 32:  # next to nothing changes
+        """Take in that the stages' KV caches hold `context` committed tokens now."""
+        if self.context <= context <= 16 + self.context * 33 // 32:  # costs hardly change
             return
         self.context, self._times = context, None
 
     @property
     def times(self) -> np.ndarray:
-        """Seconds of a forward over 0 (as good as 1), 1, ... MOST rows on the slowest stage, here and now; a guess until it is measured."""
+        """Return the seconds of a forward over 0, 1, ... MOST rows on the slowest stage [MOST + 1].
+
+        They hold at the present context; 0 rows count as 1. Until a stage has reported its costs
+        they are a guess."""
         if self._times is None:
             rows = np.maximum(np.arange(self.MOST + 1.0), 1)
             self._times = np.max(
@@ -92,28 +107,33 @@ class Ring:
 
     @property
     def base(self) -> float:
-        """Seconds of a forward over one row on the slowest stage."""
+        """Return the seconds of a forward over one row on the slowest stage."""
         return float(self.times[1])
 
     @property
     def row(self) -> float:
-        """What a row adds to a hop, on the slowest link."""
+        """Return the seconds that a row adds to a hop, on the slowest link."""
         return max(self.rows.values(), default=0.0)
 
     def forwards(self, stages: int, context: int) -> float:
-        """Seconds of a forward over one row on each of the stages, one after the other; those not heard of are like the others."""
+        """Return the seconds of a forward over one row on each of `stages` stages, summed.
+
+        Stages that have not reported their costs are taken to be like the others."""
         seconds = [curve.at(1, context) for curve in self.costs.values() or [self.GUESS]]
         return stages * sum(seconds) / len(seconds)
 
     def _pace(self, rows: int) -> float:
-        """Seconds of a segment in the slowest of the stages and links."""
+        """Return the seconds that a segment of `rows` rows spends in the slowest stage or link."""
         return max(float(self.times[min(rows, self.MOST)]) if self.costs else 0.0, self.row * rows)
 
     def idle(self, now: float) -> None:
-        """The first stage has nothing to do, unless what was sent meanwhile has reached it."""
+        """Take in that the first stage was free a hop ago.
+
+        It has nothing to do, unless what was sent meanwhile has reached it."""
         self.free_at = min(self.free_at, now - self.known_hop)
 
     def returned(self, number: int, now: float) -> None:
+        """Take in that segment `number` came back."""
         self.out.pop(number, None)
         if self.waiting.pop(number, None) is not None:
             self.free_at = now
@@ -121,26 +141,31 @@ class Ring:
             self.free_at = min(self.free_at, now)
 
     def drop_dead(self, tree: TokenTree) -> None:
-        """A segment none of whose nodes is alive need not come back."""
+        """Forget segments of which no node is alive: they need not come back."""
         self.out = {
             number: ids for number, ids in self.out.items() if not tree.nodes.keys().isdisjoint(ids)
         }
 
     @property
     def room_at(self) -> float:
-        """When a segment may leave so that it arrives a little before the first stage is free; never while one waits there."""
+        """Return when a segment may leave to arrive a little before the first stage is free.
+
+        It is infinity (never) while a segment waits there."""
         return math.inf if self.waiting else self.free_at - self.known_hop - self.EARLY * self.base
 
     @property
     def known_hop(self) -> float:
-        """Seconds of one hop; 0 until there was one to measure."""
+        """Return the seconds of the shortest hop; 0 until one was measured."""
         return 0.0 if math.isinf(self.hop) else self.hop
 
     @property
     def usual_hop(self) -> float:
-        """Seconds that a hop takes as a rule; 0 until there was one to measure."""
+        """Return the median seconds of recent hops; 0 until one was measured."""
         return median(self.hops) if self.hops else 0.0
 
     def drafted(self, seconds: float) -> None:
-        """A drafter's forward took this long. The first may have waited for the prompt's features: a much shorter one tells."""
+        """Take in the seconds of a drafter's forward.
+
+        The first may have waited for the prompt's features, so a much shorter one replaces the
+        mean."""
         self.draft += (seconds - self.draft) * (0.2 if 0 < self.draft < 2 * seconds else 1.0)

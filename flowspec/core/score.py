@@ -1,13 +1,19 @@
-"""How likely a candidate is to be the target's choice: a conditional logit, fitted while it is used. Pure.
+"""The scorer estimates how likely a candidate is to be the target's choice.
 
-    u(t) = sum_d w_d * z_d(t) + sum_m v_m * [t is what followed the last m tokens before]        p(t) = C * softmax(u)(t)
+The model is a conditional logit, fitted while it is used:
 
-z_d is the log-probability by drafter d (there may be several, draft/mixture.py), above temperature 0 plus the target's own keyed
-noise. If the target's logits are the one drafter's plus Gumbel error of scale 1/w, p is exact; so w says how good the drafter is.
-C is the share of positions whose choice is among the candidates: what is claimed, times how far such claims have held. The
-weights follow a damped Newton step at each decided position:
+    u(t) = sum_d w_d * z_d(t) + sum_m v_m * [t is what followed the last m tokens before]
+    p(t) = C * softmax(u)(t)
+
+z_d is the log-probability by drafter d (there may be several, draft/mixture.py); above temperature
+0 it may include the target's own keyed noise. If the target's logits are a single drafter's plus
+Gumbel errors of scale 1/w, p is exact; so w says how good the drafter is. C is the share of
+positions whose choice is among the candidates: what the drafter claims, times how far such claims
+have held. At each decided position the weights take a damped Newton step:
 
     g = x(chosen) - E_p[x],   H <- 0.995 H + Var_p[x],   w <- w + clip((H + I/2)^-1 g, +-0.3)
+
+This module is pure (no torch, clock or I/O).
 """
 
 from __future__ import annotations
@@ -22,28 +28,31 @@ from flowspec.core.messages import Drafted
 from flowspec.core.tree import Node, TokenTree
 
 LENGTHS = (4, 3, 2)
-"""lengths of the matches that an n-gram prediction may rest on; the longest counts"""
+"""An n-gram prediction may rest on matches of these lengths; the longest match counts."""
 
 
 class Weights:
-    """[w_1, ..., w_D, v_4, v_3, v_2], and how far claims of coverage hold, learnt from decided positions; started at w = 1/D, v = 0."""
+    """These are the weights [w_1, ..., w_D, v_4, v_3, v_2] and how far claims of coverage hold.
+
+    Both are learnt from decided positions. The weights start at w = 1/D and v = 0."""
 
     FORGET = 0.995
+    """The curvature H is multiplied by this at each decided position."""
     STEP = 0.3
+    """A Newton step changes a weight by at most this."""
     MEMORY = 64.0
-    """positions of a new text that all earlier ones together count as"""
+    """All earlier positions together count as at most this many positions of a new text."""
 
     def __init__(self, drafters: int = 1, learns: bool = True):
         self.drafters, self.learns = drafters, learns
         self.values = np.zeros(drafters + len(LENGTHS))
         self.values[:drafters] = 1 / drafters
         self._curvature = np.eye(len(self.values))
-        self._held, self._claimed = (
-            (2.0, 3.0) if learns else (1.0, 1.0)
-        )  # positions: a prior that few decisions outweigh
+        # positions: a prior that few decisions outweigh
+        self._held, self._claimed = (2.0, 3.0) if learns else (1.0, 1.0)
 
     def begin(self) -> None:
-        """A new text: what others have taught counts as no more than MEMORY positions of it."""
+        """Begin a new text, in which what others have taught counts as at most MEMORY positions."""
         share = min(1.0, self.MEMORY / self._claimed)
         self._held, self._claimed = self._held * share, self._claimed * share
         eye = np.eye(len(self.values))
@@ -51,12 +60,15 @@ class Weights:
 
     @property
     def trust(self) -> float:
-        """How far claims of coverage have held."""
+        """Return the share of the claimed coverage that has held."""
         return self._held / self._claimed
 
     def learn(self, x: np.ndarray, coverage: float, chosen: int | None) -> float:
-        """One decided position: features [k, D + 3] and claim of its list, and which of it the target chose, if any. The probability
-        that this had; 0 if there is nothing to learn from."""
+        """Learn from one decided position; return the probability that the target's choice had.
+
+        `x` [k, D + 3] are the features of the position's candidates, `coverage` is what their list
+        claimed, and `chosen` is the index of the target's choice (None: it was not among them).
+        Return 0 if there is nothing to learn from."""
         if not self.learns:
             return 0.0
         claim = min(0.999, coverage * self.trust)
@@ -78,7 +90,7 @@ class Weights:
 
 
 class Ngrams:
-    """What followed the last few tokens before, in the text known so far."""
+    """The n-grams predict a token: what followed the last few tokens earlier in the text so far."""
 
     def __init__(self, tokens: Sequence[int]):
         self._text: list[int] = []
@@ -86,6 +98,7 @@ class Ngrams:
         self.extend(tokens)
 
     def extend(self, tokens: Sequence[int]) -> None:
+        """Append tokens to the text."""
         for token in tokens:
             for n in LENGTHS:
                 if len(self._text) >= n:
@@ -93,7 +106,9 @@ class Ngrams:
             self._text.append(token)
 
     def after(self, path: Sequence[int]) -> tuple[int, int] | None:
-        """(token, index into LENGTHS) predicted after the text so far and `path`, by the longest match; None without one."""
+        """Return the prediction (token, index into LENGTHS) after the text so far and `path`.
+
+        The longest match counts; the prediction is None without one."""
         ending = (*self._text[-LENGTHS[0] :], *path)
         for k, n in enumerate(LENGTHS):
             token = self._next.get(ending[-n:]) if len(ending) >= n else None
@@ -103,21 +118,22 @@ class Ngrams:
 
 
 class List(NamedTuple):
-    """What was proposed after one node, kept until the target has chosen."""
+    """A list is what was proposed after one node, kept until the target has chosen."""
 
     tokens: np.ndarray
-    """[k]"""
+    """The candidates have shape [k]."""
     z: np.ndarray
-    """[k, D]; -inf behind a list that is shorter"""
+    """Their log-probabilities have shape [k, D] and are -inf past the end of a shorter list."""
     coverage: float
+    """The drafter claims this probability that the target's choice is in the list."""
     hint: tuple[int, int] | None
-    """the n-gram prediction: a token, and an index into LENGTHS"""
+    """This is the n-gram prediction (token, index into LENGTHS), if there is one."""
     open: bool
-    """a hint that is not in the list joins it: without noise the drafter gives it less than what it did list; with noise
-    nobody knows"""
+    """A hint that is not in the list joins it. Without noise, the drafter gives the hint less than
+    what it did list; with noise, its z is unknown, so the list is not open."""
 
     def features(self) -> tuple[list[int], np.ndarray]:
-        """Tokens and features [k, D + 3] of the candidates, the hint among them."""
+        """Return the tokens and the features [k, D + 3] of the candidates, the hint among them."""
         there = self.z[:, 0] > -np.inf
         tokens, z = self.tokens[there].tolist(), self.z[there]
         if self.hint and self.open and self.hint[0] not in tokens:
@@ -130,23 +146,30 @@ class List(NamedTuple):
 
 
 class Scorer:
-    """Scores a drafter's proposals, and learns from what the target chose. One a request."""
+    """A scorer scores a drafter's proposals and learns from the target's choices.
+
+    Each request has its own."""
 
     LATELY = 0.15
+    """A new position has at least this weight in the running mean `promise`."""
     UNKNOWN = 0.25
-    """of one that does not learn"""
+    """This is the promise of a scorer that does not learn."""
 
     def __init__(self, calibrate: bool, ngrams: bool):
         self._learns, self._uses_ngrams = calibrate, ngrams
-        self._lists: dict[int, List] = {}  # by node
+        self._lists: dict[int, List] = {}  # by node id
         self._judged = 0  # positions that `promise` rests on
         self.promise = None if calibrate else self.UNKNOWN
-        """how much probability the target's choices had in the lists, of late; None before there was one"""
+        """This is the probability that recent lists gave to the target's choices (a running mean);
+        None before the first was judged."""
 
     def attach(
         self, tree: TokenTree, prompt: Sequence[int], learnt: dict[tuple[int, bool], Weights]
     ) -> None:
-        """`learnt`: weights by the number of drafters and whether they are coupled; those that are missing are added."""
+        """Begin a request whose tree is `tree`.
+
+        `learnt` maps (number of drafters, whether they are coupled) to weights; missing ones are
+        added."""
         self._tree, self._learnt = tree, learnt if self._learns else {}
         for weights in self._learnt.values():
             weights.begin()
@@ -156,9 +179,10 @@ class Scorer:
     def scored(
         self, nodes: list[Node], drafted: Drafted, top_k: int
     ) -> list[tuple[Node, list[int], list[float]]]:
-        """Each node with its best top_k candidates, best first: their tokens and their (absolute) scores.
+        """Return each node with the tokens and absolute scores of its top_k candidates, best first.
 
-        One pass over the batch without hints; a row that has one is mended by itself, since few do and numpy costs by the call."""
+        One pass scores the batch without hints. A row with a hint is then mended by itself, since
+        few rows have one and numpy costs by the call."""
         if not nodes:
             return []
         tokens, z, u = self._ranked(drafted)
@@ -196,11 +220,12 @@ class Scorer:
         return scored
 
     def _use(self, drafters: int, coupled: bool) -> None:
+        """Use the weights of this kind of answer, new ones if there are none."""
         self._kind = drafters, coupled
         self.weights = self._learnt.setdefault(self._kind, Weights(drafters, self._learns))
 
     def _ranked(self, drafted: Drafted) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens [n, k], z [n, k, D] and u [n, k], best first; u of the best is 0."""
+        """Return tokens [n, k], z [n, k, D] and u [n, k], best first; the best one's u is 0."""
         tokens, z = drafted.tokens, drafted.z
         drafters = z.shape[2]
         if (drafters, drafted.coupled) != self._kind:
@@ -220,16 +245,16 @@ class Scorer:
         hint: tuple[int, int],
         joins: bool,
     ) -> None:
-        """Raise the hinted candidate's u by its weight, in place: log p of all others sinks by the log of what the sum grows by.
+        """Raise the hinted candidate's u by its weight, in place.
 
-        `level`: the score that the list's candidates have together."""
+        The softmax's sum grows by a factor, and all log p fall by its log. `level` is the score
+        that the list's candidates have together. A hint that is not in the list is added with the
+        u of the last candidate if `joins`, else it is ignored."""
         token, length = hint
         known = token in tokens
         if not known and not joins:
             return
-        at = (
-            tokens.index(token) if known else len(tokens) - 1
-        )  # one that joins begins as the last of the list
+        at = tokens.index(token) if known else len(tokens) - 1  # one that joins begins as the last
         score, weight = scores[at], float(self.weights.values[self.weights.drafters + length])
         p = math.exp(score - level)
         grown = math.log(1 + p * (math.exp(weight) - known))
@@ -242,21 +267,24 @@ class Scorer:
         scores.insert(place, score)
 
     def judge_anew(self) -> None:
-        """Let `promise` rest on positions from here on only."""
+        """Let `promise` rest only on positions from here on."""
         if self._learns:
             self.promise, self._judged = None, 0
 
     def explain(self) -> list[str]:
-        """What was learnt of the drafter; for people."""
+        """Return lines that tell people what was learnt of the drafter."""
         values, drafters = [f"{value:.2f}" for value in self.weights.values], self.weights.drafters
         hints = ", ".join(f"{n}: {v}" for n, v in zip(LENGTHS, values[drafters:], strict=True))
         weights = ", ".join(values[:drafters])
         return [
-            f"weights: of each drafter {weights}, of its lists {self.weights.trust:.3f}, of n-gram hints by length of match {hints}"
+            f"weights: of each drafter {weights}, of its lists {self.weights.trust:.3f}, "
+            f"of n-gram hints by length of match {hints}"
         ]
 
     def _below_root(self, node: Node) -> list[int]:
-        """The last tokens of the path from the root to the node, as many as an n-gram looks at."""
+        """Return the last tokens of the path from below the root to the node.
+
+        They are as many as an n-gram looks at, or fewer."""
         path: list[int] = []
         while node is not self._tree.root and len(path) < LENGTHS[0]:
             path.append(node.token)
@@ -264,7 +292,7 @@ class Scorer:
         return path[::-1]
 
     def decided(self, path: Sequence[int], tokens: Sequence[int]) -> None:
-        """The target chose tokens[i] after the node path[i]."""
+        """Learn that the target chose tokens[i] after the node path[i]."""
         for node, token in zip(path, tokens, strict=True):
             if node in self._lists:
                 found = self._lists.pop(node)
@@ -277,5 +305,5 @@ class Scorer:
                 self.promise = (self.promise or 0.0) * (1 - share) + share * p
         if self._ngrams is not None:
             self._ngrams.extend(tokens)
-        if len(self._lists) > 4 * len(self._tree) + 64:  # of nodes that died
+        if len(self._lists) > 4 * len(self._tree) + 64:  # drop those of dead nodes
             self._lists = {i: found for i, found in self._lists.items() if i in self._tree}
