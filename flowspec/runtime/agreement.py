@@ -1,7 +1,8 @@
-"""Before anything is computed: do all ranks run the same model, the same configuration and the same code?
+"""Before anything is computed, ranks check that all run the same model, configuration and code.
 
-Each rank tells what it will run in torch's store, hears the others', and all of them find the same first difference. Stages that hold
-layers of two splits would write a wrong text without any other sign.
+Each rank writes what it will run to torch's store and reads what the others wrote, so all of them
+find the same first difference. Without this check, stages that hold layers of two different splits
+would produce a wrong text without any other sign.
 """
 
 from __future__ import annotations
@@ -22,25 +23,34 @@ from flowspec.runtime.wire import FORMAT
 from flowspec.version import __version__
 
 Facts = Mapping[str, Mapping[str, str | None]]
-"""what is compared (a key of WORDS) -> name -> value as text; None: nothing that this rank would have to share"""
+"""Facts map what is compared (a key of WORDS) to names and their values as text.
+
+A value of None means that the rank has no say in it, so it agrees with any value."""
 WORDS = {
     "version": "runs another {name}: {mine}, {other} runs {theirs}",
-    "split": "has another split of the model: its stages.yaml says {name} {mine}, {other}'s says {theirs}",
+    "split": "has another split of the model: its stages.yaml says {name} {mine}, "
+    "{other}'s says {theirs}",
     "configuration": "has another configuration: its {name} is {mine}, {other}'s is {theirs}",
     "dtype": "computes in {mine}, {other} in {theirs}: set dtype in the configuration",
 }
-"""in the order in which differences are named: where the code differs, so may all the rest"""
+"""This maps each kind of fact to the message that reports a difference.
+
+Kinds are compared in this order: where the code differs, all the rest may differ as well."""
 PATIENCE = timedelta(seconds=30)
-"""for what a rank tells right after it has joined"""
+"""A rank waits this long for another's facts, which are written right after joining."""
 SHORT = 12
-"""digits of a hash: enough to tell files apart, and to read"""
+"""This many hex digits of a hash are compared and shown: enough to tell files apart."""
 
 
 def facts_of(configuration: Mapping[str, str], manifest: Manifest, dtype: str | None) -> Facts:
-    """What this rank would run. `configuration`: what must be equal of it; `dtype`: what it computes of the target in, None: nothing."""
+    """Return the facts of what this rank would run.
+
+    `configuration` maps the keys that must be equal on all ranks to their values. `dtype` is what
+    this rank computes the target in; None means that it computes nothing of the target."""
+    # the local part of a version (after "+") names a wheel's CUDA, which may differ
     versions = {
         name: metadata.version(name).partition("+")[0] for name in ("torch", "transformers")
-    }  # a wheel's CUDA may differ
+    }
     names = (
         "model_type",
         "num_layers",
@@ -67,7 +77,7 @@ def facts_of(configuration: Mapping[str, str], manifest: Manifest, dtype: str | 
 
 
 def _digest(rank: RankEntry) -> str:
-    """Of all that the manifest says of this rank's files."""
+    """Return a hash of the names, sizes and hashes that the manifest lists for a rank's files."""
     files = [rank.weights, *([rank.lm_head] if rank.lm_head else []), *rank.extra]
     return hashlib.sha256(repr([(f.file, f.bytes, f.sha256) for f in files]).encode()).hexdigest()[
         :SHORT
@@ -77,7 +87,10 @@ def _digest(rank: RankEntry) -> str:
 def agree(
     store: dist.Store, topology: Topology, rank: int, facts: Facts, name: Callable[[int], str]
 ) -> None:
-    """UserError, the same on every rank, unless all ranks of the run tell the same facts. `name` is how a rank is called in it."""
+    """Raise UserError, the same on every rank, unless all ranks of the run tell the same facts.
+
+    `name(rank)` is how the message calls a rank. UserError is also raised if a rank tells no facts
+    within PATIENCE, or something that is none."""
     store = dist.PrefixStore("flowspec/agreement", store)
     store.set(str(rank), json.dumps(facts))
     told: list[Facts] = []
@@ -87,21 +100,24 @@ def agree(
         except RuntimeError:  # DistStoreError is one
             need(
                 False,
-                f"{name(other)} does not tell which model and which code it runs: does it run an older flowspec?",
+                f"{name(other)} does not tell which model and which code it runs: "
+                "does it run an older flowspec?",
             )
         told.append(_read(store.get(str(other)), name(other)))
     difference = first_difference(told, name)
     if difference is None:
         return
     store.set(f"heard/{rank}", "")
-    if rank == 0:  # the store may live as long as this process: the others are to hear all of it
+    if rank == 0:  # this process may host the store: it stays until the others have read it all
         with contextlib.suppress(RuntimeError):
             store.wait([f"heard/{other}" for other in topology.ranks], PATIENCE)
     raise UserError(difference)
 
 
 def _read(text: bytes, who: str) -> Facts:
-    """What a rank told. The store asks nobody who he is: UserError for what no rank of ours tells."""
+    """Parse the facts that a rank told.
+
+    The store authenticates nobody, so text that is not of this form raises UserError."""
     with contextlib.suppress(ValueError, RecursionError, AttributeError):
         told = json.loads(text)
         if all(
@@ -114,13 +130,18 @@ def _read(text: bytes, who: str) -> Facts:
 
 
 def first_difference(told: list[Facts], name: Callable[[int], str]) -> str | None:
-    """The first thing in which a rank differs from the first rank that has a say in it; None if there is none."""
+    """Return a line that names the first difference, or None if all ranks agree.
+
+    `told` holds the facts by rank. Each value is compared with that of the first rank for which it
+    is not None."""
     for kind, words in WORDS.items():
         for each in dict.fromkeys(each for facts in told for each in facts.get(kind, {})):
             values = [facts.get(kind, {}).get(each) for facts in told]
             first = next((rank for rank, value in enumerate(values) if value is not None), 0)
             for rank, value in enumerate(values):
                 if value is not None and value != values[first]:
-                    line = f"{name(rank)} {words.format(name=each, mine=value, theirs=values[first], other=f'rank {first}')}"
+                    other = f"rank {first}"
+                    said = words.format(name=each, mine=value, theirs=values[first], other=other)
+                    line = f"{name(rank)} {said}"
                     return "".join(c if c.isprintable() else "?" for c in line)
     return None

@@ -1,4 +1,4 @@
-"""Rank 0 at work: performs what the scheduler decides and tells it what happened."""
+"""The driver is rank 0 at work: it performs the scheduler's actions and feeds it events."""
 
 from __future__ import annotations
 
@@ -41,24 +41,25 @@ from flowspec.trace import Fates, Span
 log = logging.getLogger(__name__)
 
 QUESTIONS = 5
-"""of each stage's clock, after a traced request"""
+"""Each stage's clock is asked this many times after a traced request."""
 
 
 class Committed(NamedTuple):
-    """A token of the text."""
+    """Committed is one token of the text."""
 
     id: int
     accepted: bool
-    """drafted and sent before the target picked it"""
+    """The token had been drafted and sent before the target picked it."""
     gap: float
-    """the lead over the runner-up in (perturbed) log-probability; the logit at temperature 0"""
+    """This is the lead over the runner-up: in logits at temperature 0, else in log-probability
+    perturbed by the sampling noise."""
     final: bool = False
-    """the last one"""
+    """This is the last token of the text."""
 
 
 @dataclass
 class Stats:
-    """What one request took; seconds of a monotonic clock."""
+    """Stats hold what one request took. Times are seconds of the inbox's monotonic clock."""
 
     begun: float = 0.0
     first_token: float = 0.0
@@ -69,18 +70,23 @@ class Stats:
     segments: int = 0
     returned_segments: int = 0
     bookkeeping: float = 0.0
-    """CPU seconds of rank 0's main thread beside verification (lm_head and sampling) and waiting"""
+    """Rank 0's main thread spent this many CPU seconds on other work than verification (lm_head and
+    sampling) and waiting."""
     hop: float = 0.0
-    """what a hop takes as a rule, as far as it was measured"""
+    """This is the median seconds of recent hops; it is 0 if none was measured."""
     reports: dict[int, wire.Report] = field(default_factory=dict)
+    """This maps the rank of a stage to its report."""
     explanation: list[str] = field(default_factory=list)
-    """what the policy chose, and why"""
+    """These lines say what the policy chose, and why."""
     spans: list[Span] = field(default_factory=list)
-    """what all ranks did, on rank 0's clock; empty unless the request was traced"""
+    """These spans say what all ranks did, on rank 0's clock; empty unless the request was traced."""
 
 
 class Driver:
-    """Serves one request after another. `head` is given when rank 0 verifies (verify_on: coordinator)."""
+    """The driver serves one request after another.
+
+    `draft` is None if nothing is ever drafted. `head` is given if rank 0 verifies
+    (verify_on: coordinator). `hidden_scale` is that of emulated links, for the bytes in a trace."""
 
     def __init__(
         self,
@@ -97,11 +103,13 @@ class Driver:
             vocabulary,
         )
         self._topology, self._clock = transport.topology, transport.inbox.clock
-        self._hidden_scale = hidden_scale  # of emulated links, for the bytes in a trace
+        self._hidden_scale = hidden_scale
         self.forget()
 
     def forget(self) -> None:
-        """The next request is as the first of the run."""
+        """Make the next request like the first of the run: nothing that was learnt is kept.
+
+        Stages and the drafter are told when that request begins."""
         self._learnt, self._fresh = Learnt(), True
 
     def generate(
@@ -112,12 +120,14 @@ class Driver:
         stats: Stats,
         trace: bool = False,
     ) -> Generator[Committed, None, None]:
-        """The text as it is committed. Closing the iterator cancels the request. `stats` is filled as it goes."""
+        """Yield the tokens of the text as they are committed.
+
+        Closing the iterator cancels the request. `stats` is filled meanwhile, and complete once the
+        iterator has ended."""
         self._draft = self._thread if policy.drafts else None
         self._reads_features = self._draft is not None and self._draft.features
-        self._features: dict[
-            int, tuple[torch.Tensor, int]
-        ] = {}  # node that came back -> rows and its row there, if they are read
+        # node that came back -> (feature rows, index of its row there), if the drafter reads them
+        self._features: dict[int, tuple[torch.Tensor, int]] = {}
         self._scheduler = scheduler = Scheduler(
             request, policy, self._learnt, drafts=self._draft is not None
         )
@@ -155,7 +165,9 @@ class Driver:
             )
 
     def _step(self, request: Request, event: Event | None, stats: Stats) -> list[Committed]:
-        """One event, or the beginning: everything that leaves this rank does so before the caller sees a token."""
+        """Handle one event (None: the beginning) and return the tokens that it commits.
+
+        All messages that follow from it are sent before the caller sees a token."""
         begun, cpu, verifying = self._clock.now(), time.thread_time(), self._verifying
         scheduler = self._scheduler
         actions = scheduler.handle(event, begun) if event else scheduler.start(begun)
@@ -224,14 +236,16 @@ class Driver:
         ]
 
     def _features_of(self, path: tuple[int, ...]) -> torch.Tensor:
-        """The target's features [len(path), hidden]. What else came back is refused: no descendant of a new root is back by now."""
+        """Return the target's features [len(path), hidden] at these nodes and forget all others.
+
+        All other nodes that came back are refused: no descendant of a new root is back by now."""
         found = torch.stack([rows[k] for rows, k in map(self._features.__getitem__, path)])
         self._features = {}
         return found
 
-    # ---- what arrives ------------------------------------------------------------------------------
+    # ---- what arrives ----------------------------------------------------------------------------
     def _next_event(self, request: Request) -> Event:
-        """The next event of this request; what is left of earlier ones is dropped."""
+        """Wait for the next event of this request; messages of earlier requests are dropped."""
         while True:
             item = receive(self._transport, math.inf if self._wake_at is None else self._wake_at)
             if item is None:
@@ -242,12 +256,13 @@ class Driver:
                 return event
 
     def _read(self, request: Request, item) -> Event | None:
+        """Take in an item of the inbox and return its event; None if the scheduler needs none."""
         if isinstance(item, Local):
             return item.event if item.request == request.id else None
         message = item[1]
         if message.meta.get("request") != request.id:
             return None
-        if message.kind == "prefilled":  # a sign of life
+        if message.kind == "prefilled":  # only a sign of life
             return None
         if message.kind == "prompt_features":
             self._prompt_features(message)
@@ -303,7 +318,9 @@ class Driver:
         positions: torch.Tensor,
         rows: torch.Tensor,
     ) -> Picks:
-        """The picks of those nodes that live: nobody asks for others."""
+        """Return the target's picks at the nodes that are alive; others are never asked for.
+
+        `ids` and `positions` are int [n], `rows` are the last stage's features [n, hidden]."""
         nodes = self._scheduler.tree.nodes
         alive = [k for k, id in enumerate(ids.tolist()) if id in nodes]
         ids, positions, rows = ids[alive], positions[alive], rows[alive]
@@ -312,13 +329,14 @@ class Driver:
             head, request.sampling, self._noise, ids.tolist(), parents, positions, rows, self._took
         )
 
-    # ---- the end -----------------------------------------------------------------------------------
+    # ---- the end ---------------------------------------------------------------------------------
     def _end(self, request: Request) -> None:
-        """Stages forget the request; rows of it that are still on their way are dropped where they arrive."""
+        """Tell the stages to forget the request; its rows on the way are dropped where they arrive."""
         for rank in self._topology.stage_ranks:
             self._transport.send_control(rank, wire.end(request.id))
 
     def _await_reports(self, request: Request, stats: Stats) -> None:
+        """Wait for all stages' reports and, if the request was traced, merge their spans."""
         while len(stats.reports) < self._topology.stages:
             item = receive(self._transport)
             if (
@@ -332,7 +350,10 @@ class Driver:
             stats.spans = merged({0: self._log.spans} | notes, self._offsets(), self._fates)
 
     def _offsets(self) -> dict[int, float]:
-        """Each rank's clock minus ours, by the quickest of a few questions (Cristian 1989): off by half its way there and back at most."""
+        """Return each rank's clock minus rank 0's, in seconds.
+
+        It follows from the quickest of QUESTIONS round trips (Cristian 1989), so it is off by at
+        most half of that round trip."""
         best: dict[int, tuple[float, float]] = {}
         for _ in range(QUESTIONS):
             for rank in self._topology.stage_ranks:

@@ -1,4 +1,7 @@
-"""The target's tokens after a segment's rows, made when they are asked for: whoever walks down the tree asks for few of them."""
+"""The target's tokens after a segment's rows are computed when they are asked for.
+
+A walk down the tree asks for few of them.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,16 @@ from flowspec.sampling import NoiseRows, Pick, pick
 
 
 class Picks(Mapping[int, Pick]):
-    """By node of one segment. A node's logits are made together with those of the first nodes below it, its filters and noise alone.
+    """Picks map a node of one segment to the target's pick after it.
 
-    lm_head is bound by reading its weights: one row at a time reads them for every token of the text, several rows at once read them
-    once. So the walk's next nodes are guessed, in the segment's own order, in which the likeliest come first."""
+    A node's logits are computed together with those of the first nodes below it; filters and noise
+    are applied to the node alone. The time of lm_head is that of reading its weights: one row at a
+    time reads them for every token of the text, several rows at once read them once. So the walk's
+    next nodes are guessed, in the segment's own order, in which the likeliest come first."""
 
     ROWS = 6
-    """in one product with lm_head's weights: so many cost hardly more than one (models/kernels.py)"""
+    """At most this many rows are multiplied with lm_head's weights at once: so many cost hardly
+    more than one (models/kernels.py)."""
 
     def __init__(
         self,
@@ -34,13 +40,17 @@ class Picks(Mapping[int, Pick]):
         rows: Tensor,
         took: Callable[[float], None],
     ):
-        """positions: int [n], absolute; rows: the last stage's features [n, hidden]; `took` hears the CPU seconds of each look-up."""
+        """`ids` are the n nodes and `parents` their parents, with parents before children.
+
+        `positions` are absolute, int [n]; `rows` are the last stage's features [n, hidden]. `noise`
+        is None for a greedy request. `took` is called with the CPU seconds of each look-up."""
         self._head, self._sampling, self._noise, self._took = head, sampling, noise, took
         self._ids, self._parents, self._positions, self._rows = ids, parents, positions, rows
         self._index = {id: k for k, id in enumerate(ids)}
         self._logits: dict[int, Tensor] = {}
 
     def __getitem__(self, id: int) -> Pick:
+        """Return the pick after node `id`; KeyError if the segment has no such node."""
         begun, k = time.thread_time(), self._index[id]
         if k not in self._logits:
             some = self._below(k)
@@ -52,7 +62,7 @@ class Picks(Mapping[int, Pick]):
         return found
 
     def _below(self, k: int) -> list[int]:
-        """Node k's index and those of the first nodes below it, ROWS at most."""
+        """Return index k and those of the first nodes below it, in all at most ROWS."""
         found, inside = [k], {self._ids[k]}
         for j in range(k + 1, len(self._ids)):
             if len(found) == self.ROWS:
