@@ -34,7 +34,7 @@ from flowspec.models import stage
 from flowspec.models.manifest import Manifest
 from flowspec.sampling import noise_for
 from flowspec.sim.lockstep import LockStep
-from flowspec.sim.world import Guesser, Outcome, RingSpec, World
+from flowspec.sim.world import Guesser, Job, Outcome, RingSpec, World
 
 PAPER = "flowspec-paper"
 """FlowSpec's published lock-step policy: simulated only (sim/lockstep.py)"""
@@ -173,7 +173,8 @@ class Forecaster:
             assert guesser is not None
             outcome = LockStep(tape.request, tape.text, config.tree, guesser, ring).run()
         else:
-            outcome = World(tape.request, tape.text, policy, guesser, ring, config.policy).run()
+            job = Job(tape.request, tape.text, policy, guesser, config.policy)
+            (outcome,) = World(ring, [job]).run()
         if isinstance(guesser, RecordedDrafter):
             self.lacked += guesser.lacked
         if outcome.tokens != tape.text:

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import NamedTuple
 
 import numpy as np
 
@@ -82,40 +80,6 @@ class Findings:
     """This was the scorer's promise when speculation was last stopped."""
     probing: bool = True
     """Probing is allowed: drafting beside plain decoding does not make it slower."""
-
-
-class _Prices(NamedTuple):
-    """Prices are the costs of rows in seconds, links included."""
-
-    times: np.ndarray
-    """This is the `Ring.times` that the prices were made from (another array: they are stale)."""
-    more: np.ndarray
-    """Entry n, of [MOST + 1], is what n rows add to a forward of one row; 0 rows count as 1."""
-    forward: float
-    """A forward of one row takes this long on the slowest stage and link."""
-    least: float
-    """A row adds this share of `forward` on average, at the number of rows where it is cheapest."""
-    round: float
-    """A forward of one row on every stage, one after the other, takes this long."""
-    grown: float
-    """`round` is this many times what it was at the context where plain decoding was last tried;
-    1 if it was not tried."""
-
-    @classmethod
-    def of(cls, ring: Ring, stages: int) -> _Prices:
-        times, n = ring.times, np.arange(ring.MOST + 1)
-        more = times - times[1] + ring.row * np.maximum(n - 1, 0)
-        forward = ring.base + ring.row
-        least = float((more[2:] / n[1:-1]).min()) / forward
-        now, tried = ring.forwards(stages, ring.context), ring.plain
-        return cls(
-            times,
-            more,
-            forward,
-            least,
-            now,
-            now / ring.forwards(stages, tried[1]) if tried else 1.0,
-        )
 
 
 class Controller:
@@ -190,7 +154,6 @@ class Controller:
             findings,
         )
         findings.trials //= 2
-        self._prices = _Prices.of(ring, topology.stages)
         self.speculates = findings.resting == 0
         self._now: Stretch | None = None
         self._lead = 0.0  # recent gain of this stretch of speculation on plain decoding, in seconds
@@ -200,24 +163,23 @@ class Controller:
         self._promise, self._judged = 0.0, False
         self._foreseen = 0  # tokens of the text so far, and of at most AHEAD that are left
         self._attempt: Stretch | None = None  # the last attempt at speculation that was stopped
+        self._in_flight = 0  # segments of this request
         self._draining = False  # segments of the stopped attempt are still on their way
         self._counted = True  # `_lost` includes the loss of `_attempt`
         self._trial = False  # the present stretch of plain decoding is a trial, not a rest
         self._lent = False  # the present attempt was begun by probes
 
     # ---- rows ------------------------------------------------------------------------------------
-    def _priced(self) -> _Prices:
-        if self._prices.times is not self._ring.times:
-            self._prices = _Prices.of(self._ring, self._topology.stages)
-        return self._prices
-
     @property
     def theta(self) -> float:
         """Return the least probability at which a node can be worth a row.
 
-        It is what a row adds, at the number of rows where it is cheapest, as a share of a forward
-        of its own. If a forward takes a + b n and a link e n: (b + e) / (a + b + e)."""
-        return max(self.LEAST, self._priced().least)
+        It is what a row adds, at the number of rows where it is cheapest, as a share of a token's
+        time. If a forward takes a + b n and a link e n, and one request is in the ring:
+        (b + e) / (a + b + e)."""
+        ring, prices = self._ring, self._ring.prices
+        token = prices.token(ring.requests / self._topology.stages)
+        return max(self.LEAST, prices.least * prices.forward / token)
 
     @property
     def rows(self) -> int:
@@ -226,17 +188,6 @@ class Controller:
         What a row costs is a guess at first, so segments begin with two rows, and twice as many
         each time the first stage reports its cost."""
         return min(self._ring.MOST, self._fixed_rows or int(2.0 ** min(10, 1 + self._ring.news)))
-
-    def worth(self, reaches: Sequence[float]) -> int:
-        """Return how many of a segment's nodes to send, so that the gain is largest.
-
-        `reaches` are the nodes' probabilities to be needed, in falling order. A node that is needed
-        saves a forward of its own; what it adds to this forward delays everything."""
-        if len(reaches) < 2:
-            return len(reaches)
-        prices = self._priced()
-        gain = np.cumsum(reaches) * prices.forward - prices.more[1 : len(reaches) + 1]
-        return int(gain.argmax()) + 1
 
     @property
     def credits(self) -> int:
@@ -251,7 +202,19 @@ class Controller:
         """Return the seconds of a round with the root alone.
 
         By these costs, that is the time of a token without speculation."""
-        return self._priced().round + self._topology.hops * self._ring.known_hop
+        return self._round(self._ring.context) + self._topology.hops * self._ring.known_hop
+
+    def _round(self, context: int) -> float:
+        """Return the seconds of a forward of one row on every stage, one after the other."""
+        return self._ring.forwards(self._topology.stages, context)
+
+    @property
+    def _grown(self) -> float:
+        """Return how many times as long a round takes as where plain decoding was last tried.
+
+        It is 1 if that was not tried."""
+        tried = self._ring.plain
+        return self._round(self._ring.context) / self._round(tried[1]) if tried else 1.0
 
     # ---- whether to speculate --------------------------------------------------------------------
     @property
@@ -262,14 +225,21 @@ class Controller:
         from costs, which leave out the time between forwards and include what drafting takes from
         cores that it shares with the stages."""
         tried = self._ring.plain
-        return self.lap if tried is None else tried[0] * self._priced().grown
+        return self.lap if tried is None else tried[0] * self._grown
 
-    def decided(self, tokens: int, now: float, left: int, promise: float | None) -> None:
+    def decided(
+        self, tokens: int, now: float, left: int, promise: float | None, in_flight: int = 0
+    ) -> None:
         """Take in a commit of `tokens` tokens, with `left` still to come; this may switch the mode.
 
-        `promise` is the probability that recent drafts gave to the target's choices. It is None
+        `in_flight` segments of the request are still on their way. Times say something of a mode
+        only while no other request is in the ring. `promise` is the probability that recent drafts gave to the target's choices. It is None
         before a draft was judged: until then (while a drafter reads the prompt, say) speculation
         was not really tried, and the commit does not count."""
+        self._in_flight = in_flight
+        if self._ring.requests > 1:
+            self._shared(tokens, now)
+            return
         if self._now is None or (promise is None and self.speculates and self._attempt is None):
             self._now, self._begun = Stretch(now, self.CLIP[self.speculates]), left
             return
@@ -295,6 +265,17 @@ class Controller:
             )
             if not self._findings.resting:
                 self._settle(self._now, now)
+
+    def _shared(self, tokens: int, now: float) -> None:
+        """Take in a commit of a shared ring: nothing is measured, but a rest comes to its end."""
+        self._now = self._attempt = None
+        if self.speculates:
+            return
+        self._until = self._findings.resting = max(0, self._findings.resting - tokens)
+        if not self._until:
+            self._trial = False
+            self._turn(now)
+            self._now = None
 
     @property
     def probes(self) -> bool:
@@ -362,7 +343,6 @@ class Controller:
         Speculation resumes if it was not slower. After a rest it also resumes if its probes promise
         clearly more, or if it may lose more and they are not hopeless."""
         self._ring.plain, self._findings.since = (stretch.each, self._ring.context), 0
-        self._prices = self._prices._replace(grown=1.0)
         attempt = self._attempt  # None: the rest began in an earlier request
         if attempt is not None and not self._counted:
             self._lost += attempt.seconds / stretch.each - attempt.tokens
@@ -387,15 +367,13 @@ class Controller:
 
     def _turn(self, now: float) -> None:
         self.speculates = not self.speculates
-        self._draining = not self.speculates and bool(self._ring.out)
+        self._draining = not self.speculates and self._in_flight > 0
         self._now, self._lead = Stretch(now, self.CLIP[self.speculates]), 0.0
 
     @property
     def _tried(self) -> bool:
         """Tell whether plain decoding was tried recently, behind a context like the present one."""
-        like_this = (
-            self._ring.plain is not None and 1 / self.CHANGED < self._priced().grown < self.CHANGED
-        )
+        like_this = self._ring.plain is not None and 1 / self.CHANGED < self._grown < self.CHANGED
         return like_this and self._findings.since < self.OLD
 
     def explain(self) -> list[str]:

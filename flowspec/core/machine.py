@@ -8,12 +8,12 @@ tests' worlds with a model that is made up, so all three are the same stage.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from flowspec.core.cost import Meter
-from flowspec.core.messages import Cost, Idle, Prune, Segment, Started
+from flowspec.core.messages import Batch, Cost, Idle, Piece, Prune, Segment, Started
 from flowspec.core.stage import Accepted, Admitted, Gather, StageState
 from flowspec.core.topology import Topology
 
@@ -35,10 +35,9 @@ class Chunk(NamedTuple):
 
 
 class Arrived(NamedTuple):
-    """A segment was taken off the queue, in which it lay for `waited` seconds; its hop took `hop` seconds, by two clocks."""
+    """A batch was taken off the queue, in which it lay for `waited` seconds; its hop took `hop` seconds, by two clocks."""
 
-    request: int
-    segment: Segment
+    batch: Batch
     waited: float
     hop: float
 
@@ -67,39 +66,71 @@ StageEvent = Begin | Chunk | Arrived | Computed | Decided | End
 
 
 # ---- actions ---------------------------------------------------------------------------------------
-class Compute(NamedTuple):
-    """Begin a forward, and say `Computed` when it is over. Ask `wanted` between its layers."""
+class Part(NamedTuple):
+    """What of a forward belongs to one request."""
 
     request: int
     segment: Segment | None
     """the nodes that were worth it; None: rows of the prompt"""
     admitted: Admitted
-    """their rows in the cache, and which of what arrived they are"""
-
-    @property
-    def rows(self) -> int:
-        return len(self.admitted.kept)
+    """their rows in the request's cache"""
+    rows: list[int]
+    """which of the rows that arrived they are"""
 
     @property
     def context(self) -> int:
         """Rows of the cache that were there before."""
-        return self.admitted.length - self.rows
+        return self.admitted.length - len(self.rows)
 
 
-class Pass(NamedTuple):
-    """Send the rows of the forward that has just ended on to the next rank."""
+class Compute(NamedTuple):
+    """Begin a forward over rows of some requests, and say `Computed` when it is over. Ask `wanted` between its layers."""
+
+    parts: list[Part]
+
+    @property
+    def rows(self) -> int:
+        return sum(len(part.rows) for part in self.parts)
+
+    @property
+    def segments(self) -> list[Segment]:
+        """Those of its parts; none if they are rows of a prompt."""
+        return [part.segment for part in self.parts if part.segment]
+
+    @property
+    def context(self) -> int:
+        """Rows of the cache behind a row, in the mean over the rows."""
+        return sum(part.context * len(part.rows) for part in self.parts) // max(1, self.rows)
+
+
+class Passed(NamedTuple):
+    """What of a forward goes on of one request."""
 
     request: int
     segment: Segment | None
     """the nodes that are still alive; None: rows of the prompt"""
-    rows: Sequence[int]
+    rows: list[int]
     """which of the computed rows they are"""
+
+
+class Pass(NamedTuple):
+    """Send rows of the forward that has just ended on to the next rank, in one message."""
+
+    parts: list[Passed]
+
+    @property
+    def batch(self) -> Batch:
+        """Its segments; their rows are those of `rows`, in this order."""
+        return Batch(tuple(Piece(p.request, p.segment) for p in self.parts if p.segment))
+
+    @property
+    def rows(self) -> list[int]:
+        return [row for part in self.parts for row in part.rows]
 
 
 class Tell(NamedTuple):
     """Send this to rank 0, beside the ring."""
 
-    request: int
     event: Started | Cost | Idle
 
 
@@ -157,19 +188,22 @@ class StageMachine:
         return live.books if live else None
 
     def wanted(self) -> bool:
-        """Whether the forward under way is still worth its time: not when its request is over, nor when all of its nodes are dead."""
+        """Whether the forward under way is still worth its time: not when all of its requests are over, or all of their nodes dead."""
         assert self.running is not None
-        live, segment = self._live.get(self.running.request), self.running.segment
+        return any(self._wants(part) for part in self.running.parts)
+
+    def _wants(self, part: Part) -> bool:
+        live, segment = self._live.get(part.request), part.segment
         return live is not None and (
             segment is None or not (live.abort and live.books.all_dead(segment.ids))
         )
 
-    def walk(self, choose: Callable[[int], int]) -> list[int]:
-        """On a last stage that picks tokens, with the forward under way computed: indices of its nodes that become text.
+    def walk(self, part: Part, choose: Callable[[int], int]) -> list[int]:
+        """On a last stage that picks tokens, with the forward under way computed: indices of a part's nodes that become text.
 
         `choose(k)`, the target's token after the k-th, is asked of these alone."""
-        assert self.running is not None and self.running.segment is not None
-        live, segment = self._live.get(self.running.request), self.running.segment
+        live, segment = self._live.get(part.request), part.segment
+        assert segment is not None
         return (
             live.accepted.walk(segment.ids, segment.parents, segment.tokens, choose) if live else []
         )
@@ -184,32 +218,36 @@ class StageMachine:
 
     def _chunk(self, event: Chunk) -> list[StageAction]:
         live = self._live.get(event.request)
-        return (
-            []
-            if live is None
-            else [self._compute(event.request, None, live.books.extend(event.rows))]
-        )
-
-    def _arrived(self, event: Arrived) -> list[StageAction]:
-        live, segment = self._live.get(event.request), event.segment
         if live is None:
             return []
-        self.meter.hop(len(segment.ids), event.hop)
-        actions: list[StageAction] = []
-        admitted = live.books.admit(segment.ids, segment.parents, live.drop_dead)
-        rows, context = len(admitted.kept), admitted.length - len(admitted.kept)
-        if self._is_first:  # rank 0 learns when this stage will be free, so that the next segment can arrive just then
-            expected = self.meter.forward.predict(rows, context) if rows else 0.0
-            actions.append(
-                Tell(event.request, Started(segment.number, rows, expected, event.waited))
-            )
-        if rows:
-            actions.append(self._compute(event.request, segment.only(admitted.kept), admitted))
-        return actions
+        admitted = live.books.extend(event.rows)
+        return [self._compute([Part(event.request, None, admitted, admitted.kept)])]
 
-    def _compute(self, request: int, segment: Segment | None, admitted: Admitted) -> Compute:
+    def _arrived(self, event: Arrived) -> list[StageAction]:
+        batch = event.batch
+        self.meter.hop(batch.rows, event.hop)
+        parts: list[Part] = []
+        first = 0  # of the piece's rows in the batch
+        for request, segment in batch.pieces:
+            live = self._live.get(request)
+            if live:
+                admitted = live.books.admit(segment.ids, segment.parents, live.drop_dead)
+                rows = [first + k for k in admitted.kept]
+                parts += (
+                    [Part(request, segment.only(admitted.kept), admitted, rows)] if rows else []
+                )
+            first += len(segment.ids)
+        forward = Compute(parts)
+        actions: list[StageAction] = []
+        if self._is_first:  # rank 0 learns when this stage will be free, so that the next batch can arrive just then
+            predicted = self.meter.forward.predict(forward.rows, forward.context)
+            expected = predicted if parts else 0.0
+            actions.append(Tell(Started(batch.number, forward.rows, expected, event.waited)))
+        return [*actions, self._compute(parts)] if parts else actions
+
+    def _compute(self, parts: list[Part]) -> Compute:
         assert self.running is None, "two forwards at a time"
-        self.running = Compute(request, segment, admitted)
+        self.running = Compute(parts)
         return self.running
 
     def _computed(self, event: Computed) -> list[StageAction]:
@@ -217,20 +255,30 @@ class StageMachine:
         assert done is not None, "no forward is under way"
         actions: list[StageAction] = []
         if event.whole and self.meter.forward_over(done.rows, event.seconds, done.context):
-            actions.append(Tell(done.request, self.meter.cost(self.rank, done.context)))
+            actions.append(Tell(self.meter.cost(self.rank, done.context)))
         if not event.whole and self._is_first:
-            actions.append(Tell(done.request, Idle()))
-        live = self._live.get(done.request)
-        if live is None:
-            return actions
-        while live.due:
-            actions.append(Move(done.request, live.due.popleft()))
-        if event.whole and done.segment is None:
-            actions.append(Pass(done.request, None, range(done.rows)))
-        elif event.whole and done.segment is not None:
-            alive = live.books.alive(done.segment.ids) if live.drop_dead else list(range(done.rows))
-            actions += [Pass(done.request, done.segment.only(alive), alive)] if alive else []
-        return actions
+            actions.append(Tell(Idle()))
+        passed: list[Passed] = []
+        first = 0  # of the part's rows in the forward
+        for part in done.parts:
+            live = self._live.get(part.request)
+            if live:
+                actions += [Move(part.request, gather) for gather in live.due]
+                live.due.clear()
+            if live and event.whole:
+                passed += self._passed(live, part, first)
+            first += len(part.rows)
+        return [*actions, Pass(passed)] if passed else actions
+
+    def _passed(self, live: _Live, part: Part, first: int) -> list[Passed]:
+        """What goes on of a part whose rows begin with row `first` of the forward; nothing if all of it is dead."""
+        rows, segment = range(first, first + len(part.rows)), part.segment
+        if segment is None:
+            return [Passed(part.request, None, [*rows])]
+        alive = live.books.alive(segment.ids) if live.drop_dead else [*range(len(rows))]
+        return (
+            [Passed(part.request, segment.only(alive), [rows[k] for k in alive])] if alive else []
+        )
 
     def _decided(self, event: Decided) -> list[StageAction]:
         live = self._live.get(event.request)
@@ -239,7 +287,8 @@ class StageMachine:
         at, text = live.books.context, live.books.decided(event.prune)
         gather = live.books.prune(event.prune)
         actions: list[StageAction] = [Settled(event.request, at, text)]
-        if gather and self.running and self.running.request == event.request:
+        running = self.running.parts if self.running else []
+        if gather and any(part.request == event.request for part in running):
             live.due.append(gather)
         elif gather:
             actions.append(Move(event.request, gather))

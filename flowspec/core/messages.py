@@ -24,7 +24,9 @@ KEPT = 20
 
 # ---- rank 0 to the stages --------------------------------------------------------------------------
 class Segment(NamedTuple):
-    """Nodes to verify, parents before children. A root's parent is the last committed node (or -1)."""
+    """Nodes of one request to verify, parents before children.
+
+    A root's parent is the last committed node (or -1). A run uses no number twice."""
 
     number: int
     ids: tuple[int, ...]
@@ -37,6 +39,29 @@ class Segment(NamedTuple):
             return self
         ids, parents, tokens = (tuple(column[k] for k in kept) for column in self[1:])
         return Segment(self.number, ids, parents, tokens)
+
+
+class Piece(NamedTuple):
+    """A segment on its way, and whose it is."""
+
+    request: int
+    segment: Segment
+
+
+class Batch(NamedTuple):
+    """Segments of different requests that travel together: one message a hop, one forward a stage.
+
+    It goes by the number of its first segment."""
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def number(self) -> int:
+        return self.pieces[0].segment.number
+
+    @property
+    def rows(self) -> int:
+        return sum(len(piece.segment.ids) for piece in self.pieces)
 
 
 class Prune(NamedTuple):
@@ -59,9 +84,10 @@ class DraftNode(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """Run one drafter forward over these nodes and propose children for each."""
+    """Run one drafter forward over nodes of some requests and propose children for each."""
 
-    nodes: tuple[DraftNode, ...]
+    asks: tuple[tuple[int, tuple[DraftNode, ...]], ...]
+    """pairs of a request and its nodes"""
 
 
 class Commit(NamedTuple):
@@ -88,7 +114,18 @@ class Finish(NamedTuple):
     reason: str
 
 
-Action = Segment | Prune | Draft | Commit | Wake | Finish
+Consequence = Prune | Commit | Finish
+"""what comes of a decision"""
+
+
+class Decision(NamedTuple):
+    """The text of one request has grown; `what` follows from it, in this order."""
+
+    request: int
+    what: tuple[Consequence, ...]
+
+
+Action = Batch | Draft | Decision | Wake
 
 
 # ---- events ----------------------------------------------------------------------------------------
@@ -168,6 +205,18 @@ def _drafters(proposal: Proposal) -> int:
     return proposal.z.shape[1] if proposal.z.ndim == 2 else 1
 
 
+class Read(NamedTuple):
+    """The drafter has read the prompt of a request: it can be asked for children of its nodes."""
+
+    request: int
+
+
+class Answered(NamedTuple):
+    """A drafter forward is over, with an answer for each request whose nodes were in it."""
+
+    answers: tuple[tuple[int, Drafted], ...]
+
+
 Choose = Callable[[int, Sequence[int]], int]
 """(node, the nodes decided before it) -> the token that the target picks after it"""
 
@@ -177,16 +226,23 @@ class Returned(NamedTuple):
 
     A last stage that picks walks itself: they are those that are text, often none. When rank 0 picks, all that live."""
 
+    request: int
     number: int
     ids: tuple[int, ...]
     choose: Choose
     """asked of the nodes of the walk alone, once each and in their order"""
 
 
-class Started(NamedTuple):
-    """The first stage took a segment off its queue: `rows` were alive, and it expects to be free in `expected` seconds.
+class Back(NamedTuple):
+    """Segments came back together, as they were computed."""
 
-    `waited` is how long the segment had lain in its queue."""
+    segments: tuple[Returned, ...]
+
+
+class Started(NamedTuple):
+    """The first stage took a batch off its queue: `rows` were alive, and it expects to be free in `expected` seconds.
+
+    `waited` is how long the batch had lain in its queue."""
 
     number: int
     rows: int
@@ -203,11 +259,11 @@ class Cost(NamedTuple):
 
 
 class Idle(NamedTuple):
-    """The first stage abandoned a segment none of whose rows lived any more: it is free now."""
+    """The first stage abandoned a batch none of whose rows lived any more: it is free now."""
 
 
 class Woke(NamedTuple):
     """The time of a Wake has come."""
 
 
-Event = Drafted | Returned | Started | Cost | Idle | Woke
+Event = Read | Answered | Back | Started | Cost | Idle | Woke

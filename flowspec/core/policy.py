@@ -5,6 +5,7 @@ The policies themselves are in core/policies/, a file each."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -63,6 +64,8 @@ class PolicyConfig:
     """A stage abandons a forward between two layers once all of its rows are dead."""
 
 
+DUE = math.inf
+"""the reach of a node that the method sends in any case"""
 SWITCHES = tuple(switch.name for switch in dataclasses.fields(PolicyConfig))
 
 
@@ -95,13 +98,23 @@ class Policy(Protocol):
     def segment(self, drafting: bool) -> list[Node]:
         """Unsent nodes for the next segment, parents before children; empty: none now. `drafting`: an answer is to come."""
 
+    def reach(self, node: Node) -> float:
+        """How likely it is that this node of the segment will be needed; DUE: it is sent whatever it costs.
+
+        A child's reach is at most its parent's."""
+
+    def put_back(self, nodes: list[Node]) -> None:
+        """These nodes of the segment are not sent: others gain more. Never one that is DUE."""
+
     def verify_now(self, segments_out: int) -> bool:
         """Whether to decide what is known so far, with so many segments still in flight."""
 
     def keeps(self, child: Node) -> bool:
         """Whether the tree below the new root goes on, or is thrown away."""
 
-    def decided(self, path: Sequence[int], tokens: Sequence[int], now: float) -> None:
+    def decided(
+        self, path: Sequence[int], tokens: Sequence[int], segments_out: int, now: float
+    ) -> None:
         """The target chose tokens[i] after the node path[i]; all of this still hangs in the tree."""
 
     def rerooted(self) -> None:
@@ -126,7 +139,15 @@ class Attached:
     def rerooted(self) -> None:
         raise NotImplementedError
 
-    def decided(self, path: Sequence[int], tokens: Sequence[int], now: float) -> None:
+    def reach(self, node: Node) -> float:
+        return DUE
+
+    def put_back(self, nodes: list[Node]) -> None:
+        raise AssertionError("a node that is due was left out")
+
+    def decided(
+        self, path: Sequence[int], tokens: Sequence[int], segments_out: int, now: float
+    ) -> None:
         self.scorer.decided(path, tokens)
 
     def explain(self) -> list[str]:

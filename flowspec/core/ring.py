@@ -7,25 +7,59 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 
 from flowspec.core.curve import SHAPE, Curve
 from flowspec.core.messages import Cost, Started
-from flowspec.core.tree import TokenTree
+
+
+class Prices(NamedTuple):
+    """Prices are the costs of rows in seconds on the slowest stage and link."""
+
+    more: np.ndarray
+    """Entry n, of [MOST + 1], is what n rows add to a forward of one row; 0 rows count as 1."""
+    forward: float
+    """A forward of one row takes this long."""
+
+    @property
+    def least(self) -> float:
+        """Return the share of `forward` that a row adds on average where it is cheapest."""
+        return float((self.more[2:] / np.arange(1, len(self.more) - 1)).min()) / self.forward
+
+    def token(self, roots: float) -> float:
+        """Return the seconds of a token in forwards that carry so many requests' roots.
+
+        What a row has to save is this: with other requests waiting, the alternative to a
+        speculative row is not a forward for itself but a root of someone else."""
+        rows = max(1, min(round(roots), len(self.more) - 1))
+        return (self.forward + float(self.more[rows])) / rows
+
+    def worth(self, reaches: np.ndarray, due: int, roots: float) -> int:
+        """Return how many rows to send behind those that are due; one goes if none is due.
+
+        `reaches` are their probabilities to be needed, in falling order. A row that is needed saves
+        the time of a token; what it adds to this forward delays everything. So the k first go that
+        have the largest sum of reaches * token - seconds."""
+        least, most = 0 if due else 1, len(self.more) - 1
+        rows = np.minimum(np.arange(due + least, due + len(reaches) + 1), most)
+        saved = np.concatenate([[0.0], np.cumsum(reaches) * self.token(roots)])
+        return least + int((saved[least:] - self.more[rows]).argmax())
 
 
 class Ring:
-    """A ring holds what rank 0 knows of the costs (in seconds) and of the segments in flight.
+    """A ring holds what rank 0 knows of the costs (in seconds) and of what waits at the first stage.
 
-    It outlives requests; `begin` forgets the segments in flight."""
+    It outlives requests; `begin` forgets what is in flight."""
 
     EARLY = 1 / 16
-    """A segment is sent to arrive this share of a forward before the first stage is free. Being
+    """A batch is sent to arrive this share of a forward before the first stage is free. Being
     late by the wake-up of a thread costs more than knowing a little less."""
     MOST = 96
-    """A segment has at most this many rows."""
+    """A batch has at most this many rows, unless a method's own pieces are larger."""
     LATEST = 65
     """The usual hop rests on this many latest ones."""
     GUESS = Curve.line(0.02, 0.02 / SHAPE)
@@ -48,24 +82,28 @@ class Ring:
         self.plain: tuple[float, int] | None = None
         """These are the seconds of a token without speculation and the context (in tokens) behind
         which they were measured; None until it was tried."""
+        self.requests = 0
+        """So many requests are in the ring."""
         self.begin(0)
 
     def begin(self, context: int) -> None:
-        """Begin a request behind `context` tokens; no segment of another one is in flight."""
-        self.out: dict[int, tuple[int, ...]] = {}  # number -> ids, while a node of it is alive
-        # number -> when it was sent, until the first stage starts on it
+        """Begin anew behind `context` tokens: nobody waits for what is still in flight."""
+        # number of a batch -> when it was sent, until the first stage starts on it
         self.waiting: dict[int, float] = {}
-        self._last = 0  # number of the newest segment
+        self._last: frozenset[int] = frozenset()  # numbers of the newest batch's segments
         self.free_at = -math.inf  # when the first stage becomes free
         self.context = context
+        """The stages' KV caches hold so many committed tokens of a request (the mean of them)."""
         self._times: np.ndarray | None = None
+        self._prices: Prices | None = None
+        self._forwards: dict[int, float] = {}
 
-    def sent(self, number: int, ids: tuple[int, ...], now: float) -> None:
-        """Record that segment `number` with these nodes has left."""
-        self.out[number], self.waiting[number], self._last = ids, now, number
+    def sent(self, numbers: Sequence[int], now: float) -> None:
+        """Record that a batch of segments of these numbers has left; the first is the batch's."""
+        self.waiting[numbers[0]], self._last = now, frozenset(numbers)
 
     def started(self, event: Started, now: float) -> None:
-        """Take in that the first stage has taken a segment off its queue."""
+        """Take in that the first stage has taken a batch off its queue."""
         sent_at = self.waiting.pop(event.number, None)
         if sent_at is None:  # it came back before this news did
             return
@@ -84,13 +122,13 @@ class Ring:
         self.costs[event.stage] = event.forward
         self.rows[event.stage] = event.row
         self.news += event.stage == 1
-        self._times = None
+        self._times, self._prices, self._forwards = None, None, {}
 
     def deepened(self, context: int) -> None:
         """Take in that the stages' KV caches hold `context` committed tokens now."""
         if self.context <= context <= 16 + self.context * 33 // 32:  # costs hardly change
             return
-        self.context, self._times = context, None
+        self.context, self._times, self._prices, self._forwards = context, None, None, {}
 
     @property
     def times(self) -> np.ndarray:
@@ -111,6 +149,16 @@ class Ring:
         return float(self.times[1])
 
     @property
+    def prices(self) -> Prices:
+        """Return the costs of rows at the present context, links included."""
+        if self._prices is None:
+            rows = np.maximum(np.arange(self.MOST + 1) - 1, 0)
+            self._prices = Prices(
+                self.times - self.times[1] + self.row * rows, self.base + self.row
+            )
+        return self._prices
+
+    @property
     def row(self) -> float:
         """Return the seconds that a row adds to a hop, on the slowest link."""
         return max(self.rows.values(), default=0.0)
@@ -119,8 +167,10 @@ class Ring:
         """Return the seconds of a forward over one row on each of `stages` stages, summed.
 
         Stages that have not reported their costs are taken to be like the others."""
-        seconds = [curve.at(1, context) for curve in self.costs.values() or [self.GUESS]]
-        return stages * sum(seconds) / len(seconds)
+        if context not in self._forwards:
+            seconds = [curve.at(1, context) for curve in self.costs.values() or [self.GUESS]]
+            self._forwards[context] = sum(seconds) / len(seconds)
+        return stages * self._forwards[context]
 
     def _pace(self, rows: int) -> float:
         """Return the seconds that a segment of `rows` rows spends in the slowest stage or link."""
@@ -134,23 +184,16 @@ class Ring:
 
     def returned(self, number: int, now: float) -> None:
         """Take in that segment `number` came back."""
-        self.out.pop(number, None)
         if self.waiting.pop(number, None) is not None:
             self.free_at = now
-        if number == self._last:  # and nothing has been sent since
+        if number in self._last:  # and nothing has been sent since
             self.free_at = min(self.free_at, now)
-
-    def drop_dead(self, tree: TokenTree) -> None:
-        """Forget segments of which no node is alive: they need not come back."""
-        self.out = {
-            number: ids for number, ids in self.out.items() if not tree.nodes.keys().isdisjoint(ids)
-        }
 
     @property
     def room_at(self) -> float:
-        """Return when a segment may leave to arrive a little before the first stage is free.
+        """Return when a batch may leave to arrive a little before the first stage is free.
 
-        It is infinity (never) while a segment waits there."""
+        It is infinity (never) while a batch waits there."""
         return math.inf if self.waiting else self.free_at - self.known_hop - self.EARLY * self.base
 
     @property

@@ -1,74 +1,99 @@
-"""Rank 0's mind: events in, actions out. Pure: it knows no tensor, device, clock, thread or transport.
+"""Rank 0's mind: events in, actions out, for all requests in the ring.
 
-The truth of a request lives here: the committed text, the tree of guesses below its last token, and what
-is on its way. Whatever the policy drafts and sends, and whatever comes late or never, a token is committed only
-because the target picked it at a node whose path is the text so far; so the text is that of plain decoding.
+This module is pure: it knows no tensor, device, clock, thread or transport. Each request decides for
+itself what is text (core/decoding.py); here is decided what the ring and the drafter do next: who
+rides in the next batch, and whose nodes are in the drafter's next forward.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
+import numpy as np
+
+from flowspec.core.decoding import Decoding
 from flowspec.core.learnt import Learnt
 from flowspec.core.messages import (
     Action,
-    Choose,
-    Commit,
+    Answered,
+    Back,
+    Batch,
     Cost,
+    Decision,
     Draft,
-    Drafted,
-    DraftNode,
     Event,
-    Finish,
     Idle,
-    Prune,
-    Returned,
-    Segment,
+    Piece,
+    Read,
     Started,
     Wake,
     Woke,
 )
-from flowspec.core.policy import Policy
-from flowspec.core.request import Request
-from flowspec.core.tree import Node, TokenTree
+from flowspec.core.policy import DUE
+from flowspec.core.ring import Ring
+from flowspec.core.topology import Topology
+from flowspec.core.tree import Node
+
+
+class _Offer(NamedTuple):
+    """What a request would send in the next batch."""
+
+    decoding: Decoding
+    nodes: list[Node]
+    """parents before children"""
+    reaches: list[float]
+
+    @property
+    def due(self) -> int:
+        """Of the nodes, the first ones that are sent in any case."""
+        return sum(reach == DUE for reach in self.reaches)
 
 
 class Scheduler:
-    """One request. `handle(event, now) -> actions`; `now` is any clock in seconds that does not go back."""
+    """`handle(event, now) -> actions`; `now` is any clock in seconds that does not go back."""
 
-    def __init__(
-        self, request: Request, policy: Policy, learnt: Learnt | None = None, drafts: bool = True
-    ):
-        """`learnt`: by the run's earlier requests; it goes on learning."""
-        self.request, self.policy, self.drafts = request, policy, drafts and policy.drafts
-        self.tree = TokenTree(request.prompt[-1], request.prompt_length - 1)
-        learnt = learnt or Learnt()
-        self.ring = learnt.ring
-        self.ring.begin(self.tree.root.position)
-        self.policy.attach(self.tree, learnt, request, lambda: self.remaining - 1)
-        self.anchor = -1
-        self.version = self.segments = self.returned_segments = 0
-        self.tokens: list[int] = []
-        self.finished = False
-        self._drafting, self._draft_begun = False, 0.0
-        self._known: dict[int, Choose] = {}
+    def __init__(self, topology: Topology, learnt: Learnt | None = None):
+        """`learnt` is what the run has found out so far; it goes on learning."""
+        self._stages = topology.stages
+        self.learnt = learnt or Learnt()
+        self.decodings: dict[int, Decoding] = {}
+        """This maps the id of each request in the ring to it; who was longest without a turn is first."""
+        self._numbers = 0  # segments sent in this run
+        self._drafting: list[Decoding] = []  # those with nodes in the drafter's present forward
+        self._draft_begun = 0.0
 
     @property
-    def remaining(self) -> int:
-        """New tokens still wanted. A node d levels below the root decides the (d+1)-th of them."""
-        return self.request.sampling.max_new_tokens - len(self.tokens)
+    def ring(self) -> Ring:
+        return self.learnt.ring
 
-    def start(self, now: float) -> list[Action]:
+    def forget(self) -> None:
+        """Forget what was learnt: the next request is like the first. None is in the ring."""
+        self.learnt = Learnt()
+
+    def admit(self, decoding: Decoding, now: float) -> list[Action]:
+        """Begin with a request."""
+        if not self.decodings:
+            self.ring.begin(decoding.context)
+        self.decodings[decoding.request.id] = decoding
+        self._counted()
+        return self._fill(now)
+
+    def cancel(self, request: int, now: float) -> list[Action]:
+        """End a request, which need not be there: what it has in flight will be nobody's."""
+        self.decodings.pop(request, None)
+        self._counted()
         return self._fill(now)
 
     def handle(self, event: Event, now: float) -> list[Action]:
-        if self.finished:
-            return []
         actions: list[Action] = []
-        if isinstance(event, Returned):
-            actions = self._returned(event, now)
-        elif isinstance(event, Drafted):
-            self._drafted(event, now)
+        if isinstance(event, Back):
+            actions = self._back(event, now)
+        elif isinstance(event, Answered):
+            self._answered(event, now)
+        elif isinstance(event, Read):
+            if event.request in self.decodings:
+                self.decodings[event.request].asked = False
         elif isinstance(event, Started):
             self.ring.started(event, now)
         elif isinstance(event, Cost):
@@ -77,112 +102,120 @@ class Scheduler:
             self.ring.idle(now)
         else:
             assert isinstance(event, Woke)
-        return actions if self.finished else actions + self._fill(now)
+        return actions + self._fill(now)
 
-    # ---- what came back ----------------------------------------------------------------------------
-    def _returned(self, event: Returned, now: float) -> list[Action]:
-        self.ring.returned(event.number, now)
-        self.returned_segments += 1
-        self._known.update({i: event.choose for i in event.ids if i in self.tree})
-        if self.tree.root.id not in self._known or not self.policy.verify_now(len(self.ring.out)):
-            return []
-        path, tokens, accepted, child = self._walk()
-        self.tokens += tokens
-        self.anchor = path[-1].id
-        self.ring.deepened(path[-1].position + 1)
-        self.policy.decided([n.id for n in path], tokens, now)
-        if child is not None and self.policy.keeps(child):
-            self.tree.reroot(child)
-        else:
-            self.tree.restart(self.anchor, tokens[-1], path[-1].position + 1)
-        self._known = {}
-        self.policy.rerooted()
-        self.ring.drop_dead(self.tree)
-        self.version += 1
-        commit = Commit(
-            tuple(n.id for n in path), tuple(tokens), tuple(accepted), self.tree.root.id
-        )
-        reason = self._end(tokens[-1])
-        if reason:
-            self.finished = True
-            return [commit, Finish(reason)]
-        return [Prune(self.version, self.anchor, self.tree.root.id), commit]
+    # ---- what came back --------------------------------------------------------------------------
+    def _back(self, event: Back, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for segment in event.segments:
+            self.ring.returned(segment.number, now)
+            decoding = self.decodings.get(segment.request)
+            if decoding and (found := decoding.returned(segment, now)):
+                actions.append(Decision(segment.request, found))
+                if decoding.finished:
+                    del self.decodings[segment.request]
+        if actions:
+            self._counted()
+        return actions
 
-    def _walk(self) -> tuple[list[Node], list[int], list[bool], Node | None]:
-        """Follow the target's choices down from the root as far as they are known: verification."""
-        path: list[Node] = []
-        tokens: list[int] = []
-        accepted: list[bool] = []
-        node: Node | None = self.tree.root
-        while node is not None and node.id in self._known:
-            token = int(self._known[node.id](node.id, [n.id for n in path]))
-            path.append(node)
-            tokens.append(token)
-            node = node.children.get(token)
-            accepted.append(node is not None and node.sent)
-            if token in self.request.eos or len(tokens) == self.remaining:
-                break
-        return path, tokens, accepted, node
+    def _counted(self) -> None:
+        """Tell the ring how many requests there are, and how long their texts are in the mean."""
+        self.ring.requests = len(self.decodings)
+        if self.decodings:
+            contexts = [decoding.context for decoding in self.decodings.values()]
+            self.ring.deepened(sum(contexts) // len(contexts))
 
-    def _end(self, token: int) -> str | None:
-        if token in self.request.eos:
-            return "stop"
-        return "length" if self.remaining == 0 else None
-
-    # ---- what to do next ---------------------------------------------------------------------------
-    def _drafted(self, event: Drafted, now: float) -> None:
-        self._drafting = False
+    # ---- what to do next -------------------------------------------------------------------------
+    def _answered(self, event: Answered, now: float) -> None:
+        self._drafting = []
         self.ring.drafted(now - self._draft_begun)
-        nodes = self.tree.nodes
-        alive = [row for row, id in enumerate(event.nodes) if id in nodes]
-        if alive:
-            event = event if len(alive) == len(event.nodes) else event.only(alive)
-            self.policy.proposed([nodes[id] for id in event.nodes], event)
+        for request, drafted in event.answers:
+            if request in self.decodings:
+                self.decodings[request].drafted(drafted)
 
     def _fill(self, now: float) -> list[Action]:
         drafts = self._draft(now)
         sends = self._sends(now)
-        return (
-            drafts + sends + self._draft(now)
-        )  # again: a layer that has just left can be drafted from
+        # again: a layer that has just left can be drafted from
+        return drafts + sends + self._draft(now)
 
     def _draft(self, now: float) -> list[Action]:
-        if not self.drafts or self._drafting or not (batch := self.policy.draft()):
+        """Ask for children of the nodes of all requests that want some, in one forward."""
+        if self._drafting:
             return []
-        self._drafting, self._draft_begun = True, now
-        for node in batch:
-            node.expanded = True
-        return [Draft(tuple(DraftNode(n.id, n.parent, n.token) for n in batch))]
+        asks = [(d, nodes) for d in self.decodings.values() if (nodes := d.draft())]
+        if not asks:
+            return []
+        self._drafting, self._draft_begun = [d for d, _ in asks], now
+        return [Draft(tuple((d.request.id, nodes) for d, nodes in asks))]
 
     def _sends(self, now: float) -> list[Action]:
         actions: list[Action] = []
-        while len(self.ring.out) < self.policy.credits:
-            if self.policy.just_in_time and now < self.ring.room_at:
-                if not math.isinf(self.ring.room_at):
-                    actions.append(Wake(self.ring.room_at))
-                break
-            nodes = self.policy.segment(self._drafting)
-            if not nodes:
-                break
-            actions.append(self._send(nodes, now))
+        while offers := self._offers(now):
+            batch = self._batch(offers)
+            self.ring.sent([piece.segment.number for piece in batch.pieces], now)
+            actions.append(batch)
+        if self._waits(now) and not math.isinf(self.ring.room_at):
+            actions.append(Wake(self.ring.room_at))
         return actions
 
-    def _send(self, nodes: list[Node], now: float) -> Segment:
-        for node in nodes:
-            node.sent = True
-        self.segments += 1
-        segment = Segment(
-            self.segments,
-            tuple(n.id for n in nodes),
-            tuple(n.parent for n in nodes),
-            tuple(n.token for n in nodes),
-        )
-        self.ring.sent(segment.number, segment.ids, now)
-        return segment
+    def _open(self) -> list[Decoding]:
+        """Return the requests that may have one more segment in flight."""
+        return [d for d in self.decodings.values() if len(d.out) < d.policy.credits]
+
+    def _held(self, decoding: Decoding, now: float) -> bool:
+        """Tell whether a segment would leave too early: before the first stage can take it.
+
+        With several requests all are held, since what becomes ready meanwhile rides along."""
+        gated = decoding.policy.just_in_time or len(self.decodings) > 1
+        return gated and now < self.ring.room_at
+
+    def _waits(self, now: float) -> bool:
+        return any(self._held(decoding, now) for decoding in self._open())
+
+    def _offers(self, now: float) -> list[_Offer]:
+        """Ask each request in turn what it would send, until what is due fills a batch.
+
+        Who was asked goes to the end of the line if not all could be."""
+        offers: list[_Offer] = []
+        due = 0
+        for decoding in self._open():
+            if due >= self.ring.MOST:
+                break
+            if self._held(decoding, now):
+                continue
+            if len(self.decodings) > 1:
+                self.decodings[decoding.request.id] = self.decodings.pop(decoding.request.id)
+            if nodes := decoding.policy.segment(decoding.asked):
+                offers.append(_Offer(decoding, nodes, [decoding.policy.reach(n) for n in nodes]))
+                due += offers[-1].due
+        return offers
+
+    def _batch(self, offers: list[_Offer]) -> Batch:
+        """Send what is due, and of the rest the likeliest while they gain more than they cost."""
+        due = sum(offer.due for offer in offers)
+        owners = [k for k, offer in enumerate(offers) for _ in offer.reaches[offer.due :]]
+        reaches = np.array([reach for offer in offers for reach in offer.reaches[offer.due :]])
+        likeliest = np.argsort(-reaches, kind="stable")[: max(0, self.ring.MOST - due)]
+        roots = sum(offer.nodes[0] is offer.decoding.tree.root for offer in offers)
+        crowd = max(roots, len(self.decodings) / self._stages)
+        worth = self.ring.prices.worth(reaches[likeliest], due, crowd) if len(likeliest) else 0
+        extra = np.bincount([owners[k] for k in likeliest[:worth]], minlength=len(offers))
+        pieces = [self._piece(o, o.due + int(n)) for o, n in zip(offers, extra, strict=True)]
+        return Batch(tuple(piece for piece in pieces if piece))
+
+    def _piece(self, offer: _Offer, kept: int) -> Piece | None:
+        """Send the first `kept` nodes of an offer and put the others back."""
+        decoding, nodes, _ = offer
+        if nodes[kept:]:
+            decoding.policy.put_back(nodes[kept:])
+        if not kept:
+            return None
+        self._numbers += 1
+        return Piece(decoding.request.id, decoding.send(self._numbers, nodes[:kept]))
 
     def validate(self) -> None:
         """Assert what must hold between events."""
-        self.tree.validate()
-        assert self.tree.root.position == self.request.prompt_length + len(self.tokens) - 1
-        assert self.finished or self.remaining > 0
-        assert not any(self.tree.nodes.keys().isdisjoint(ids) for ids in self.ring.out.values())
+        for decoding in self.decodings.values():
+            decoding.validate()
+            assert not decoding.finished

@@ -5,8 +5,7 @@ A walk down the tree asks for few of them.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -38,28 +37,25 @@ class Picks(Mapping[int, Pick]):
         parents: Sequence[int],
         positions: Tensor,
         rows: Tensor,
-        took: Callable[[float], None],
+        first: Tensor | None = None,
     ):
         """`ids` are the n nodes and `parents` their parents, with parents before children.
 
         `positions` are absolute, int [n]; `rows` are the last stage's features [n, hidden]. `noise`
-        is None for a greedy request. `took` is called with the CPU seconds of each look-up."""
-        self._head, self._sampling, self._noise, self._took = head, sampling, noise, took
+        is None for a greedy request. `first` are the logits [vocabulary] of the first node, where they are at hand."""
+        self._head, self._sampling, self._noise = head, sampling, noise
         self._ids, self._parents, self._positions, self._rows = ids, parents, positions, rows
         self._index = {id: k for k, id in enumerate(ids)}
-        self._logits: dict[int, Tensor] = {}
+        self._logits: dict[int, Tensor] = {} if first is None else {0: first}
 
     def __getitem__(self, id: int) -> Pick:
         """Return the pick after node `id`; KeyError if the segment has no such node."""
-        begun, k = time.thread_time(), self._index[id]
+        k = self._index[id]
         if k not in self._logits:
             some = self._below(k)
             self._logits.update(zip(some, self._head(self._rows[torch.tensor(some)]), strict=True))
-        found = pick(
-            on_host(self._logits[k]), self._sampling, self._noise, int(self._positions[k]) + 1
-        )
-        self._took(time.thread_time() - begun)
-        return found
+        position = int(self._positions[k]) + 1
+        return pick(on_host(self._logits[k]), self._sampling, self._noise, position)
 
     def _below(self, k: int) -> list[int]:
         """Return index k and those of the first nodes below it, in all at most ROWS."""

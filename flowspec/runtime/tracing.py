@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from flowspec.comm.base import Message
 from flowspec.comm.shaped import wire_bytes
+from flowspec.core.messages import Segment
 from flowspec.trace import Fates, Span, untangled
 
 
@@ -29,12 +30,12 @@ class Log:
         rank: int,
         at: float,
         taken: float,
-        ids: Sequence[int] | None,
+        segment: Segment | None,
     ) -> None:
         """A message of the ring: on its way from when the sender let go of it (by the sender's clock) to `at`, then waiting
-        here until `taken`. `ids`: a segment's nodes; None: a chunk of the prompt."""
+        here until `taken`. None for the segment: a chunk of the prompt."""
         if self.on:
-            about = {} if ids is None else {"segment": message.meta["number"], "ids": ids}
+            about = {"segment": segment.number, "ids": segment.ids} if segment else {}
             size = wire_bytes(message, self._hidden_scale)
             self.add(sender, "send", "prefill", message.meta["sent"], at, bytes=size, **about)
             self.add(rank, "receive", "prefill", at, taken, **about)

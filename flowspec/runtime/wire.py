@@ -14,12 +14,12 @@ from flowspec.comm.base import Message
 from flowspec.comm.codec import Limit, Limits
 from flowspec.core.cost import Point
 from flowspec.core.curve import Curve
-from flowspec.core.messages import PREFILL_ROWS, Cost, Idle, Prune, Segment, Started
+from flowspec.core.messages import PREFILL_ROWS, Batch, Cost, Idle, Piece, Prune, Segment, Started
 from flowspec.core.policy import PolicyConfig
 from flowspec.core.request import Request, Sampling
 from flowspec.trace import Span
 
-FORMAT = 2
+FORMAT = 3
 """of the messages below, by name and content: raise it with every change, and ranks that would misread each other do not start"""
 
 
@@ -60,87 +60,107 @@ def prompt_features(request: int, rows: Tensor) -> Message:
     return Message("prompt_features", {"request": request, "sent": time.monotonic()}, (rows,))
 
 
-def _numbered(request: int, number: int) -> dict[str, Any]:
-    """Of a segment: its number, and when it left (by the sender's clock)."""
-    return {"request": request, "number": number, "sent": time.monotonic()}
+def _sent(pieces: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Facts of a batch: when it left (by the sender's clock), and of each piece its request, its number and its rows."""
+    return {"pieces": pieces, "sent": time.monotonic()}
 
 
-def segment(request: int, segment: Segment) -> Message:
-    """A segment on its first hop: per node its id, its parent and its token."""
-    nodes, tokens = (
-        torch.tensor([segment.ids, segment.parents], dtype=torch.int32),
-        torch.tensor(segment.tokens, dtype=torch.int32),
-    )
-    return Message("segment", _numbered(request, segment.number), (nodes, tokens))
+def batch(batch: Batch, rows: Tensor | None = None) -> Message:
+    """Segments on a hop: per node its id, its parent, its token (by which a last stage knows whether the node became text) and,
+    between stages, a feature row. `rows`: [n, hidden]; None on the first hop, where the tokens are the rows."""
+    segments = [segment for _, segment in batch.pieces]
+    ids, parents, tokens = ([i for s in segments for i in column] for column in _columns(segments))
+    about = [[request, segment.number, len(segment.ids)] for request, segment in batch.pieces]
+    if rows is None:
+        nodes = torch.tensor([ids, parents], dtype=torch.int32)
+        return Message("batch", _sent(about), (nodes, torch.tensor(tokens, dtype=torch.int32)))
+    nodes = torch.tensor([ids, parents, tokens], dtype=torch.int32)
+    return Message("batch", _sent(about), (nodes, rows))
 
 
-def rows_of(request: int, segment: Segment, rows: Tensor) -> Message:
-    """A segment on its way between stages: per node its id, its parent, its token (by which a last stage knows whether the node
-    became text) and a feature row."""
-    return Message(
-        "segment",
-        _numbered(request, segment.number),
-        (torch.tensor(segment[1:], dtype=torch.int32), rows),
-    )
-
-
-def read_segment(message: Message) -> Segment:
-    """The nodes of either; on the first hop their tokens are the rows."""
+def read_batch(message: Message) -> Batch:
+    """The segments of either."""
     nodes, rows = message.tensors
-    ids, parents, *tokens = nodes.tolist()
-    return Segment(
-        message.meta["number"],
-        tuple(ids),
-        tuple(parents),
-        tuple(tokens[0] if tokens else rows.tolist()),
+    columns = nodes.tolist()
+    columns = columns if len(columns) == 3 else [*columns, rows.tolist()]
+    pieces, first = [], 0
+    for request, number, n in message.meta["pieces"]:
+        own = (tuple(column[first : first + n]) for column in columns)
+        pieces.append(Piece(request, Segment(number, *own)))
+        first += n
+    return Batch(tuple(pieces))
+
+
+class Answer(NamedTuple):
+    """What comes back of a segment."""
+
+    request: int
+    number: int
+    ids: list[int]
+    """Of a last stage that verifies: which of its nodes became text, often none. Else: those that it computed."""
+    tokens: list[int]
+    """the target's token after each; none if rank 0 verifies"""
+    gaps: list[float]
+    """how clear it was"""
+    positions: Tensor | None
+    """int64 [n], if rank 0 verifies"""
+    rows: Tensor | None
+    """feature rows [n, hidden], if rank 0 verifies, or if its drafter reads them"""
+
+
+def choices(answers: Sequence[Answer]) -> Message:
+    """A batch back from a last stage that verifies."""
+    about = [[a.request, a.number, len(a.ids), a.rows is not None] for a in answers]
+    table = [[i for a in answers for i in a.ids], [t for a in answers for t in a.tokens]]
+    gaps = torch.tensor([gap for a in answers for gap in a.gaps], dtype=torch.float64)
+    rows = [a.rows for a in answers if a.rows is not None]
+    more = (torch.cat(rows),) if rows else ()
+    return Message("choices", _sent(about), (torch.tensor(table, dtype=torch.int32), gaps, *more))
+
+
+def features(answers: Sequence[Answer]) -> Message:
+    """A batch back at rank 0 that verifies itself: the last stage's normed rows."""
+    about = [[a.request, a.number, len(a.ids), True] for a in answers]
+    ids = torch.tensor([i for a in answers for i in a.ids], dtype=torch.int32)
+    positions = torch.cat([a.positions for a in answers if a.positions is not None])
+    rows = torch.cat([a.rows for a in answers if a.rows is not None])
+    return Message("features", _sent(about), (ids, positions, rows))
+
+
+def read_answers(message: Message) -> list[Answer]:
+    """The segments of either."""
+    answers, first, read = [], 0, 0
+    verified = message.kind == "choices"
+    table, second, *features = message.tensors
+    ids, tokens = table.tolist() if verified else (table.tolist(), [])
+    for request, number, n, wanted in message.meta["pieces"]:
+        own = slice(first, first + n)
+        rows = features[0][read : read + n] if wanted else None
+        gaps, positions = (second[own].tolist(), None) if verified else ([], second[own])
+        answers.append(Answer(request, number, ids[own], tokens[own], gaps, positions, rows))
+        first, read = first + n, read + (n if wanted else 0)
+    return answers
+
+
+def _columns(segments: Sequence[Segment]) -> tuple[list[tuple[int, ...]], ...]:
+    return (
+        [segment.ids for segment in segments],
+        [segment.parents for segment in segments],
+        [segment.tokens for segment in segments],
     )
-
-
-def features(
-    request: int, number: int, ids: Sequence[int], positions: Tensor, rows: Tensor
-) -> Message:
-    """A segment back at rank 0 that verifies itself: the last stage's normed rows."""
-    return Message(
-        "features",
-        _numbered(request, number),
-        (torch.tensor(ids, dtype=torch.int32), positions, rows),
-    )
-
-
-def choices(
-    request: int,
-    number: int,
-    ids: list[int],
-    tokens: list[int],
-    gaps: list[float],
-    rows: Tensor | None = None,
-) -> Message:
-    """A segment back from a last stage that verifies: which of its nodes became text (often none), the target's token after each, and
-    how clear it was.
-
-    rows: their feature rows, for a drafter that reads features."""
-    table = torch.tensor([ids, tokens], dtype=torch.int32)
-    more = () if rows is None else (rows,)
-    return Message(
-        "choices",
-        _numbered(request, number),
-        (table, torch.tensor(gaps, dtype=torch.float64), *more),
-    )
-
-
-def read_features(message: Message) -> tuple[list[int], Tensor]:
-    """Of a segment that came back: the nodes whose feature rows came along, and these rows [n, hidden]."""
-    nodes, *_, rows = message.tensors
-    return (nodes if message.kind == "features" else nodes[0]).tolist(), rows
 
 
 # ---- beside the ring -------------------------------------------------------------------------------
-def prune(request: int, prune: Prune) -> Message:
-    return Message("prune", {"request": request, **prune._asdict()})
+def prunes(prunes: Sequence[tuple[int, Prune]]) -> Message:
+    """What was decided of some requests at a time."""
+    return Message("prunes", {"prunes": [[request, *prune] for request, prune in prunes]})
 
 
-def read_prune(message: Message) -> Prune:
-    return Prune(*(message.meta[name] for name in Prune._fields))
+def read_prunes(message: Message) -> list[tuple[int, Prune]]:
+    return [
+        (request, Prune(version, anchor, root))
+        for request, version, anchor, root in message.meta["prunes"]
+    ]
 
 
 def text_features(request: int, layers: Sequence[int], at: int, rows: Tensor) -> Message:
@@ -157,11 +177,11 @@ NEWS: dict[str, type[Started] | type[Cost] | type[Idle]] = {
 _KINDS = {event: kind for kind, event in NEWS.items()}
 
 
-def news(request: int, event: Started | Cost | Idle) -> Message:
+def news(event: Started | Cost | Idle) -> Message:
     about = event._asdict()
     if isinstance(event, Cost):
         about["forward"] = dataclasses.asdict(event.forward)
-    return Message(_KINDS[type(event)], {"request": request, **about})
+    return Message(_KINDS[type(event)], about)
 
 
 def read_news(message: Message) -> Started | Cost | Idle:
@@ -192,11 +212,11 @@ class Report(NamedTuple):
     """What a stage did for a request, and what it has measured in the run so far."""
 
     busy: float
-    """seconds spent computing"""
+    """seconds spent computing while the request was there, whosever rows"""
     rows: int
     """tree rows computed"""
     segments: int
-    """forwards that they took"""
+    """forwards over tree rows meanwhile"""
     overhead: float
     """CPU seconds of the stage's thread for them beside the model's forward, lm_head and sampling"""
     points: list[Point]
@@ -263,12 +283,12 @@ def limits(tree: int, hidden: int, layers: int, positions: int) -> Limits:
     )  # of each node: id, parent, token, position, gap, and room between tensors
     features = ELEMENT * rows * hidden
     ring = dict.fromkeys(
-        ("prefill", "segment", "features", "choices", "prompt_features"),
+        ("prefill", "batch", "features", "choices", "prompt_features"),
         Limit(FACTS, numbers + features),
     )
     words = (
         "start",
-        "prune",
+        "prunes",
         "started",
         "cost",
         "idle",

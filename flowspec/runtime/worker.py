@@ -4,6 +4,8 @@ Rows come in, pass the layers, go on; what is decided beside the ring is heard b
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import logging
 import math
 import re
@@ -12,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -29,15 +31,15 @@ from flowspec.core.machine import (
     Decided,
     End,
     Move,
+    Part,
     Pass,
     Settled,
     StageAction,
     StageMachine,
     Tell,
 )
-from flowspec.core.messages import Segment
 from flowspec.core.request import Sampling
-from flowspec.models.stage import Cached, Head, StageModel, Tapped
+from flowspec.models.stage import Cached, Head, Share, StageModel, Tapped, forward_together
 from flowspec.runtime import wire
 from flowspec.runtime.picking import Picks
 from flowspec.runtime.tracing import Log
@@ -56,6 +58,20 @@ def peak_memory() -> float:
 
 
 @dataclass
+class _Spent:
+    """What a stage has spent in the run so far."""
+
+    busy: float = 0.0
+    """seconds in forwards"""
+    segments: int = 0
+    """forwards over tree rows"""
+    overhead: float = 0.0
+    """CPU seconds of its thread for these beside the model's forward, lm_head and sampling"""
+    apart: float = 0.0
+    """CPU seconds in the model, lm_head and sampling"""
+
+
+@dataclass
 class _Live:
     """A request in this stage."""
 
@@ -68,35 +84,10 @@ class _Live:
     """rank 0's drafter reads what enters these layers of ours at tokens of the text"""
     features: bool
     """it reads the features of the prompt and of what becomes text"""
-    busy: float = 0.0
+    before: _Spent
+    """what the stage had spent when the request began"""
     computed: int = 0
     """tree rows"""
-    segments: int = 0
-    overhead: float = 0.0
-    """CPU seconds of this thread for segments, beside the following"""
-    picking: float = 0.0
-    """CPU seconds in lm_head and sampling"""
-
-    def picked(self, seconds: float) -> None:
-        self.picking += seconds
-
-    @property
-    def apart(self) -> float:
-        """CPU seconds in the model, lm_head and sampling."""
-        return self.rows.model_cpu + self.picking
-
-
-class _Walked(NamedTuple):
-    """What a last stage that picks the tokens finds out of a segment, as wire.choices takes it."""
-
-    text: list[int]
-    """the nodes that are text"""
-    tokens: list[int]
-    """the target's token after each"""
-    gaps: list[float]
-    """how clear it was"""
-    rows: Tensor | None
-    """their features, if they are wanted"""
 
 
 @dataclass
@@ -120,6 +111,7 @@ class Worker:
         self._pulse = self.transport.pulses[rank]
         self.machine = StageMachine(rank, topology)
         self._live: dict[int, _Live] = {}
+        self._spent = _Spent()
 
     def run(self) -> None:
         """Serve until rank 0 says stop."""
@@ -149,112 +141,157 @@ class Worker:
                 k for k in about["layers"] if 0 <= k - self.first_layer < len(self.model.layers)
             ]
             rows = Cached(self.model, to_host=True, taps=[k - self.first_layer for k in layers])
+            before = dataclasses.replace(self._spent)
             self._live[request] = _Live(
-                request, rows, sampling, noise, notes, layers, about["features"]
+                request, rows, sampling, noise, notes, layers, about["features"], before
             )
         if not self._is_last:
             self.transport.send_next(message)
 
-    def _rows(self, message: Message) -> None:
-        """A chunk of the prompt, or a segment."""
-        taken, begun, arrived = self._clock.now(), time.thread_time(), self.transport.inbox.since
+    def _prompt(self, message: Message) -> None:
+        """A chunk of a prompt."""
+        taken, since = self._clock.now(), self.transport.inbox.since
         self._hear_control()
-        live = self._live.get(message.meta["request"])
-        if live is None:
-            return
-        segment = wire.read_segment(message) if message.kind == "segment" else None
-        apart, rows = live.apart, message.tensors[-1]
-        live.log.arrived(message, self._before, self._rank, arrived, taken, segment and segment.ids)
-        waited, hop = taken - arrived, arrived - message.meta["sent"]
-        event = (
-            Arrived(live.request, segment, waited, hop)
-            if segment
-            else Chunk(live.request, len(rows))
-        )
+        live, rows = self._live.get(message.meta["request"]), message.tensors[0]
+        if live is not None:
+            live.log.arrived(message, self._before, self._rank, since, taken, None)
+            self._handle(Chunk(live.request, len(rows)), rows)
+
+    def _batch(self, message: Message) -> None:
+        """Segments of some requests."""
+        taken, begun, since = self._clock.now(), time.thread_time(), self.transport.inbox.since
+        self._hear_control()
+        batch, apart = wire.read_batch(message), self._spent.apart
+        for request, segment in batch.pieces:
+            if live := self._live.get(request):
+                live.log.arrived(message, self._before, self._rank, since, taken, segment)
+        arrived = Arrived(batch, taken - since, since - message.meta["sent"])
+        self._handle(arrived, message.tensors[-1])
+        self._spent.overhead += time.thread_time() - begun - (self._spent.apart - apart)
+
+    def _handle(self, event: Chunk | Arrived, rows: Tensor) -> None:
         for action in self.machine.handle(event):
             if isinstance(action, Compute):
-                self._compute(live, action, rows)
+                self._compute(action, rows)
             else:
                 self._perform(action)
-        live.overhead += time.thread_time() - begun - (live.apart - apart) if segment else 0.0
 
-    def _compute(self, live: _Live, forward: Compute, rows: Tensor) -> None:
+    def _compute(self, forward: Compute, rows: Tensor) -> None:
         """A forward over those of the rows that were admitted, and what follows from it."""
-        begun, admitted, segment = self._clock.now(), forward.admitted, forward.segment
-        rows = rows if forward.rows == len(rows) else rows[admitted.kept]
-        out = live.rows.forward(
-            rows, admitted, self._needed, None if segment is None else segment.ids
-        )
-        walked = (
-            self._walk(live, segment, admitted.positions, out)
-            if out is not None and segment and self.head
-            else None
-        )
+        begun = self._clock.now()
+        lives = [self._live[part.request] for part in forward.parts]
+        admitted = [row for part in forward.parts for row in part.rows]
+        out = self._forward(forward, lives, rows if len(admitted) == len(rows) else rows[admitted])
+        walked = self._walk(forward, lives, out) if out is not None and self.head else {}
         whole = out is not None and self._pretend(begun, forward.rows)
-        spent = (
-            self._clock.now() - begun
-        )  # where this stage verifies, lm_head and picks are part of it
-        self._account(live, forward, begun, spent)
+        # where this stage verifies, lm_head and picks are part of it
+        self._account(forward, lives, begun, spent := self._clock.now() - begun)
         if whole:
             self._hear_control()  # the latest moment at which a dead row can still be dropped
         for action in self.machine.handle(Computed(spent, whole)):
             if isinstance(action, Pass):
                 assert out is not None
-                self._pass(live, action, admitted.positions, out, walked)
+                self._pass(action, forward, out, walked)
             else:
                 self._perform(action)
 
-    def _pass(
-        self, live: _Live, action: Pass, positions: np.ndarray, out: Tensor, walked: _Walked | None
-    ) -> None:
-        request, segment = live.request, action.segment
-        some = slice(None) if len(action.rows) == len(out) else action.rows
-        if segment is None:
-            self.transport.send_control(0, wire.prefilled(request))
-            self._hand_over(live, live.rows.entered(int(positions[0])))
-            if not self._is_last:
-                self.transport.send_next(wire.prefill(request, out))
-            elif live.features:
-                self.transport.send_next(wire.prompt_features(request, out))
-        elif walked is not None:
-            self.transport.send_next(wire.choices(request, segment.number, *walked))
-        elif self._is_last:
-            self.transport.send_next(
-                wire.features(
-                    request,
-                    segment.number,
-                    segment.ids,
-                    torch.from_numpy(positions[some]),
-                    out[some],
-                )
-            )
-        else:
-            self.transport.send_next(wire.rows_of(request, segment, out[some]))
+    def _forward(self, forward: Compute, lives: list[_Live], rows: Tensor) -> Tensor | None:
+        begun = time.thread_time()
+        shares = [
+            Share(live.rows, part.admitted, part.segment and part.segment.ids)
+            for live, part in zip(lives, forward.parts, strict=True)
+        ]
+        out = forward_together(rows, shares, self._needed)
+        self._spent.apart += time.thread_time() - begun
+        return out
 
-    def _walk(self, live: _Live, segment: Segment, positions: np.ndarray, out: Tensor) -> _Walked:
+    def _pass(
+        self, action: Pass, forward: Compute, out: Tensor, walked: dict[int, wire.Answer]
+    ) -> None:
+        batch, rows = action.batch, action.rows
+        if not batch.pieces:
+            (part,) = forward.parts
+            self._pass_prompt(self._live[part.request], part, out)
+        elif self.head:
+            self.transport.send_next(wire.choices([walked[request] for request, _ in batch.pieces]))
+        elif self._is_last:
+            self.transport.send_next(wire.features(self._features(action, forward, out)))
+        else:
+            self.transport.send_next(wire.batch(batch, out if len(rows) == len(out) else out[rows]))
+
+    def _features(self, action: Pass, forward: Compute, out: Tensor) -> list[wire.Answer]:
+        """What rank 0 verifies: features and positions of the nodes that are alive."""
+        positions = np.concatenate([part.admitted.positions for part in forward.parts])
+        return [
+            wire.Answer(
+                request,
+                segment.number,
+                [*segment.ids],
+                [],
+                [],
+                torch.from_numpy(positions[rows]),
+                out[rows],
+            )
+            for request, segment, rows in action.parts
+            if segment
+        ]
+
+    def _walk(self, forward: Compute, lives: list[_Live], out: Tensor) -> dict[int, wire.Answer]:
+        """Of each request whose tree rows these are, which nodes became text, and the target's tokens after them."""
+        if not forward.segments:
+            return {}
+        begun = time.thread_time()
+        first = [*itertools.accumulate((len(p.rows) for p in forward.parts), initial=0)]
         assert self.head is not None
-        ids, parents = segment.ids, segment.parents
+        # several requests' first nodes, which are mostly asked for, are one product with lm_head
+        heads = self.head(out[first[:-1]]) if len(lives) > 1 else [None]
+        walked = {}
+        for part, live, at, logits in zip(forward.parts, lives, first, heads, strict=False):
+            walked[part.request] = self._walk_part(
+                part, live, out[at : at + len(part.rows)], logits
+            )
+        self._spent.apart += time.thread_time() - begun
+        return walked
+
+    def _walk_part(
+        self, part: Part, live: _Live, out: Tensor, logits: Tensor | None
+    ) -> wire.Answer:
+        segment = part.segment
+        assert self.head is not None and segment is not None
         picks = Picks(
             self.head,
             live.sampling,
             live.noise,
-            ids,
-            parents,
-            torch.from_numpy(positions),
+            segment.ids,
+            segment.parents,
+            torch.from_numpy(part.admitted.positions),
             out,
-            live.picked,
+            logits,
         )
         found: list[Pick] = []
 
         def choose(k: int) -> int:
-            found.append(picks[ids[k]])
+            found.append(picks[segment.ids[k]])
             return found[-1].token
 
-        text = self.machine.walk(choose)
-        rows = out[text] if live.features else None
-        return _Walked(
-            [ids[k] for k in text], [p.token for p in found], [p.gap for p in found], rows
+        text = self.machine.walk(part, choose)
+        return wire.Answer(
+            live.request,
+            segment.number,
+            [segment.ids[k] for k in text],
+            [pick.token for pick in found],
+            [pick.gap for pick in found],
+            None,
+            out[text] if live.features else None,
         )
+
+    def _pass_prompt(self, live: _Live, part: Part, out: Tensor) -> None:
+        self.transport.send_control(0, wire.prefilled(live.request))
+        self._hand_over(live, live.rows.entered(int(part.admitted.positions[0])))
+        if not self._is_last:
+            self.transport.send_next(wire.prefill(live.request, out))
+        elif live.features:
+            self.transport.send_next(wire.prompt_features(live.request, out))
 
     # ---- beside the ring ---------------------------------------------------------------------------
     def _hear_control(self, wait: float = 0.0) -> bool:
@@ -274,7 +311,7 @@ class Worker:
 
     def _perform(self, action: StageAction) -> None:
         if isinstance(action, Tell):
-            self.transport.send_control(0, wire.news(action.request, action.event))
+            self.transport.send_control(0, wire.news(action.event))
         elif isinstance(action, Move):
             self._live[action.request].rows.cache.gather(action.gather)
         else:
@@ -288,11 +325,10 @@ class Worker:
         if tapped is not None:
             self.transport.send_control(0, wire.text_features(live.request, live.layers, *tapped))
 
-    def _prune(self, message: Message) -> None:
-        for action in self.machine.handle(
-            Decided(message.meta["request"], wire.read_prune(message))
-        ):
-            self._perform(action)
+    def _prunes(self, message: Message) -> None:
+        for request, prune in wire.read_prunes(message):
+            for action in self.machine.handle(Decided(request, prune)):
+                self._perform(action)
 
     def _end(self, message: Message) -> None:
         request = message.meta["request"]
@@ -304,14 +340,14 @@ class Worker:
     def _report(self, live: _Live | None) -> wire.Report:
         if live is None:
             return wire.Report(0.0, 0, 0, 0.0, [], 0.0, peak_memory(), [])
-        points, row = self.machine.meter.forward.points(), self.machine.meter.row
+        spent, before, meter = self._spent, live.before, self.machine.meter
         return wire.Report(
-            live.busy,
+            spent.busy - before.busy,
             live.computed,
-            live.segments,
-            live.overhead,
-            points,
-            row,
+            spent.segments - before.segments,
+            spent.overhead - before.overhead,
+            meter.forward.points(),
+            meter.row,
             peak_memory(),
             live.log.spans,
         )
@@ -333,23 +369,22 @@ class Worker:
             return False
         return True
 
-    def _account(self, live: _Live, forward: Compute, begun: float, spent: float) -> None:
-        segment = forward.segment
-        about = {"segment": segment.number, "ids": segment.ids} if segment else {}
-        live.log.add(self._rank, "compute", "prefill", begun, begun + spent, **about)
+    def _account(self, forward: Compute, lives: list[_Live], begun: float, spent: float) -> None:
+        for part, live in zip(forward.parts, lives, strict=True):
+            segment = part.segment
+            about = {"segment": segment.number, "ids": segment.ids} if segment else {}
+            live.log.add(self._rank, "compute", "prefill", begun, begun + spent, **about)
+            live.computed += len(part.rows) if segment else 0
         log.debug("%d rows in %.2f ms", forward.rows, spent * 1000)
-        live.busy += spent
-        live.computed, live.segments = (
-            live.computed + (forward.rows if segment else 0),
-            live.segments + (segment is not None),
-        )
+        self._spent.busy += spent
+        self._spent.segments += bool(forward.segments)
 
 
 _TAKEN: dict[str, Callable[[Worker, Message], None]] = {
     "start": Worker._start,
-    "prefill": Worker._rows,
-    "segment": Worker._rows,
-    "prune": Worker._prune,
+    "prefill": Worker._prompt,
+    "batch": Worker._batch,
+    "prunes": Worker._prunes,
     "end": Worker._end,
     "ping": Worker._ping,
 }

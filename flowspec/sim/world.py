@@ -1,4 +1,4 @@
-"""One request over a ring whose stages and links only take time: a discrete-event simulation.
+"""Requests over a ring whose stages and links only take time: a discrete-event simulation.
 
 Rank 0 is the real `Scheduler` with a real policy, a stage the real `StageMachine`; drafts are real or made up. What a stage
 would compute is not needed: the text is known, and only the target's choices on the path of the text are ever looked up.
@@ -15,10 +15,11 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from flowspec.core.cost import Emulate
 from flowspec.core.costs import Costs
+from flowspec.core.decoding import Decoding
 from flowspec.core.learnt import Learnt
 from flowspec.core.machine import (
     Arrived,
@@ -27,6 +28,8 @@ from flowspec.core.machine import (
     Compute,
     Computed,
     Decided,
+    End,
+    Part,
     Pass,
     StageEvent,
     StageMachine,
@@ -36,13 +39,18 @@ from flowspec.core.messages import (
     FRAME_BYTES,
     PREFILL_ROWS,
     Action,
+    Answered,
+    Back,
+    Batch,
     Commit,
+    Decision,
     Draft,
     Drafted,
     DraftNode,
     Event,
-    Finish,
+    Piece,
     Prune,
+    Read,
     Returned,
     Segment,
     Wake,
@@ -159,14 +167,19 @@ class _Forward(NamedTuple):
     """False: it is abandoned at its end"""
 
 
+class Prompt(NamedTuple):
+    """A chunk of a prompt on its way."""
+
+    request: int
+    rows: int
+
+
 @dataclass
 class _Stage:
     machine: StageMachine
-    queue: deque[tuple[float, float, Segment | None, int]] = field(default_factory=deque)
-    """(when it was sent, when it arrived, the segment, its rows); no segment: a chunk of the prompt"""
+    queue: deque[tuple[float, float, Batch | Prompt]] = field(default_factory=deque)
+    """(when it was sent, when it arrived, what)"""
     running: _Forward | None = None
-    rows: int = 0
-    """of trees, computed"""
 
     @property
     def rank(self) -> int:
@@ -175,7 +188,7 @@ class _Stage:
 
 @dataclass
 class Outcome:
-    """What one simulated request was; seconds of virtual time from its start."""
+    """What one simulated request was; seconds of virtual time from its arrival."""
 
     tokens: list[int] = field(default_factory=list)
     first_token: float = 0.0
@@ -193,94 +206,117 @@ class Outcome:
         return (len(self.tokens) - 1) / decode if decode > 0 else None
 
 
-class World:
-    """Runs one request. `text`: the target's tokens for it; `guesser`: None does not draft."""
+@dataclass(frozen=True)
+class Job:
+    """A request to simulate. `text`: the target's tokens for it; `guesser`: None does not draft."""
 
-    def __init__(
-        self,
-        request: Request,
-        text: Sequence[int],
-        policy: Policy,
-        guesser: Guesser | None,
-        ring: RingSpec,
-        switches: PolicyConfig,
-        learnt: Learnt | None = None,
-    ):
-        self.request, self.text, self.guesser, self.ring, self.switches = (
-            request,
-            text,
-            guesser,
-            ring,
-            switches,
-        )
-        self.scheduler = Scheduler(request, policy, learnt, drafts=guesser is not None)
-        self.outcome = Outcome()
+    request: Request
+    text: Sequence[int]
+    policy: Policy
+    guesser: Guesser | None
+    switches: PolicyConfig
+    at: float = 0.0
+    """when it arrives, in seconds"""
+
+
+class _Live:
+    """A request in the world."""
+
+    def __init__(self, job: Job, learnt: Learnt, features: bool):
+        self.job, self.outcome, self.fates = job, Outcome(), Fates()
+        self.decoding = Decoding(job.request, job.policy, learnt, job.guesser is not None)
+        self.awaited = job.request.prompt_length - 1 if features else 0
+        """rows of the prompt's features"""
+
+    def choice(self, node: int) -> int | None:
+        """The target's token after a node of the text; None for what rank 0 has refused meanwhile, and behind the text's end."""
+        text, found = self.job.text, self.decoding.tree.nodes.get(node)
+        prompt = self.job.request.prompt_length
+        at = len(text) if found is None else found.position + 1 - prompt
+        return text[at] if at < len(text) else None
+
+
+class World:
+    """Runs jobs, whose requests have different ids, until all texts are complete."""
+
+    def __init__(self, ring: RingSpec, jobs: Sequence[Job], learnt: Learnt | None = None):
+        self.ring, self.jobs = ring, jobs
+        self.scheduler = Scheduler(ring.topology, learnt)
         self._topology = ring.topology
         self._stages = [
             _Stage(StageMachine(rank, self._topology)) for rank in self._topology.stage_ranks
         ]
         self._links = [ring.link(sender) for sender in self._topology.ranks]
-        self._fates, self._spans = Fates(), list[Span]()
+        self._live: dict[int, _Live] = {}
+        self._spans = list[Span]()
         self._events: list[tuple[float, int, Callable, tuple]] = []
         self._order = itertools.count()
-        self._drafter_free = ring.reading(request.prompt_length)  # the drafter does so first
-        self._awaited = (
-            request.prompt_length - 1 if ring.features else 0
-        )  # rows of the prompt's features
-        self._held: list[Draft] = []  # until they are here
+        self._drafter_free = 0.0
         self._wake = 0
 
-    def run(self) -> Outcome:
-        for stage in self._stages:
-            stage.machine.handle(
-                Begin(self.request.id, self.switches.drop_dead, self.switches.abort)
-            )
-        prompt = len(self.request.prompt) - 1
-        for begin in range(0, prompt, PREFILL_ROWS):
-            self._send(0, None, min(PREFILL_ROWS, prompt - begin), 0.0)
-        self._perform(self.scheduler.start(0.0), 0.0)
-        while not self.scheduler.finished:
+    def run(self) -> list[Outcome]:
+        """An outcome a job, in their order."""
+        for job in self.jobs:
+            self._at(job.at, self._on_request, job)
+        while not (len(self._live) == len(self.jobs) and not self.scheduler.decodings):
             now, _, happen, what = heapq.heappop(self._events)
             happen(now, *what)
-        out = self.outcome
-        out.returned_segments, out.drafted = (
-            self.scheduler.returned_segments,
-            self.scheduler.tree.drafted,
-        )
-        out.forwarded = self._stages[0].rows
+        return [self._outcome(self._live[job.request.id]) for job in self.jobs]
+
+    def _outcome(self, live: _Live) -> Outcome:
+        out, request, begun = live.outcome, live.job.request.id, live.job.at
+        out.returned_segments = live.decoding.returned_segments
+        out.drafted = live.decoding.tree.drafted
         out.spans = untangled(
-            self._fates.judge(s) for s in self._spans if s.begin <= out.last_token
+            live.fates.judge(s)
+            for s in self._spans
+            if s.begin <= out.last_token and s.facts["request"] == request
         )
+        out.first_token, out.last_token = out.first_token - begun, out.last_token - begun
         return out
 
     def _at(self, time: float, happen: Callable, *what) -> None:
         heapq.heappush(self._events, (time, next(self._order), happen, what))
 
     def _note(
-        self, rank: int, row: str, begin: float, end: float, segment: Segment | None, **facts
+        self, rank: int, row: str, begin: float, end: float, load: Batch | Prompt, **facts
     ) -> None:
-        known = {"request": self.request.id} | (
-            {"segment": segment.number, "ids": segment.ids} if segment else {}
-        )
-        self._spans.append(Span(rank, row, "prefill", begin, end, known | facts))
+        """Once for each request whose rows they are."""
+        if isinstance(load, Prompt):
+            abouts: list[dict[str, Any]] = [{"request": load.request}]
+        else:
+            abouts = [
+                {"request": request, "segment": segment.number, "ids": segment.ids}
+                for request, segment in load.pieces
+            ]
+        self._spans += [Span(rank, row, "prefill", begin, end, about | facts) for about in abouts]
 
     # ---- rank 0 ------------------------------------------------------------------------------------
+    def _on_request(self, now: float, job: Job) -> None:
+        request = job.request
+        live = self._live[request.id] = _Live(job, self.scheduler.learnt, self.ring.features)
+        for stage in self._stages:
+            stage.machine.handle(Begin(request.id, job.switches.drop_dead, job.switches.abort))
+        prompt = request.prompt_length - 1
+        for begin in range(0, prompt, PREFILL_ROWS):
+            self._send(0, Prompt(request.id, min(PREFILL_ROWS, prompt - begin)), now)
+        if not live.awaited:
+            self._read(live, now)
+        self._perform(self.scheduler.admit(live.decoding, now), now)
+
     def _perform(self, actions: list[Action], now: float) -> None:
         for action in actions:
-            if isinstance(action, Segment):
-                self._fates.sent(action.ids, action.parents)
-                self._send(0, action, len(action.ids), now)
-            elif isinstance(action, Prune):
-                for stage in self._stages:
-                    self._at(now + self.ring.latency, self._on_prune, stage, action)
+            if isinstance(action, Batch):
+                for request, segment in action.pieces:
+                    self._live[request].fates.sent(segment.ids, segment.parents)
+                self._send(0, action, now)
+            elif isinstance(action, Decision):
+                self._decide(action, now)
             elif isinstance(action, Draft):
                 self._draft(action, now)
-            elif isinstance(action, Commit):
-                self._commit(action, now)
-            elif isinstance(action, Wake):
-                self._at(action.at, self._on_wake, self._wake)
             else:
-                assert isinstance(action, Finish)
+                assert isinstance(action, Wake)
+                self._at(action.at, self._on_wake, self._wake)
 
     def _handle(self, now: float, event: Event) -> None:
         self._wake += 1
@@ -290,72 +326,79 @@ class World:
         if number == self._wake:  # nothing has happened since
             self._handle(now, Woke())
 
-    def _commit(self, commit: Commit, now: float) -> None:
-        out = self.outcome
+    def _decide(self, decision: Decision, now: float) -> None:
+        request = decision.request
+        for what in decision.what:
+            if isinstance(what, Prune):
+                for stage in self._stages:
+                    at = now + self.ring.latency
+                    self._at(at, self._on_decided, stage, Decided(request, what))
+            elif isinstance(what, Commit):
+                self._commit(self._live[request], what, now)
+            else:  # the request is over
+                for stage in self._stages:
+                    self._at(now + self.ring.latency, self._on_decided, stage, End(request))
+
+    def _commit(self, live: _Live, commit: Commit, now: float) -> None:
+        out = live.outcome
         out.first_token = out.first_token if out.tokens else now
         out.tokens += commit.tokens
         out.last_token = now
-        self._fates.decided(commit.path, commit.root, now)
-        if self.guesser:
-            self.guesser.commit(commit)
+        live.fates.decided(commit.path, commit.root, now)
+        if live.job.guesser:
+            live.job.guesser.commit(commit)
+
+    def _read(self, live: _Live, now: float) -> None:
+        """The drafter reads a prompt."""
+        request = live.job.request
+        self._drafter_free = max(now, self._drafter_free) + self.ring.reading(request.prompt_length)
+        self._at(self._drafter_free, self._handle, Read(request.id))
 
     def _draft(self, draft: Draft, now: float) -> None:
-        assert self.guesser is not None
-        if self._awaited:
-            self._held.append(draft)
-            return
         begin = max(now, self._drafter_free)
-        self._drafter_free = begin + self.ring.draft_seconds(len(draft.nodes))
-        self._spans.append(
-            Span(
-                0,
-                "draft",
-                "draft",
-                begin,
-                self._drafter_free,
-                {"request": self.request.id, "nodes": len(draft.nodes)},
-            )
-        )
-        self._at(self._drafter_free, self._handle, self.guesser.propose(draft.nodes))
+        count = sum(len(nodes) for _, nodes in draft.asks)
+        self._drafter_free = begin + self.ring.draft_seconds(count)
+        answers = []
+        for request, nodes in draft.asks:
+            guesser = self._live[request].job.guesser
+            assert guesser is not None
+            answers.append((request, guesser.propose(nodes)))
+            facts = {"request": request, "nodes": len(nodes)}
+            self._spans.append(Span(0, "draft", "draft", begin, self._drafter_free, facts))
+        self._at(self._drafter_free, self._handle, Answered(tuple(answers)))
 
-    def _on_prompt_features(self, now: float, rows: int) -> None:
-        """As in runtime/drafting.py: once all are here the drafter reads them, and then does what it was asked for meanwhile."""
-        self._awaited -= rows
-        if not self._awaited:
-            self._drafter_free = now + self.ring.reading(self.request.prompt_length)
-            for draft in self._held:
-                self._draft(draft, now)
+    def _on_prompt_features(self, now: float, prompt: Prompt) -> None:
+        """As in runtime/drafting.py: once all are here the drafter reads them."""
+        live = self._live[prompt.request]
+        live.awaited -= prompt.rows
+        if not live.awaited:
+            self._read(live, now)
 
-    def _on_returned(self, now: float, segment: Segment) -> None:
-        choices = {i: choice for i in segment.ids if (choice := self._choice(i)) is not None}
-        self._handle(
-            now, Returned(segment.number, tuple(choices), lambda node, path: choices[node])
-        )
+    def _on_returned(self, now: float, batch: Batch) -> None:
+        self._handle(now, Back(tuple(self._returned(piece) for piece in batch.pieces)))
 
-    def _choice(self, node: int) -> int | None:
-        """The target's token after a node of the text; None for what rank 0 has refused meanwhile, and behind the text's end."""
-        found = self.scheduler.tree.nodes.get(node)
-        at = len(self.text) if found is None else found.position + 1 - self.request.prompt_length
-        return self.text[at] if at < len(self.text) else None
+    def _returned(self, piece: Piece) -> Returned:
+        request, segment = piece
+        live = self._live[request]
+        choices = {i: choice for i in segment.ids if (choice := live.choice(i)) is not None}
+        return Returned(request, segment.number, tuple(choices), lambda node, path: choices[node])
 
     # ---- links and stages --------------------------------------------------------------------------
-    def _send(
-        self, sender: int, segment: Segment | None, rows: int, now: float, accepted: int = 0
-    ) -> None:
-        """From rank `sender` to the next of the ring; no segment: a chunk of the prompt. `accepted` of the rows became text."""
-        size = self.ring.hop_bytes(sender, rows, segment is not None, accepted)
+    def _send(self, sender: int, load: Batch | Prompt, now: float, accepted: int = 0) -> None:
+        """From rank `sender` to the next of the ring. `accepted` of the rows became text."""
+        size = self.ring.hop_bytes(sender, load.rows, isinstance(load, Batch), accepted)
         arrival = self._links[sender].arrival(size, now)
-        self._note(sender, "send", now, arrival, segment, bytes=size)
+        self._note(sender, "send", now, arrival, load, bytes=size)
         if sender != self._topology.last:
             stage = self._stages[self._topology.next(sender) - self._topology.FIRST]
-            self._at(arrival, self._on_arrival, stage, (now, arrival, segment, rows))
-        elif segment is not None:
-            self._at(arrival, self._on_returned, segment)
+            self._at(arrival, self._on_arrival, stage, (now, arrival, load))
+        elif isinstance(load, Batch):
+            self._at(arrival, self._on_returned, load)
         else:
-            self._at(arrival, self._on_prompt_features, rows)
+            self._at(arrival, self._on_prompt_features, load)
 
     def _on_arrival(
-        self, now: float, stage: _Stage, what: tuple[float, float, Segment | None, int]
+        self, now: float, stage: _Stage, what: tuple[float, float, Batch | Prompt]
     ) -> None:
         stage.queue.append(what)
         self._next(now, stage)
@@ -363,34 +406,42 @@ class World:
     def _next(self, now: float, stage: _Stage) -> None:
         """Take what waits, until there is something to compute."""
         while stage.queue and not stage.running:
-            sent, arrived, segment, rows = stage.queue.popleft()
-            self._note(stage.rank, "receive", arrived, now, segment)
-            request = self.request.id
+            sent, arrived, load = stage.queue.popleft()
+            self._note(stage.rank, "receive", arrived, now, load)
             self._handled(
                 now,
                 stage,
-                Arrived(request, segment, now - arrived, arrived - sent)
-                if segment
-                else Chunk(request, rows),
+                Arrived(load, now - arrived, arrived - sent)
+                if isinstance(load, Batch)
+                else Chunk(load.request, load.rows),
             )
 
     def _handled(self, now: float, stage: _Stage, event: StageEvent, accepted: int = 0) -> None:
         """Perform what a stage decides, as runtime/worker.py does; what moves in its cache takes no time here."""
         for action in stage.machine.handle(event):
             if isinstance(action, Compute):
-                stage.rows += action.rows if action.segment else 0
+                if stage.rank == self._topology.FIRST:
+                    for part in action.parts:
+                        self._live[part.request].outcome.forwarded += (
+                            len(part.rows) if part.segment else 0
+                        )
                 end = now + self.ring.seconds(stage.rank, action.rows, action.context)
                 stage.running = _Forward(action, now, end)
                 self._at(end, self._on_computed, stage, stage.running)
             elif isinstance(action, Tell):
                 self._at(now + self.ring.latency, self._handle, action.event)
-            elif isinstance(action, Pass) and (
-                action.segment or stage.rank != self._topology.last or self.ring.features
-            ):
-                self._send(stage.rank, action.segment, len(action.rows), now, accepted)
+            elif isinstance(action, Pass):
+                self._pass(now, stage, action, accepted)
 
-    def _on_prune(self, now: float, stage: _Stage, prune: Prune) -> None:
-        self._handled(now, stage, Decided(self.request.id, prune))
+    def _pass(self, now: float, stage: _Stage, action: Pass, accepted: int) -> None:
+        if action.batch.pieces:
+            self._send(stage.rank, action.batch, now, accepted)
+        elif stage.rank != self._topology.last or self.ring.features:
+            (chunk,) = action.parts
+            self._send(stage.rank, Prompt(chunk.request, len(chunk.rows)), now)
+
+    def _on_decided(self, now: float, stage: _Stage, event: Decided | End) -> None:
+        self._handled(now, stage, event)
         running = stage.running
         if running and running.whole and not stage.machine.wanted():
             layer = (running.end - running.begin) / self.ring.emulate.LAYERS
@@ -402,17 +453,22 @@ class World:
     def _on_computed(self, now: float, stage: _Stage, forward: _Forward) -> None:
         if stage.running is not forward:  # it was abandoned
             return
-        stage.running, segment = None, forward.what.segment
-        self._note(stage.rank, "compute", forward.begin, now, segment)
-        accepted = (
-            self._walked(stage, segment)
-            if segment and forward.whole and stage.rank == self._topology.last
-            else 0
-        )
+        stage.running, accepted = None, 0
+        for part in forward.what.parts:
+            load = (
+                Batch((Piece(part.request, part.segment),))
+                if part.segment
+                else Prompt(part.request, len(part.rows))
+            )
+            self._note(stage.rank, "compute", forward.begin, now, load)
+            if part.segment and forward.whole and stage.rank == self._topology.last:
+                accepted += self._walked(stage, part, part.segment)
         self._handled(now, stage, Computed(now - forward.begin, forward.whole), accepted)
         self._next(now, stage)
 
-    def _walked(self, stage: _Stage, segment: Segment) -> int:
+    def _walked(self, stage: _Stage, part: Part, segment: Segment) -> int:
         """How many of the nodes of a segment the last stage finds to be text."""
-        choices = {k: self._choice(id) for k, id in enumerate(segment.ids)}
-        return len(stage.machine.walk(lambda k: -1 if (choice := choices[k]) is None else choice))
+        choices = [self._live[part.request].choice(id) for id in segment.ids]
+        return len(
+            stage.machine.walk(part, lambda k: -1 if (found := choices[k]) is None else found)
+        )

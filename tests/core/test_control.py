@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 
 from flowspec.core.control import Controller, Findings
@@ -20,6 +21,10 @@ def ring(*costs, row=0.0, hop=0.0, rows=None):
     return Controller(ring, Topology(len(costs)), rows, Findings())
 
 
+def worth(control, reaches, due=0, roots=1):
+    return control._ring.prices.worth(np.array(reaches, float), due, roots)
+
+
 JUMP = Curve(((1.0, 0.05), (2.0, 0.08), (8.0, 0.082), (128.0, 0.9)))
 """two rows take 1.6 times one, eight hardly more"""
 
@@ -36,17 +41,39 @@ def test_the_marginal_rule_takes_the_dearest_row_of_stages_and_links():
 
 def test_a_segment_has_no_more_rows_than_costs_are_known_of():
     control = ring((0.05, 0.0), rows=128)
-    assert control.rows == 96 and control.worth([0.9] * control.rows) == 96
+    assert control.rows == 96 and worth(control, [0.9] * control.rows) == 96
 
 
 def test_a_segment_takes_as_many_rows_as_gain_most():
     line = ring((0.05, 0.005))
-    assert line.worth([1.0, 0.5, 0.3, 0.2, 0.09, 0.02]) == 4, "0.005 of 0.055: while P >= 0.091"
+    assert worth(line, [0.5, 0.3, 0.2, 0.09, 0.02], due=1) == 3, "0.005 of 0.055: while P >= 0.091"
     jump = ring(JUMP)
-    assert jump.worth([1.0, 0.5]) == 1, "a second row costs 0.6 of a forward"
-    assert jump.worth([1.0, 0.5, 0.1, 0.05]) == 4, "and two more next to nothing"
-    assert jump.worth([1.0, 0.3, 0.1, 0.05]) == 1
-    assert jump.worth([]) == 0 and jump.worth([0.1]) == 1
+    assert worth(jump, [0.5], due=1) == 0, "a second row costs 0.6 of a forward"
+    assert worth(jump, [0.5, 0.1, 0.05], due=1) == 3, "and two more next to nothing"
+    assert worth(jump, [0.3, 0.1, 0.05], due=1) == 0
+    assert worth(jump, [], due=1) == 0 and worth(jump, [0.1]) == 1
+
+
+def test_with_other_requests_waiting_a_row_has_to_save_the_time_of_a_token_of_a_whole_batch():
+    """Eight roots take 0.09 s together, 0.01125 s each: a row of 0.005 s must be needed with P >= 0.44, not 0.09."""
+    line = ring((0.05, 0.005))
+    assert worth(line, [0.5, 0.45, 0.43, 0.2], due=8, roots=8) == 2
+    assert worth(line, [0.5, 0.45, 0.43, 0.2], due=1) == 4
+    alone, line._ring.requests = line.theta, 8
+    assert line.theta == pytest.approx(0.005 / (0.09 / 8)) and line.theta > 4 * alone
+
+
+def test_a_shared_ring_measures_nothing_and_a_rest_comes_to_its_end_there():
+    control = ring(*[(0.05, 0.0)] * 2)
+    control._ring.requests = 2
+    for k in range(50):
+        control.decided(1, 9.9 * k, 100 - k, 0.01)
+    assert control.speculates and control._ring.plain is None
+    control = Controller(control._ring, Topology(2), None, Findings(resting=5))
+    for k in range(5):
+        assert not control.speculates
+        control.decided(1, 0.1 * k, 100 - k, None)
+    assert control.speculates and control._findings.resting == 0
 
 
 def test_the_first_segments_are_short():
@@ -71,12 +98,12 @@ def test_the_slowest_stage_sets_the_pace():
     ring = Ring()
     ring.measured(Cost(1, Curve.line(0.1, 0.0), 0.0))
     ring.measured(Cost(2, Curve.line(0.3, 0.01), 0.0))
-    ring.sent(1, (0,), 5.0)
+    ring.sent((1,), 5.0)
     ring.started(Started(1, 10, 0.1, 0.0), 5.0)
     assert ring.free_at == pytest.approx(5.4), "the second stage needs 0.4 s for ten rows"
     ring.idle(5.2)
     assert ring.free_at == 5.2
-    ring.sent(2, (1,), 5.2)
+    ring.sent((2,), 5.2)
     ring.started(Started(2, 0, 0.0, 0.0), 5.25)
     assert ring.free_at == 5.25, "all of it was dead"
 
@@ -160,10 +187,9 @@ def test_a_rest_goes_on_in_the_next_request():
 
 def test_what_speculation_sent_does_not_count_for_plain_decoding():
     control = ring(*[(0.05, 0.0)] * 2)
-    control._ring.sent(1, (7,), 0.0)
     control.decided(1, 0.0, 100, 0.25)
     for k in range(1, 9):
-        control.decided(1, 0.1 * k, 100 - k, 0.25)
+        control.decided(1, 0.1 * k, 100 - k, 0.25, in_flight=1)
     assert not control.speculates, "no faster than plain decoding: a trial"
     control.decided(8, 0.8, 84, 0.25)  # of a segment that was on its way
     assert control._attempt.tokens == 16 and control._attempt.each == pytest.approx(0.05)

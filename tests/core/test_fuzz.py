@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import random
 
 import pytest
 
@@ -40,6 +41,34 @@ def test_the_fuzz_abandons_forwards(cache_step):
     worlds = [World(Case(seed, lost=0.1)) for seed in range(60)]
     assert all(world.run() == greedy(world.case.request) for world in worlds)
     assert sum(stage.abandoned for world in worlds for stage in world.stages) > 20
+
+
+def company(seed: int) -> World:
+    """Two to eight requests of mixed methods in one ring, some of which are given up."""
+    r = random.Random(seed)
+    cases = [
+        Case(seed * 10 + k, r.choice(METHODS), lost=r.choice([0.0, 0.1]), number=k + 1)
+        for k in range(r.randint(2, 8))
+    ]
+    return World(cases[0], others=cases[1:])
+
+
+@TIGHT
+@pytest.mark.parametrize(
+    "seeds", [range(12), pytest.param(range(12, 40 * RUNS), marks=pytest.mark.slow)]
+)
+def test_the_text_of_a_request_never_depends_on_who_else_is_there(seeds, cache_step):
+    shared = 0
+    for seed in seeds:
+        world = company(seed)
+        world.run()
+        for asked in world.asked.values():
+            text = greedy(asked.case.request)
+            given_up = asked.reason == "cancelled"
+            assert asked.out == (text[: len(asked.out)] if given_up else text), f"seed {seed}"
+        assert not world.scheduler.decodings and not any(s.kept for s in world.stages)
+        shared += sum(stage.shared for stage in world.stages)
+    assert shared > 10 * len(seeds), "forwards over rows of several requests"
 
 
 def mutant(method):

@@ -4,9 +4,15 @@ import numpy as np
 import pytest
 
 from flowspec.core.curve import Curve
+from flowspec.core.decoding import Decoding
+from flowspec.core.learnt import Learnt
 from flowspec.core.messages import (
+    Answered,
+    Back,
+    Batch,
     Commit,
     Cost,
+    Decision,
     Draft,
     Drafted,
     DraftNode,
@@ -42,12 +48,50 @@ def scheduler(method="flowspec", stages=2, new=20, eos=(), drafts=True, jit=Fals
     request = Request(
         id=1, prompt=(7, 8, 9), sampling=Sampling(max_new_tokens=new), eos=frozenset(eos)
     )
-    return Scheduler(request, policy, drafts=drafts)
+    return Alone(Decoding(request, policy, learnt := Learnt(), drafts), Topology(stages), learnt)
+
+
+class Alone:
+    """A scheduler with one request, whose prompt the drafter has read; what it says as one flat list."""
+
+    def __init__(self, decoding, topology, learnt):
+        self.decoding, self.scheduler = decoding, Scheduler(topology, learnt)
+        decoding.asked = False
+
+    @property
+    def tree(self):
+        return self.decoding.tree
+
+    def start(self, now):
+        return self._flat(self.scheduler.admit(self.decoding, now))
+
+    def handle(self, event, now):
+        if isinstance(event, Returned):
+            event = Back((event,))
+        elif isinstance(event, Drafted):
+            event = Answered(((1, event),))
+        return self._flat(self.scheduler.handle(event, now))
+
+    def _flat(self, actions):
+        self.scheduler.validate()
+        flat = []
+        for action in actions:
+            if isinstance(action, Batch):
+                flat += [segment for _, segment in action.pieces]
+            elif isinstance(action, Decision):
+                flat += action.what
+            else:
+                flat.append(action)
+        return flat
+
+
+def draft(*nodes):
+    return Draft(((1, nodes),))
 
 
 def back(number, choices):
     """A segment with the target's tokens after some of its nodes."""
-    return Returned(number, tuple(choices), lambda node, path: choices[node])
+    return Returned(1, number, tuple(choices), lambda node, path: choices[node])
 
 
 def test_plain_decoding_is_one_row_at_a_time():
@@ -61,7 +105,7 @@ def test_plain_decoding_is_one_row_at_a_time():
 
 
 def test_the_root_leaves_at_once_and_is_drafted_from_meanwhile():
-    assert scheduler().start(0.0) == [Draft((ROOT,)), Segment(1, (0,), (-1,), (9,))]
+    assert scheduler().start(0.0) == [draft(ROOT), Segment(1, (0,), (-1,), (9,))]
 
 
 def test_a_draft_is_sent_behind_the_root_likeliest_first():
@@ -69,7 +113,7 @@ def test_a_draft_is_sent_behind_the_root_likeliest_first():
     s.start(0.0)
     actions = s.handle(Drafted.pack((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)
     assert actions == [
-        Draft((DraftNode(1, 0, 5), DraftNode(2, 0, 6))),
+        draft(DraftNode(1, 0, 5), DraftNode(2, 0, 6)),
         Segment(2, (1, 2), (0, 0), (5, 6)),
     ]
 
@@ -85,7 +129,7 @@ def test_a_hit_keeps_the_subtree_and_a_miss_keeps_nothing():
     miss = s.handle(back(2, {1: 0, 2: 30}), 4.0)
     assert miss == [Prune(2, 2, 5), Commit((2,), (30,), (False,), 5), Segment(4, (5,), (2,), (30,))]
     assert len(s.tree) == 1
-    assert s.handle(Drafted.pack((3, 4), (None, None)), 5.0) == [Draft((DraftNode(5, 2, 30),))], (
+    assert s.handle(Drafted.pack((3, 4), (None, None)), 5.0) == [draft(DraftNode(5, 2, 30))], (
         "one drafter forward at a time"
     )
 
@@ -124,7 +168,7 @@ def test_pruned_verifies_every_piece_and_drafts_only_between_rounds():
     assert s.handle(back(2, {1: 1, 3: 8}), 3.0) == [
         Prune(2, 3, 5),
         Commit((1, 3), (1, 8), (True, False), 5),
-        Draft((DraftNode(5, 3, 8),)),
+        draft(DraftNode(5, 3, 8)),
     ], "the third piece is dead: nobody waits for it"
 
 
@@ -156,16 +200,16 @@ def layered(**tree):
 
 def test_pipedec_sends_the_best_of_each_layer_and_drafts_from_it():
     s = scheduler("pipedec", top_k=2, segment=2)
-    assert s.start(0.0) == [Draft((ROOT,)), Segment(1, (0,), (-1,), (9,))]
+    assert s.start(0.0) == [draft(ROOT), Segment(1, (0,), (-1,), (9,))]
     assert s.handle(Drafted.pack((0,), (proposal(t5=0.6, t6=0.3),)), 1.0) == [
         Segment(2, (1, 2), (0, 0), (5, 6)),
-        Draft((DraftNode(1, 0, 5), DraftNode(2, 0, 6))),
+        draft(DraftNode(1, 0, 5), DraftNode(2, 0, 6)),
     ]
     assert s.handle(
         Drafted.pack((1, 2), (proposal(t1=0.6, t2=0.3), proposal(t3=0.8, t4=0.1))), 2.0
     ) == [
         Segment(3, (3, 4), (1, 2), (1, 3)),
-        Draft((DraftNode(3, 1, 1), DraftNode(4, 2, 3))),
+        draft(DraftNode(3, 1, 1), DraftNode(4, 2, 3)),
     ], "0.6 * 0.6 and 0.3 * 0.8 before 0.6 * 0.3"
 
 
@@ -175,14 +219,14 @@ def test_a_layer_of_pipedec_is_chosen_among_the_children_of_the_living():
         Prune(1, 0, 2),
         Commit((0,), (6,), (True,), 2),
         Segment(4, (5,), (4,), (8,)),
-        Draft((DraftNode(5, 4, 8),)),
+        draft(DraftNode(5, 4, 8)),
     ]
     assert s.handle(back(2, {2: 30}), 5.0) == [
         Prune(2, 2, 6),
         Commit((2,), (30,), (False,), 6),
         Segment(5, (6,), (2,), (30,)),
     ], "a miss: the new root alone"
-    assert s.handle(Drafted.pack((5,), (proposal(t1=0.9),)), 6.0) == [Draft((DraftNode(6, 2, 30),))]
+    assert s.handle(Drafted.pack((5,), (proposal(t1=0.9),)), 6.0) == [draft(DraftNode(6, 2, 30))]
 
 
 def test_just_in_time_a_layer_is_chosen_when_it_leaves():
@@ -194,7 +238,7 @@ def test_just_in_time_a_layer_is_chosen_when_it_leaves():
     s.handle(Cost(1, Curve.line(3.15, 0.05), 0.0), 1.0)
     assert s.handle(Started(1, 1, expected=4.0, waited=0.0), 2.0) == [Wake(3.8)]
     assert len(s.tree) == 1
-    assert s.handle(Woke(), 3.8) == [Segment(2, (1,), (0,), (5,)), Draft((DraftNode(1, 0, 5),))]
+    assert s.handle(Woke(), 3.8) == [Segment(2, (1,), (0,), (5,)), draft(DraftNode(1, 0, 5))]
 
 
 def test_a_full_tree_holds_the_next_layer_back_until_the_root_moves_on():
@@ -212,7 +256,7 @@ def test_depth_bounds_the_layers_of_pipedec():
     assert s.handle(Drafted.pack((1,), (proposal(t6=0.9),)), 2.0) == [
         Segment(3, (2,), (1,), (6,))
     ], "two levels below the root"
-    assert s.handle(back(1, {0: 5}), 3.0)[2:] == [Draft((DraftNode(2, 1, 6),))]
+    assert s.handle(back(1, {0: 5}), 3.0)[2:] == [draft(DraftNode(2, 1, 6))]
 
 
 def test_an_end_token_inside_the_accepted_path_ends_the_text_there():
@@ -246,16 +290,16 @@ def test_a_dead_proposal_is_dropped():
     s = scheduler()
     s.start(0.0)
     s.handle(back(1, {0: 30}), 1.0)
-    assert s.handle(Drafted.pack((0,), (proposal(t5=0.9),)), 2.0) == [Draft((DraftNode(1, 0, 30),))]
+    assert s.handle(Drafted.pack((0,), (proposal(t5=0.9),)), 2.0) == [draft(DraftNode(1, 0, 30))]
     assert len(s.tree) == 1
 
 
 def test_just_in_time_the_next_segment_waits_for_the_first_stage():
     s = scheduler(jit=True, top_k=1)
     s.start(0.0)
-    assert s.handle(Drafted.pack((0,), (proposal(t5=0.9),)), 1.0) == [
-        Draft((DraftNode(1, 0, 5),))
-    ], "the root has not started yet"
+    assert s.handle(Drafted.pack((0,), (proposal(t5=0.9),)), 1.0) == [draft(DraftNode(1, 0, 5))], (
+        "the root has not started yet"
+    )
     s.handle(Cost(1, Curve.line(3.15, 0.05), 0.0), 1.0)
     [wake] = s.handle(Started(1, 1, expected=4.0, waited=0.0), 2.0)
     assert wake == Wake(3.8), (
@@ -297,7 +341,8 @@ def refreshing(**tree):
         Topology(4),
         features=True,
     )
-    s = Scheduler(Request(id=1, prompt=(7, 8, 9), sampling=Sampling(max_new_tokens=20)), policy)
+    request = Request(id=1, prompt=(7, 8, 9), sampling=Sampling(max_new_tokens=20))
+    s = Alone(Decoding(request, policy, learnt := Learnt()), Topology(4), learnt)
     s.start(0.0)
     s.handle(Drafted.pack((0,), (proposal(t5=0.6, t6=0.3),)), 1.0)
     s.handle(Drafted.pack((1, 2), (proposal(t1=0.5, t2=0.4), proposal(t1=0.9))), 2.0)
@@ -308,22 +353,23 @@ def refreshing(**tree):
 
 def asked(actions):
     [draft] = [a for a in actions if isinstance(a, Draft)]
-    return draft
+    [(_, nodes)] = draft.asks
+    return nodes
 
 
 def test_a_new_root_is_drafted_again_from_its_true_feature_and_rides_with_the_frontier():
     s, actions = refreshing()
-    frontier = tuple(n.id for n in asked(actions).nodes)
+    frontier = tuple(n.id for n in asked(actions))
     assert 1 not in frontier
     s.handle(back(1, {0: 5}), 4.0)
     again = asked(s.handle(Drafted.pack(frontier, [proposal(t9=0.9)] * len(frontier)), 5.0))
-    assert again.nodes[0] == DraftNode(1, 0, 5), "the root first, what is new behind it"
-    assert len(again.nodes) > 1
+    assert again[0] == DraftNode(1, 0, 5), "the root first, what is new behind it"
+    assert len(again) > 1
 
 
 def test_a_node_that_is_drafted_again_moves_its_subtree():
     s, actions = refreshing()
-    frontier = tuple(n.id for n in asked(actions).nodes)
+    frontier = tuple(n.id for n in asked(actions))
     s.handle(back(1, {0: 5}), 4.0)
     again = asked(s.handle(Drafted.pack(frontier, [proposal(t9=0.9)] * len(frontier)), 5.0))
     nodes = s.tree.nodes
@@ -333,11 +379,11 @@ def test_a_node_that_is_drafted_again_moves_its_subtree():
         for id, node in nodes.items()
         if node.parent in (3, 5)
     }
-    others = [proposal(t9=0.9)] * (len(again.nodes) - 1)
+    others = [proposal(t9=0.9)] * (len(again) - 1)
     actions = s.handle(
-        Drafted.pack([n.id for n in again.nodes], [proposal(t2=0.9, t7=0.09), *others]), 6.0
+        Drafted.pack([n.id for n in again], [proposal(t2=0.9, t7=0.09), *others]), 6.0
     )
-    s.validate()
+    s.scheduler.validate()
     after = {i: nodes[i].score - nodes[1].score for i in (3, 5)}
     assert after[5] > before[5] and after[3] < before[3], (
         "t2 is the favourite now, t1 is in the list no more"
@@ -346,7 +392,7 @@ def test_a_node_that_is_drafted_again_moves_its_subtree():
         below
     ), "and what hangs below moved along"
     assert 7 in nodes[1].children, "a candidate that was not there before"
-    assert {n.id for n in asked(actions).nodes} >= {3, 5}, "its children are next"
+    assert {n.id for n in asked(actions)} >= {3, 5}, "its children are next"
 
 
 def test_without_features_nothing_is_drafted_twice():

@@ -10,10 +10,21 @@ import pytest
 import torch
 
 from flowspec.comm.shaped import wire_bytes
+from flowspec.core.control import Controller, Findings
 from flowspec.core.cost import Emulate
 from flowspec.core.learnt import Learnt
-from flowspec.core.machine import Begin
-from flowspec.core.messages import FRAME_BYTES, Commit, Drafted, DraftNode, Proposal, Prune, Segment
+from flowspec.core.machine import Begin, Decided
+from flowspec.core.messages import (
+    FRAME_BYTES,
+    Batch,
+    Commit,
+    Drafted,
+    DraftNode,
+    Piece,
+    Proposal,
+    Prune,
+    Segment,
+)
 from flowspec.core.policies import METHODS, make_policy
 from flowspec.core.policy import PolicyConfig, TreeConfig
 from flowspec.core.request import Request, Sampling
@@ -30,7 +41,7 @@ from flowspec.draft.recorded import (
 from flowspec.errors import UserError
 from flowspec.runtime import wire
 from flowspec.sim.lockstep import LockStep
-from flowspec.sim.world import RingSpec, World
+from flowspec.sim.world import Job, RingSpec, World, _Live
 
 BOARD = Emulate(stage_ms=50, token_ms=0.5, draft_ms=8, link_ms=1, link_mbps=150, hidden_scale=16)
 
@@ -55,9 +66,9 @@ def simulate(
     tree = tree or TreeConfig()
     if method == "flowspec-paper":
         return LockStep(wanted, text, tree, guesser, ring).run()
-    return World(
-        wanted, text, make_policy(method, tree, switches, ring.topology), guesser, ring, switches
-    ).run()
+    policy = make_policy(method, tree, switches, ring.topology)
+    (out,) = World(ring, [Job(wanted, text, policy, guesser, switches)]).run()
+    return out
 
 
 @pytest.mark.parametrize("profile", [[1.0], [0.6, 0.2, 0.1], [0.0, 0.3], [1e-9]])
@@ -192,9 +203,8 @@ def against_plain(shape, stages, profile, tokens, slowed=1.0):
             else SyntheticDrafter(wanted, text, profile)
         )
         policy = make_policy(method, TreeConfig(), PolicyConfig(), Topology(stages))
-        rate[method] = (
-            Shared(wanted, text, policy, guesser, ring, PolicyConfig()).run().tokens_per_second
-        )
+        (out,) = Shared(ring, [Job(wanted, text, policy, guesser, PolicyConfig())]).run()
+        rate[method] = out.tokens_per_second
     return rate["flowspec"] / rate["ar"], policy.control
 
 
@@ -224,9 +234,8 @@ def test_a_second_request_begins_with_what_the_first_has_learnt():
     learnt, spent, forwarded, rows = Learnt(), [], [], []
     for _ in range(2):
         policy = make_policy("flowspec", TreeConfig(), switches := PolicyConfig(), ring.topology)
-        world = World(wanted, text, policy, Liar(), ring, switches, learnt)
-        rows.append(policy.control.rows)
-        out = world.run()
+        rows.append(Controller(learnt.ring, ring.topology, None, Findings()).rows)
+        (out,) = World(ring, [Job(wanted, text, policy, Liar(), switches)], learnt).run()
         spent.append(out.last_token - out.first_token)
         forwarded.append(out.forwarded)
     assert rows == [2, 96], (
@@ -246,7 +255,7 @@ def test_speculation_that_does_not_pay_is_turned_off_and_tried_again():
     policy = make_policy(
         "flowspec", TreeConfig(), switches := PolicyConfig(calibrate=False), ring.topology
     )
-    out = World(wanted, text, policy, Liar(), ring, switches).run()
+    (out,) = World(ring, [Job(wanted, text, policy, Liar(), switches)]).run()
     assert out.tokens == text
     assert policy.control._findings.rests >= 1 and policy.ring.plain
     assert out.forwarded < 2 * len(text), "most of the text was decoded plainly"
@@ -255,20 +264,16 @@ def test_speculation_that_does_not_pay_is_turned_off_and_tried_again():
 def test_a_forward_is_abandoned_once_at_the_end_of_its_layer_whatever_prunes_follow():
     wanted, text = request(), made_up_text(40)
     ring = RingSpec(stages=1, emulate=Emulate(stage_ms=80), hidden=256)  # layers of 10 ms
-    world = World(
-        wanted,
-        text,
-        make_policy("ar", TreeConfig(), PolicyConfig(), ring.topology),
-        None,
-        ring,
-        PolicyConfig(),
-    )
+    policy = make_policy("ar", TreeConfig(), PolicyConfig(), ring.topology)
+    world = World(ring, [job := Job(wanted, text, policy, None, PolicyConfig())])
     [stage] = world._stages
+    world._live[wanted.id] = _Live(job, Learnt(), features=False)
     stage.machine.handle(Begin(wanted.id))
     for number, id in enumerate((0, 8)):
-        world._on_arrival(0.0, stage, (0.0, 0.0, Segment(number, (id,), (-1,), (1,)), 1))
-    world._on_prune(0.011, stage, Prune(1, -1, 7))
-    world._on_prune(0.012, stage, Prune(2, -1, 8))
+        batch = Batch((Piece(wanted.id, Segment(number, (id,), (-1,), (1,))),))
+        world._on_arrival(0.0, stage, (0.0, 0.0, batch))
+    world._on_decided(0.011, stage, Decided(wanted.id, Prune(1, -1, 7)))
+    world._on_decided(0.012, stage, Decided(wanted.id, Prune(2, -1, 8)))
     while world._events:
         now, _, happen, what = heapq.heappop(world._events)
         if happen == world._on_computed:

@@ -65,9 +65,10 @@ class RingMachine(RuleBasedStateMachine):
 
     def _request(self, case: Case) -> None:
         self.world, self.want = Still(case, self.stage), greedy(case.request)
-        for stage in self.world.stages:
-            stage.cached.cache.STEP, stage.cached.cache.SHARE = self.step, 0.0
         self.world.begin(self.now)
+        for stage in self.world.stages:
+            cache = stage.kept[REQUEST].cached.cache
+            cache.STEP, cache.SHARE = self.step, 0.0
 
     @property
     def going(self) -> bool:
@@ -105,9 +106,9 @@ class RingMachine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 5))
     def an_old_prune_comes_again(self, which):
         stage = self.world.stages[which % len(self.world.stages)]
-        stage.perform(
-            Decided(REQUEST, Prune(stage.state.version, stage.state.root, stage.state.root))
-        )
+        books = stage.machine.books(REQUEST)
+        if books:
+            stage.perform(Decided(REQUEST, Prune(books.version, books.root, books.root)))
 
     @precondition(lambda self: self.world.links["control"])
     @rule()

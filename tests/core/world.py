@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from flowspec.core.curve import Curve
+from flowspec.core.decoding import Decoding
+from flowspec.core.learnt import Learnt
 from flowspec.core.machine import (
     Arrived,
     Begin,
@@ -21,6 +23,7 @@ from flowspec.core.machine import (
     Compute,
     Computed,
     Decided,
+    End,
     Move,
     Pass,
     Settled,
@@ -28,16 +31,20 @@ from flowspec.core.machine import (
     Tell,
 )
 from flowspec.core.messages import (
+    Answered,
+    Back,
+    Batch,
     Commit,
     Cost,
+    Decision,
     Draft,
     Drafted,
     Finish,
     Idle,
     Proposal,
     Prune,
+    Read,
     Returned,
-    Segment,
     Wake,
     Woke,
 )
@@ -95,29 +102,41 @@ class ToyModel:
         return rows, rows[:, None] if taps else None
 
 
+class Kept:
+    """What a stage holds of a request: its rows, and the token of each node that became text, as it was handed over."""
+
+    def __init__(self, model):
+        self.cached, self.handed = Cached(model, taps=[0]), []
+
+
 class Stage:
-    """The production machine and cache around a toy model; hands over the token of each node that became text."""
+    """The production machine and caches around a toy model."""
 
     STATE = StageState
     COMPACT = StageState.COMPACT
 
     def __init__(self, rank: int, topology: Topology):
-        self.model, self.rows, self.handed, self.abandoned = ToyModel(), [], [], 0
-        self.cached = Cached(self.model, taps=[0])
+        self.model, self.abandoned, self.shared = ToyModel(), 0, 0
         self.machine = StageMachine(rank, topology, self._books)
+        self.kept: dict[int, Kept] = {}
 
     def _books(self) -> StageState:
         state = self.STATE()
         state.COMPACT = self.COMPACT
         return state
 
-    @property
-    def state(self) -> StageState:
-        return self.machine.books(REQUEST)
+    def begin(self, begin: Begin) -> None:
+        self.machine.handle(begin)
+        self.kept[begin.request] = Kept(self.model)
+
+    def end(self, request: int) -> None:
+        self.machine.handle(End(request))
+        self.kept.pop(request)
 
     def perform(self, event, tokens=(), between=lambda: None, walk=None):
         """What an event leads to outside this stage: [Tell or Pass], and of a forward that was not abandoned for each of its nodes the
-        tokens it attends to in order of position. `between` its layers something may happen; `walk`: a last stage's choices."""
+        tokens it attends to in order of position: {(request, node): tokens}. `between` its layers something may happen; `walk`: a
+        last stage's choices."""
         told, seen = [], {}
         for action in self.machine.handle(event):
             if isinstance(action, Compute):
@@ -128,45 +147,59 @@ class Stage:
         self.validate()
         return told, seen
 
-    def _compute(self, action, tokens, between, walk):
+    def _compute(self, forward, tokens, between, walk):
+        self.shared += len(forward.parts) > 1
+
         def needed() -> bool:
             between()
             return self.machine.wanted()
 
-        segment, kept = action.segment, action.admitted.kept
-        out = self.cached.forward(tokens[kept], action.admitted, needed, segment and segment.ids)
+        seen, whole = {}, True
+        for part in forward.parts:
+            whole = self._part(part, tokens[part.rows], needed, seen) and whole
+        self.abandoned += not whole
+        for part in forward.parts if whole else ():
+            if walk and part.segment:
+                self.machine.walk(part, lambda j, part=part: walk(part, j))
+        told = [t for a in self.machine.handle(Computed(0.5, whole)) for t in self._perform(a)]
+        return told, seen if whole else {}
+
+    def _part(self, part, tokens, needed, seen) -> bool:
+        """A part's rows through the model, unless its request is over."""
+        if part.request not in self.kept:
+            return True
+        ids, kept = part.segment and part.segment.ids, self.kept[part.request]
+        out = kept.cached.forward(tokens, part.admitted, needed, ids)
         if out is None:
-            self.abandoned += 1
-        elif segment is None:
-            self.handed += tokens.tolist()
-        elif walk:
-            self.machine.walk(walk)
-        told = [
-            t for a in self.machine.handle(Computed(0.5, out is not None)) for t in self._perform(a)
-        ]
-        return told, {
-            i: path(s) for i, s in zip(segment.ids, self.model.seen, strict=True)
-        } if segment and out is not None else {}
+            return False
+        if ids is None:
+            kept.handed += tokens.tolist()
+        else:
+            paths = map(path, self.model.seen)
+            seen.update(zip(((part.request, i) for i in ids), paths, strict=True))
+        return True
 
     def _perform(self, action):
         if isinstance(action, Move):
-            self.cached.cache.gather(action.gather)
+            self.kept[action.request].cached.cache.gather(action.gather)
         elif isinstance(action, Settled):
-            assert action.at == len(self.handed), (
+            kept, books = self.kept[action.request], self.machine.books(action.request)
+            assert action.at == len(kept.handed), (
                 "something of the text was left out, or handed over twice"
             )
-            tapped = self.cached.settle(action.at, action.text, self.state.row)
-            self.handed += tapped.rows[:, 0].tolist() if tapped else []
+            tapped = kept.cached.settle(action.at, action.text, books.row)
+            kept.handed += tapped.rows[:, 0].tolist() if tapped else []
         else:
             return [action]
         return []
 
     def validate(self) -> None:
-        self.state.validate()
-        moved = self.machine.running is None  # else a move of rows may be due
-        assert (
-            not moved or self.cached.cache.length == self.state.length <= self.cached.cache.capacity
-        )
+        for request, kept in self.kept.items():
+            books = self.machine.books(request)
+            books.validate()
+            moved = self.machine.running is None  # else a move of rows may be due
+            cache = kept.cached.cache
+            assert not moved or cache.length == books.length <= cache.capacity
 
 
 def path(rows: np.ndarray) -> tuple[int, ...]:
@@ -184,6 +217,8 @@ class Case:
     method: str = "flowspec"
     lost: float = 0.0
     """share of prunes that never arrive"""
+    number: int = REQUEST
+    """the request's id"""
 
     def __post_init__(self):
         self.random = r = random.Random(self.seed)
@@ -193,7 +228,10 @@ class Case:
         prompt = tuple(r.randrange(VOCABULARY) for _ in range(r.randint(1, 9)))
         eos = frozenset(r.sample(range(VOCABULARY), r.choice([0, 0, 1, 2])))
         self.request = Request(
-            id=REQUEST, prompt=prompt, sampling=Sampling(max_new_tokens=r.randint(1, 70)), eos=eos
+            id=self.number,
+            prompt=prompt,
+            sampling=Sampling(max_new_tokens=r.randint(1, 70)),
+            eos=eos,
         )
         self.tree = TreeConfig(
             budget=r.choice([None, 1, 2, 5, 30, 200]),
@@ -206,58 +244,100 @@ class Case:
         self.features = r.random() < 0.5
         self.drafts = r.random() < 0.95
         self.verify_last = r.random() < 0.8
+        self.at = r.choice([0.0, 20.0 * r.random()])
+        """when it arrives, where there are others"""
+        self.cancelled = 100.0 * r.random() if r.random() < 0.2 else None
+        """when its reader leaves, where there are others"""
+
+
+class Asked:
+    """A request in the world, from rank 0's side."""
+
+    def __init__(self, case: Case, learnt: Learnt, stages: int):
+        ring = Topology(stages)
+        policy = make_policy(case.method, case.tree, case.switches, ring, case.features)
+        self.case, self.decoding = case, Decoding(case.request, policy, learnt, case.drafts)
+        self.context = {-1: case.request.prompt[:-1]}
+        """node -> the text up to it, for the drafter and the checks"""
+        self.out, self.reason = [], None
+        self.text_nodes = set()
+        """what the last stage takes to be text"""
 
 
 class World:
-    """Runs one case. `stage` may be a mutant's class."""
+    """Runs cases in one ring, whose shape and delays are those of the first. `stage` may be a mutant's class."""
 
-    def __init__(self, case: Case, stage=Stage):
-        self.case, self.random = case, case.random
-        policy = make_policy(
-            case.method, case.tree, case.switches, Topology(case.stages), case.features
-        )
-        self.scheduler = Scheduler(case.request, policy, drafts=case.drafts)
+    def __init__(self, case: Case, stage=Stage, others=()):
+        self.case, self.random, self.cases = case, case.random, [case, *others]
         self.topology = Topology(case.stages)
+        self.scheduler = Scheduler(self.topology)
         self.stages = [stage(rank, self.topology) for rank in self.topology.stage_ranks]
-        for each in self.stages:
-            each.machine.handle(Begin(REQUEST, case.switches.drop_dead, case.switches.abort))
-        self.context = {
-            -1: case.request.prompt[:-1]
-        }  # node -> the text up to it, for the drafter and the checks
-        self.out, self.reason = [], None
+        self.asked: dict[int, Asked] = {}
         self.heap, self.tick, self.last = [], itertools.count(), {}
         self.prunes = [deque() for _ in self.stages]  # on their way to each
-        self.busy = 0.0
-        self.text_nodes = set()  # what the last stage takes to be text
+
+    @property
+    def out(self) -> list[int]:
+        return self.asked[self.case.number].out
+
+    @property
+    def reason(self):
+        return self.asked[self.case.number].reason
 
     def run(self) -> list[int]:
+        """The text of the first case, once all texts are complete or given up."""
         self.begin()
-        while self.reason is None:
+        for case in self.cases[1:]:
+            self._post(f"arrival{case.number}", 0.0, case.at, ("arrival", case))
+            if case.cancelled is not None:
+                self._post("cancel", 0.0, case.at + case.cancelled, ("cancel", case.number))
+        while len(self.asked) < len(self.cases) or any(
+            a.reason is None for a in self.asked.values()
+        ):
             now, _, event = heapq.heappop(self.heap)
             self.happens(now, event)
         return self.out
 
     def begin(self, now: float = 0.0) -> None:
-        for chunk in self._chunks():
-            self._post("hop0", now, self.random.random(), ("prefill", 0, chunk))
-        self._perform(self.scheduler.start(now), now)
+        self._on_arrival(now, self.case)
+
+    def _on_arrival(self, now, case) -> None:
+        asked = self.asked[case.number] = Asked(case, self.scheduler.learnt, len(self.stages))
+        for each in self.stages:
+            each.begin(Begin(case.number, case.switches.drop_dead, case.switches.abort))
+        for chunk in self._chunks(case):
+            self._post("hop0", now, self.random.random(), ("prefill", 0, case.number, chunk))
+        if case.drafts:
+            self._post("draft", now, self.random.random(), ("news", Read(case.number)))
+        self._perform(self.scheduler.admit(asked.decoding, now), now)
+
+    def _on_cancel(self, now, number) -> None:
+        if self.asked[number].reason is None:
+            self.asked[number].reason = "cancelled"
+            self._end(number)
+            self._perform(self.scheduler.cancel(number, now), now)
+
+    def _end(self, number) -> None:
+        for stage in self.stages:
+            stage.end(number)
 
     def happens(self, now, event) -> None:
         """One event, and what must hold after each."""
         kind, *what = event
         getattr(self, "_on_" + kind)(now, *what)
         self.scheduler.validate()
-        whole = [*self.case.request.prompt, *self.out]
-        assert all(stage.handed == whole[: len(stage.handed)] for stage in self.stages), (
-            "what was handed over is not the text"
-        )
+        for number, asked in self.asked.items():
+            whole = [*asked.case.request.prompt, *asked.out]
+            for stage in self.stages:
+                handed = stage.kept[number].handed if number in stage.kept else []
+                assert handed == whole[: len(handed)], "what was handed over is not the text"
 
     def interrupted(self) -> bool:
         """Does a prune come between two layers of a forward?"""
         return self.random.random() < 0.3
 
-    def _chunks(self):
-        prompt, k = self.case.request.prompt[:-1], 0
+    def _chunks(self, case):
+        prompt, k = case.request.prompt[:-1], 0
         while k < len(prompt):
             n = self.random.randint(1, 4)
             yield prompt[k : k + n]
@@ -269,69 +349,82 @@ class World:
 
     def _perform(self, actions, now):
         for action in actions:
-            if isinstance(action, Segment):
-                for i, p, t in zip(action.ids, action.parents, action.tokens, strict=True):
-                    assert self.context.setdefault(i, (*self.context[p], t))[-1] == t
-                self._post("hop0", now, self.random.random(), ("segment", 0, action))
-            elif isinstance(action, Prune):
-                for k in range(len(self.stages)):
-                    if self.random.random() >= self.case.lost:
-                        self.prunes[k].append(action)
-                        self._post(
-                            f"prune{k}",
-                            now,
-                            self.random.random() * self.case.slow_prunes,
-                            ("prune", k),
-                        )
+            if isinstance(action, Batch):
+                for request, (_, *nodes) in action.pieces:
+                    context = self.asked[request].context
+                    for i, p, t in zip(*nodes, strict=True):
+                        assert context.setdefault(i, (*context[p], t))[-1] == t
+                self._post("hop0", now, self.random.random(), ("batch", 0, action))
+            elif isinstance(action, Decision):
+                for what in action.what:
+                    self._decide(action.request, what, now)
             elif isinstance(action, Draft):
                 self._post("draft", now, self.random.random(), ("draft", action))
-            elif isinstance(action, Commit):
-                self.out += action.tokens
-                walked = self.text_nodes.issuperset(action.path) or not self.case.verify_last
-                assert walked, "a node became text that the last stage did not take for it"
-            elif isinstance(action, Wake):
+            else:
+                assert isinstance(action, Wake)
                 self._post("wake", now, max(0.0, action.at - now), ("wake",))
-            elif isinstance(action, Finish):
-                self.reason = action.reason
 
-    def _on_prefill(self, now, k, tokens):
-        told, _ = self.stages[k].perform(Chunk(REQUEST, len(tokens)), tokens)
+    def _decide(self, request, what, now):
+        asked = self.asked[request]
+        if isinstance(what, Prune):
+            for k in range(len(self.stages)):
+                if self.random.random() >= self.case.lost:
+                    self.prunes[k].append(Decided(request, what))
+                    delay = self.random.random() * self.case.slow_prunes
+                    self._post(f"prune{k}", now, delay, ("prune", k))
+        elif isinstance(what, Commit):
+            asked.out += what.tokens
+            walked = asked.text_nodes.issuperset(what.path) or not self.case.verify_last
+            assert walked, "a node became text that the last stage did not take for it"
+        else:
+            assert isinstance(what, Finish)
+            asked.reason = what.reason
+            self._end(request)
+
+    def _on_prefill(self, now, k, request, tokens):
+        told, _ = self.stages[k].perform(Chunk(request, len(tokens)), tokens)
         self._tell(now, told)
         if k + 1 < len(self.stages):
-            self._post(f"hop{k + 1}", now, self.random.random(), ("prefill", k + 1, tokens))
+            following = ("prefill", k + 1, request, tokens)
+            self._post(f"hop{k + 1}", now, self.random.random(), following)
 
-    def _on_segment(self, now, k, segment):
-        case, stage, choices = self.case, self.stages[k], {}
+    def _on_batch(self, now, k, batch):
+        stage, choices = self.stages[k], {}
         last = k + 1 == len(self.stages)
 
         def between() -> None:
             if self.interrupted():
                 self._on_prune(now, k)
 
-        def walk(j) -> int:
-            node = stage.machine.running.segment.ids[j]
-            return choices.setdefault(node, target(self.context[node]))
+        def walk(part, j) -> int:
+            node = part.request, part.segment.ids[j]
+            return choices.setdefault(node, target(self.asked[part.request].context[node[1]]))
 
-        arrived = Arrived(REQUEST, segment, self.random.random(), self.random.random())
         told, seen = stage.perform(
-            arrived, segment.tokens, between, walk if last and case.verify_last else None
+            Arrived(batch, self.random.random(), self.random.random()),
+            [token for _, segment in batch.pieces for token in segment.tokens],
+            between,
+            walk if last and self.case.verify_last else None,
         )
-        for i, tokens in seen.items():
-            assert tokens == self.context[i] or not (
-                i in stage.state.row or case.switches.drop_dead
-            ), "a stage attended to the wrong rows"
+        for (request, i), tokens in seen.items():
+            asked, books = self.asked[request], stage.machine.books(request)
+            dead_weight = books is None or not (i in books.row or asked.case.switches.drop_dead)
+            assert tokens == asked.context[i] or dead_weight, "a stage attended to the wrong rows"
         self._tell(now, told)
         for action in told:
             if isinstance(action, Pass):
-                assert case.switches.drop_dead or action.segment == segment, "a row was dropped"
-                answer = (
-                    ("returned", self._answer(action.segment, choices))
-                    if last
-                    else ("segment", k + 1, action.segment)
-                )
-                self._post(
-                    "return" if last else f"hop{k + 1}", now, 0.5 + self.random.random(), answer
-                )
+                self._pass(now, k, batch, action.batch, choices)
+
+    def _pass(self, now, k, came, goes, choices):
+        for piece in came.pieces:
+            switches = self.asked[piece.request].case.switches
+            over = self.asked[piece.request].reason is not None
+            assert switches.drop_dead or over or piece in goes.pieces, "a row was dropped"
+        if k + 1 < len(self.stages):
+            self._post(f"hop{k + 1}", now, 0.5 + self.random.random(), ("batch", k + 1, goes))
+        else:
+            answer = Back(tuple(self._answer(piece, choices) for piece in goes.pieces))
+            self._post("return", now, 0.5 + self.random.random(), ("news", answer))
 
     def _tell(self, now, told) -> None:
         """What stages say beside the ring; now and then they say that one is free, or that forwards cost something else."""
@@ -347,38 +440,45 @@ class World:
         for event in events:
             self._post("control", now, self.random.random(), ("news", event))
 
-    def _answer(self, segment, choices):
+    def _answer(self, piece, choices):
         """Of a last stage that walks, or of all rows where rank 0 picks: it looks at those it walks over."""
+        request, segment = piece
+        asked = self.asked[request]
         if not self.case.verify_last:
-            return Returned(segment.number, segment.ids, lambda i, path: target(self.context[i]))
-        self.text_nodes.update(choices)
-        return Returned(segment.number, tuple(choices), lambda i, path: choices[i])
+            return Returned(
+                request, segment.number, segment.ids, lambda i, path: target(asked.context[i])
+            )
+        ids = tuple(i for r, i in choices if r == request)
+        asked.text_nodes.update(ids)
+        return Returned(request, segment.number, ids, lambda i, path: choices[request, i])
 
     def _on_prune(self, now, k):
         if self.prunes[k]:
-            told, _ = self.stages[k].perform(Decided(REQUEST, self.prunes[k].popleft()))
+            told, _ = self.stages[k].perform(self.prunes[k].popleft())
             assert not told
 
     def _on_draft(self, now, draft):
+        answers = [
+            (request, self._propose(self.asked[request], nodes)) for request, nodes in draft.asks
+        ]
+        self._on_news(now, Answered(tuple(answers)))
+
+    def _propose(self, asked, nodes):
         proposals = []
-        for id, parent, token in draft.nodes:
-            context = self.context.setdefault(id, (*self.context[parent], token))
+        for id, parent, token in nodes:
+            context = asked.context.setdefault(id, (*asked.context[parent], token))
             k = self.random.randint(1, 4)
             tokens = self.random.sample(range(VOCABULARY), k)
-            if self.random.random() < self.case.accuracy and target(context) not in tokens:
+            if self.random.random() < asked.case.accuracy and target(context) not in tokens:
                 tokens[0] = target(context)
             logq = np.sort(np.log(np.array([self.random.random() + 1e-3 for _ in tokens])))[::-1]
             proposals.append(
                 None if self.random.random() < 0.02 else Proposal(np.array(tokens), logq)
             )
-        self._perform(
-            self.scheduler.handle(Drafted.pack([n.id for n in draft.nodes], proposals), now), now
-        )
+        return Drafted.pack([n.id for n in nodes], proposals)
 
     def _on_news(self, now, event):
         self._perform(self.scheduler.handle(event, now), now)
-
-    _on_returned = _on_news
 
     def _on_wake(self, now):
         self._perform(self.scheduler.handle(Woke(), now), now)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from flowspec.core.control import Controller, Findings
 from flowspec.core.learnt import Learnt
 from flowspec.core.messages import Drafted
-from flowspec.core.policy import Attached, PolicyConfig, TreeConfig
+from flowspec.core.policy import DUE, Attached, PolicyConfig, TreeConfig
 from flowspec.core.request import Request
 from flowspec.core.score import Scorer
 from flowspec.core.topology import Topology
@@ -65,10 +65,12 @@ class Continuous(Attached):
         self.promise = 1.0  # how likely the best child of a node is, of late
         super().attach(tree, learnt, request, levels_left)
 
-    def decided(self, path: Sequence[int], tokens: Sequence[int], now: float) -> None:
-        super().decided(path, tokens, now)
-        speculated = self.control.speculates
-        self.control.decided(len(tokens), now, self.levels_left() + 1, self.scorer.promise)
+    def decided(
+        self, path: Sequence[int], tokens: Sequence[int], segments_out: int, now: float
+    ) -> None:
+        super().decided(path, tokens, segments_out, now)
+        speculated, left = self.control.speculates, self.levels_left() + 1
+        self.control.decided(len(tokens), now, left, self.scorer.promise, segments_out)
         if speculated and not self.control.speculates:
             self.scorer.judge_anew()
 
@@ -216,10 +218,15 @@ class Continuous(Attached):
                     break
                 batch.append(node)
             heapq.heappop(self.unsent)
-        worth = self.control.worth([math.exp(node.score - root.score) for node in batch])
-        for node in batch[worth:]:
+        return batch
+
+    def reach(self, node: Node) -> float:
+        root = self.tree.root
+        return DUE if node is root else math.exp(node.score - root.score)
+
+    def put_back(self, nodes: list[Node]) -> None:
+        for node in nodes:
             heapq.heappush(self.unsent, (-node.score, node.id))
-        return batch[:worth]
 
     def _worth_waiting(self) -> bool:
         """Hold a new root back for the draft under way? Its children would be verified with it rather than a forward later, which

@@ -30,12 +30,13 @@ class Rounds(Attached):
         self.credits = self.pieces = pieces
         self.pruning = pruning
         self.scorer = Scorer(calibrate=False, ngrams=False)
+        self.planned: list[list[Node]] | None = None
 
     def rerooted(self) -> None:
-        if self.tree.root.sent:  # the round goes on
+        if self._rides(self.tree.root):  # the round goes on
             return
         self.level = 0
-        self.planned: list[list[Node]] | None = None
+        self.planned = None
 
     def proposed(self, nodes: list[Node], drafted: Drafted) -> None:
         for node, tokens, scores in self.scorer.scored(nodes, drafted, self.top_k):
@@ -55,13 +56,20 @@ class Rounds(Attached):
             if drafting:
                 return []
             self.planned = self._plan()
-        return self.planned.pop(0) if self.planned else []
+        while self.planned:  # with other requests in the ring, some may have died before they left
+            if piece := [node for node in self.planned.pop(0) if node.id in self.tree]:
+                return piece
+        return []
 
     def verify_now(self, segments_out: int) -> bool:
         return self.pruning or (segments_out == 0 and not self.planned)
 
     def keeps(self, child: Node) -> bool:
-        return self.pruning and child.sent
+        return self.pruning and self._rides(child)
+
+    def _rides(self, node: Node) -> bool:
+        """Whether the node was sent in this round, or will be."""
+        return node.sent or any(node in piece for piece in self.planned or ())
 
     def _plan(self) -> list[list[Node]]:
         """Near-equal pieces in score order, small ones first; more of them if `segment` caps their rows."""
