@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from flowspec.core.stage import Admitted
 from flowspec.models import jit, vector
-from flowspec.models.cache import joined, split
 from flowspec.models.device import placed
 
 SCORES = 1 << 21
@@ -66,8 +65,10 @@ def attend(
 
     query: [heads, n, head_dim], one request's rows after the other's; keys, values: of each
     request, as `Caches.update` gives them, [1, kv_heads, length, head_dim]."""
-    queries = split(query, [each.rows for each in seen], 1)
-    return joined(
+    if len(seen) == 1:
+        return _attend_one(query, keys[0][0], values[0][0], seen[0], scaling)
+    queries = query.split([each.rows for each in seen], 1)
+    return torch.cat(
         [
             _attend_one(query, key[0], value[0], each, scaling)
             for query, key, value, each in zip(queries, keys, values, seen, strict=True)

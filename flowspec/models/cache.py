@@ -83,16 +83,19 @@ class Caches:
         self, keys: Tensor, values: Tensor, layer: int, *_: object
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Write a layer's n new rows ([1, kv_heads, n, head_dim]); of each part all that it has."""
+        if len(self._caches) == 1:
+            keys, values = self._caches[0].update(keys, values, layer)
+            return [keys], [values]
         parts = zip(
-            self._caches, split(keys, self._counts, 2), split(values, self._counts, 2), strict=True
+            self._caches, keys.split(self._counts, 2), values.split(self._counts, 2), strict=True
         )
         held = [cache.update(key, value, layer) for cache, key, value in parts]
         return [keys for keys, _ in held], [values for _, values in held]
 
 
-def split(rows: Tensor, counts: Sequence[int], dim: int = 0) -> Sequence[Tensor]:
+def split(rows: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
     """The rows of each part, as views; those of an only part as they are."""
-    return (rows,) if len(counts) == 1 else rows.split(list(counts), dim)
+    return (rows,) if len(counts) == 1 else rows.split(list(counts))
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

@@ -301,11 +301,11 @@ class Sequence:
     """A drafter's request: the books and the cache, moved together."""
 
     def __init__(self, model: StageModel):
-        self.state, self.rows = StageState(), Cached(model)
+        self.state, self._rows = StageState(), Cached(model)
 
     def prefill(self, rows: Tensor) -> Tensor:
         """Rows of the text (tokens or features [n, hidden]) at its end, through the model: features [n, hidden]."""
-        out = self.rows.forward(rows, self.state.extend(len(rows)))
+        out = self._rows.forward(rows, self.state.extend(len(rows)))
         assert out is not None
         return out
 
@@ -320,7 +320,7 @@ class Sequence:
         """Follow a decision."""
         gather = self.state.prune(prune)
         if gather:
-            self.rows.cache.gather(gather)
+            self._rows.cache.gather(gather)
 
 
 class Ask(NamedTuple):
@@ -349,7 +349,7 @@ def verify_together(asks: Seq[Ask]) -> list[tuple[np.ndarray, Tensor]]:
     """Answer what is asked of different requests of one model, in one forward.
 
     Of each ask: positions [m + n] and features [m + n, hidden] of its rows."""
-    shares = [Share(ask.sequence.rows, ask.admitted(), None) for ask in asks]
+    shares = [Share(ask.sequence._rows, ask.admitted(), None) for ask in asks]
     out = forward_together(joined([ask.rows for ask in asks]), shares)
     assert out is not None
     made = split(out, [share.rows for share in shares])
