@@ -7,13 +7,28 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from flowspec.commands.split import main as split
 from flowspec.draft.eagle import EagleDrafter
 from flowspec.models.cache import RowCache
 
+SMALL = dict(
+    vocab_size=320,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    max_position_embeddings=512,
+)
+MODELS = {
+    "llama": (
+        LlamaForCausalLM,
+        LlamaConfig(**SMALL, num_key_value_heads=2, head_dim=16, tie_word_embeddings=False),
+    ),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SMALL, num_key_value_heads=3, head_dim=16)),
+}
 TEXT = ["def add(a, b):\n    return a + b\n", "for i in range(10):\n    print(i, 'é', '語')\n"] * 4
 
 
@@ -255,6 +270,19 @@ def cache_step(request, monkeypatch):
     if request.param:
         monkeypatch.setattr(RowCache, "STEP", request.param)
         monkeypatch.setattr(RowCache, "SHARE", 0.0)
+
+
+@pytest.fixture(scope="session", params=MODELS)
+def small(request, tmp_path_factory):
+    """The folder of a model of two layers."""
+    make, config = MODELS[request.param]
+    torch.manual_seed(3)
+    model = make(config).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    path = tmp_path_factory.mktemp("small")
+    model.save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ arXiv 2305.13245), so no key or value is copied. On a CPU with float32 rows vect
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache, cached_property
 
 import numpy as np
@@ -22,12 +23,14 @@ SCORES = 1 << 21
 
 
 class Seen:
-    """What n new rows see of the cache, as attention reads it: in place of transformers' mask."""
+    """What a request's n new rows see of its cache, as attention reads it.
+
+    In place of transformers' mask layers are given a list, of one of these for each request."""
 
     def __init__(self, admitted: Admitted, device: torch.device, in_order: bool = False):
         self._admitted, self._device = admitted, device
-        self.base = admitted.base
-        self.in_order = in_order and len(admitted.kept) == 1
+        self.base, self.rows = admitted.base, len(admitted.kept)
+        self.in_order = in_order and self.rows == 1
         """lay keys and values out in the order of positions"""
 
     @cached_property
@@ -51,10 +54,30 @@ class Seen:
         return torch.from_numpy(slots), torch.tensor(counts)
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, seen: Seen, scaling: float) -> Tensor:
-    """softmax(scaling * q k^T) v for n new rows over the whole cache; [n, heads, head_dim].
+def attend(
+    query: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    seen: Sequence[Seen],
+    scaling: float,
+) -> Tensor:
+    """softmax(scaling * q k^T) v for n new rows, each over its request's cache; [n, heads, head_dim].
 
-    query: [heads, n, head_dim]; keys, values: [kv_heads, length, head_dim]."""
+    query: [heads, n, head_dim], one request's rows after the other's; keys, values: of each
+    request, as `Caches.update` gives them, [1, kv_heads, length, head_dim]."""
+    if len(seen) == 1:
+        return _attend_one(query, keys[0][0], values[0][0], seen[0], scaling)
+    queries = query.split([each.rows for each in seen], 1)
+    return torch.cat(
+        [
+            _attend_one(query, key[0], value[0], each, scaling)
+            for query, key, value, each in zip(queries, keys, values, seen, strict=True)
+        ]
+    )
+
+
+def _attend_one(query: Tensor, keys: Tensor, values: Tensor, seen: Seen, scaling: float) -> Tensor:
+    """For the rows of one request; keys, values: [kv_heads, length, head_dim]."""
     n, width = query.shape[1:]
     if (
         query.device.type == "cpu"
@@ -94,14 +117,14 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, scaling
 def _interface(
     module: nn.Module,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Seen,
+    key: Sequence[Tensor],
+    value: Sequence[Tensor],
+    attention_mask: Sequence[Seen],
     scaling: float,
     **_: object,
 ) -> tuple[Tensor, None]:
     """What transformers' layers call: [1, heads, n, head_dim] in, [1, n, heads, head_dim] out."""
-    return attend(query[0], key[0], value[0], attention_mask, scaling)[None], None
+    return attend(query[0], key, value, attention_mask, scaling)[None], None
 
 
 @cache

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from flowspec.core.stage import Gather
+from flowspec.core.stage import Admitted, Gather
 from flowspec.models.device import placed
 
 
@@ -53,6 +56,51 @@ class RowCache:
             for buffer in buffers:
                 buffer[:, :, gather.base : end] = buffer[:, :, index]
         self.length = end
+
+
+class Part(NamedTuple):
+    """What of a forward's rows belongs to one request: consecutive rows, and where they go."""
+
+    admitted: Admitted
+    cache: RowCache
+
+    @property
+    def rows(self) -> int:
+        """So many they are."""
+        return len(self.admitted.kept)
+
+
+class Caches:
+    """The caches of a forward's parts, no two of them one, in a cache's place towards its layers."""
+
+    def __init__(self, parts: Sequence[Part]):
+        """Each becomes longer by its part's rows."""
+        self._caches, self._counts = [part.cache for part in parts], [part.rows for part in parts]
+        for cache, count in zip(self._caches, self._counts, strict=True):
+            cache.extend(count)
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int, *_: object
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Write a layer's n new rows ([1, kv_heads, n, head_dim]); of each part all that it has."""
+        if len(self._caches) == 1:
+            keys, values = self._caches[0].update(keys, values, layer)
+            return [keys], [values]
+        parts = zip(
+            self._caches, keys.split(self._counts, 2), values.split(self._counts, 2), strict=True
+        )
+        held = [cache.update(key, value, layer) for cache, key, value in parts]
+        return [keys for keys, _ in held], [values for _, values in held]
+
+
+def split(rows: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
+    """The rows of each part, as views; those of an only part as they are."""
+    return (rows,) if len(counts) == 1 else rows.split(list(counts))
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The parts' rows in one tensor, which is a copy if there are several."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _zeros(like: Tensor, rows: int) -> Tensor:

@@ -6,6 +6,7 @@ of its tests. For one row the layer as transformers computes it spends as long b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from flowspec.models import vector
 from flowspec.models.attention import Seen, attend
-from flowspec.models.cache import RowCache
+from flowspec.models.cache import Caches
 from flowspec.models.kernels import WIDTH, PackedLinear, stacked
 
 
@@ -89,9 +90,9 @@ class NativeLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        attention_mask: Seen,
+        attention_mask: Sequence[Seen],
         position_embeddings: tuple[Tensor, Tensor],
-        past_key_values: RowCache,
+        past_key_values: Caches,
         **_,
     ) -> Tensor:
         n, heads, kv, width = x.shape[1], self.heads, self.kv_heads, self.width
@@ -114,9 +115,7 @@ class NativeLayer(nn.Module):
             rows[:, heads + kv :].transpose(0, 1)[None],
         )
         keys, values = past_key_values.update(key, value, self.index)
-        seen = attend(
-            turned[:, :heads].transpose(0, 1), keys[0], values[0], attention_mask, self.scaling
-        )
+        seen = attend(turned[:, :heads].transpose(0, 1), keys, values, attention_mask, self.scaling)
         middle = project.products(seen.view(n, heads * width)).add_(entered)
         gate, up = gate_up.products(self._normed(middle, between)).chunk(2, 1)
         return down.products(vector.gated(gate, up)).add_(middle)[None]

@@ -20,7 +20,7 @@ from flowspec.core.stage import Admitted, StageState, Waiting
 from flowspec.errors import UserError, need
 from flowspec.models import attention, jit, kernels, native, vector
 from flowspec.models.attention import Seen
-from flowspec.models.cache import RowCache
+from flowspec.models.cache import Caches, Part, RowCache, joined, split
 from flowspec.models.device import on_host, placed
 from flowspec.models.families import HEAD, family_of, module_tensors, read_config
 from flowspec.models.kernels import PackedLinear
@@ -112,24 +112,25 @@ class StageModel(nn.Module):
     def forward(
         self,
         rows: Tensor,
-        admitted: Admitted,
-        cache: RowCache,
+        parts: Seq[Part],
         taps: Seq[int] = (),
         needed: Needed = ALWAYS,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Append n rows to the cache and return their outputs [n, hidden], and what enters the layers `taps`: [n, len(taps) * hidden].
+        """Append n rows to the caches of their requests; their outputs [n, hidden] and their taps.
 
-        None and None once they are not `needed` (asked between layers).
+        The taps are what enters these layers, side by side: [n, len(taps) * hidden]. None and
+        None once the rows are not `needed` (asked between layers).
 
-        rows: token ids int [n] for a first stage, else features [n, hidden]; admitted: where they stand and what they see."""
-        cache.extend(len(rows))
-        device = self.device
+        rows: token ids int [n] for a first stage, else features [n, hidden], one request's after
+        the other's; parts: in the same order where they stand, what they see and their cache."""
+        caches, device = Caches(parts), self.device
         rows = placed(rows, device)
         x = (self.embed_tokens(rows.long()) if self.embed_tokens is not None else rows).to(
             self.dtype
         )[None]
-        seen = Seen(admitted, device, in_order=self.alone)
-        turns = self.rotary(x, placed(torch.from_numpy(admitted.positions), device)[None])
+        seen = [Seen(part.admitted, device, in_order=self.alone) for part in parts]
+        positions = joined([torch.from_numpy(part.admitted.positions) for part in parts])
+        turns = self.rotary(x, placed(positions, device)[None])
         turns = native.turns(*turns) if self.native else turns
         entered = {}
         for k, layer in enumerate(self.layers):
@@ -141,7 +142,7 @@ class StageModel(nn.Module):
                 x,
                 attention_mask=seen,
                 position_embeddings=turns,
-                past_key_values=cache,
+                past_key_values=caches,
                 use_cache=True,
             )
         tapped = torch.cat([entered[k] for k in taps], -1) if taps else None
@@ -187,49 +188,26 @@ class Cached:
 
     def __init__(self, model: StageModel, to_host: bool = False, taps: Seq[int] = ()):
         self.model, self.cache = model, RowCache()
-        self._to_host, self._taps = to_host, taps
+        self.to_host, self.taps = to_host, tuple(taps)
         self._waiting = Waiting[Tensor]()
         self._entered: Tensor | None = None  # the taps of the last forward
         self.model_cpu = 0.0
-        """CPU seconds that this thread spent in the model"""
+        """CPU seconds that the threads of its forwards spent in the model: of a forward with others
+        the share of its rows"""
 
     def forward(
         self, rows: Tensor, admitted: Admitted, needed: Needed = ALWAYS, ids: Seq[int] | None = None
     ) -> Tensor | None:
-        """These rows (tokens, or features [n, hidden]) through the model: features [n, hidden], or None once they are not `needed`.
+        """Put these rows alone through the model; see `forward_together` and `Share`."""
+        return forward_together(rows, [Share(self, admitted, ids)], needed)
 
-        `ids`: the nodes of a tree that they are; None: rows of the text. What entered the taps is held until it is known which
-        nodes became text."""
-        begun = time.thread_time()
-        forward = self._in_parts if ids is not None and self.model.alone else self._through
-        out, self._entered = forward(rows, admitted, needed)
-        if self._to_host:
-            out, self._entered = (
-                made if made is None else on_host(made) for made in (out, self._entered)
-            )
-        if ids is not None and self._entered is not None:
-            self._waiting.hold(ids, self._entered)
-        self.model_cpu += time.thread_time() - begun
-        return out
+    def hold(self, entered: Tensor | None, ids: Seq[int] | None) -> None:
+        """Keep what entered the taps in a forward until it is known which nodes became text.
 
-    def _through(
-        self, rows: Tensor, admitted: Admitted, needed: Needed
-    ) -> tuple[Tensor | None, Tensor | None]:
-        return self.model(rows, admitted, self.cache, self._taps, needed)
-
-    def _in_parts(
-        self, rows: Tensor, admitted: Admitted, needed: Needed
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """A forward for each row. (Chunks of the prompt are the same in every method, and go through whole.)"""
-        outs, entered = [], []
-        for k in range(len(rows)):
-            out, tapped = self._through(rows[k : k + 1], admitted.only(k), needed)
-            if out is None:
-                self.cache.extend(len(rows) - 1 - k)  # the books count them
-                return None, None
-            outs.append(out)
-            entered += [] if tapped is None else [tapped]
-        return torch.cat(outs), torch.cat(entered) if entered else None
+        entered: [n, taps * hidden]; None: there are no taps, or the forward was abandoned."""
+        self._entered = entered
+        if ids is not None and entered is not None:
+            self._waiting.hold(ids, entered)
 
     def entered(self, at: int) -> Tapped | None:
         """The taps of the text's rows that went through last, the first of them at position `at`; None without taps."""
@@ -237,10 +215,86 @@ class Cached:
 
     def settle(self, at: int, text: Iterable[int], alive: Container[int]) -> Tapped | None:
         """The taps of the nodes that became text, at the positions from `at` on, if there are any. What is not alive is forgotten."""
-        if not self._taps:
+        if not self.taps:
             return None
         rows = self._waiting.settle(text, alive)
         return Tapped(at, torch.stack(rows)) if rows else None
+
+
+class Share(NamedTuple):
+    """What of a forward belongs to one request."""
+
+    cached: Cached
+    admitted: Admitted
+    ids: Seq[int] | None
+    """the nodes of a tree that its rows are; None: rows of the text"""
+
+    @property
+    def rows(self) -> int:
+        """So many they are."""
+        return len(self.admitted.kept)
+
+    @property
+    def whole(self) -> Part:
+        """All of it in one forward."""
+        return Part(self.admitted, self.cached.cache)
+
+    @property
+    def pieces(self) -> list[Part]:
+        """What a model that computes alone takes by itself: each row of a tree, or a chunk whole.
+
+        (Chunks of the prompt are the same in every method.)"""
+        if self.ids is None:
+            return [self.whole]
+        return [Part(self.admitted.only(k), self.cached.cache) for k in range(self.rows)]
+
+
+def forward_together(rows: Tensor, shares: Seq[Share], needed: Needed = ALWAYS) -> Tensor | None:
+    """Put rows of several requests through one model, together or, if it computes alone, not so.
+
+    rows: tokens, or features [n, hidden], in the order of the shares, whose requests are all
+    different and all want their features in the same place. Features [n, hidden] of all rows, or
+    None once they are not `needed`: then, too, each cache is longer by its rows."""
+    begun, model, to_host = time.thread_time(), shares[0].cached.model, shares[0].cached.to_host
+    taps = tuple(dict.fromkeys(k for share in shares for k in share.cached.taps))
+    out, entered = (
+        _one_by_one(model, rows, [part for share in shares for part in share.pieces], taps, needed)
+        if model.alone
+        else model(rows, [share.whole for share in shares], taps, needed)
+    )
+    if to_host:
+        out, entered = (made if made is None else on_host(made) for made in (out, entered))
+    of_each = None if entered is None else split(entered, [share.rows for share in shares])
+    for k, (cached, _, ids) in enumerate(shares):
+        cached.hold(None if of_each is None else _columns(of_each[k], taps, cached.taps), ids)
+    spent = time.thread_time() - begun
+    for share in shares:
+        share.cached.model_cpu += spent * share.rows / max(1, len(rows))
+    return out
+
+
+def _one_by_one(
+    model: StageModel, rows: Tensor, parts: Seq[Part], taps: Seq[int], needed: Needed
+) -> tuple[Tensor | None, Tensor | None]:
+    """Put each part through in a forward of its own; all of them as `StageModel.forward` does."""
+    outs, entered = [], []
+    for k, some in enumerate(split(rows, [part.rows for part in parts])):
+        out, tapped = model(some, [parts[k]], taps, needed)
+        if out is None:
+            for part in parts[k + 1 :]:
+                part.cache.extend(part.rows)  # the books count them
+            return None, None
+        outs.append(out)
+        entered += [] if tapped is None else [tapped]
+    return joined(outs), joined(entered) if entered else None
+
+
+def _columns(entered: Tensor, held: tuple[int, ...], wanted: tuple[int, ...]) -> Tensor | None:
+    """Of what entered the layers `held`, [n, held * hidden], what entered those `wanted`."""
+    if held == wanted:
+        return entered
+    of_layer = dict(zip(held, entered.chunk(len(held), 1), strict=True))
+    return torch.cat([of_layer[k] for k in wanted], 1) if wanted else None
 
 
 class Sequence:
@@ -251,17 +305,16 @@ class Sequence:
 
     def prefill(self, rows: Tensor) -> Tensor:
         """Rows of the text (tokens or features [n, hidden]) at its end, through the model: features [n, hidden]."""
-        return self._forward(rows, self.state.extend(len(rows)))
+        out = self._rows.forward(rows, self.state.extend(len(rows)))
+        assert out is not None
+        return out
 
     def extend_and_verify(
         self, rows: Tensor, at: int, ids: list[int], parents: list[int]
     ) -> tuple[np.ndarray, Tensor]:
-        """In one forward m rows of committed tokens, at the positions from `at` on, and behind them n tree rows that are all worth it.
-
-        rows: [m + n, hidden]; positions [m + n] and features [m + n, hidden] of all of them."""
-        admitted = self.state.extend(len(rows) - len(ids), at).then(self.state.admit(ids, parents))
-        assert len(admitted.kept) == len(rows), "a row that is not worth it"
-        return admitted.positions, self._forward(rows, admitted)
+        """Put these rows alone through the model, in one forward; see `Ask`."""
+        [made] = verify_together([Ask(self, rows, at, ids, parents)])
+        return made
 
     def prune(self, prune: Prune) -> None:
         """Follow a decision."""
@@ -269,10 +322,38 @@ class Sequence:
         if gather:
             self._rows.cache.gather(gather)
 
-    def _forward(self, rows: Tensor, admitted: Admitted) -> Tensor:
-        out = self._rows.forward(rows, admitted)
-        assert out is not None
-        return out
+
+class Ask(NamedTuple):
+    """What a drafter wants of one request.
+
+    First m rows of committed tokens, at the positions from `at` on, and behind them n tree rows
+    that are all worth it."""
+
+    sequence: Sequence
+    rows: Tensor
+    """tokens, or features [m + n, hidden]"""
+    at: int
+    ids: list[int]
+    """of the tree rows, [n]"""
+    parents: list[int]
+
+    def admitted(self) -> Admitted:
+        """Enter the rows into the request's books."""
+        state, text = self.sequence.state, len(self.rows) - len(self.ids)
+        admitted = state.extend(text, self.at).then(state.admit(self.ids, self.parents))
+        assert len(admitted.kept) == len(self.rows), "a row that is not worth it"
+        return admitted
+
+
+def verify_together(asks: Seq[Ask]) -> list[tuple[np.ndarray, Tensor]]:
+    """Answer what is asked of different requests of one model, in one forward.
+
+    Of each ask: positions [m + n] and features [m + n, hidden] of its rows."""
+    shares = [Share(ask.sequence._rows, ask.admitted(), None) for ask in asks]
+    out = forward_together(joined([ask.rows for ask in asks]), shares)
+    assert out is not None
+    made = split(out, [share.rows for share in shares])
+    return [(share.admitted.positions, rows) for share, rows in zip(shares, made, strict=True)]
 
 
 class Head:

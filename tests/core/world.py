@@ -54,6 +54,7 @@ from flowspec.core.request import Request, Sampling
 from flowspec.core.scheduler import Scheduler
 from flowspec.core.stage import StageState
 from flowspec.core.topology import Topology
+from flowspec.models.cache import Caches
 from flowspec.models.stage import Cached
 
 VOCABULARY = 40
@@ -85,18 +86,19 @@ class ToyModel:
         self.seen: list[np.ndarray] = []
         """of each row of the last forward: what it attends to in the last layer, int64 [k, 2] in the order of the cache"""
 
-    def __call__(self, rows, admitted, cache, taps, needed):
-        cache.extend(len(rows))
-        made = torch.stack([rows, torch.from_numpy(admitted.positions) + 1], -1)[
+    def __call__(self, rows, parts, taps, needed):
+        caches = Caches(parts)
+        positions = np.concatenate([part.admitted.positions for part in parts])
+        made = torch.stack([rows, torch.from_numpy(positions) + 1], -1)[
             None, None
         ]  # so that rows never written are (0, 0)
         for layer in range(self.LAYERS):
             if layer and not needed():
                 return None, None
-            keys, _ = cache.update(made, made, layer)
-        held = keys[0, 0].numpy()
+            keys, _ = caches.update(made, made, layer)
         self.seen = [
             np.concatenate([held[: admitted.base], held[np.array(seen, dtype=int)]])
+            for (admitted, _), held in zip(parts, (k[0, 0].numpy() for k in keys), strict=True)
             for seen in admitted.behind
         ]
         return rows, rows[:, None] if taps else None

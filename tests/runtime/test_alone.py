@@ -5,7 +5,6 @@ import weakref
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from flowspec.core.messages import Prune
 from flowspec.core.stage import StageState
@@ -14,34 +13,7 @@ from flowspec.models.attention import Seen
 from flowspec.models.stage import load_whole
 from tests.stages import Hand
 
-SMALL = dict(
-    vocab_size=320,
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=2,
-    num_attention_heads=6,
-    max_position_embeddings=512,
-)
-MODELS = {
-    "llama": (
-        LlamaForCausalLM,
-        LlamaConfig(**SMALL, num_key_value_heads=2, head_dim=16, tie_word_embeddings=False),
-    ),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SMALL, num_key_value_heads=3, head_dim=16)),
-}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
-
-
-@pytest.fixture(scope="module", params=MODELS)
-def folder(request, tmp_path_factory):
-    make, config = MODELS[request.param]
-    torch.manual_seed(3)
-    model = make(config).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    path = tmp_path_factory.mktemp("alone")
-    model.save_pretrained(path)
-    return path
 
 
 @torch.inference_mode()
@@ -107,14 +79,14 @@ def test_what_a_forward_saw_is_forgotten_with_it():
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "transformers"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_is_drafted_around_a_token_changes_no_bit(folder, dtype, native, monkeypatch):
+def test_what_is_drafted_around_a_token_changes_no_bit(small, dtype, native, monkeypatch):
     if native and not jit.available():
         pytest.skip("no llvmlite, or a processor without fused multiply-add")
     if not native and dtype == torch.int8:
         pytest.skip("int8 is native only")
     monkeypatch.setattr(jit, "available", lambda: native)
     monkeypatch.setattr(StageState, "COMPACT", 6)
-    model, head = load_whole(folder, dtype, "cpu")
+    model, head = load_whole(small, dtype, "cpu")
     model.compute_alone()
     head.alone = True
     assert model.native is native

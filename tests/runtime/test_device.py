@@ -18,7 +18,7 @@ from flowspec.core.stage import StageState
 from flowspec.models.device import on_host, placed
 from flowspec.models.eagle import load_eagle
 from flowspec.models.manifest import Manifest
-from flowspec.models.stage import Head, Sequence, load_stage
+from flowspec.models.stage import Cached, Head, Sequence, Share, forward_together, load_stage
 from flowspec.rank import checked_device, warm_up
 from flowspec.runtime import wire
 from flowspec.runtime.worker import Worker
@@ -114,6 +114,25 @@ def test_a_forward_a_gather_and_a_head_touch_nothing_on_the_host(pair, monkeypat
         (4, 48),
     )
     assert sequence.cache.length == sequence.state.length == 6  # node 1 was taken out
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_forward_of_several_requests_touches_nothing_on_the_host(pair, rank):
+    model, books = stage(pair, rank), [StageState() for _ in range(2)]
+    cached = [Cached(model, taps=taps) for taps in ((0, 1), (1,))]
+    with OneDevice():
+        for ids in (None, [0, 1]):
+            admitted = [
+                b.extend(2 + k) if ids is None else b.admit(ids, [-1, 0])
+                for k, b in enumerate(books)
+            ]
+            n = sum(len(each.kept) for each in admitted)
+            rows = torch.ones(n, dtype=torch.long) if rank == 1 else torch.zeros(n, 48)
+            out = forward_together(rows, list(map(Share, cached, admitted, [ids] * 2)))
+            assert (out.device, out.shape) == (META, (n, 48))
+            entered = [each.entered(0).rows for each in cached]
+            assert [(t.device, t.shape[1]) for t in entered] == [(META, 96), (META, 48)]
+    assert [each.cache.length for each in cached] == [4, 5]
 
 
 @pytest.mark.parametrize("kind,name,width", [("eagle", "head", 48), ("eagle3", "head3", 3 * 48)])

@@ -16,7 +16,15 @@ from flowspec.commands.split import main as split
 from flowspec.core.messages import Prune
 from flowspec.core.stage import StageState
 from flowspec.models.manifest import Manifest
-from flowspec.models.stage import Sequence, load_head, load_stage, load_whole
+from flowspec.models.stage import (
+    Cached,
+    Sequence,
+    Share,
+    forward_together,
+    load_head,
+    load_stage,
+    load_whole,
+)
 from tests.stages import Hand
 
 SMALL = dict(
@@ -171,6 +179,34 @@ def test_an_abandoned_forward_leaves_no_trace(family, monkeypatch, cache_step):
     _, positions, out = second.verify([5], [2], x)
     assert positions.tolist() == [5]
     close(head(out)[0], reference(model, [1, 2, 3, 20, 22, 25])[-1])
+
+
+def test_prompts_of_several_requests_in_one_forward(family):
+    """Their chunks and then a tree for one of them, through both stages: each as transformers computes its text alone."""
+    model, stages, head, _ = family
+    prompts = [[5, 6, 7, 8], [*range(20, 43)], [9]]
+    books = [StageState() for _ in prompts]
+    caches = [[Cached(stage) for _ in prompts] for stage in stages]
+
+    def through(tokens, admitted, ids):
+        x = torch.tensor([token for some in tokens for token in some])
+        for cached in caches:
+            x = forward_together(x, list(map(Share, cached, admitted, ids)))
+        return head(x).split([len(some) for some in tokens])
+
+    starts = through(
+        [p[:-1] for p in prompts[:2]],
+        [b.extend(n) for b, n in zip(books, (3, 22), strict=False)],
+        [None] * 2,
+    )
+    for logits, prompt in zip(starts, prompts, strict=False):
+        close(logits, reference(model, prompt[:-1]))
+    admitted = [books[0].admit([0, 1, 2], [-1, 0, 0]), books[1].extend(1), books[2].extend(1)]
+    tree, *ends = through([[8, 30, 31], [42], [9]], admitted, [[0, 1, 2], None, None])
+    for logits, text in zip(tree, ([5, 6, 7, 8], [5, 6, 7, 8, 30], [5, 6, 7, 8, 31]), strict=True):
+        close(logits, reference(model, text)[-1])
+    for logits, prompt in zip(ends, prompts[1:], strict=True):
+        close(logits[0], reference(model, prompt)[-1])
 
 
 @pytest.mark.parametrize("rows", [1, 5])
