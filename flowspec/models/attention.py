@@ -61,7 +61,7 @@ def attend(
     seen: Sequence[Seen],
     scaling: float,
 ) -> Tensor:
-    """softmax(scaling * q k^T) v for n new rows, each over its request's cache; [n, heads, head_dim].
+    """softmax(scaling * q k^T) v of n new rows over their requests' caches; [n, heads, head_dim].
 
     query: [heads, n, head_dim], one request's rows after the other's; keys, values: of each
     request, as `Caches.update` gives them, [1, kv_heads, length, head_dim]."""

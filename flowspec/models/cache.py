@@ -71,7 +71,7 @@ class Part(NamedTuple):
 
 
 class Caches:
-    """The caches of a forward's parts, no two of them one, in a cache's place towards its layers."""
+    """The caches of a forward's parts, all different, in a cache's place towards its layers."""
 
     def __init__(self, parts: Sequence[Part]):
         """Each becomes longer by its part's rows."""

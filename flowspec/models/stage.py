@@ -180,9 +180,11 @@ class Tapped(NamedTuple):
 
 
 class Cached:
-    """The rows of one request in one model. Which row holds what is the caller's to know (core/stage.py).
+    """The rows of one request in one model.
 
-    Features are left on the model's device, where they may still be computed, or wanted `to_host`: a forward then ends when they are there.
+    Which row holds what is the caller's to know (core/stage.py). Features are left on the model's
+    device, where they may still be computed, or wanted `to_host`: a forward then ends when they
+    are there.
 
     taps: layers of this model (0 its first) whose inputs are wanted of every token that becomes text."""
 

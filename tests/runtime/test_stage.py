@@ -182,7 +182,7 @@ def test_an_abandoned_forward_leaves_no_trace(family, monkeypatch, cache_step):
 
 
 def test_prompts_of_several_requests_in_one_forward(family):
-    """Their chunks and then a tree for one of them, through both stages: each as transformers computes its text alone."""
+    """Chunks, and then a tree of one beside them, through both stages: as transformers has each."""
     model, stages, head, _ = family
     prompts = [[5, 6, 7, 8], [*range(20, 43)], [9]]
     books = [StageState() for _ in prompts]

@@ -65,7 +65,7 @@ def tokens(rng, n):
 
 
 def grown(rng, state, new, n):
-    """Ids and parents of n nodes from the id `new` on: the root if it is missing, and others below any that live."""
+    """Ids and parents of n nodes: the root if it is missing, others below any that live."""
     ids, parents = [], []
     for i in range(new, new + n):
         above = [*state.row, *ids]
@@ -75,7 +75,7 @@ def grown(rng, state, new, n):
 
 
 def decided(rng, state, version, new):
-    """A decision that makes a random living node text; the next root is one of its children or still to come."""
+    """Any living node becomes text; the next root is one of its children or still to come."""
     anchor = rng.choice([*state.row])
     below = [i for i, parent in state.parent.items() if parent == anchor]
     return Prune(version, anchor, rng.choice([*below, new]))
@@ -153,7 +153,7 @@ def forward(some, given, needed):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_forward_of_several_requests_is_that_of_each(model, cache_step, seed):
-    """Of any lengths, chunks of text beside trees, with moves of rows in between, other taps, and forwards that nobody needs."""
+    """Text beside trees, other taps, moves of rows in between, forwards that nobody needs."""
     print("seed", seed)
     rng, happened = random.Random(seed), set()
     requests = [Twice(rng, *model) for _ in range(4)]
