@@ -11,9 +11,9 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from flowspec import trace
 from flowspec.comm import inproc
@@ -26,6 +26,7 @@ from flowspec.core.policy import PolicyConfig
 from flowspec.core.request import Request, Sampling
 from flowspec.draft.registry import make_drafter
 from flowspec.errors import need
+from flowspec.generation import Generation, Result
 from flowspec.models.families import read_config
 from flowspec.models.manifest import Manifest
 from flowspec.models.stage import load_head, packs_weights
@@ -40,89 +41,12 @@ from flowspec.rank import (
 )
 from flowspec.runtime import wire
 from flowspec.runtime.drafting import DraftThread
-from flowspec.runtime.driver import Driver, Stats
+from flowspec.runtime.driver import Ask, Driver, Stats
 from flowspec.runtime.waiting import receive
 from flowspec.text import Text, TextStream
 from flowspec.trace import Span
 
 log = logging.getLogger(__name__)
-
-
-class Token(NamedTuple):
-    """One token of the output, as it is committed."""
-
-    id: int
-    text: str
-    """what became certain with it: whole characters, perhaps none"""
-    accepted: bool
-    """True: the draft had it and it was on its way already; False: the target's own"""
-    gap: float
-    """the target's lead of this token over the next best (logit; above temperature 0 perturbed log-probability)"""
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one generation was; the fields of the result JSON (seconds, tokens)."""
-
-    method: str
-    prompt_tokens: int
-    new_tokens: int
-    token_ids: list[int]
-    text: str
-    """what was streamed: `token_ids` decoded, without bytes at the end that are no whole character"""
-    finish_reason: str
-    """stop (an end token or a stop text), length (a limit), cancelled"""
-    prefill_seconds: float
-    """from the request to the first token known"""
-    decode_seconds: float
-    """from there to the last token"""
-    tokens_per_second: float | None
-    """(new_tokens - 1) / decode_seconds; None for one token"""
-    accepted_per_segment: float
-    """new tokens over returned segments"""
-    accepted_tokens: int
-    """new tokens that the draft had sent before the target picked them"""
-    drafted_tokens: int
-    forwarded_tokens: int
-    """tree rows that the first stage computed"""
-    stage_utilisation: list[float]
-    """share of the request's time that each stage spent computing"""
-    bookkeeping_ms: float
-    """rank 0's own CPU time a segment sent: neither drafting, lm_head, sampling nor waiting"""
-    stage_overhead_ms: list[float]
-    """each stage's own CPU time a segment: neither the model's forward, lm_head, sampling nor waiting"""
-    costs: dict[str, Any]
-    """what the run has measured so far of the stages, the links and the drafter (core/costs.py): `simulate --costs` reads it"""
-    stage_peak_mb: list[float]
-    """most resident memory of each stage's process so far, MB"""
-    world_size: int
-    seed: int
-    temperature: float
-    emulated: bool
-    """True: the times are those of an emulated cluster"""
-
-
-class Generation:
-    """An iterator of Token; `result` is there once it is exhausted, or closed after its first token."""
-
-    def __init__(self, request: Request):
-        self.request = request
-        self._tokens: Iterator[Token] = iter(())
-        self.result: Result | None = None
-        self.spans: list[Span] = []
-        """what all ranks did, once there is a result; empty unless `trace` is set"""
-        self.explanation: list[str] = []
-        """what the policy chose and why, once there is a result"""
-
-    def __iter__(self) -> Iterator[Token]:
-        return self
-
-    def __next__(self) -> Token:
-        return next(self._tokens)
-
-    def close(self) -> None:
-        """Cancel what is not generated yet."""
-        self._tokens.close()  # type: ignore[attr-defined]
 
 
 class Engine:
@@ -140,10 +64,12 @@ class Engine:
         self.topology = transport.topology
         self._on_close = list(on_close)
         self._requests = 0
+        self._lock = threading.Lock()
         self.traced = config.trace is not None
         """note what all ranks do during the next requests (Generation.spans)"""
         self._spans: list[Span] = []
-        self._running: Generation | None = None
+        self._running: weakref.WeakSet[Generation] = weakref.WeakSet()
+        self._last: Generation | None = None
         self.text = Text(manifest.folder(0))
         self._driver = self._make_driver()
 
@@ -212,7 +138,7 @@ class Engine:
             show(rank, message.meta)
             waiting -= message.kind == "loaded"
 
-    def generate(
+    def submit(
         self,
         prompt: str | Sequence[int],
         *,
@@ -221,40 +147,61 @@ class Engine:
         stop: str | Sequence[str] = (),
         **sampling: Any,
     ) -> Generation:
-        """The continuation of a prompt (text, or token ids) as an iterator of Token.
+        """Begin with the continuation of a prompt (text, or token ids): an iterator of Token, to be read from any thread or by `async for`.
 
-        `method`, `policy` and the keywords of `Sampling` (temperature, top_p, top_k, min_p, seed, max_new_tokens) default to the
-        configuration's. Generation ends before a text in `stop`. One generation at a time: a new one cancels the last."""
+        Any number of requests may be in the ring; the text of none depends on the others. `method`, `policy` and the keywords of
+        `Sampling` (temperature, top_p, top_k, min_p, seed, max_new_tokens) default to the configuration's. Generation ends before
+        a text in `stop`. UserError says what is wrong with the request."""
         config = dataclasses.replace(
             self.config, method=method or self.config.method, policy=policy or self.config.policy
         )
         tokens = self.text.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
         check_prompt(tokens, self.manifest)
-        wanted = dataclasses.replace(config.sampling, **sampling)
-        if self._running:
-            self._running.close()
-        self._requests += 1
-        request = self._request(tokens, wanted)
+        with self._lock:
+            self._requests += 1
+            request = self._request(
+                self._requests, tokens, dataclasses.replace(config.sampling, **sampling)
+            )
+        features = self._draft is not None and self._draft.features
+        chosen = make_policy(config.method, config.tree, config.policy, self.topology, features)
         stops = [stop] if isinstance(stop, str) else list(stop)
-        generation = Generation(request)
-        generation._tokens = self._run(generation, request, config, stops)
-        self._running = generation
+        generation = Generation(
+            request,
+            self._driver.submit(Ask(request, chosen, config.policy, self.traced)),
+            TextStream(self.text.tokenizer, stops, request.prompt),
+            functools.partial(self._driver.cancel, request.id),
+            functools.partial(self._finished, config),
+        )
+        self._running.add(generation)
         return generation
 
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation:
+        """As `submit`, one at a time: what the last call of `generate` began is cancelled if it still goes on."""
+        if self._last is not None:
+            self._last.close()
+        self._last = self.submit(prompt, **options)
+        return self._last
+
     def forget(self) -> None:
-        """Forget the costs, weights and findings of the requests so far on all ranks: the next one is as the first of a run."""
-        if self._running:
-            self._running.close()
+        """Forget the costs, weights and findings of the requests so far on all ranks: the next one is as the first of a run.
+
+        What still goes on is cancelled."""
+        self._cancel_all()
         self._driver.forget()
+
+    def _cancel_all(self) -> None:
+        for generation in [*self._running]:
+            if not generation.done:
+                generation.close()
 
     def close(self) -> None:
         """End the run on every rank; idempotent."""
         try:
-            if self._running:
-                self._running.close()
+            self._cancel_all()
             if self._spans:
                 self._write_trace()
         finally:
+            self._driver.close()
             if self._draft:
                 self._draft.close()
             for rank in self.topology.stage_ranks:
@@ -327,47 +274,19 @@ class Engine:
             config.emulate.hidden_scale,
         )
 
-    def _request(self, tokens: tuple[int, ...], sampling: Sampling) -> Request:
+    def _request(self, id: int, tokens: tuple[int, ...], sampling: Sampling) -> Request:
         """With a seed, and no more new tokens than the model has positions for."""
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         room = self.manifest.max_positions - len(tokens)
         sampling = dataclasses.replace(
             sampling, seed=seed, max_new_tokens=min(sampling.max_new_tokens, room)
         )
-        return Request(id=self._requests, prompt=tokens, sampling=sampling, eos=self.text.eos)
+        return Request(id=id, prompt=tokens, sampling=sampling, eos=self.text.eos)
 
-    def _run(
-        self, generation: Generation, request: Request, config: Config, stop: list[str]
-    ) -> Iterator[Token]:
-        stats, ids, accepted = Stats(), [], 0
-        stream = TextStream(self.text.tokenizer, stop, request.prompt)
-        features = self._draft is not None and self._draft.features
-        policy = make_policy(config.method, config.tree, config.policy, self.topology, features)
-        tokens = self._driver.generate(request, policy, config.policy, stats, self.traced)
-        try:
-            for token in tokens:
-                ids.append(token.id)
-                accepted += token.accepted
-                piece = stream.push(token.id) + (stream.flush() if token.final else "")
-                yield Token(token.id, piece, token.accepted, token.gap)
-                if stream.stopped:
-                    stats.finish_reason = "stop"
-                    break
-        finally:
-            tokens.close()
-            generation.spans, generation.explanation = stats.spans, stats.explanation
-            self._spans += stats.spans if config.trace else []
-            generation.result = self._result(request, config, stats, ids, accepted, stream.text)
-
-    def _result(
-        self,
-        request: Request,
-        config: Config,
-        stats: Stats,
-        ids: list[int],
-        accepted: int,
-        text: str,
-    ) -> Result:
+    def _finished(self, config: Config, generation: Generation) -> Result:
+        """The result of a generation whose stream has ended."""
+        request, stats, ids = generation.request, generation.stats, generation.token_ids
+        self._spans += stats.spans if config.trace else []
         decode = stats.last_token - stats.first_token
         spent = max(stats.ended - stats.begun, 1e-9)
         stages = [stats.reports[rank] for rank in sorted(stats.reports)]
@@ -376,13 +295,13 @@ class Engine:
             prompt_tokens=request.prompt_length,
             new_tokens=len(ids),
             token_ids=ids,
-            text=text,
+            text=generation.text,
             finish_reason=stats.finish_reason,
             prefill_seconds=(stats.first_token or stats.ended) - stats.begun,
             decode_seconds=decode,
             tokens_per_second=(len(ids) - 1) / decode if len(ids) > 1 and decode > 0 else None,
             accepted_per_segment=len(ids) / max(1, stats.returned_segments),
-            accepted_tokens=accepted,
+            accepted_tokens=generation.accepted,
             drafted_tokens=stats.drafted,
             forwarded_tokens=stages[0].rows if stages else 0,
             stage_utilisation=[min(1.0, report.busy / spent) for report in stages],

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from flowspec.core.request import Sampling
-from flowspec.engine import Engine, Token
+from flowspec.engine import Engine
 from flowspec.errors import UserError, need
+from flowspec.generation import Token
 from flowspec.sampling import NoiseRows, noise_for, pick
 
 ROWS = 64

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from flowspec.commands.split import main as split
-from flowspec.draft.eagle import EagleDrafter
+from flowspec.draft.eagle import EagleDrafter, EagleSession
 from flowspec.models.cache import RowCache
 
 SMALL = dict(
@@ -299,7 +299,7 @@ def deep(tmp_path_factory):
 def features_given(monkeypatch, by: str) -> list:
     """All features that EAGLE drafters are given from now on, by `begin` (which starts the list anew) and by `commit` or `learn`."""
     got: list = []
-    told, begun = getattr(EagleDrafter, by), EagleDrafter.begin
+    told, begun = getattr(EagleSession, by), EagleDrafter.begin
 
     def noted(self, *given):
         got.append(given[-1])
@@ -307,8 +307,8 @@ def features_given(monkeypatch, by: str) -> list:
 
     def began(self, request, noise, features=None):
         got[:] = [features]
-        begun(self, request, noise, features)
+        return begun(self, request, noise, features)
 
-    monkeypatch.setattr(EagleDrafter, by, noted)
+    monkeypatch.setattr(EagleSession, by, noted)
     monkeypatch.setattr(EagleDrafter, "begin", began)
     return got

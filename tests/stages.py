@@ -13,7 +13,7 @@ from flowspec.core.machine import (
     Settled,
     StageMachine,
 )
-from flowspec.core.messages import Segment
+from flowspec.core.messages import Batch, Piece, Segment
 from flowspec.core.topology import Topology
 from flowspec.models.stage import ALWAYS, Cached
 
@@ -38,7 +38,7 @@ class Hand:
 
     def prefill(self, rows):
         [compute] = self.machine.handle(Chunk(REQUEST, len(rows)))
-        out = self._cached.forward(rows, compute.admitted)
+        out = self._cached.forward(rows, compute.parts[0].admitted)
         self._perform(Computed(0.01))
         entered = self._cached.entered(compute.context)
         self.told += [entered] if entered else []
@@ -51,15 +51,16 @@ class Hand:
         compute = next(
             (
                 a
-                for a in self.machine.handle(Arrived(REQUEST, segment, 0.0, 0.0))
+                for a in self.machine.handle(Arrived(Batch((Piece(REQUEST, segment),)), 0.0, 0.0))
                 if isinstance(a, Compute)
             ),
             None,
         )
         if compute is None:
             return [], torch.zeros(0), rows[:0]
-        admitted = compute.admitted
-        out = self._cached.forward(rows[admitted.kept], admitted, needed, compute.segment.ids)
+        [part] = compute.parts
+        admitted = part.admitted
+        out = self._cached.forward(rows[admitted.kept], admitted, needed, part.segment.ids)
         self._perform(Computed(0.01, out is not None))
         return admitted.kept, admitted.positions, out
 

@@ -29,9 +29,10 @@ from flowspec.core.costs import Costs, merged, read
 from flowspec.core.policy import PolicyConfig, TreeConfig
 from flowspec.core.request import Request
 from flowspec.draft.recorded import Tape
-from flowspec.engine import Engine, Result
+from flowspec.engine import Engine
 from flowspec.errors import UserError
 from flowspec.files import BUILD, add_line, claimed, replacing
+from flowspec.generation import Result
 
 WARM_UP_TOKENS = 8
 SWEEP = {

@@ -9,9 +9,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from flowspec.engine import Engine, Generation, Result
+from flowspec.engine import Engine
 from flowspec.errors import UserError
 from flowspec.files import add_line, claimed, settle
+from flowspec.generation import Generation, Result
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,22 +19,8 @@ COVERAGE = 0.97
 """how often the target's choice is among them"""
 
 
-class Drafter(Protocol):
-    """One request at a time; called from one thread, in the order of the scheduler's actions."""
-
-    features: bool
-    """it reads the target's last hidden rows behind the final norm, from which lm_head makes logits, as its features"""
-    layers: tuple[int, ...] = ()
-    """what enters these layers of the target, side by side, are its features instead: they come by `learn`, a while after a commit"""
-
-    def begin(self, request: Request, noise: Noise | None, features: Tensor | None = None) -> None:
-        """Forget the last request and read the prompt. `noise` couples the ranking to the target's; None: do not.
-
-        features: [prompt_length - 1, hidden], the target's at all tokens of the prompt but the last, which is the first
-        root; None if not wanted."""
-
-    def propose(self, nodes: Sequence[DraftNode]) -> Drafted:
-        """Children for each node that it can go on from. A node's parent was proposed to before, or is committed."""
+class Session(Protocol):
+    """A request in a drafter."""
 
     def commit(self, commit: Commit, features: Tensor | None = None) -> None:
         """These tokens are text now, and only what is below `commit.root` lives on.
@@ -44,6 +30,32 @@ class Drafter(Protocol):
     def learn(self, features: Tensor) -> None:
         """The target's features [n, width] at the next tokens of the text, in its order."""
         return None
+
+
+Asks = Sequence[tuple[Any, Sequence[DraftNode]]]
+"""pairs of a session, which the drafter asked began, and nodes of it"""
+
+
+class Drafter(Protocol):
+    """What the requests of a run share. It is called from one thread, in the order of the scheduler's actions."""
+
+    features: bool
+    """it reads the target's last hidden rows behind the final norm, from which lm_head makes logits, as its features"""
+    layers: tuple[int, ...] = ()
+    """what enters these layers of the target, side by side, are its features instead: they come by `learn`, a while after a commit"""
+
+    def begin(
+        self, request: Request, noise: Noise | None, features: Tensor | None = None
+    ) -> Session:
+        """Read the prompt. `noise` couples the ranking to the target's; None: do not.
+
+        features: [prompt_length - 1, hidden], the target's at all tokens of the prompt but the last, which is the first
+        root; None if not wanted."""
+
+    def propose(self, asks: Asks) -> list[Drafted]:
+        """For each of different sessions, children for each node that it can go on from, in one forward.
+
+        A node's parent was proposed to before, or is committed."""
 
 
 @dataclass(frozen=True)

@@ -10,39 +10,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from flowspec.core.messages import Commit, Drafted, DraftNode, Prune
+from flowspec.core.messages import Commit, DraftNode
 from flowspec.core.request import Request
-from flowspec.draft.base import COVERAGE, Drafter, Lineage, Noise, best
+from flowspec.draft.base import Noise
+from flowspec.draft.rows import PREFILL_ROWS, RowsDrafter, RowsSession
 from flowspec.models import stage
 from flowspec.models.eagle import EagleHead
 
-PREFILL_ROWS = 256
 
+class EagleSession(RowsSession):
+    """A request in the head."""
 
-class EagleDrafter(Drafter):
-    def __init__(self, eagle: EagleHead):
-        self._eagle = eagle
-        self.features, self.layers = not eagle.layers, eagle.layers
-
-    @torch.inference_mode()
-    def begin(self, request: Request, noise: Noise | None, features: Tensor | None = None) -> None:
+    def __init__(
+        self, eagle: EagleHead, request: Request, noise: Noise | None, features: Tensor | None
+    ):
         """The first token has no feature before it, so it has no row; a prompt of that token alone begins with zeros."""
-        self._temperature = request.sampling.temperature or 1.0
-        self._noise = noise
-        self._sequence = stage.Sequence(self._eagle.layer)
-        self._lineage = Lineage.of(request)
-        known = self._eagle.place(features)
+        super().__init__(eagle.layer, request, noise)
+        self._eagle = eagle
+        known = eagle.place(features)
         tokens = torch.tensor(request.prompt[1:-1], dtype=torch.long)
         for start in range(0, len(tokens), PREFILL_ROWS):
             part = slice(start, start + PREFILL_ROWS)
-            self._sequence.prefill(self._eagle.rows(tokens[part], known[:-1][part]))
-        self._ahead = request.prompt_length - len(
-            tokens
-        )  # a row's candidates stand so many positions behind it
+            self._sequence.prefill(eagle.rows(tokens[part], known[:-1][part]))
+        self.ahead = request.prompt_length - len(tokens)
         self._settled = len(
             tokens
         )  # rows of the text that are made of the target's features: the first ones
@@ -52,36 +45,16 @@ class EagleDrafter(Drafter):
         ]  # the target's features [hidden] before these and, when it is known, before the root
         self._predicted: dict[int, Tensor] = {}  # node -> the feature [hidden] predicted at it
         self._exact = False  # the root's row was made of the target's feature
-        self._version = 0
-
-    @torch.inference_mode()
-    def propose(self, nodes: Sequence[DraftNode]) -> Drafted:
-        worth = self._sequence.state.worth([n.id for n in nodes], [n.parent for n in nodes])
-        nodes = [nodes[k] for k in worth]
-        if not nodes:
-            return Drafted.pack((), ())
-        while self._behind():
-            self._forward([])
-        positions, predicted = self._forward(nodes)
-        ids = [n.id for n in nodes]
-        self._exact = self._exact or (self._lineage.root in ids and bool(self._truth))
-        logq = torch.log_softmax(
-            self._eagle.logits(predicted).float() / self._temperature, -1
-        ).cpu()
-        candidates = best(logq, (positions + self._ahead).tolist(), self._noise, self._eagle.names)
-        return Drafted(tuple(ids), *candidates, np.full(len(ids), COVERAGE))
+        # of the forward that was asked for: the text's nodes, and how many are made of true features
+        self._asked, self._due = list[DraftNode](), 0
 
     def commit(self, commit: Commit, features: Tensor | None = None) -> None:
-        path = self._lineage.path(commit)
-        held = [n.id for n in path if n.id in self._sequence.state.row]
+        path, _ = self._follow(commit)
         self._text += path
         if self._exact:  # nothing else was in line
             del self._text[0], self._truth[0]
             self._settled += 1
         self._exact = False
-        self._lineage = self._lineage.after(commit)
-        self._version += 1
-        self._sequence.prune(Prune(self._version, held[-1] if held else -1, commit.root))
         alive = {
             *self._sequence.state.row,
             self._lineage.anchor,
@@ -96,7 +69,7 @@ class EagleDrafter(Drafter):
 
     # ---- forwards ----------------------------------------------------------------------------------
     @property
-    def _due(self) -> int:
+    def _known(self) -> int:
         """So many of the text's nodes in line can have their rows made of the target's features."""
         return min(len(self._text), len(self._truth))
 
@@ -108,28 +81,52 @@ class EagleDrafter(Drafter):
     def _behind(self) -> bool:
         """The text's last rows, or what is predicted at the last of them, must be there before the tree's can be computed."""
         known = len(self._truth) > len(self._text) or self._lineage.anchor in self._predicted
-        return max(self._due, self._with_row) < len(self._text) or not known
+        return max(self._known, self._with_row) < len(self._text) or not known
 
-    def _forward(self, nodes: Sequence[DraftNode]) -> tuple[np.ndarray, Tensor]:
-        """Rows of the text that are due, or else (without nodes) the next one that is missing, made of a guess; behind them the nodes.
+    def ask(self, nodes: Sequence[DraftNode]) -> stage.Ask:
+        """Rows of the text that are due, and behind them the nodes, once all that they stand on is there."""
+        while self._behind():
+            ask = self._rows([])
+            [(_, predicted)] = stage.verify_together([ask])
+            self.took([], predicted)
+        return self._rows(nodes)
 
-        The nodes' positions [n] and predicted features [n, hidden]."""
-        due, missing = self._due, self._with_row
+    def _rows(self, nodes: Sequence[DraftNode]) -> stage.Ask:
+        """Rows of the text that are due, or else (without nodes) the next one that is missing, made of a guess; behind them the nodes."""
+        due, missing = self._known, self._with_row
         text = self._text[:due] if due or nodes else [self._text[missing]]
         before = self._truth[:due] + [self._before(n) for n in [*text[due:], *nodes]]
         rows = self._eagle.rows(
             torch.tensor([n.token for n in [*text, *nodes]]), torch.stack(before)
         )
         at = self._settled + (0 if due or nodes else missing)
-        positions, predicted = self._sequence.extend_and_verify(
-            rows, at, [n.id for n in nodes], [n.parent for n in nodes]
-        )
-        self._predicted.update(zip((n.id for n in [*text, *nodes]), predicted, strict=True))
-        self._settled += due
-        del self._text[:due], self._truth[:due]
-        return positions[len(text) :], predicted[len(text) :]
+        self._asked, self._due = text, due
+        return stage.Ask(self._sequence, rows, at, [n.id for n in nodes], [n.parent for n in nodes])
+
+    def took(self, nodes: Sequence[DraftNode], features: Tensor) -> None:
+        self._predicted.update(zip((n.id for n in [*self._asked, *nodes]), features, strict=True))
+        self._settled += self._due
+        del self._text[: self._due], self._truth[: self._due]
+        asked = any(node.id == self._lineage.root for node in nodes)
+        self._exact = self._exact or (asked and bool(self._truth))
 
     def _before(self, node: DraftNode) -> Tensor:
         """The feature [hidden] of the token before this node."""
         known = node.parent == self._lineage.anchor and len(self._truth) > len(self._text)
         return self._truth[-1] if known else self._predicted[node.parent]
+
+
+class EagleDrafter(RowsDrafter):
+    def __init__(self, eagle: EagleHead):
+        self._eagle = eagle
+        self.features, self.layers = not eagle.layers, eagle.layers
+        self.names = eagle.names
+
+    @torch.inference_mode()
+    def begin(
+        self, request: Request, noise: Noise | None, features: Tensor | None = None
+    ) -> EagleSession:
+        return EagleSession(self._eagle, request, noise, features)
+
+    def logits(self, features: Tensor) -> Tensor:
+        return self._eagle.logits(features)

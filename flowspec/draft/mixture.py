@@ -15,12 +15,29 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from flowspec.core.messages import Commit, Drafted, DraftNode
+from flowspec.core.messages import Commit, Drafted
 from flowspec.core.request import Request
-from flowspec.draft.base import Drafter, Noise
+from flowspec.draft.base import Asks, Drafter, Noise, Session
 
 NOTHING = -1
 """where a list has no token"""
+
+
+class MixtureSession(Session):
+    """The members' sessions of a request."""
+
+    def __init__(self, members: Sequence[Drafter], sessions: Sequence[Session]):
+        self.sessions = sessions
+        self._members = members
+
+    def commit(self, commit: Commit, features: Tensor | None = None) -> None:
+        for member, session in zip(self._members, self.sessions, strict=True):
+            session.commit(commit, features if member.features else None)
+
+    def learn(self, features: Tensor) -> None:
+        for member, session in zip(self._members, self.sessions, strict=True):
+            if member.layers:
+                session.learn(features)
 
 
 class MixtureDrafter(Drafter):
@@ -31,23 +48,24 @@ class MixtureDrafter(Drafter):
         self.features = any(member.features for member in members)
         self.layers = next((member.layers for member in members if member.layers), ())
 
-    def begin(self, request: Request, noise: Noise | None, features: Tensor | None = None) -> None:
-        for member in self._members:
+    def begin(
+        self, request: Request, noise: Noise | None, features: Tensor | None = None
+    ) -> MixtureSession:
+        sessions = [
             member.begin(request, noise, features if member.features or member.layers else None)
+            for member in self._members
+        ]
+        return MixtureSession(self._members, sessions)
 
-    def propose(self, nodes: Sequence[DraftNode]) -> Drafted:
-        return united(
-            [node.id for node in nodes], [member.propose(nodes) for member in self._members]
-        )
-
-    def commit(self, commit: Commit, features: Tensor | None = None) -> None:
-        for member in self._members:
-            member.commit(commit, features if member.features else None)
-
-    def learn(self, features: Tensor) -> None:
-        for member in self._members:
-            if member.layers:
-                member.learn(features)
+    def propose(self, asks: Asks) -> list[Drafted]:
+        answers = [
+            member.propose([(session.sessions[k], nodes) for session, nodes in asks])
+            for k, member in enumerate(self._members)
+        ]
+        return [
+            united([node.id for node in nodes], [answer[k] for answer in answers])
+            for k, (_, nodes) in enumerate(asks)
+        ]
 
 
 class _Lists(NamedTuple):

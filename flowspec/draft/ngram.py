@@ -13,17 +13,18 @@ from torch import Tensor
 
 from flowspec.core.messages import Commit, Drafted, DraftNode, Proposal
 from flowspec.core.request import Request
-from flowspec.draft.base import Drafter, Lineage, Noise
+from flowspec.draft.base import Asks, Drafter, Lineage, Noise, Session
 
 
-class NgramDrafter(Drafter):
-    features = False
+class NgramSession(Session):
+    """A request's text so far, and the ends of the paths that are alive."""
+
     LENGTHS: ClassVar = {4: 0.7, 3: 0.6, 2: 0.45, 1: 0.25}
     """match length -> how often its prediction is taken to be right"""
     KEPT = 3
     """different continuations remembered for a match, the newest first"""
 
-    def begin(self, request: Request, noise: Noise | None, features: Tensor | None = None) -> None:
+    def __init__(self, request: Request):
         self._text: list[int] = []
         self._followers: dict[tuple[int, ...], list[int]] = {}
         for token in request.prompt:
@@ -35,6 +36,7 @@ class NgramDrafter(Drafter):
         self._parent: dict[int, int] = {}
 
     def propose(self, nodes: Sequence[DraftNode]) -> Drafted:
+        """Children for each node that it can go on from."""
         return Drafted.pack([node.id for node in nodes], [self._continue(node) for node in nodes])
 
     def commit(self, commit: Commit, features: Tensor | None = None) -> None:
@@ -75,3 +77,15 @@ class NgramDrafter(Drafter):
                 ranks = np.arange(len(followers))
                 return Proposal(np.array(followers), np.log(0.5) * ranks, coverage=share)
         return None
+
+
+class NgramDrafter(Drafter):
+    features = False
+
+    def begin(
+        self, request: Request, noise: Noise | None, features: Tensor | None = None
+    ) -> NgramSession:
+        return NgramSession(request)
+
+    def propose(self, asks: Asks) -> list[Drafted]:
+        return [session.propose(nodes) for session, nodes in asks]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flowspec.core.messages import Commit, Drafted, DraftNode, Proposal
 from flowspec.core.request import Request, Sampling
-from flowspec.draft.base import Drafter, Lineage, Noise
+from flowspec.draft.base import Drafter, Lineage, Noise, Session
 from flowspec.errors import UserError
 from flowspec.files import replacing
 
@@ -87,16 +87,16 @@ class LiveDrafter:
         self.features = drafter.features
         self._drafter, self._rows = drafter, features
         self._told = request.prompt_length - 1  # rows that the drafter has
-        drafter.begin(
+        self._session = drafter.begin(
             request, noise, features[: self._told] if features is not None and self._told else None
         )
 
     def propose(self, nodes: Sequence[DraftNode]) -> Drafted:
-        return self._drafter.propose(nodes)
+        return self._drafter.propose([(self._session, nodes)])[0]
 
     def commit(self, commit: Commit) -> None:
         begin, self._told = self._told, self._told + len(commit.path)
-        self._drafter.commit(commit, None if self._rows is None else self._rows[begin : self._told])
+        self._session.commit(commit, None if self._rows is None else self._rows[begin : self._told])
 
 
 class RecordedDrafter:
@@ -107,7 +107,7 @@ class RecordedDrafter:
     def __init__(self, tape: Tape, drafter: Drafter | None = None, noise: Noise | None = None):
         self._tape, self._drafter, self._noise = tape, drafter, noise
         self._paths = _ByPath(tape.child, tape.request)
-        self._read = False
+        self._session: Session | None = None
         self._held: set[int] = set()  # paths that the real drafter has been asked for in this run
         self.lacked = 0
 
@@ -125,9 +125,8 @@ class RecordedDrafter:
     def _ask(self, drafter: Drafter, missing: list[int]) -> None:
         """Paths are its nodes; nothing is ever committed to it, so that every path can still be asked for."""
         tape = self._tape
-        if not self._read:
-            drafter.begin(tape.request, self._noise)
-            self._read = True
+        if self._session is None:
+            self._session = drafter.begin(tape.request, self._noise)
         wanted = set()
         for path in missing:
             while path not in self._held and path not in wanted and path >= 0:
@@ -137,7 +136,7 @@ class RecordedDrafter:
         last = tape.request.prompt[-1]
         nodes = [DraftNode(p, tape.parents[p], tape.tokens[p] if p else last) for p in batch]
         self._held |= wanted
-        answer = drafter.propose(nodes)
+        [answer] = drafter.propose([(self._session, nodes)])
         tape.proposals.update((p, _single(answer.proposal(p))) for p in batch)
 
 

@@ -12,19 +12,18 @@ from torch import Tensor
 
 from flowspec.comm.base import Inbox
 from flowspec.core.cost import RowCost
-from flowspec.core.messages import Commit, Draft, Drafted
+from flowspec.core.messages import Answered, Commit, Draft, DraftNode, Read
 from flowspec.core.request import Request
-from flowspec.draft.base import Drafter, Noise
+from flowspec.draft.base import Drafter, Noise, Session
 from flowspec.runtime.tracing import Log
 
 Job = Callable[[], None]
 
 
 class Local(NamedTuple):
-    """Local is an event of rank 0's own drafter, with the id of the request it belongs to."""
+    """Local is an event of rank 0's own drafter in rank 0's inbox."""
 
-    request: int
-    event: Drafted
+    event: Read | Answered
 
 
 class Joined:
@@ -53,6 +52,21 @@ class Joined:
         return whole
 
 
+class _Reading:
+    """A request in the draft thread."""
+
+    def __init__(self, layers: Sequence[int], awaited: int, log: Log):
+        self.log = log
+        self.prompt: list[Tensor] = []
+        self.awaited = awaited
+        """So many rows of the prompt's features are still to come."""
+        self.joined = Joined(layers)
+        self.held: list[Job] = []
+        """These jobs wait for the prompt's features."""
+        self.session: Session | None = None
+        """It is there once the drafter has read the prompt."""
+
+
 class DraftThread:
     """The draft thread does its jobs in order and puts the drafter's answers into the inbox.
 
@@ -68,8 +82,7 @@ class DraftThread:
         self.layers = drafter.layers
         """The drafter reads the inputs of these target layers; all come by `layer_features`."""
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._held: list[Job] = []  # jobs that wait for the prompt's features
-        self._awaited = 0  # rows of the prompt's features that are still to come
+        self._requests: dict[int, _Reading] = {}
         self.forget()
         self.read = 0.0
         """The drafter read the last prompt in this many seconds per token."""
@@ -83,46 +96,50 @@ class DraftThread:
         """This is the measured cost of the drafter's forwards over nodes."""
 
     def begin(self, request: Request, noise: Noise | None, log: Log) -> None:
-        """Read the prompt, at once or when its features have arrived.
+        """Read the prompt, at once or when its features have arrived; `Read` comes when it is done.
 
-        Later jobs wait for it. `noise` couples the drafter to the target's sampling noise; None
-        means that it is not coupled."""
-        self._log = log
-        self._held, self.read = [], 0.0
-        self._prompt = prompt = list[Tensor]()
-        self._joined = Joined(self.layers)
-        self._awaited = request.prompt_length - 1 if self.features or self.layers else 0
-        self._do(lambda: self._begin(request, noise, torch.cat(prompt) if prompt else None, log))
+        Commits wait for it. `noise` couples the drafter to the target's sampling noise; None means
+        that it is not coupled."""
+        awaited = request.prompt_length - 1 if self.features or self.layers else 0
+        reading = self._requests[request.id] = _Reading(self.layers, awaited, log)
+        self._do(reading, lambda: self._begin(reading, request, noise))
 
-    def layer_features(self, layers: Sequence[int], at: int, rows: Tensor) -> None:
+    def end(self, request: int) -> None:
+        """Forget a request, which need not be there."""
+        self._requests.pop(request, None)
+
+    def layer_features(self, request: int, layers: Sequence[int], at: int, rows: Tensor) -> None:
         """Take in the inputs of these layers, [n, len(layers) * hidden].
 
         They belong to the text's tokens from position `at` on."""
-        whole = self._joined.add(layers, at, rows)
+        whole = self._requests[request].joined.add(layers, at, rows)
         if whole is not None:
-            self.learn(whole)
+            self.learn(request, whole)
 
-    def learn(self, features: Tensor) -> None:
+    def learn(self, request: int, features: Tensor) -> None:
         """Take in the features [n, width] of the next tokens of the text; the prompt's come first."""
-        prompt, rest = features[: self._awaited], features[self._awaited :]
-        if self._awaited:
-            self._prompt.append(prompt)
-            self._awaited -= len(prompt)
-            for job in self._held if not self._awaited else ():
+        reading = self._requests[request]
+        prompt, rest = features[: reading.awaited], features[reading.awaited :]
+        if reading.awaited:
+            reading.prompt.append(prompt)
+            reading.awaited -= len(prompt)
+            for job in reading.held if not reading.awaited else ():
                 self._queue.put(job)
         if len(rest):
-            self._do(lambda: self._drafter.learn(rest))
+            self._do(reading, lambda: _session(reading).learn(rest))
 
-    def draft(self, request: Request, draft: Draft) -> None:
-        """Run a drafter forward; its `Drafted` comes to the inbox as a Local."""
-        log, cost = self._log, self.cost  # the next request may have begun by the time this is done
-        self._do(lambda: self._propose(request, draft, log, cost))
+    def draft(self, draft: Draft) -> None:
+        """Run a drafter forward; `Answered` comes to the inbox. All its requests have been read."""
+        cost = self.cost  # it may be forgotten by the time this is done
+        asks = [(request, self._requests[request], nodes) for request, nodes in draft.asks]
+        self._queue.put(lambda: self._propose(asks, cost))
 
-    def commit(self, commit: Commit, features: Tensor | None) -> None:
+    def commit(self, request: int, commit: Commit, features: Tensor | None) -> None:
         """Tell the drafter of a commit, with the target's features [len(commit.path), hidden].
 
         `features` is None if the drafter does not read them, or if they come by `layer_features`."""
-        self._do(lambda: self._drafter.commit(commit, features))
+        reading = self._requests[request]
+        self._do(reading, lambda: _session(reading).commit(commit, features))
 
     def close(self) -> None:
         """Finish the present job, drop the others and end the thread."""
@@ -130,9 +147,9 @@ class DraftThread:
         self._queue.put(None)
         self._thread.join()
 
-    def _do(self, job: Job) -> None:
-        if self._awaited:
-            self._held.append(job)
+    def _do(self, reading: _Reading, job: Job) -> None:
+        if reading.awaited:
+            reading.held.append(job)
         else:
             self._queue.put(job)
 
@@ -144,22 +161,36 @@ class DraftThread:
                 self._inbox.fail(error)
                 return
 
-    def _begin(
-        self, request: Request, noise: Noise | None, features: Tensor | None, log: Log
-    ) -> None:
-        _, seconds = self._at_least(log, lambda: self._drafter.begin(request, noise, features))
+    def _begin(self, reading: _Reading, request: Request, noise: Noise | None) -> None:
+        features = torch.cat(reading.prompt) if reading.prompt else None
+        reading.session, seconds = self._at_least(
+            [reading.log], lambda: self._drafter.begin(request, noise, features)
+        )
         self.read = seconds / request.prompt_length
+        self._inbox.put(Local(Read(request.id)))
 
-    def _propose(self, request: Request, draft: Draft, log: Log, cost: RowCost) -> None:
-        drafted, seconds = self._at_least(log, lambda: self._drafter.propose(draft.nodes))
-        cost.observe(len(draft.nodes), seconds)
-        self._inbox.put(Local(request.id, drafted))
+    def _propose(
+        self, asks: list[tuple[int, _Reading, tuple[DraftNode, ...]]], cost: RowCost
+    ) -> None:
+        sessions = [(_session(reading), nodes) for _, reading, nodes in asks]
+        drafted, seconds = self._at_least(
+            [reading.log for _, reading, _ in asks], lambda: self._drafter.propose(sessions)
+        )
+        cost.observe(sum(len(nodes) for _, _, nodes in asks), seconds)
+        requests = [request for request, _, _ in asks]
+        self._inbox.put(Local(Answered(tuple(zip(requests, drafted, strict=True)))))
 
-    def _at_least(self, log: Log, work: Callable):
+    def _at_least(self, logs: Sequence[Log], work: Callable):
         """Return the result of `work()` and its seconds, stretched to the emulated least."""
         begun = self._clock.now()
         result = work()
         self._clock.sleep(begun + self._least - self._clock.now())
         ended = self._clock.now()
-        log.add(0, "draft", "draft", begun, ended)
+        for log in logs:
+            log.add(0, "draft", "draft", begun, ended)
         return result, ended - begun
+
+
+def _session(reading: _Reading) -> Session:
+    assert reading.session is not None, "the drafter has not read the prompt"
+    return reading.session

@@ -1,22 +1,30 @@
-"""The driver is rank 0 at work: it performs the scheduler's actions and feeds it events."""
+"""The driver is rank 0 at work: it performs the scheduler's actions and feeds it events.
+
+It does so in a thread of its own. Whoever wants a text submits a request and reads its stream; how
+fast the reader is, or whether it is still there, is no matter to the ring.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from flowspec.comm.base import Message, Transport
-from flowspec.core.learnt import Learnt
+from flowspec.core.decoding import Decoding
 from flowspec.core.messages import (
     PREFILL_ROWS,
     Action,
+    Back,
+    Batch,
     Commit,
+    Decision,
     Draft,
     Event,
     Finish,
@@ -33,9 +41,10 @@ from flowspec.models.stage import Head
 from flowspec.runtime import wire
 from flowspec.runtime.drafting import DraftThread, Local
 from flowspec.runtime.picking import Picks
+from flowspec.runtime.stream import Stream
 from flowspec.runtime.tracing import Log, merged
 from flowspec.runtime.waiting import receive
-from flowspec.sampling import Pick, noise_for
+from flowspec.sampling import NoiseRows, Pick, noise_for
 from flowspec.trace import Fates, Span
 
 log = logging.getLogger(__name__)
@@ -70,8 +79,8 @@ class Stats:
     segments: int = 0
     returned_segments: int = 0
     bookkeeping: float = 0.0
-    """Rank 0's main thread spent this many CPU seconds on other work than verification (lm_head and
-    sampling) and waiting."""
+    """Rank 0's thread spent this many CPU seconds on other work than verification (lm_head and
+    sampling) and waiting. Requests that are in the ring at the same time share them equally."""
     hop: float = 0.0
     """This is the median seconds of recent hops; it is 0 if none was measured."""
     reports: dict[int, wire.Report] = field(default_factory=dict)
@@ -82,8 +91,73 @@ class Stats:
     """These spans say what all ranks did, on rank 0's clock; empty unless the request was traced."""
 
 
+class _Submit(NamedTuple):
+    """An item of the inbox: begin with a request."""
+
+    live: _Live
+
+
+class _Cancel(NamedTuple):
+    """An item of the inbox: nobody reads the text of this request any more."""
+
+    request: int
+
+
+class _Forget(NamedTuple):
+    """An item of the inbox: forget what was learnt."""
+
+
+class _Close(NamedTuple):
+    """An item of the inbox: end the thread."""
+
+
+@dataclass
+class Ask:
+    """What is asked of the driver: a request, and how it is served."""
+
+    request: Request
+    policy: Policy
+    switches: PolicyConfig
+    trace: bool = False
+    """note what all ranks do"""
+
+
+class Answer:
+    """The answer to an ask: `tokens` as they are committed, and `stats`, complete once they have ended."""
+
+    def __init__(self) -> None:
+        self.tokens: Stream[Committed] = Stream()
+        self.stats = Stats()
+
+
+class _Live:
+    """A request in the ring, from rank 0's side."""
+
+    def __init__(self, ask: Ask, answer: Answer, drafts: bool, hidden_scale: float):
+        self.ask, self.request = ask, ask.request
+        self.tokens, self.stats = answer.tokens, answer.stats
+        self.log, self.fates = Log(ask.trace, ask.request.id, hidden_scale), Fates()
+        self.drafts = drafts
+        self.decoding: Decoding
+        self.noise: NoiseRows | None = None
+        self.features: dict[int, tuple[torch.Tensor, int]] = {}
+        """This maps a node that came back to (feature rows, index of its row there), if the drafter
+        reads them."""
+        self.picks: dict[int, Pick] = {}
+        self.before = 0.0
+        """The shared bookkeeping of the run was this when the request began."""
+        self.pongs: dict[int, list[tuple[float, float]]] = {}
+        """This maps a rank to (seconds of a round trip, its clock minus ours) of a traced request."""
+
+    @property
+    def reported(self) -> bool:
+        """Whether all is known that is to be known of a request that is over."""
+        asked = QUESTIONS if self.log.on else 0
+        return all(len(self.pongs.get(rank, ())) >= asked for rank in self.stats.reports)
+
+
 class Driver:
-    """The driver serves one request after another.
+    """The driver serves requests, many at a time.
 
     `draft` is None if nothing is ever drafted. `head` is given if rank 0 verifies
     (verify_on: coordinator). `hidden_scale` is that of emulated links, for the bytes in a trace."""
@@ -96,7 +170,7 @@ class Driver:
         head: Head | None = None,
         hidden_scale: float = 1.0,
     ):
-        self._transport, self._thread, self._head, self._vocabulary = (
+        self._transport, self._draft, self._head, self._vocabulary = (
             transport,
             draft,
             head,
@@ -104,271 +178,305 @@ class Driver:
         )
         self._topology, self._clock = transport.topology, transport.inbox.clock
         self._hidden_scale = hidden_scale
-        self.forget()
+        self._scheduler = Scheduler(self._topology)
+        self._fresh = True
+        self._live: dict[int, _Live] = {}
+        self._ending: dict[int, _Live] = {}  # over, but not all stages have reported
+        self._wake_at: float | None = None
+        self._verifying = self._bookkeeping = 0.0
+        self._lock = threading.Lock()
+        self._streams: list[Stream] = []  # of all requests that are not done
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    # ---- from any thread -------------------------------------------------------------------------
+    def submit(self, ask: Ask) -> Answer:
+        """Begin with a request; the answer is filled while others do something else.
+
+        If the run breaks, its stream raises the error that broke it."""
+        answer, drafts = Answer(), self._draft is not None and ask.policy.drafts
+        with self._lock:
+            self._streams = [stream for stream in self._streams if not stream.ended]
+            self._streams.append(answer.tokens)
+            if self._error:
+                answer.tokens.end(self._error)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="driver", daemon=True)
+                self._thread.start()
+        self._transport.inbox.put(_Submit(_Live(ask, answer, drafts, self._hidden_scale)))
+        return answer
+
+    def cancel(self, request: int) -> None:
+        """End a request if it is not over yet: its rows in the ring are freed at once."""
+        self._transport.inbox.put(_Cancel(request))
 
     def forget(self) -> None:
         """Make the next request like the first of the run: nothing that was learnt is kept.
 
-        Stages and the drafter are told when that request begins."""
-        self._learnt, self._fresh = Learnt(), True
+        No request is in the ring. Stages and the drafter are told when the next one begins."""
+        self._transport.inbox.put(_Forget())
 
-    def generate(
-        self,
-        request: Request,
-        policy: Policy,
-        switches: PolicyConfig,
-        stats: Stats,
-        trace: bool = False,
-    ) -> Generator[Committed, None, None]:
-        """Yield the tokens of the text as they are committed.
+    def close(self) -> None:
+        """End the thread, if it still runs."""
+        if self._thread is not None:
+            self._transport.inbox.put(_Close())
+            self._thread.join()
 
-        Closing the iterator cancels the request. `stats` is filled meanwhile, and complete once the
-        iterator has ended."""
-        self._draft = self._thread if policy.drafts else None
-        self._reads_features = self._draft is not None and self._draft.features
-        # node that came back -> (feature rows, index of its row there), if the drafter reads them
-        self._features: dict[int, tuple[torch.Tensor, int]] = {}
-        self._scheduler = scheduler = Scheduler(
-            request, policy, self._learnt, drafts=self._draft is not None
-        )
-        self._wake_at: float | None = None
-        self._picks: dict[int, Pick] = {}
-        self._verifying = 0.0
-        self._log, self._fates = Log(trace, request.id, self._hidden_scale), Fates()
-        stats.begun = self._clock.now()
-        broken = True
+    # ---- the thread ------------------------------------------------------------------------------
+    def _run(self) -> None:
         try:
-            self._begin(request, switches)
-            yield from self._step(request, None, stats)
-            while not scheduler.finished:
-                yield from self._step(request, self._next_event(request), stats)
-            broken = False
-        except GeneratorExit:  # the caller has enough
-            broken = False
-            raise
-        finally:
-            stats.ended = self._clock.now()
-            stats.drafted, stats.returned_segments = (
-                scheduler.tree.drafted,
-                scheduler.returned_segments,
-            )
-            stats.segments, stats.explanation, stats.hop = (
-                scheduler.segments,
-                policy.explain(),
-                scheduler.ring.usual_hop,
-            )
-            self._end(request)
-            if not broken:
-                self._await_reports(request, stats)
-            log.info(
-                "request %d: %d tokens, %s", request.id, len(scheduler.tokens), stats.finish_reason
-            )
+            while not isinstance(item := self._next(), _Close):
+                self._take(item)
+        except BaseException as error:
+            self._broken(error)
 
-    def _step(self, request: Request, event: Event | None, stats: Stats) -> list[Committed]:
-        """Handle one event (None: the beginning) and return the tokens that it commits.
+    def _broken(self, error: BaseException) -> None:
+        with self._lock:
+            self._error = error
+            for stream in self._streams:
+                stream.end(error)
 
-        All messages that follow from it are sent before the caller sees a token."""
-        begun, cpu, verifying = self._clock.now(), time.thread_time(), self._verifying
-        scheduler = self._scheduler
-        actions = scheduler.handle(event, begun) if event else scheduler.start(begun)
-        committed = self._perform(request, actions, stats)
-        stats.bookkeeping += time.thread_time() - cpu - (self._verifying - verifying)
-        self._log.add(
-            0, "compute", "schedule", begun, self._clock.now(), event=type(event).__name__
-        )
-        return committed
+    def _next(self) -> Any:
+        """Return the next item of the inbox; None once it is time to wake up."""
+        if not self._live and not self._ending:
+            return self._transport.inbox.get()  # for days if need be
+        item = receive(self._transport, math.inf if self._wake_at is None else self._wake_at)
+        if item is None:
+            self._wake_at = None
+        return item
 
-    def _begin(self, request: Request, switches: PolicyConfig) -> None:
-        self._noise = noise_for(request.sampling, self._vocabulary)
-        layers = self._draft.layers if self._draft else ()
+    def _take(self, item: Any) -> None:
+        if item is None:
+            self._step(Woke())
+        elif isinstance(item, Local):
+            self._step(item.event)
+        elif isinstance(item, _Submit):
+            self._begin(item.live)
+        elif isinstance(item, _Cancel):
+            self._cancel(item.request)
+        elif isinstance(item, _Forget):
+            self._fresh = True
+            self._scheduler.forget()
+        else:
+            rank, message = item
+            self._hear(rank, message)
+
+    def _hear(self, rank: int, message: Message) -> None:
+        """Take in a message; what concerns requests that are over is dropped."""
+        live = self._live.get(message.meta.get("request", 0))
+        if message.kind in ("choices", "features"):
+            self._back(message)
+        elif message.kind in wire.NEWS:
+            self._step(wire.read_news(message))
+        elif message.kind == "report":
+            self._reported(rank, message)
+        elif message.kind == "pong":
+            self._pong(rank, message)
+        elif message.kind == "prompt_features" and live:
+            self._prompt_features(live, message)
+        elif message.kind == "text_features" and live:
+            assert self._draft is not None, "features that nobody asked for"
+            layers, at = message.meta["layers"], message.meta["at"]
+            self._draft.layer_features(live.request.id, layers, at, message.tensors[0])
+
+    # ---- a request -------------------------------------------------------------------------------
+    def _begin(self, live: _Live) -> None:
+        request, draft = live.request, self._draft if live.drafts else None
+        self._live[request.id] = live
+        live.stats.begun, live.before = self._clock.now(), self._bookkeeping
+        live.noise = noise_for(request.sampling, self._vocabulary)
+        features, layers = draft is not None and draft.features, draft.layers if draft else ()
         self._transport.send_next(
-            wire.start(request, self._log.on, self._reads_features, layers, switches, self._fresh)
+            wire.start(request, live.log.on, features, layers, live.ask.switches, self._fresh)
         )
-        if self._fresh and self._thread:
-            self._thread.forget()
+        if self._fresh and self._draft:
+            self._draft.forget()
         self._fresh = False
         prompt = torch.tensor(request.prompt[:-1], dtype=torch.int32)
         for chunk in prompt.split(PREFILL_ROWS) if len(prompt) else ():
             self._transport.send_next(wire.prefill(request.id, chunk))
-        if self._draft:
-            self._draft.begin(
-                request,
-                noise_for(request.sampling, self._vocabulary) if switches.coupled else None,
-                self._log,
+        if draft:
+            coupled = live.ask.switches.coupled
+            noise = noise_for(request.sampling, self._vocabulary) if coupled else None
+            draft.begin(request, noise, live.log)
+        learnt = self._scheduler.learnt
+        live.decoding = Decoding(request, live.ask.policy, learnt, live.drafts)
+        self._step(live.decoding)
+
+    def _step(self, event: Event | Decoding) -> None:
+        """Handle one event, or begin with a decoding, and perform what follows.
+
+        All messages that follow are sent before a reader sees a token."""
+        begun, cpu, verifying = self._clock.now(), time.thread_time(), self._verifying
+        take = self._scheduler.admit if isinstance(event, Decoding) else self._scheduler.handle
+        actions = take(event, begun)  # type: ignore[arg-type]
+        sharing = [*self._live.values()]
+        self._perform(actions)
+        spent = time.thread_time() - cpu - (self._verifying - verifying)
+        self._bookkeeping += spent / max(1, len(sharing))
+        for live in sharing:
+            live.log.add(
+                0, "compute", "schedule", begun, self._clock.now(), event=type(event).__name__
             )
 
-    def _perform(self, request: Request, actions: list[Action], stats: Stats) -> list[Committed]:
+    def _perform(self, actions: list[Action]) -> None:
         self._wake_at = None
-        committed: list[Committed] = []
+        decisions = [action for action in actions if isinstance(action, Decision)]
+        prunes = [
+            (d.request, what) for d in decisions for what in d.what if isinstance(what, Prune)
+        ]
+        if prunes:
+            for rank in self._topology.stage_ranks:
+                self._transport.send_control(rank, wire.prunes(prunes))
+        committed = {d.request: self._decided(self._live[d.request], d) for d in decisions}
         for action in actions:
             log.debug("%s", action)
-            if isinstance(action, Segment):
-                self._transport.send_next(wire.segment(request.id, action))
-                if self._log.on:
-                    self._fates.sent(action.ids, action.parents)
-            elif isinstance(action, Prune):
-                for rank in self._topology.stage_ranks:
-                    self._transport.send_control(rank, wire.prune(request.id, action))
+            if isinstance(action, Batch):
+                self._transport.send_next(wire.batch(action))
+                for request, segment in action.pieces:
+                    if self._live[request].log.on:
+                        self._live[request].fates.sent(segment.ids, segment.parents)
             elif isinstance(action, Draft) and self._draft:
-                self._draft.draft(request, action)
-            elif isinstance(action, Commit):
-                committed = self._commit(action, stats)
+                self._draft.draft(action)
             elif isinstance(action, Wake):
                 self._wake_at = action.at
-            elif isinstance(action, Finish):
-                stats.finish_reason = action.reason
+        for request, tokens in committed.items():
+            live = self._live[request]
+            live.tokens.put(*tokens)
+            if live.decoding.finished:
+                self._over(live)
+
+    def _decided(self, live: _Live, decision: Decision) -> list[Committed]:
+        """Return the tokens of a decision, and tell the drafter of them."""
+        committed: list[Committed] = []
+        for what in decision.what:
+            if isinstance(what, Commit):
+                committed = self._commit(live, what)
+            elif isinstance(what, Finish):
+                live.stats.finish_reason = what.reason
                 committed[-1] = committed[-1]._replace(final=True)
         return committed
 
-    def _commit(self, commit: Commit, stats: Stats) -> list[Committed]:
-        if self._draft:
-            self._draft.commit(
-                commit, self._features_of(commit.path) if self._reads_features else None
-            )
+    def _commit(self, live: _Live, commit: Commit) -> list[Committed]:
+        stats = live.stats
+        if live.drafts and self._draft:
+            features = self._features_of(live, commit.path) if self._draft.features else None
+            self._draft.commit(live.request.id, commit, features)
         stats.last_token = self._clock.now()
-        if self._log.on:
-            self._fates.decided(commit.path, commit.root, stats.last_token)
+        if live.log.on:
+            live.fates.decided(commit.path, commit.root, stats.last_token)
         stats.first_token = stats.first_token or stats.last_token
-        gaps = [self._picks[node].gap for node in commit.path]
-        self._picks = {}
+        gaps = [live.picks[node].gap for node in commit.path]
+        live.picks = {}
         return [
             Committed(*token) for token in zip(commit.tokens, commit.accepted, gaps, strict=True)
         ]
 
-    def _features_of(self, path: tuple[int, ...]) -> torch.Tensor:
+    def _features_of(self, live: _Live, path: tuple[int, ...]) -> torch.Tensor:
         """Return the target's features [len(path), hidden] at these nodes and forget all others.
 
         All other nodes that came back are refused: no descendant of a new root is back by now."""
-        found = torch.stack([rows[k] for rows, k in map(self._features.__getitem__, path)])
-        self._features = {}
+        found = torch.stack([rows[k] for rows, k in map(live.features.__getitem__, path)])
+        live.features = {}
         return found
 
     # ---- what arrives ----------------------------------------------------------------------------
-    def _next_event(self, request: Request) -> Event:
-        """Wait for the next event of this request; messages of earlier requests are dropped."""
-        while True:
-            item = receive(self._transport, math.inf if self._wake_at is None else self._wake_at)
-            if item is None:
-                self._wake_at = None
-                return Woke()
-            event = self._read(request, item)
-            if event is not None:
-                return event
-
-    def _read(self, request: Request, item) -> Event | None:
-        """Take in an item of the inbox and return its event; None if the scheduler needs none."""
-        if isinstance(item, Local):
-            return item.event if item.request == request.id else None
-        message = item[1]
-        if message.meta.get("request") != request.id:
-            return None
-        if message.kind == "prefilled":  # only a sign of life
-            return None
-        if message.kind == "prompt_features":
-            self._prompt_features(message)
-            return None
-        if message.kind == "text_features":
-            assert self._draft is not None, "features that nobody asked for"
-            self._draft.layer_features(
-                message.meta["layers"], message.meta["at"], message.tensors[0]
-            )
-            return None
-        if message.kind in wire.NEWS:
-            return wire.read_news(message)
-        return self._returned(request, message)
-
-    def _took(self, seconds: float) -> None:
-        self._verifying += seconds
-
-    def _prompt_features(self, message: Message) -> None:
+    def _prompt_features(self, live: _Live, message: Message) -> None:
         assert self._draft is not None, "features that nobody asked for"
-        self._log.arrived(
-            message, self._topology.last, 0, self._transport.inbox.since, self._clock.now(), None
-        )
-        self._draft.learn(message.tensors[0])
+        since, now = self._transport.inbox.since, self._clock.now()
+        live.log.arrived(message, self._topology.last, 0, since, now, None)
+        self._draft.learn(live.request.id, message.tensors[0])
 
-    def _returned(self, request: Request, message: Message) -> Returned:
-        if self._reads_features:
-            nodes, rows = wire.read_features(message)
-            self._features.update((id, (rows, k)) for k, id in enumerate(nodes))
-        number, head = message.meta["number"], self._head
-        if message.kind == "choices":
-            (ids, tokens), gaps = message.tensors[0].tolist(), message.tensors[1].tolist()
-            picks: Mapping[int, Pick] = dict(zip(ids, map(Pick, tokens, gaps), strict=True))
-            came = self._scheduler.ring.out.get(number, ())
+    def _back(self, message: Message) -> None:
+        answers = wire.read_answers(message)
+        known = [(self._live[a.request], a) for a in answers if a.request in self._live]
+        for live, answer in known:
+            if live.log.on:
+                since, now = self._transport.inbox.since, self._clock.now()
+                came = live.decoding.out.get(answer.number, ())
+                segment = Segment(answer.number, came, (), ())
+                live.log.arrived(message, self._topology.last, 0, since, now, segment)
+        self._step(Back(tuple(self._returned(live, answer) for live, answer in known)))
+
+    def _returned(self, live: _Live, answer: wire.Answer) -> Returned:
+        if answer.rows is not None and live.drafts and self._draft and self._draft.features:
+            rows = answer.rows
+            live.features.update((id, (rows, k)) for k, id in enumerate(answer.ids))
+        picks: Mapping[int, Pick]
+        if answer.positions is None:
+            found = map(Pick, answer.tokens, answer.gaps)
+            picks = dict(zip(answer.ids, found, strict=True))
         else:
-            assert head is not None, f"a {message.kind} message, but this rank does not verify"
-            picks = self._to_pick(request, head, *message.tensors)
-            came = tuple(message.tensors[0].tolist())
+            picks = self._to_pick(live, answer)
 
         def choose(node: int, path: Sequence[int]) -> int:
-            found = self._picks[node] = picks[node]
+            begun = time.thread_time()
+            found = live.picks[node] = picks[node]
+            self._verifying += time.thread_time() - begun
             return found.token
 
-        self._log.arrived(
-            message, self._topology.last, 0, self._transport.inbox.since, self._clock.now(), came
-        )
-        return Returned(number, tuple(picks), choose)
+        return Returned(live.request.id, answer.number, tuple(picks), choose)
 
-    def _to_pick(
-        self,
-        request: Request,
-        head: Head,
-        ids: torch.Tensor,
-        positions: torch.Tensor,
-        rows: torch.Tensor,
-    ) -> Picks:
-        """Return the target's picks at the nodes that are alive; others are never asked for.
-
-        `ids` and `positions` are int [n], `rows` are the last stage's features [n, hidden]."""
-        nodes = self._scheduler.tree.nodes
-        alive = [k for k, id in enumerate(ids.tolist()) if id in nodes]
-        ids, positions, rows = ids[alive], positions[alive], rows[alive]
-        parents = [nodes[id].parent for id in ids.tolist()]
-        return Picks(
-            head, request.sampling, self._noise, ids.tolist(), parents, positions, rows, self._took
-        )
+    def _to_pick(self, live: _Live, answer: wire.Answer) -> Picks:
+        """Return the target's picks at the nodes that are alive; others are never asked for."""
+        assert self._head is not None, "features came back, but this rank does not verify"
+        assert answer.positions is not None and answer.rows is not None
+        nodes = live.decoding.tree.nodes
+        alive = [k for k, id in enumerate(answer.ids) if id in nodes]
+        ids = [answer.ids[k] for k in alive]
+        parents = [nodes[id].parent for id in ids]
+        positions, rows = answer.positions[alive], answer.rows[alive]
+        return Picks(self._head, live.request.sampling, live.noise, ids, parents, positions, rows)
 
     # ---- the end ---------------------------------------------------------------------------------
-    def _end(self, request: Request) -> None:
-        """Tell the stages to forget the request; its rows on the way are dropped where they arrive."""
+    def _cancel(self, request: int) -> None:
+        live = self._live.get(request)
+        if live is not None:
+            self._over(live)
+            self._perform(self._scheduler.cancel(request, self._clock.now()))
+
+    def _over(self, live: _Live) -> None:
+        """Tell the stages to forget a request; its rows on the way are dropped where they arrive."""
+        request, decoding, stats = live.request.id, live.decoding, live.stats
+        self._ending[request] = self._live.pop(request)
+        if self._draft:
+            self._draft.end(request)
+        stats.ended = self._clock.now()
+        stats.drafted, stats.segments = decoding.tree.drafted, decoding.segments
+        stats.returned_segments = decoding.returned_segments
+        stats.explanation = decoding.policy.explain()
+        stats.hop = self._scheduler.ring.usual_hop
+        stats.bookkeeping = self._bookkeeping - live.before
         for rank in self._topology.stage_ranks:
-            self._transport.send_control(rank, wire.end(request.id))
+            self._transport.send_control(rank, wire.end(request))
+        log.info("request %d: %d tokens, %s", request, len(decoding.tokens), stats.finish_reason)
 
-    def _await_reports(self, request: Request, stats: Stats) -> None:
-        """Wait for all stages' reports and, if the request was traced, merge their spans."""
-        while len(stats.reports) < self._topology.stages:
-            item = receive(self._transport)
-            if (
-                not isinstance(item, Local)
-                and item[1].kind == "report"
-                and item[1].meta["request"] == request.id
-            ):
-                stats.reports[item[0]] = wire.read_report(item[1])
-        if self._log.on:
+    def _reported(self, rank: int, message: Message) -> None:
+        live = self._ending[message.meta["request"]]
+        live.stats.reports[rank] = wire.read_report(message)
+        if live.log.on:
+            self._transport.send_control(rank, wire.ping(live.request.id))
+        self._done(live)
+
+    def _pong(self, rank: int, message: Message) -> None:
+        live, now = self._ending[message.meta["request"]], self._clock.now()
+        sent, clock = message.meta["sent"], message.meta["clock"]
+        pongs = live.pongs.setdefault(rank, [])
+        pongs.append((now - sent, clock - (sent + now) / 2))
+        if len(pongs) < QUESTIONS:
+            self._transport.send_control(rank, wire.ping(live.request.id))
+        self._done(live)
+
+    def _done(self, live: _Live) -> None:
+        """End the stream of a request that is over once every stage has said what it did for it."""
+        stats = live.stats
+        if len(stats.reports) < self._topology.stages or not live.reported:
+            return
+        del self._ending[live.request.id]
+        if live.log.on:
             notes = {rank: report.spans for rank, report in stats.reports.items()}
-            stats.spans = merged({0: self._log.spans} | notes, self._offsets(), self._fates)
-
-    def _offsets(self) -> dict[int, float]:
-        """Return each rank's clock minus rank 0's, in seconds.
-
-        It follows from the quickest of QUESTIONS round trips (Cristian 1989), so it is off by at
-        most half of that round trip."""
-        best: dict[int, tuple[float, float]] = {}
-        for _ in range(QUESTIONS):
-            for rank in self._topology.stage_ranks:
-                self._transport.send_control(rank, wire.ping())
-            answers = 0
-            while answers < self._topology.stages:
-                item = receive(self._transport)
-                if not isinstance(item, Local) and item[1].kind == "pong":
-                    sent, clock, now = (
-                        item[1].meta["sent"],
-                        item[1].meta["clock"],
-                        self._clock.now(),
-                    )
-                    best[item[0]] = min(
-                        best.get(item[0], (math.inf, 0.0)), (now - sent, clock - (sent + now) / 2)
-                    )
-                    answers += 1
-        return {0: 0.0} | {rank: offset for rank, (_, offset) in best.items()}
+            # the quickest of QUESTIONS round trips (Cristian 1989): off by at most half of it
+            offsets = {rank: min(pongs)[1] for rank, pongs in live.pongs.items()}
+            spans = {0: live.log.spans} | notes
+            stats.spans = merged(spans, {0: 0.0} | offsets, live.fates)
+        live.tokens.end()

@@ -69,7 +69,7 @@ def batch(batch: Batch, rows: Tensor | None = None) -> Message:
     """Segments on a hop: per node its id, its parent, its token (by which a last stage knows whether the node became text) and,
     between stages, a feature row. `rows`: [n, hidden]; None on the first hop, where the tokens are the rows."""
     segments = [segment for _, segment in batch.pieces]
-    ids, parents, tokens = ([i for s in segments for i in column] for column in _columns(segments))
+    ids, parents, tokens = ([i for own in column for i in own] for column in _columns(segments))
     about = [[request, segment.number, len(segment.ids)] for request, segment in batch.pieces]
     if rows is None:
         nodes = torch.tensor([ids, parents], dtype=torch.int32)
@@ -242,13 +242,13 @@ def read_report(message: Message) -> Report:
     return Report(**{**fields, **read})
 
 
-def ping() -> Message:
-    """What time is it at your end?"""
-    return Message("ping", {"sent": time.monotonic()})
+def ping(request: int) -> Message:
+    """What time is it at your end? (Asked for the trace of a request.)"""
+    return Message("ping", {"request": request, "sent": time.monotonic()})
 
 
 def pong(ping: Message) -> Message:
-    return Message("pong", {"sent": ping.meta["sent"], "clock": time.monotonic()})
+    return Message("pong", {**ping.meta, "clock": time.monotonic()})
 
 
 def loading(megabytes: float, seconds: float) -> Message:

@@ -304,14 +304,15 @@ def test_the_simulated_bytes_are_those_of_the_real_messages(verify_last, accepte
     tokens = torch.zeros(3, dtype=torch.int32)
     if verify_last:
         text = list(ids[: len(accepted or ())])
-        answer = wire.choices(
-            1, 1, text, [0] * len(text), [0.0] * len(text), rows[: len(text)] if features else None
-        )
+        wanted = rows[: len(text)] if features else None
+        zeros = [0] * len(text)
+        answer = wire.choices([wire.Answer(1, 1, text, zeros, zeros, None, wanted)])
     else:
-        answer = wire.features(1, 1, list(ids), positions, rows)
+        answer = wire.features([wire.Answer(1, 1, list(ids), [], [], positions, rows)])
+    batch = Batch((Piece(1, Segment(1, ids, ids, ids)),))
     real = [
-        wire.segment(1, Segment(1, ids, ids, ids)),
-        wire.rows_of(1, Segment(1, ids, ids, ids), rows),
+        wire.batch(batch),
+        wire.batch(batch, rows),
         answer,
     ]
     became_text = len(accepted or ())
@@ -368,9 +369,10 @@ def test_a_drafter_asked_live_gets_the_features_of_its_path_and_of_no_other_row(
 
         def begin(self, request, noise, features=None):
             heard.append(None if features is None else features.tolist())
+            return self
 
-        def propose(self, nodes):
-            return Drafted.pack([n.id for n in nodes], [None for _ in nodes])
+        def propose(self, asks):
+            return [Drafted.pack([n.id for n in nodes], [None for _ in nodes]) for _, nodes in asks]
 
         def commit(self, commit, features=None):
             heard.append(features.tolist())
@@ -415,8 +417,12 @@ class Counting:
 
     def begin(self, request, noise):
         self.parents = {}
+        return self
 
-    def propose(self, nodes):
+    def propose(self, asks):
+        return [self._propose(nodes) for _, nodes in asks]
+
+    def _propose(self, nodes):
         self.asked += [n.id for n in nodes]
         for n in nodes:
             assert n.parent in self.parents or n.parent == -1

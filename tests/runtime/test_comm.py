@@ -25,7 +25,7 @@ from flowspec.comm.codec import Limit, decode, encode, payload_size
 from flowspec.comm.heartbeat import Heartbeat, is_rank_of_this_run
 from flowspec.comm.shaped import Arrivals, ShapedTransport, shaped, wire_bytes
 from flowspec.core.cost import Emulate
-from flowspec.core.messages import FRAME_BYTES, PREFILL_ROWS, Prune, Segment, Started
+from flowspec.core.messages import FRAME_BYTES, PREFILL_ROWS, Batch, Piece, Prune, Segment, Started
 from flowspec.core.policy import PolicyConfig
 from flowspec.core.request import Request, Sampling
 from flowspec.core.topology import Topology
@@ -208,6 +208,41 @@ def test_a_frame_with_bytes_changed_is_refused_or_a_message_and_nothing_else():
     assert 0 < refused < 3000
 
 
+def one(segment: Segment) -> Batch:
+    return Batch((Piece(1, segment),))
+
+
+def test_segments_of_several_requests_are_read_as_they_were_sent():
+    batch = Batch(
+        (Piece(3, Segment(7, (0, 1), (-1, 0), (5, 6))), Piece(9, Segment(8, (4,), (2,), (7,))))
+    )
+    rows = torch.arange(6.0).view(3, 2)
+    assert wire.read_batch(wire.batch(batch)) == wire.read_batch(wire.batch(batch, rows)) == batch
+    told = [
+        wire.Answer(3, 7, [0, 1], [6, 2], [0.5, 0.25], None, rows[:2]),
+        wire.Answer(4, 8, [], [], [], None, None),
+        wire.Answer(9, 9, [4], [8], [1.0], None, rows[2:]),
+    ]
+    for said, heard in zip(told, wire.read_answers(wire.choices(told)), strict=True):
+        assert said[:5] == heard[:5] and heard.positions is None
+        assert heard.rows is None if said.rows is None else heard.rows.equal(said.rows)
+    told = [
+        answer._replace(
+            tokens=[],
+            gaps=[],
+            positions=torch.arange(len(answer.ids)),
+            rows=rows[: len(answer.ids)],
+        )
+        for answer in told
+    ]
+    for said, heard in zip(told, wire.read_answers(wire.features(told)), strict=True):
+        assert (
+            said[:5] == heard[:5]
+            and heard.positions.equal(said.positions)
+            and heard.rows.equal(said.rows)
+        )
+
+
 def test_all_that_a_ring_says_is_within_the_limits_of_its_kind():
     tree, hidden, layers = 200, 64, 4
     limits = wire.limits(tree, hidden, layers, 1000)
@@ -217,12 +252,12 @@ def test_all_that_a_ring_says_is_within_the_limits_of_its_kind():
         wire.start(request, True, True, range(layers), PolicyConfig()),
         wire.prefill(1, torch.zeros(PREFILL_ROWS, hidden, dtype=torch.float64)),
         wire.prompt_features(1, rows),
-        wire.rows_of(1, Segment(9, tuple(ids), tuple(ids), tuple(ids)), rows),
-        wire.features(1, 9, ids, torch.arange(tree), rows),
-        wire.choices(1, 9, ids, ids, [0.5] * tree, rows),
+        wire.batch(one(Segment(9, tuple(ids), tuple(ids), tuple(ids))), rows),
+        wire.features([wire.Answer(1, 9, ids, [], [], torch.arange(tree), rows)]),
+        wire.choices([wire.Answer(1, 9, ids, ids, [0.5] * tree, None, rows)]),
         wire.text_features(1, range(layers), 0, rows.repeat(1, layers)),
         wire.report(1, wire.Report(0.0, 0, 0, 0.0, [], 0.0, 0.0, [])),
-        wire.pong(wire.ping()),
+        wire.pong(wire.ping(1)),
         wire.loaded(1.0, 2.0, "layers 0 to 3"),
         wire.STOP,
     ]
@@ -476,11 +511,11 @@ def test_a_frame_weighs_about_what_is_sent_beside_the_tensors():
     segment = Segment(77, tuple(ids), tuple(ids), tuple(ids))
     tokens, rows = torch.zeros(16, dtype=torch.int32), torch.zeros(16, 64)
     for message in (
-        wire.prune(1, Prune(57, 990, 1005)),
-        wire.segment(1, segment),
-        wire.rows_of(1, segment, rows),
-        wire.choices(1, 77, ids, ids, [0.5] * 16),
-        wire.news(1, Started(77, 16, 0.0123456789, 0.0)),
+        wire.prunes([(1, Prune(57, 990, 1005))]),
+        wire.batch(one(segment)),
+        wire.batch(one(segment), rows),
+        wire.choices([wire.Answer(1, 77, ids, ids, [0.5] * 16, None, None)]),
+        wire.news(Started(77, 16, 0.0123456789, 0.0)),
         wire.prefill(1, tokens),
     ):
         header, payload = encode(message)

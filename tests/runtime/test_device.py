@@ -11,7 +11,7 @@ from flowspec import Engine, UserError, lossless
 from flowspec.comm.base import Inbox, Pulse
 from flowspec.comm.inproc import InprocTransport
 from flowspec.config import load_config
-from flowspec.core.messages import Prune, Segment
+from flowspec.core.messages import Batch, Piece, Prune, Segment
 from flowspec.core.policy import PolicyConfig
 from flowspec.core.request import Request, Sampling
 from flowspec.core.stage import StageState
@@ -181,8 +181,8 @@ def test_no_tensor_reaches_the_transport_before_it_is_on_the_host(
     worker.take(wire.start(request, False, features, layers, PolicyConfig()))
     worker.take(wire.prefill(1, rows))
     segment = Segment(1, (0, 1), (-1, 0), (3, 4))
-    worker.take(wire.segment(1, segment) if rank == 1 else wire.rows_of(1, segment, rows))
-    worker.take(wire.prune(1, Prune(1, 0, 1)))
+    worker.take(wire.batch(Batch((Piece(1, segment),)), None if rank == 1 else rows))
+    worker.take(wire.prunes([(1, Prune(1, 0, 1))]))
     told = ["text_features"] * bool(layers)
     assert copied == 2 * [
         META,

@@ -9,9 +9,10 @@ import torch
 from flowspec.core.messages import KEPT, Commit, DraftNode
 from flowspec.core.request import Request, Sampling
 from flowspec.draft.lm import PREFILL_ROWS, LmDrafter
-from flowspec.draft.ngram import NgramDrafter
+from flowspec.draft.ngram import NgramDrafter, NgramSession
 from flowspec.models.stage import Sequence, load_whole
 from flowspec.sampling import NoiseRows
+from tests.alone import Alone
 
 PROMPT = (5, 6, 7, 8)
 
@@ -37,7 +38,7 @@ def from_scratch(whole, tokens):
 def test_an_incremental_tree_proposes_what_a_fresh_forward_would(whole, seed):
     """Random growth and commits: deep hits, misses, several commits without a draft in between."""
     print(f"seed {seed}")
-    r, drafter = random.Random(seed), LmDrafter(*whole, 320)
+    r, drafter = random.Random(seed), Alone(LmDrafter(*whole, 320))
     drafter.begin(request(), None)
     text, root, next_id = list(PROMPT), 0, 1
     anchor, path_of, children = -1, {0: []}, {}
@@ -89,7 +90,7 @@ def test_an_incremental_tree_proposes_what_a_fresh_forward_would(whole, seed):
 
 def test_noise_reranks_the_candidates(whole):
     noise = NoiseRows(3, 320)
-    plain, coupled = LmDrafter(*whole, 320), LmDrafter(*whole, 320)
+    plain, coupled = Alone(LmDrafter(*whole, 320)), Alone(LmDrafter(*whole, 320))
     plain.begin(request(temperature=1.0, seed=3), None)
     coupled.begin(request(temperature=1.0, seed=3), noise)
     a, b = (d.propose([DraftNode(0, -1, PROMPT[-1])]).proposal(0) for d in (plain, coupled))
@@ -100,7 +101,7 @@ def test_noise_reranks_the_candidates(whole):
 
 
 def test_a_node_whose_branch_died_gets_no_proposal(whole):
-    drafter = LmDrafter(*whole, 320)
+    drafter = Alone(LmDrafter(*whole, 320))
     drafter.begin(request(), None)
     drafter.propose([DraftNode(0, -1, PROMPT[-1])])
     drafter.commit(Commit((0,), (9,), (False,), 5))
@@ -108,7 +109,7 @@ def test_a_node_whose_branch_died_gets_no_proposal(whole):
 
 
 def test_a_token_beyond_the_drafts_padding_does_no_harm(whole):
-    drafter = LmDrafter(*whole, 400)
+    drafter = Alone(LmDrafter(*whole, 400))
     drafter.begin(Request(id=1, prompt=(5, 399, 6), sampling=Sampling()), None)
     proposal = drafter.propose([DraftNode(0, -1, 350)])
     assert proposal.tokens.max() < 320
@@ -123,7 +124,7 @@ def test_after_a_pause_the_text_is_read_in_chunks(whole, monkeypatch):
         lambda self, x, *more, **named: (rows.append(len(x)), forward(self, x, *more, **named))[1],
     )
     text = [random.Random(n).randrange(300) for n in range(begin)]
-    drafter = LmDrafter(*whole, 320)
+    drafter = Alone(LmDrafter(*whole, 320))
     drafter.begin(request(), None)
     drafter.propose([DraftNode(0, -1, PROMPT[-1])])
     rows.clear()
@@ -147,12 +148,12 @@ def test_after_a_pause_the_text_is_read_in_chunks(whole, monkeypatch):
 
 
 def test_the_memory_of_a_look_up_forgets_with_the_tree():
-    drafter = NgramDrafter()
+    drafter = Alone(NgramDrafter())
     drafter.begin(request(), None)
     for n in range(0, 300, 3):
         drafter.propose([DraftNode(n, n - 3, 8), DraftNode(n + 1, n, 20), DraftNode(n + 2, n, 21)])
         drafter.commit(Commit((n,), (22,), (False,), n + 3))
-    assert len(drafter._ending) == 1 and not drafter._parent
+    assert len(drafter.session._ending) == 1 and not drafter.session._parent
     assert drafter.propose([DraftNode(301, 298, 5)]).nodes == ()  # below a dead node
     drafter.propose(
         [
@@ -163,21 +164,21 @@ def test_the_memory_of_a_look_up_forgets_with_the_tree():
         ]
     )
     drafter.commit(Commit((300,), (23,), (True,), 302))
-    assert set(drafter._ending) == {302, 304}
+    assert set(drafter.session._ending) == {302, 304}
 
 
 def test_look_up_proposes_what_followed_before_longest_match_first():
-    drafter = NgramDrafter()
+    drafter = Alone(NgramDrafter())
     drafter.begin(
         Request(id=1, prompt=(1, 2, 3, 9, 4, 2, 3, 8, 1, 2, 3), sampling=Sampling()), None
     )
     proposal = drafter.propose([DraftNode(0, -1, 3)]).proposal(0)
-    assert proposal.tokens.tolist() == [9] and proposal.coverage == NgramDrafter.LENGTHS[3]
+    assert proposal.tokens.tolist() == [9] and proposal.coverage == NgramSession.LENGTHS[3]
     assert drafter.propose([DraftNode(1, 0, 9)]).tokens.tolist() == [[4]]
 
 
 def test_look_up_learns_from_the_output():
-    drafter = NgramDrafter()
+    drafter = Alone(NgramDrafter())
     drafter.begin(request(), None)
     assert drafter.propose([DraftNode(0, -1, 8)]).nodes == ()
     drafter.commit(Commit((0, 1, 2), (20, 21, 8), (False,) * 3, 3))
@@ -185,7 +186,7 @@ def test_look_up_learns_from_the_output():
 
 
 def test_a_node_that_is_asked_again_gets_the_same_answer(whole):
-    drafter = LmDrafter(*whole, 320)
+    drafter = Alone(LmDrafter(*whole, 320))
     drafter.begin(request(), None)
     root, child = DraftNode(0, -1, PROMPT[-1]), DraftNode(1, 0, 20)
     first = [drafter.propose([node]) for node in (root, child)]

@@ -18,7 +18,7 @@ from flowspec import Engine, UserError
 from flowspec.comm.base import Inbox
 from flowspec.commands.split import parser
 from flowspec.config import load_config
-from flowspec.core.messages import Commit, Draft, DraftNode, Prune
+from flowspec.core.messages import Commit, Draft, Drafted, DraftNode, Prune, Read
 from flowspec.core.policies import METHODS
 from flowspec.core.request import Request, Sampling
 from flowspec.core.stage import StageState
@@ -30,9 +30,10 @@ from flowspec.models.manifest import Manifest
 from flowspec.models.stage import Head, Sequence, load_head, load_stage
 from flowspec.preflight import check_eagle
 from flowspec.runtime import driver, wire
-from flowspec.runtime.drafting import DraftThread, Joined
+from flowspec.runtime.drafting import DraftThread, Joined, Local
 from flowspec.runtime.tracing import Log
 from flowspec.sampling import NoiseRows
+from tests.alone import Alone
 from tests.conftest import KNOWN, eagle3, features_given
 from tests.stages import Hand
 
@@ -340,9 +341,8 @@ def test_a_head_of_its_true_size_is_read_and_drafts(deep, tmp_path, name):
     check_eagle("eagle3", tmp_path, manifest, "drafter")
     lent = Head(torch.zeros(config["vocab_size"], config["hidden_size"], dtype=torch.bfloat16))
     try:
-        drafter = EagleDrafter(
-            load_eagle("eagle3", tmp_path, manifest, lent, torch.bfloat16, "cpu")
-        )
+        eagle = load_eagle("eagle3", tmp_path, manifest, lent, torch.bfloat16, "cpu")
+        drafter = Alone(EagleDrafter(eagle))
     finally:
         (tmp_path / "model.safetensors").unlink()
     drafter.begin(request(), None, torch.randn(3, 3 * config["hidden_size"]))
@@ -541,7 +541,7 @@ def test_an_incremental_tree_proposes_what_a_fresh_forward_with_the_same_feature
     any time after; dead rows left or gathered at once."""
     monkeypatch.setattr(StageState, "COMPACT", compact)
     eagle, r = load(*pairs(kind)[::-1], kind), random.Random(seed)
-    drafter = EagleDrafter(eagle)
+    drafter = Alone(EagleDrafter(eagle))
     torch.manual_seed(seed)
     width = HIDDEN * (len(eagle.layers) or 1)
     names = list(range(320)) if eagle.names is None else eagle.names.tolist()
@@ -594,14 +594,14 @@ def test_an_incremental_tree_proposes_what_a_fresh_forward_with_the_same_feature
             anchor = path[-1][0]
             kept = {i: p[len(path) :] for i, p in paths.items() if root in p}
             paths = kept or {root[0]: [root]}
-    assert drafter._sequence._rows.cache.length == drafter._sequence.state.length
+    assert drafter.session._sequence._rows.cache.length == drafter.session._sequence.state.length
 
 
 def test_rows_of_text_are_made_of_the_targets_features_once_they_are_known(eagle, monkeypatch):
     """After a commit, drafting from a new root is the same as reading the whole text as a prompt, in chunks."""
     monkeypatch.setattr("flowspec.draft.eagle.PREFILL_ROWS", 2)
     features = torch.randn(6, HIDDEN)
-    grown, fresh = EagleDrafter(eagle), EagleDrafter(eagle)
+    grown, fresh = Alone(EagleDrafter(eagle)), Alone(EagleDrafter(eagle))
     grown.begin(request(), None, features[:3])
     for nodes in ([DraftNode(0, -1, 8)], [DraftNode(1, 0, 20)], [DraftNode(2, 1, 21)]):
         grown.propose(nodes)
@@ -615,7 +615,7 @@ def test_rows_of_text_are_made_of_the_targets_features_once_they_are_known(eagle
 def test_a_node_that_is_asked_again_is_drafted_from_anew(eagle):
     """After a hit the new root's row is made of a guess; asked again, it and what is asked below it are as if read afresh."""
     features = torch.randn(4, HIDDEN)
-    grown, fresh = EagleDrafter(eagle), EagleDrafter(eagle)
+    grown, fresh = Alone(EagleDrafter(eagle)), Alone(EagleDrafter(eagle))
     grown.begin(request(), None, features[:3])
     for nodes in (
         [DraftNode(0, -1, 8)],
@@ -638,18 +638,18 @@ def test_candidates_of_a_head_with_a_vocabulary_of_its_own_are_the_targets_token
     deep, monkeypatch
 ):
     monkeypatch.setattr("flowspec.draft.base.KEPT", 320)
-    noise, drafter = NoiseRows(3, 320), EagleDrafter(load(deep.head3, deep, "eagle3"))
+    noise, drafter = NoiseRows(3, 320), Alone(EagleDrafter(load(deep.head3, deep, "eagle3")))
     features, said = torch.randn(3, 3 * HIDDEN), []
     for coupled in (noise, None):
         drafter.begin(request(temperature=0.7, seed=3), coupled, features)
         found = drafter.propose([DraftNode(0, -1, 8)]).proposal(0)
         assert (
-            sorted(found.tokens.tolist()) == drafter._eagle.names.tolist()
+            sorted(found.tokens.tolist()) == drafter.drafter._eagle.names.tolist()
             and (np.diff(found.z[:, 0]) <= 0).all()
         )
         said.append(found.z[found.tokens.argsort(), 0])
     np.testing.assert_allclose(
-        said[0] - said[1], noise(len(PROMPT))[drafter._eagle.names].numpy(), atol=1e-5
+        said[0] - said[1], noise(len(PROMPT))[drafter.drafter._eagle.names].numpy(), atol=1e-5
     )
 
 
@@ -661,7 +661,7 @@ def test_candidates_are_ranked_with_the_noise_of_their_own_position(eagle, monke
     known = torch.randn(1, HIDDEN)
     said = []
     for coupled in (noise, None):
-        drafter = EagleDrafter(eagle)
+        drafter = Alone(EagleDrafter(eagle))
         drafter.begin(request(prompt, temperature=1.0, seed=3), coupled, features)
         answers = [drafter.propose([DraftNode(0, -1, prompt[-1])])]
         drafter.commit(Commit((0,), (11,), (False,), 5), known)
@@ -676,7 +676,7 @@ def test_candidates_are_ranked_with_the_noise_of_their_own_position(eagle, monke
 
 
 def test_a_node_whose_branch_died_gets_no_proposal(eagle):
-    drafter = EagleDrafter(eagle)
+    drafter = Alone(EagleDrafter(eagle))
     drafter.begin(request(), None, torch.randn(3, HIDDEN))
     drafter.propose([DraftNode(0, -1, 8)])
     drafter.commit(Commit((0,), (9,), (False,), 5), torch.randn(1, HIDDEN))
@@ -692,9 +692,11 @@ class Noting:
 
     def begin(self, request, noise, features=None):
         self.heard.append(("begin", None if features is None else len(features)))
+        return self
 
-    def propose(self, nodes):
-        self.heard.append(("propose", nodes[0].id))
+    def propose(self, asks):
+        self.heard.append(("propose", *(nodes[0].id for _, nodes in asks)))
+        return [Drafted.pack((), ()) for _ in asks]
 
     def commit(self, commit, features=None):
         self.heard.append(("commit", None if features is None else len(features)))
@@ -703,57 +705,77 @@ class Noting:
         self.heard.append(("learn", len(features)))
 
 
-def test_features_of_layers_go_to_the_prompt_first_and_then_to_what_was_committed():
-    drafter = Noting(False, layers=(0,))
-    thread = DraftThread(drafter, Inbox())
-    thread.begin(request(), None, Log(False, 1))
-    thread.draft(request(), Draft((DraftNode(0, -1, 8),)))
-    thread.commit(SimpleNamespace(), None)
-    thread.layer_features([0], 0, torch.zeros(2, HIDDEN))
-    assert drafter.heard == []
-    thread.layer_features([0], 2, torch.zeros(3, HIDDEN))
+def ended(thread) -> None:
+    """Once it has done all its jobs."""
     thread._queue.put(None)
     thread._thread.join()
-    assert drafter.heard == [("begin", 3), ("propose", 0), ("commit", None), ("learn", 2)]
+
+
+def test_features_of_layers_go_to_the_prompt_first_and_then_to_what_was_committed():
+    drafter = Noting(False, layers=(0,))
+    thread = DraftThread(drafter, inbox := Inbox())
+    thread.begin(request(), None, Log(False, 1))
+    thread.commit(1, SimpleNamespace(), None)
+    thread.layer_features(1, [0], 0, torch.zeros(2, HIDDEN))
+    assert drafter.heard == []
+    thread.layer_features(1, [0], 2, torch.zeros(3, HIDDEN))
+    ended(thread)
+    assert drafter.heard == [("begin", 3), ("commit", None), ("learn", 2)]
+    assert inbox.get() == Local(Read(1))
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_drafting_waits_for_the_prompts_features_if_it_reads_them(wanted):
+def test_a_prompt_is_read_once_its_features_are_there_if_they_are_wanted(wanted):
     drafter = Noting(wanted)
-    thread = DraftThread(drafter, Inbox())
-    nodes, rows = (DraftNode(0, -1, 8),), torch.zeros(1, HIDDEN)
-    thread.begin(request(), None, Log(False, 1))  # is cancelled before all of them are here
+    thread = DraftThread(drafter, inbox := Inbox())
+    rows = torch.zeros(1, HIDDEN)
+    thread.begin(request(), None, Log(False, 1))
     if wanted:
-        thread.draft(request(), Draft(nodes))
-        thread.learn(torch.zeros(2, HIDDEN))
+        thread.learn(1, torch.zeros(2, HIDDEN))
+        thread.end(1)  # before all of them are here
         thread.begin(request(), None, Log(False, 1))
-    thread.draft(request(), Draft(nodes))
-    thread.commit(SimpleNamespace(), rows if wanted else None)
+    thread.commit(1, SimpleNamespace(), rows if wanted else None)
     if wanted:
-        thread.learn(torch.zeros(2, HIDDEN))
+        thread.learn(1, torch.zeros(2, HIDDEN))
         assert drafter.heard == []
-        thread.learn(rows)
-    thread._queue.put(None)
-    thread._thread.join()
+        thread.learn(1, rows)
+    assert inbox.get(10) == Local(Read(1))
+    thread.draft(Draft(((1, (DraftNode(0, -1, 8),)),)))
+    ended(thread)
     assert drafter.heard == [
         ("begin", 3 if wanted else None),
-        ("propose", 0),
         ("commit", 1 if wanted else None),
+        ("propose", 0),
     ]
+
+
+def test_a_request_whose_features_are_awaited_does_not_hold_up_another():
+    drafter = Noting(True)
+    thread = DraftThread(drafter, inbox := Inbox())
+    thread.begin(request(), None, Log(False, 1))
+    thread.begin(dataclasses.replace(request(), id=2), None, Log(False, 2))
+    thread.learn(2, torch.zeros(3, HIDDEN))
+    assert inbox.get(10) == Local(Read(2))
+    thread.learn(1, torch.zeros(3, HIDDEN))
+    assert inbox.get(10) == Local(Read(1))
+    thread.draft(Draft(tuple((k, (DraftNode(7 + k, -1, 8),)) for k in (1, 2))))
+    ended(thread)
+    assert drafter.heard[-1] == ("propose", 8, 9), "both in one forward"
+    assert [request for request, _ in inbox.get().event.answers] == [1, 2]
 
 
 def test_a_draft_that_outlives_its_request_is_noted_as_its_own():
     logs, drafting, over = [Log(True, 1), Log(True, 2)], threading.Event(), threading.Event()
-    drafter = Noting(False)
-    drafter.propose = lambda nodes: drafting.set() or over.wait(10)
+    drafter, answer = Noting(False), [Drafted.pack((), ())]
+    drafter.propose = lambda asks: (drafting.set() or over.wait(10)) and answer
     thread = DraftThread(drafter, Inbox())
     thread.begin(request(), None, logs[0])
-    thread.draft(request(), Draft((DraftNode(0, -1, 8),)))
+    thread.draft(Draft(((1, (DraftNode(0, -1, 8),)),)))
     assert drafting.wait(10)
-    thread.begin(request(), None, logs[1])
+    thread.end(1)
+    thread.begin(dataclasses.replace(request(), id=2), None, logs[1])
     over.set()
-    thread._queue.put(None)
-    thread._thread.join()
+    ended(thread)
     assert [len(log.spans) for log in logs] == [2, 1]
 
 
@@ -791,7 +813,7 @@ def test_every_method_writes_the_targets_text(pairs, kind, stages, verify_on):
             want = pair.greedy(prompt, 16)
             for method in METHODS:
                 assert text(engine, prompt, method=method, max_new_tokens=16) == want
-                accepted[method] += engine._running.result.accepted_tokens
+                accepted[method] += engine._last.result.accepted_tokens
         accepted.pop("flowspec")  # what it speculates on follows from what things cost here and now
         assert accepted.pop("ar") == 0 and min(accepted.values()) > 3
         for settings in SAMPLED:
@@ -902,7 +924,8 @@ def test_only_a_drafter_that_reads_features_is_sent_any(pair, monkeypatch, featu
         wire,
         "choices",
         lambda *given: (
-            sent.append(len(given[-1]) if given[-1] is not None else None) or choices(*given)
+            sent.extend(a.rows if a.rows is None else len(a.rows) for [a] in given)
+            or choices(*given)
         ),
     )
     with Engine.from_config(pair.config(2, None, "eagle" if features else "lm")) as engine:

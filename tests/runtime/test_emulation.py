@@ -15,14 +15,16 @@ from flowspec.core.cost import Emulate
 from flowspec.core.machine import StageMachine
 from flowspec.core.messages import (
     FRAME_BYTES,
+    Batch,
     Commit,
     Draft,
     Drafted,
     DraftNode,
+    Piece,
     Proposal,
     Prune,
+    Read,
     Segment,
-    Woke,
 )
 from flowspec.core.policy import PolicyConfig
 from flowspec.core.request import Request, Sampling
@@ -31,7 +33,7 @@ from flowspec.engine import Engine
 from flowspec.models.manifest import Manifest
 from flowspec.models.stage import ALWAYS, StageModel, load_stage
 from flowspec.runtime import wire
-from flowspec.runtime.drafting import DraftThread
+from flowspec.runtime.drafting import DraftThread, Local
 from flowspec.runtime.driver import Driver
 from flowspec.runtime.tracing import Log
 from flowspec.runtime.worker import Worker
@@ -97,8 +99,9 @@ class Stage:
         for after, message in meanwhile:
             self.end.inbox.put((0, message), urgent=True, due=self.clock.now() + after)
         return self._took(
-            wire.rows_of(
-                REQUEST.id, Segment(1, tuple(ids), tuple(parents), tuple(ids)), self._rows(len(ids))
+            wire.batch(
+                Batch((Piece(REQUEST.id, Segment(1, tuple(ids), tuple(parents), tuple(ids))),)),
+                self._rows(len(ids)),
             )
         )
 
@@ -155,7 +158,7 @@ class Checks:
             ) == exactly(seconds)
 
     def an_emulated_forward_ends_with_the_layer_in_which_its_rows_died(model):
-        dies, off = wire.prune(REQUEST.id, Prune(1, 0, 50)), PolicyConfig(abort=False)
+        dies, off = wire.prunes([(REQUEST.id, Prune(1, 0, 50))]), PolicyConfig(abort=False)
         for after, seconds, kinds in (
             (0.033, 0.040, ["started", "idle"]),
             (0.079, 0.080, ["started", "idle"]),
@@ -176,7 +179,7 @@ class Checks:
         ), "the request is over"
 
     def a_forward_is_abandoned_between_two_layers(model):
-        dies = wire.prune(REQUEST.id, Prune(1, 0, 50))
+        dies = wire.prunes([(REQUEST.id, Prune(1, 0, 50))])
         for after, layers in ((0.005, 1), (0.015, 2), (0.025, 3), (0.035, 3)):
             stage = Stage(model, layer_ms=10.0)
             stage.segment([0], [-1])
@@ -201,12 +204,12 @@ class Checks:
                 clock.now(),
             )
             thread.begin(REQUEST, None, log)
+            assert inbox.get() == Local(Read(REQUEST.id))
             for k in range(3):
-                thread.draft(REQUEST, Draft((DraftNode(k, k - 1, 5),)))
-                assert inbox.get().event.nodes == (k,) and inbox.since - begun == exactly(
-                    (k + 2) * seconds
-                )
-                thread.commit(Commit((k,), (5,), (True,), k + 1), None)
+                thread.draft(Draft(((REQUEST.id, (DraftNode(k, k - 1, 5),)),)))
+                [(_, drafted)] = inbox.get().event.answers
+                assert drafted.nodes == (k,) and inbox.since - begun == exactly((k + 2) * seconds)
+                thread.commit(REQUEST.id, Commit((k,), (5,), (True,), k + 1), None)
             thread.close()
             assert clock.now() - begun == exactly(4 * seconds), "a commit is no forward"
             assert [span.end - span.begin for span in log.spans] == [exactly(seconds)] * 4
@@ -237,11 +240,9 @@ class Checks:
     def rank_0_wakes_when_it_is_time(model):
         end = Ring(0)
         driver = Driver(end, None, 320)
-        driver._wake_at = end.inbox.clock.now() + 0.5
         begun = end.inbox.clock.now()
-        assert driver._next_event(REQUEST) == Woke() and end.inbox.clock.now() - begun == exactly(
-            0.5
-        )
+        driver._live[REQUEST.id], driver._wake_at = None, begun + 0.5
+        assert driver._next() is None and end.inbox.clock.now() - begun == exactly(0.5)
 
 
 class Drafter:
@@ -254,12 +255,15 @@ class Drafter:
 
     def begin(self, request, noise, features=None):
         self.clock.sleep(self.seconds)
+        return self
 
-    def propose(self, nodes):
+    def propose(self, asks):
         self.clock.sleep(self.seconds)
-        return Drafted.pack(
+        [(_, nodes)] = asks
+        drafted = Drafted.pack(
             [n.id for n in nodes], [Proposal(np.array([5]), np.zeros(1)) for _ in nodes]
         )
+        return [drafted]
 
     def commit(self, commit, features):
         pass
@@ -323,7 +327,7 @@ class Mutants:
         return (
             DraftThread,
             "_at_least",
-            lambda good, self, log, work: (work(), 0.0),
+            lambda good, self, logs, work: (work(), 0.0),
             "drafts_are_charged",
         )
 
@@ -336,9 +340,9 @@ class Mutants:
         )
 
     def a_draft_takes_its_own_time_as_well():
-        def _at_least(good, self, log, work):
+        def _at_least(good, self, logs, work):
             result = work()
-            return good(self, log, lambda: result)
+            return good(self, logs, lambda: result)
 
         return DraftThread, "_at_least", _at_least, "drafts_are_charged"
 
@@ -474,7 +478,7 @@ def test_a_forward_is_told_behind_the_context_that_it_had(model):
     stage = Stage(model, stage_ms=80.0)
     stage.prefill(3)
     stage.segment([*range(40)], [-1, *[0] * 39])
-    dies = wire.prune(REQUEST.id, Prune(1, 0, 1))
+    dies = wire.prunes([(REQUEST.id, Prune(1, 0, 1))])
     stage.segment([*range(40, 80)], [1, *[2] * 39], [(0.033, dies)])
     assert stage.state.length == 6, "compacted"
     assert sorted(p.context for p in stage.worker.machine.meter.forward.points()) == [0, 23], (

@@ -103,7 +103,7 @@ def test_any_delay(pair, emulate):
                 text(engine, PROMPTS[2], method=method, max_new_tokens=24),
                 pair.greedy(PROMPTS[2], 24),
             )
-            assert engine._running.result.emulated
+            assert engine._last.result.emulated
 
 
 @TIGHT
@@ -139,5 +139,5 @@ def test_the_draft_is_of_use(pair):
     with Engine.from_config(pair.config(2), ["emulate.stage_ms=20"]) as engine:
         for method in ("serial", "flowspec"):
             text(engine, PROMPTS[1], method=method)
-            result = engine._running.result
+            result = engine._last.result
             assert result.accepted_tokens > 10 and result.drafted_tokens >= result.accepted_tokens

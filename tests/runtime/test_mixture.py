@@ -16,6 +16,7 @@ from flowspec.core.tree import TokenTree
 from flowspec.draft.base import Drafter
 from flowspec.draft.mixture import MixtureDrafter, united
 from flowspec.preflight import check_run
+from tests.alone import Alone
 
 
 def answer(coupled=False, coverage=0.97, **lists):
@@ -74,9 +75,10 @@ class Noting(Drafter):
 
     def begin(self, request, noise, features=None):
         self.heard.append((noise, features))
+        return self
 
-    def propose(self, nodes):
-        return answer(**{f"n{n.id}": {5: -1.0} for n in nodes})
+    def propose(self, asks):
+        return [answer(**{f"n{n.id}": {5: -1.0} for n in nodes}) for _, nodes in asks]
 
     def commit(self, commit, features=None):
         self.heard.append(features)
@@ -87,11 +89,11 @@ class Noting(Drafter):
 
 def test_only_members_that_read_features_get_them():
     reads, others = Noting(True), Noting(False)
-    drafter = MixtureDrafter([others, reads])
+    drafter = Alone(MixtureDrafter([others, reads]))
     rows = torch.zeros(2, 4)
     drafter.begin(Request(id=1, prompt=(1, 2, 3), sampling=Sampling()), "noise", rows)
     drafter.commit(Commit((0,), (5,), (False,), 1), rows)
-    assert drafter.features and not MixtureDrafter([others]).features
+    assert drafter.drafter.features and not MixtureDrafter([others]).features
     assert others.heard == [("noise", None), None]
     assert reads.heard[0] == ("noise", rows) and reads.heard[1] is rows
     assert drafter.propose([DraftNode(0, -1, 3)]).z.tolist() == [[[-1.0, -1.0]]]
@@ -99,8 +101,8 @@ def test_only_members_that_read_features_get_them():
 
 def test_features_that_arrive_late_go_to_members_that_read_layers():
     reads, others = Noting(layers=(2, 4, 5)), Noting()
-    drafter = MixtureDrafter([others, reads])
-    assert not drafter.features and drafter.layers == (2, 4, 5)
+    drafter = Alone(MixtureDrafter([others, reads]))
+    assert not drafter.drafter.features and drafter.drafter.layers == (2, 4, 5)
     rows, more = torch.zeros(2, 12), torch.zeros(1, 12)
     drafter.begin(Request(id=1, prompt=(1, 2, 3), sampling=Sampling()), None, rows)
     drafter.commit(Commit((0,), (5,), (False,), 1))
@@ -194,7 +196,7 @@ def test_every_method_writes_the_targets_text(request, head, verify_on):
         want = pair.greedy([7, 8, 9], 24)
         for method in METHODS:
             assert text(method) == want
-            assert method != "serial" or engine._running.result.accepted_tokens > 3
+            assert method != "serial" or engine._last.result.accepted_tokens > 3
         for settings in (dict(temperature=0.8, top_p=0.9, seed=1), dict(temperature=1.2, seed=4)):
             texts = [text(method, **settings) for method in METHODS]
             assert texts == texts[:1] * len(METHODS)

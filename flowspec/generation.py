@@ -1,0 +1,172 @@
+"""A generation is what a caller holds of a request: its tokens as they are committed, and what it took."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from flowspec.core.request import Request
+from flowspec.runtime.driver import Answer, Committed, Stats
+from flowspec.runtime.stream import Ended
+from flowspec.text import TextStream
+from flowspec.trace import Span
+
+
+class Token(NamedTuple):
+    """One token of the output, as it is committed."""
+
+    id: int
+    text: str
+    """what became certain with it: whole characters, perhaps none"""
+    accepted: bool
+    """True: the draft had it and it was on its way already; False: the target's own"""
+    gap: float
+    """the target's lead of this token over the next best (logit; above temperature 0 perturbed log-probability)"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one generation was; the fields of the result JSON (seconds, tokens)."""
+
+    method: str
+    prompt_tokens: int
+    new_tokens: int
+    token_ids: list[int]
+    text: str
+    """what was streamed: `token_ids` decoded, without bytes at the end that are no whole character"""
+    finish_reason: str
+    """stop (an end token or a stop text), length (a limit), cancelled"""
+    prefill_seconds: float
+    """from the request to the first token known"""
+    decode_seconds: float
+    """from there to the last token"""
+    tokens_per_second: float | None
+    """(new_tokens - 1) / decode_seconds; None for one token"""
+    accepted_per_segment: float
+    """new tokens over returned segments"""
+    accepted_tokens: int
+    """new tokens that the draft had sent before the target picked them"""
+    drafted_tokens: int
+    forwarded_tokens: int
+    """tree rows that the first stage computed"""
+    stage_utilisation: list[float]
+    """share of the request's time that each stage spent computing"""
+    bookkeeping_ms: float
+    """rank 0's own CPU time a segment sent: neither drafting, lm_head, sampling nor waiting"""
+    stage_overhead_ms: list[float]
+    """each stage's own CPU time a segment: neither the model's forward, lm_head, sampling nor waiting"""
+    costs: dict[str, Any]
+    """what the run has measured so far of the stages, the links and the drafter (core/costs.py): `simulate --costs` reads it"""
+    stage_peak_mb: list[float]
+    """most resident memory of each stage's process so far, MB"""
+    world_size: int
+    seed: int
+    temperature: float
+    emulated: bool
+    """True: the times are those of an emulated cluster"""
+
+
+class Generation:
+    """An iterator of Token, with `for` or `async for`, for one reader in any thread.
+
+    Tokens are made whether or not they are read. `result` is there once the iterator is exhausted
+    or closed. A generation that nobody holds any more is cancelled."""
+
+    def __init__(
+        self,
+        request: Request,
+        answer: Answer,
+        stream: TextStream,
+        cancel: Callable[[], None],
+        finished: Callable[[Generation], Result],
+    ):
+        """`stream` makes text of tokens; `finished` is called once, when all is known."""
+        self.request = request
+        self._answer, self._stream, self._cancel, self._finished = answer, stream, cancel, finished
+        self.token_ids: list[int] = []
+        self.accepted = 0
+        """So many of them the draft had sent before the target picked them."""
+        self._stopped = False  # the reader wants no more
+        self.done = False
+        """Nothing more comes: there is a result, or the run has broken."""
+        self.result: Result | None = None
+        self.spans: list[Span] = []
+        """what all ranks did, once there is a result; empty unless `trace` is set"""
+        self.explanation: list[str] = []
+        """what the policy chose and why, once there is a result"""
+
+    @property
+    def stats(self) -> Stats:
+        """What the request took; complete once there is a result."""
+        return self._answer.stats
+
+    @property
+    def text(self) -> str:
+        """The text so far, as it was streamed."""
+        return self._stream.text
+
+    def __iter__(self) -> Generation:
+        return self
+
+    def __next__(self) -> Token:
+        if self.done:
+            raise StopIteration
+        try:
+            while self._stopped:
+                self._answer.tokens.get()  # what came after the end that the reader wanted
+            return self._token(self._answer.tokens.get())
+        except BaseException as end:
+            self._finish(end)
+            raise StopIteration from None
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> Token:
+        if self.done:
+            raise StopAsyncIteration
+        try:
+            while self._stopped:
+                await self._answer.tokens.aget()
+            return self._token(await self._answer.tokens.aget())
+        except BaseException as end:
+            self._finish(end)
+            raise StopAsyncIteration from None
+
+    def _token(self, token: Committed) -> Token:
+        self.token_ids.append(token.id)
+        self.accepted += token.accepted
+        stream = self._stream
+        piece = stream.push(token.id) + (stream.flush() if token.final else "")
+        if stream.stopped:
+            self._stop()
+        return Token(token.id, piece, token.accepted, token.gap)
+
+    def _stop(self) -> None:
+        if not self._stopped:
+            self._stopped = True
+            self._cancel()
+
+    def _finish(self, end: BaseException) -> None:
+        """Make the result; raise what broke the run, or an interruption of the reader."""
+        if not isinstance(end, Ended):
+            self.done = self._answer.tokens.ended
+            raise end
+        self.done = True
+        self.spans, self.explanation = self.stats.spans, self.stats.explanation
+        if self._stream.stopped:
+            self.stats.finish_reason = "stop"
+        elif self._stopped:
+            self.stats.finish_reason = "cancelled"
+        self.result = self._finished(self)
+
+    def close(self) -> None:
+        """Cancel what is not generated yet; the result says what was read."""
+        self._stop()
+        for _ in self:
+            raise AssertionError("a token after the end")
+
+    def __del__(self) -> None:
+        if not self.done:
+            self._stop()
