@@ -23,7 +23,7 @@ LAYERS = [
     {"models", "sampling", "text", "comm", "sim"},
     {"draft"},
     {"runtime"},
-    {"config", "preflight", "rank", "engine", "lossless", "launcher"},
+    {"config", "preflight", "rank", "generation", "engine", "lossless", "launcher"},
     {"bench", ""},  # "" is flowspec/__init__.py
     {"commands"},
     {"cli", "__main__"},
@@ -38,6 +38,8 @@ SIDEWAYS = {  # (room, room of the same layer that it may import); everything el
     ("rank", "config"),
     ("rank", "preflight"),
     ("engine", "rank"),
+    ("engine", "generation"),
+    ("lossless", "generation"),
     ("engine", "config"),
     ("engine", "preflight"),
     ("lossless", "engine"),

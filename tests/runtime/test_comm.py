@@ -520,7 +520,7 @@ def test_a_frame_weighs_about_what_is_sent_beside_the_tensors():
     ):
         header, payload = encode(message)
         beside = header.nbytes + payload.nbytes - sum(t.nbytes for t in message.tensors)
-        assert abs(beside - FRAME_BYTES) <= 40, (message.kind, beside)
+        assert abs(beside - FRAME_BYTES) <= 50, (message.kind, beside)
 
 
 def test_only_a_network_that_is_emulated_is_shaped():

@@ -190,7 +190,7 @@ def test_no_tensor_reaches_the_transport_before_it_is_on_the_host(
     ]  # one copy a forward, and one of what entered the layers
     with_tensors = [message for message in end.sent if message.tensors]
     kinds = {
-        1: [*told, "prefill", "segment", *told],
+        1: [*told, "prefill", "batch", *told],
         2: [*told, *["prompt_features"] * features, "features", *told],
     }
     assert [message.kind for message in with_tensors] == kinds[rank]

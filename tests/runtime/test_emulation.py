@@ -142,9 +142,9 @@ class Checks:
             took += [stage.segment([6, 7, 8], [1, 2, 99])]
             assert took[3] == exactly(base + 2 * slope), "a row that is not computed is not charged"
             assert stage.segment([10], [98]) == 0.0, "nor is a forward of none"
-            assert stage.live.busy == exactly(sum(took)) and (
+            assert stage.worker._spent.busy == exactly(sum(took)) and (
                 stage.live.computed,
-                stage.live.segments,
+                stage.worker._spent.segments,
             ) == (8, 3)
             assert [s.end - s.begin for s in stage.live.log.spans if s.row == "compute"] == [
                 *map(exactly, took)
@@ -167,7 +167,7 @@ class Checks:
             stage = Stage(model, stage_ms=78.0, token_ms=1.0)  # eight layers of 10 ms
             stage.segment([0], [-1])
             assert stage.segment([1, 2], [0, 0], [(after, dies)]) == exactly(seconds)
-            assert stage.end.kinds() == (kinds or ["started", "cost", "segment"])
+            assert stage.end.kinds() == (kinds or ["started", "cost", "batch"])
         stage = Stage(model, stage_ms=78.0, token_ms=1.0, switches=off)
         stage.segment([0], [-1])
         assert stage.segment([1, 2], [0, 0], [(0.033, dies)]) == exactly(0.080), "switched off"
