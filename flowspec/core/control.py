@@ -191,18 +191,15 @@ class Controller:
 
     @property
     def credits(self) -> int:
-        """Return the number of segments in flight that keep the slowest stage busy.
-
-        It is the time of one round, links included, in forwards of the slowest stage. One segment
-        more would be decided too early: it leaves before the news of the one ahead of it."""
-        return max(1, round(self.lap / self._ring.base))
+        """Return the number of segments in flight that keep the slowest stage busy."""
+        return self._ring.credits(self._topology)
 
     @property
     def lap(self) -> float:
         """Return the seconds of a round with the root alone.
 
         By these costs, that is the time of a token without speculation."""
-        return self._round(self._ring.context) + self._topology.hops * self._ring.known_hop
+        return self._ring.lap(self._topology)
 
     def _round(self, context: int) -> float:
         """Return the seconds of a forward of one row on every stage, one after the other."""

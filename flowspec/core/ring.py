@@ -15,6 +15,7 @@ import numpy as np
 
 from flowspec.core.curve import SHAPE, Curve
 from flowspec.core.messages import Cost, Started
+from flowspec.core.topology import Topology
 
 
 class Prices(NamedTuple):
@@ -171,6 +172,18 @@ class Ring:
             seconds = [curve.at(1, context) for curve in self.costs.values() or [self.GUESS]]
             self._forwards[context] = sum(seconds) / len(seconds)
         return stages * self._forwards[context]
+
+    def lap(self, topology: Topology) -> float:
+        """Return the seconds of a round of the ring with one row alone, links included."""
+        return self.forwards(topology.stages, self.context) + topology.hops * self.known_hop
+
+    def credits(self, topology: Topology) -> int:
+        """Return the number of batches in flight that keep the slowest stage busy.
+
+        It is the time of one round in forwards of the slowest stage. A batch more would wait at a
+        stage all the time; and a segment more would be decided too early: it leaves before the news
+        of the one ahead of it."""
+        return max(1, round(self.lap(topology) / self.base))
 
     def _pace(self, rows: int) -> float:
         """Return the seconds that a segment of `rows` rows spends in the slowest stage or link."""

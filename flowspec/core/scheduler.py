@@ -55,11 +55,12 @@ class Scheduler:
 
     def __init__(self, topology: Topology, learnt: Learnt | None = None):
         """`learnt` is what the run has found out so far; it goes on learning."""
-        self._stages = topology.stages
+        self._topology = topology
         self.learnt = learnt or Learnt()
         self.decodings: dict[int, Decoding] = {}
         """This maps the id of each request in the ring to it; who was longest without a turn is first."""
         self._numbers = 0  # segments sent in this run
+        self._batch_of: dict[int, int] = {}  # number of a segment in flight -> its batch's
         self._drafting: list[Decoding] = []  # those with nodes in the drafter's present forward
         self._draft_begun = 0.0
 
@@ -153,15 +154,28 @@ class Scheduler:
         actions: list[Action] = []
         while offers := self._offers(now):
             batch = self._batch(offers)
-            self.ring.sent([piece.segment.number for piece in batch.pieces], now)
+            numbers = [piece.segment.number for piece in batch.pieces]
+            self.ring.sent(numbers, now)
+            self._batch_of |= dict.fromkeys(numbers, batch.number)
             actions.append(batch)
         if self._waits(now) and not math.isinf(self.ring.room_at):
             actions.append(Wake(self.ring.room_at))
         return actions
 
     def _open(self) -> list[Decoding]:
-        """Return the requests that may have one more segment in flight."""
+        """Return the requests that may have one more segment in flight.
+
+        If several are in the ring, none may while as many batches are as the ring holds: whoever
+        comes back then waits for another, and the two ride together from then on."""
+        if len(self.decodings) > 1 and self._batches() >= self.ring.credits(self._topology):
+            return []
         return [d for d in self.decodings.values() if len(d.out) < d.policy.credits]
+
+    def _batches(self) -> int:
+        """Return the number of batches in flight of which a node is alive."""
+        numbers = [number for d in self.decodings.values() for number in d.out]
+        self._batch_of = {number: self._batch_of[number] for number in numbers}
+        return len({*self._batch_of.values()})
 
     def _held(self, decoding: Decoding, now: float) -> bool:
         """Tell whether a segment would leave too early: before the first stage can take it.
@@ -198,7 +212,7 @@ class Scheduler:
         reaches = np.array([reach for offer in offers for reach in offer.reaches[offer.due :]])
         likeliest = np.argsort(-reaches, kind="stable")[: max(0, self.ring.MOST - due)]
         roots = sum(offer.nodes[0] is offer.decoding.tree.root for offer in offers)
-        crowd = max(roots, len(self.decodings) / self._stages)
+        crowd = max(roots, len(self.decodings) / self._topology.stages)
         worth = self.ring.prices.worth(reaches[likeliest], due, crowd) if len(likeliest) else 0
         extra = np.bincount([owners[k] for k in likeliest[:worth]], minlength=len(offers))
         pieces = [self._piece(o, o.due + int(n)) for o, n in zip(offers, extra, strict=True)]
