@@ -179,7 +179,7 @@ class Controller:
         (b + e) / (a + b + e)."""
         ring, prices = self._ring, self._ring.prices
         token = prices.token(ring.requests / self._topology.stages)
-        return max(self.LEAST, prices.least * prices.forward / token)
+        return max(self.LEAST, prices.least / token)
 
     @property
     def rows(self) -> int:

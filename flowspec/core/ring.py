@@ -25,19 +25,16 @@ class Prices(NamedTuple):
     """Entry n, of [MOST + 1], is what n rows add to a forward of one row; 0 rows count as 1."""
     forward: float
     """A forward of one row takes this long."""
-
-    @property
-    def least(self) -> float:
-        """Return the share of `forward` that a row adds on average where it is cheapest."""
-        return float((self.more[2:] / np.arange(1, len(self.more) - 1)).min()) / self.forward
+    least: float
+    """A row adds this many seconds on average, at the number of rows where it is cheapest."""
 
     def token(self, roots: float) -> float:
         """Return the seconds of a token in forwards that carry so many requests' roots.
 
         What a row has to save is this: with other requests waiting, the alternative to a
         speculative row is not a forward for itself but a root of someone else."""
-        rows = max(1, min(round(roots), len(self.more) - 1))
-        return (self.forward + float(self.more[rows])) / rows
+        rows = min(round(roots), len(self.more) - 1)
+        return self.forward if rows <= 1 else (self.forward + float(self.more[rows])) / rows
 
     def worth(self, reaches: np.ndarray, due: int, roots: float) -> int:
         """Return how many rows to send behind those that are due; one goes if none is due.
@@ -154,9 +151,9 @@ class Ring:
         """Return the costs of rows at the present context, links included."""
         if self._prices is None:
             rows = np.maximum(np.arange(self.MOST + 1) - 1, 0)
-            self._prices = Prices(
-                self.times - self.times[1] + self.row * rows, self.base + self.row
-            )
+            more = self.times - self.times[1] + self.row * rows
+            least = float((more[2:] / rows[2:]).min())
+            self._prices = Prices(more, self.base + self.row, least)
         return self._prices
 
     @property

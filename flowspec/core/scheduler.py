@@ -43,11 +43,13 @@ class _Offer(NamedTuple):
     nodes: list[Node]
     """parents before children"""
     reaches: list[float]
+    due: int
+    """Of the nodes, so many are sent in any case: the first ones."""
 
-    @property
-    def due(self) -> int:
-        """Of the nodes, the first ones that are sent in any case."""
-        return sum(reach == DUE for reach in self.reaches)
+    @classmethod
+    def of(cls, decoding: Decoding, nodes: list[Node]) -> _Offer:
+        reaches = [decoding.policy.reach(node) for node in nodes]
+        return cls(decoding, nodes, reaches, reaches.count(DUE))
 
 
 class Scheduler:
@@ -152,13 +154,16 @@ class Scheduler:
 
     def _sends(self, now: float) -> list[Action]:
         actions: list[Action] = []
-        while offers := self._offers(now):
+        while room := self._open():
+            ready = self._ready(room, now)
+            if not (offers := self._offers(ready)):
+                break
             batch = self._batch(offers)
             numbers = [piece.segment.number for piece in batch.pieces]
             self.ring.sent(numbers, now)
             self._batch_of |= dict.fromkeys(numbers, batch.number)
             actions.append(batch)
-        if self._waits(now) and not math.isinf(self.ring.room_at):
+        if room and len(ready) < len(room) and not math.isinf(self.ring.room_at):
             actions.append(Wake(self.ring.room_at))
         return actions
 
@@ -171,56 +176,60 @@ class Scheduler:
             return []
         return [d for d in self.decodings.values() if len(d.out) < d.policy.credits]
 
+    def _ready(self, room: list[Decoding], now: float) -> list[Decoding]:
+        """Return those of these requests whose segment would not leave before the first stage can take it.
+
+        With several requests none leaves early, since what becomes ready meanwhile rides along."""
+        gated = [d for d in room if len(self.decodings) > 1 or d.policy.just_in_time]
+        if not gated or now >= self.ring.room_at:
+            return room
+        return [d for d in room if d not in gated]
+
     def _batches(self) -> int:
         """Return the number of batches in flight of which a node is alive."""
         numbers = [number for d in self.decodings.values() for number in d.out]
         self._batch_of = {number: self._batch_of[number] for number in numbers}
         return len({*self._batch_of.values()})
 
-    def _held(self, decoding: Decoding, now: float) -> bool:
-        """Tell whether a segment would leave too early: before the first stage can take it.
-
-        With several requests all are held, since what becomes ready meanwhile rides along."""
-        gated = decoding.policy.just_in_time or len(self.decodings) > 1
-        return gated and now < self.ring.room_at
-
-    def _waits(self, now: float) -> bool:
-        return any(self._held(decoding, now) for decoding in self._open())
-
-    def _offers(self, now: float) -> list[_Offer]:
+    def _offers(self, ready: list[Decoding]) -> list[_Offer]:
         """Ask each request in turn what it would send, until what is due fills a batch.
 
-        Who was asked goes to the end of the line if not all could be."""
+        Who was asked goes to the end of the line."""
         offers: list[_Offer] = []
         due = 0
-        for decoding in self._open():
+        for decoding in ready:
             if due >= self.ring.MOST:
                 break
-            if self._held(decoding, now):
-                continue
             if len(self.decodings) > 1:
                 self.decodings[decoding.request.id] = self.decodings.pop(decoding.request.id)
             if nodes := decoding.policy.segment(decoding.asked):
-                offers.append(_Offer(decoding, nodes, [decoding.policy.reach(n) for n in nodes]))
+                offers.append(_Offer.of(decoding, nodes))
                 due += offers[-1].due
         return offers
 
     def _batch(self, offers: list[_Offer]) -> Batch:
         """Send what is due, and of the rest the likeliest while they gain more than they cost."""
         due = sum(offer.due for offer in offers)
+        extra = self._extra(offers, due)
+        pieces = [self._piece(o, o.due + n) for o, n in zip(offers, extra, strict=True)]
+        return Batch(tuple(piece for piece in pieces if piece))
+
+    def _extra(self, offers: list[_Offer], due: int) -> list[int]:
+        """Return how many nodes of each offer go beside those that are due."""
+        if all(len(offer.nodes) == offer.due for offer in offers):
+            return [0] * len(offers)
         owners = [k for k, offer in enumerate(offers) for _ in offer.reaches[offer.due :]]
         reaches = np.array([reach for offer in offers for reach in offer.reaches[offer.due :]])
         likeliest = np.argsort(-reaches, kind="stable")[: max(0, self.ring.MOST - due)]
         roots = sum(offer.nodes[0] is offer.decoding.tree.root for offer in offers)
         crowd = max(roots, len(self.decodings) / self._topology.stages)
         worth = self.ring.prices.worth(reaches[likeliest], due, crowd) if len(likeliest) else 0
-        extra = np.bincount([owners[k] for k in likeliest[:worth]], minlength=len(offers))
-        pieces = [self._piece(o, o.due + int(n)) for o, n in zip(offers, extra, strict=True)]
-        return Batch(tuple(piece for piece in pieces if piece))
+        chosen = np.array([owners[k] for k in likeliest[:worth]], int)
+        return np.bincount(chosen, minlength=len(offers)).tolist()
 
     def _piece(self, offer: _Offer, kept: int) -> Piece | None:
         """Send the first `kept` nodes of an offer and put the others back."""
-        decoding, nodes, _ = offer
+        decoding, nodes, *_ = offer
         if nodes[kept:]:
             decoding.policy.put_back(nodes[kept:])
         if not kept:
