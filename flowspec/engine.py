@@ -159,8 +159,8 @@ class Engine:
         check_prompt(tokens, self.manifest)
         with self._lock:
             self._requests += 1
-            request = self._request(
-                self._requests, tokens, dataclasses.replace(config.sampling, **sampling)
+            request = self.request(
+                tokens, dataclasses.replace(config.sampling, **sampling), self._requests
             )
         features = self._draft is not None and self._draft.features
         chosen = make_policy(config.method, config.tree, config.policy, self.topology, features)
@@ -274,8 +274,8 @@ class Engine:
             config.emulate.hidden_scale,
         )
 
-    def _request(self, id: int, tokens: tuple[int, ...], sampling: Sampling) -> Request:
-        """With a seed, and no more new tokens than the model has positions for."""
+    def request(self, tokens: tuple[int, ...], sampling: Sampling, id: int = 0) -> Request:
+        """The request for these tokens: with a seed, and no more new tokens than the model has positions for."""
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         room = self.manifest.max_positions - len(tokens)
         sampling = dataclasses.replace(

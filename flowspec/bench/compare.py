@@ -271,11 +271,16 @@ def _predictions(
 
 def priced(emulate: Emulate, runs: Sequence[Run]) -> tuple[Emulate, Costs | None]:
     """What the runs' like costs: as emulated (a drafter that is not, as measured), or all as measured where no stage is emulated."""
-    if emulate.stage_ms == 0 and emulate.token_ms == 0:
-        return emulate, merged([read(run.result.costs, "this run") for run in runs])
     drafts = [run.draft_ms for run in runs if run.draft_ms is not None]
     if emulate.draft_ms == 0 and drafts:
         emulate = dataclasses.replace(emulate, draft_ms=statistics.median(drafts))
+    return priced_alike(emulate, [run.result for run in runs])
+
+
+def priced_alike(emulate: Emulate, results: Sequence[Result]) -> tuple[Emulate, Costs | None]:
+    """As emulated, or where no stage is emulated as these results measured it."""
+    if emulate.stage_ms == 0 and emulate.token_ms == 0:
+        return emulate, merged([read(result.costs, "this run") for result in results])
     return emulate, None
 
 

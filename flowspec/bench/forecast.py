@@ -150,31 +150,64 @@ class Forecaster:
         config: Config | None = None,
         costs: Costs | None = None,
     ) -> Outcome:
-        """One request in virtual time. `config`: another tree, policy or verify_on than the forecaster's own; `costs`: measured ones, which
-        count instead of what is emulated."""
+        """One request in virtual time, as `together` does, or in lock step if the method is FlowSpec as published."""
+        if method != PAPER:
+            (outcome,) = self.together([tape], method, stages, emulate, config, costs)
+            return outcome
         config = config or self.config
-        features = self.profile is None and config.reads_features
-        policy = (
-            None
-            if method == PAPER
-            else make_policy(method, config.tree, config.policy, Topology(stages), features)
-        )
-        guesser = self._guesser(tape, config) if policy is None or policy.drafts else None
-        ring = RingSpec(
+        guesser = self._guesser(tape, config)
+        need(guesser is not None, f"{PAPER} needs a drafter")
+        assert guesser is not None
+        ring = self._ring(stages, emulate, config, costs, guesser.features)
+        outcome = LockStep(tape.request, tape.text, config.tree, guesser, ring).run()
+        return self._checked(outcome, tape, method, guesser)
+
+    def together(
+        self,
+        tapes: Sequence[Tape],
+        method: str,
+        stages: int,
+        emulate: Emulate | None = None,
+        config: Config | None = None,
+        costs: Costs | None = None,
+    ) -> list[Outcome]:
+        """Requests that all come at once, in virtual time. `config`: another tree, policy or verify_on than the forecaster's own; `costs`:
+        measured ones, which count instead of what is emulated."""
+        config = config or self.config
+        reads = self.profile is None and config.reads_features
+        jobs = []
+        for number, tape in enumerate(tapes, 1):
+            policy = make_policy(method, config.tree, config.policy, Topology(stages), reads)
+            guesser = self._guesser(tape, config) if policy.drafts else None
+            request = dataclasses.replace(tape.request, id=number)
+            jobs.append(Job(request, tape.text, policy, guesser, config.policy))
+        features = any(job.guesser is not None and job.guesser.features for job in jobs)
+        outcomes = World(self._ring(stages, emulate, config, costs, features), jobs).run()
+        return [
+            self._checked(outcome, tape, method, job.guesser)
+            for outcome, tape, job in zip(outcomes, tapes, jobs, strict=True)
+        ]
+
+    def _ring(
+        self,
+        stages: int,
+        emulate: Emulate | None,
+        config: Config,
+        costs: Costs | None,
+        features: bool,
+    ) -> RingSpec:
+        return RingSpec(
             stages=stages,
             emulate=emulate or (emulated(config) if self.profile is None else config.emulate),
             hidden=self.models.hidden,
             verify_last=config.verifies_last,
-            features=guesser is not None and guesser.features,
+            features=features,
             costs=costs,
         )
-        if policy is None:
-            need(guesser is not None, f"{PAPER} needs a drafter")
-            assert guesser is not None
-            outcome = LockStep(tape.request, tape.text, config.tree, guesser, ring).run()
-        else:
-            job = Job(tape.request, tape.text, policy, guesser, config.policy)
-            (outcome,) = World(ring, [job]).run()
+
+    def _checked(
+        self, outcome: Outcome, tape: Tape, method: str, guesser: Guesser | None
+    ) -> Outcome:
         if isinstance(guesser, RecordedDrafter):
             self.lacked += guesser.lacked
         if outcome.tokens != tape.text:

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flowspec.commands.options import benchmark_prompts, methods, number, temperatures_of
+from flowspec.commands.options import (
+    benchmark_prompts,
+    methods,
+    number,
+    numbers,
+    temperatures_of,
+)
 from flowspec.commands.ring import RingCommand
 from flowspec.config import METHODS, Config
 from flowspec.core.policy import SWITCHES
@@ -103,9 +109,66 @@ def _lead(engine: Engine, options: argparse.Namespace, prompts: list[str]) -> in
     return 0 if same else 1
 
 
-def main(words: Sequence[str]) -> int:
-    compares, asks = list(words[:1]) == ["compare"], not {"-h", "--help"}.isdisjoint(words)
-    need(compares or asks, "bench knows one thing to do: flowspec bench compare CONFIG ...")
-    return RingCommand("bench compare", ABOUT, _add_arguments, _prompts, _lead, _check).main(
-        words[compares:]
+LOAD = """bench load CONFIG: several requests at a time, with each method: tokens per second of all together, what the simulator
+predicts, and how long a first token takes. Each text must be the same in any company."""
+
+
+def _add_load_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--methods",
+        default="ar,flowspec",
+        metavar="M,M",
+        help=f"of {' '.join(METHODS)}; the first is what others are compared with (default: ar,flowspec)",
     )
+    parser.add_argument(
+        "--requests",
+        default="1,2,4,8",
+        metavar="N,N",
+        help="how many come at once (default: 1,2,4,8)",
+    )
+    parser.add_argument(
+        "--prompts", default="5", metavar="N", help="use the first N prompts in turn (default 5)"
+    )
+    parser.add_argument("--repeats", default="3", metavar="N", help="runs of each (default 3)")
+    parser.add_argument(
+        "--temperatures", metavar="X,X", help="(default: the configured temperature)"
+    )
+    parser.add_argument("--output", metavar="FILE", help="add a JSON line a run to this file")
+
+
+def _check_load(options: argparse.Namespace, config: Config, manifest: Manifest) -> None:
+    methods(options.methods, METHODS)
+    for flag in ("requests", "repeats"):
+        found = numbers(getattr(options, flag), int, f"--{flag}")
+        need(min(found) >= 1, f"--{flag} is {getattr(options, flag)}: it must be at least 1")
+    temperatures_of(options, config)
+
+
+def _lead_load(engine: Engine, options: argparse.Namespace, prompts: list[str]) -> int:
+    from flowspec.bench.load import Plan, load
+    from flowspec.runtime.process import report
+
+    plan = Plan(
+        methods=methods(options.methods, METHODS),
+        requests=numbers(options.requests, int, "--requests"),
+        temperatures=temperatures_of(options, engine.config),
+        repeats=int(options.repeats),
+        output=Path(options.output) if options.output else None,
+    )
+    same = load(engine, prompts, plan)
+    if not same:
+        report("a request wrote another text in other company: a bug, or a tie (verify tells)", 1)
+    return 0 if same else 1
+
+
+COMMANDS = {
+    "compare": RingCommand("bench compare", ABOUT, _add_arguments, _prompts, _lead, _check),
+    "load": RingCommand("bench load", LOAD, _add_load_arguments, _prompts, _lead_load, _check_load),
+}
+
+
+def main(words: Sequence[str]) -> int:
+    asks = not {"-h", "--help"}.isdisjoint(words)
+    name = words[0] if words and words[0] in COMMANDS else "compare" if asks else ""
+    need(bool(name), f"bench knows {' and '.join(COMMANDS)}: flowspec bench compare CONFIG ...")
+    return COMMANDS[name].main(words[1:] if list(words[:1]) == [name] else words)

@@ -1,0 +1,191 @@
+"""Several requests at a time: tokens per second of all of them together, and how long a first token takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from flowspec.bench import report
+from flowspec.bench.compare import priced_alike
+from flowspec.bench.forecast import Forecaster, Models, emulated, obstacle
+from flowspec.engine import Engine
+from flowspec.errors import UserError
+from flowspec.files import add_line
+from flowspec.generation import Result
+
+WARM_UP_TOKENS = 8
+"""of a request with each method, before anything is measured"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is measured: each method with so many requests at a time, at each temperature."""
+
+    methods: Sequence[str]
+    requests: Sequence[int]
+    temperatures: Sequence[float]
+    repeats: int
+    output: Path | None = None
+    """records go to this file, a line a run, beside the table"""
+
+
+class Cell(NamedTuple):
+    """What is compared between methods."""
+
+    temperature: float
+    requests: int
+
+
+class Run(NamedTuple):
+    """So many requests that came at once, with one method."""
+
+    cell: Cell
+    method: str
+    repeat: int
+    results: list[Result]
+    keys: list[tuple[int, float, int]]
+    """by which texts must agree: the prompt's number, the temperature and the seed"""
+    seconds: float
+    """from the first request to the last token of all"""
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second of all requests together."""
+        return sum(result.new_tokens for result in self.results) / self.seconds
+
+    @property
+    def firsts(self) -> list[float]:
+        """Seconds until the first token of each request."""
+        return [result.prefill_seconds for result in self.results]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The line in the file of records."""
+        return {
+            "method": self.method,
+            "requests": self.cell.requests,
+            "temperature": self.cell.temperature,
+            "repeat": self.repeat,
+            "tokens_per_second": self.rate,
+            "first_token_seconds": self.firsts,
+            "new_tokens": sum(result.new_tokens for result in self.results),
+            "emulated": self.results[0].emulated,
+        }
+
+
+def load(engine: Engine, prompts: Sequence[str], plan: Plan) -> bool:
+    """Measure, print a table; whether each request wrote the same text in every company and with every method."""
+    runs, texts, same = [], dict[tuple[int, float, int], list[int]](), True
+    for run in _runs(engine, prompts, plan):
+        runs.append(run)
+        for key, result in zip(run.keys, run.results, strict=True):
+            same = same and texts.setdefault(key, result.token_ids) == result.token_ids
+        if plan.output:
+            _keep(run, plan.output)
+    config = engine.config
+    simulated = {} if obstacle(config) else _simulated(engine, prompts, runs)
+    about = f"{config.name}, {engine.topology.stages} stages"
+    title = f"{about}{', emulated times' if config.emulate.active else ''}"
+    report.console().print(_table(runs, plan, simulated, title))
+    return same
+
+
+def _runs(engine: Engine, prompts: Sequence[str], plan: Plan) -> Iterator[Run]:
+    """Cells in shuffled order, the methods of a cell one after the other in drawn order."""
+    for method in plan.methods:
+        list(engine.generate(prompts[0], method=method, max_new_tokens=WARM_UP_TOKENS))
+    order = random.Random(0)
+    for repeat in range(1, plan.repeats + 1):
+        cells = [Cell(t, n) for t in plan.temperatures for n in plan.requests]
+        for cell in order.sample(cells, len(cells)):
+            for method in order.sample(list(plan.methods), len(plan.methods)):
+                yield _run(engine, prompts, cell, method, repeat)
+
+
+def _run(engine: Engine, prompts: Sequence[str], cell: Cell, method: str, repeat: int) -> Run:
+    engine.forget()  # each run is as the first of a ring
+    keys = [(k % len(prompts), cell.temperature, k // len(prompts)) for k in range(cell.requests)]
+    generations = [
+        engine.submit(prompts[k], method=method, temperature=temperature, seed=seed)
+        for k, temperature, seed in keys
+    ]
+    results = []
+    for generation in generations:
+        for _ in generation:
+            pass
+        assert generation.result is not None
+        results.append(generation.result)
+    stats = [generation.stats for generation in generations]
+    seconds = max(s.last_token for s in stats) - min(s.begun for s in stats)
+    return Run(cell, method, repeat, results, keys, seconds)
+
+
+def _keep(run: Run, path: Path) -> None:
+    try:
+        with open(path, "a") as file:
+            add_line(file, json.dumps(run.record) + "\n", "--output")
+    except OSError as error:
+        raise UserError(f"--output: cannot write {path}: {error.strerror}") from None
+
+
+def _simulated(
+    engine: Engine, prompts: Sequence[str], runs: Sequence[Run]
+) -> dict[tuple[Cell, str], float]:
+    """Tokens per second of all requests together, in virtual time."""
+    config = engine.config
+    forecaster, rates = Forecaster(config, Models.of(config)), dict[tuple[Cell, str], float]()
+    for run in runs:
+        if (run.cell, run.method) in rates:
+            continue
+        same = [result for r in runs if r.method == run.method for result in r.results]
+        emulate, costs = priced_alike(emulated(config), same)
+        tapes = []
+        for (prompt, temperature, seed), result in zip(run.keys, run.results, strict=True):
+            sampling = dataclasses.replace(config.sampling, temperature=temperature, seed=seed)
+            request = engine.request(engine.text.encode(prompts[prompt]), sampling)
+            tapes.append(forecaster.add(request, result.token_ids))
+        outcomes = forecaster.together(
+            tapes, run.method, engine.topology.stages, emulate, costs=costs
+        )
+        tokens = sum(len(outcome.tokens) for outcome in outcomes)
+        rates[run.cell, run.method] = tokens / max(outcome.last_token for outcome in outcomes)
+    return rates
+
+
+def _table(
+    runs: Sequence[Run], plan: Plan, simulated: dict[tuple[Cell, str], float], title: str
+) -> Table:
+    table = Table(title=title)
+    base = plan.methods[0]
+    for name in ("T", "requests", "method", "tokens/s", f"over {base}", "simulated", "first token"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for cell in sorted({run.cell for run in runs}):
+        of = {m: [r for r in runs if (r.cell, r.method) == (cell, m)] for m in plan.methods}
+        for method, own in of.items():
+            over = [a.rate / b.rate for a, b in zip(own, of[base], strict=True)]
+            virtual = simulated.get((cell, method))
+            firsts = [seconds for run in own for seconds in run.firsts]
+            table.add_row(
+                f"{cell.temperature:g}",
+                str(cell.requests),
+                method,
+                _spread([run.rate for run in own], ".1f"),
+                _spread(over, ".2f"),
+                "-" if virtual is None else f"{virtual:.1f}",
+                f"{statistics.median(firsts):.2f} s (at most {max(firsts):.2f})",
+            )
+    return table
+
+
+def _spread(values: Sequence[float], digits: str) -> str:
+    """The median, and the least and the largest."""
+    low, high = min(values), max(values)
+    return f"{statistics.median(values):{digits}} ({low:{digits}} to {high:{digits}})"
