@@ -28,7 +28,18 @@ from flowspec.errors import UserError, need
 DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 VERIFY_ON = ("auto", "coordinator", "last")
 LATER = ("tp", "galaxy", "dsi", "si")
-OWN = {"stages", "drafter", "sampling", "dtype", "device", "threads", "trace", "folder", "name"}
+OWN = {
+    "stages",
+    "drafter",
+    "sampling",
+    "dtype",
+    "device",
+    "threads",
+    "cache_mb",
+    "trace",
+    "folder",
+    "name",
+}
 """keys that may differ from rank to rank: places, what a rank computes on, and what only rank 0 decides with each request. (The
 dtype that they name or stand for is compared as such.)"""
 
@@ -55,6 +66,9 @@ class Config:
     """cpu, cuda (the ranks of a host take its GPUs in turn) or cuda:N: one for all ranks, or one a rank."""
     threads: int | None = None
     """CPU threads a rank; auto: the cores shared by the ranks of this host."""
+    cache_mb: float | None = None
+    """Memory for the keys and values of all requests on each stage, MB; auto: most of what is free there once its weights are loaded.
+    Requests that do not fit together wait for each other."""
     verify_on: str = "auto"
     """Where tokens are picked: coordinator (hidden rows return to rank 0) or last (tokens return); auto: last."""
     trace: str | None = None
@@ -87,6 +101,10 @@ class Config:
         need(
             self.threads is None or self.threads >= 1,
             f"threads is {self.threads}: it must be at least 1, or auto",
+        )
+        need(
+            self.cache_mb is None or self.cache_mb > 0,
+            f"cache_mb is {self.cache_mb}: it must be more than 0 MB, or auto",
         )
 
     @property

@@ -136,7 +136,9 @@ class Engine:
         while waiting:
             rank, message = receive(self._transport)
             show(rank, message.meta)
-            waiting -= message.kind == "loaded"
+            if message.kind == "loaded":
+                waiting -= 1
+                self._driver.has_room(rank, message.meta["cache_rows"])
 
     def submit(
         self,
@@ -165,11 +167,12 @@ class Engine:
         features = self._draft is not None and self._draft.features
         chosen = make_policy(config.method, config.tree, config.policy, self.topology, features)
         stops = [stop] if isinstance(stop, str) else list(stop)
+        ask = Ask(request, chosen, config.policy, self.traced)
+        self._driver.check(ask)
         generation = Generation(
             request,
-            self._driver.submit(Ask(request, chosen, config.policy, self.traced)),
+            self._driver.submit(ask),
             TextStream(self.text.tokenizer, stops, request.prompt),
-            functools.partial(self._driver.cancel, request.id),
             functools.partial(self._finished, config),
         )
         self._running.add(generation)

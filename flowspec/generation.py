@@ -78,12 +78,11 @@ class Generation:
         request: Request,
         answer: Answer,
         stream: TextStream,
-        cancel: Callable[[], None],
         finished: Callable[[Generation], Result],
     ):
         """`stream` makes text of tokens; `finished` is called once, when all is known."""
         self.request = request
-        self._answer, self._stream, self._cancel, self._finished = answer, stream, cancel, finished
+        self._answer, self._stream, self._finished = answer, stream, finished
         self.token_ids: list[int] = []
         self.accepted = 0
         """So many of them the draft had sent before the target picked them."""
@@ -146,7 +145,7 @@ class Generation:
     def _stop(self) -> None:
         if not self._stopped:
             self._stopped = True
-            self._cancel()
+            self._answer.cancel()
 
     def _finish(self, end: BaseException) -> None:
         """Make the result; raise what broke the run, or an interruption of the reader."""
@@ -169,4 +168,4 @@ class Generation:
 
     def __del__(self) -> None:
         if not self.done:
-            self._stop()
+            self._answer.abandon()

@@ -15,9 +15,10 @@ from flowspec.comm.shaped import shaped
 from flowspec.config import Config, load_config
 from flowspec.core.policies.continuous import Continuous
 from flowspec.errors import need
+from flowspec.models.device import free_bytes
 from flowspec.models.families import family_of, read_config
 from flowspec.models.manifest import Manifest
-from flowspec.models.stage import load_head, load_stage, rehearse
+from flowspec.models.stage import StageModel, load_head, load_stage, rehearse
 from flowspec.preflight import check_run
 from flowspec.runtime import wire
 from flowspec.runtime.worker import Worker
@@ -146,8 +147,23 @@ def work(config: Config, manifest: Manifest, transport: Transport) -> None:
             head.alone = True
     rehearse(model, head)
     a, b = manifest.ranks[rank].layers
-    transport.send_control(0, wire.loaded(size, time.monotonic() - begun, f"layers {a} to {b - 1}"))
+    seconds, what = time.monotonic() - begun, f"layers {a} to {b - 1}"
+    transport.send_control(0, wire.loaded(size, seconds, what, cache_rows(config, manifest, model)))
     Worker(transport, model, head, config.emulate, a).run()
+
+
+SHARE = 0.8
+"""of what is free, for the caches if that is auto"""
+MANY = 10**12
+"""tokens, where nobody says what is free"""
+
+
+def cache_rows(config: Config, manifest: Manifest, model: StageModel) -> int:
+    """How many tokens' keys and values this stage has memory for."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", manifest.topology.world_size))
+    free = SHARE * free_bytes(model.device) / (here if model.device.type == "cpu" else 1)
+    room = free if config.cache_mb is None else config.cache_mb * 1e6
+    return int(min(room / model.row_bytes, MANY))
 
 
 def work_as_thread(config: Config, manifest: Manifest, end: Transport, first: Transport) -> None:

@@ -77,6 +77,8 @@ class Policy(Protocol):
 
     drafts: bool
     """False: it never asks the drafter for anything"""
+    budget: int
+    """nodes that its tree has at most, the root included"""
     just_in_time: bool
     """a segment leaves when the first stage is about to be free, instead of waiting there"""
 

@@ -29,11 +29,16 @@ class RowCache:
         self._keys: dict[int, Tensor] = {}  # layer -> [1, kv_heads, capacity, head_dim]
         self._values: dict[int, Tensor] = {}
 
+    @classmethod
+    def room(cls, length: int) -> int:
+        """Rows of the buffers when they grow for so many."""
+        return length + max(cls.STEP, int(cls.SHARE * length))
+
     def extend(self, rows: int) -> None:
         """So many rows more, at the end of every layer: the one place where a cache becomes longer, and where its buffers grow."""
         held, self.length = self.length, self.length + rows
         if self.length > self.capacity:
-            self.capacity = self.length + max(self.STEP, int(self.SHARE * self.length))
+            self.capacity = self.room(self.length)
             for buffers in (self._keys, self._values):
                 for layer, buffer in buffers.items():
                     buffers[layer] = _zeros(buffer, self.capacity)

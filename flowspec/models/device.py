@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import re
+from pathlib import Path
+
 import torch
 from torch import Tensor
+
+
+def free_bytes(device: torch.device) -> float:
+    """Bytes of memory that are free on the device's side; infinity where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    said = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", said.read_text()) if said.exists() else None
+    return int(found[1]) * 1024 if found else math.inf
 
 
 def placed(tensor: Tensor, device: torch.device) -> Tensor:

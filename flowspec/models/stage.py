@@ -105,6 +105,14 @@ class StageModel(nn.Module):
         return sum(t.nbytes for t in (*self.parameters(), *self.buffers()))
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of the keys and values of a token in all layers."""
+        config = self.config
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        row = 2 * config.num_key_value_heads * head * self.dtype.itemsize
+        return len(self.layers) * row
+
+    @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 

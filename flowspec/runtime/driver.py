@@ -10,6 +10,7 @@ import logging
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -36,7 +37,11 @@ from flowspec.core.messages import (
 )
 from flowspec.core.policy import Policy, PolicyConfig
 from flowspec.core.request import Request
+from flowspec.core.ring import Ring
 from flowspec.core.scheduler import Scheduler
+from flowspec.core.stage import StageState
+from flowspec.errors import need
+from flowspec.models.cache import RowCache
 from flowspec.models.stage import Head
 from flowspec.runtime import wire
 from flowspec.runtime.drafting import DraftThread, Local
@@ -121,13 +126,28 @@ class Ask:
     trace: bool = False
     """note what all ranks do"""
 
+    @property
+    def rows(self) -> int:
+        """Rows that a stage's cache may need for it: the text, the tree, what of it died, and room to grow."""
+        text = self.request.prompt_length + self.request.sampling.max_new_tokens
+        return RowCache.room(text + self.policy.budget + StageState.COMPACT + Ring.MOST)
+
 
 class Answer:
     """The answer to an ask: `tokens` as they are committed, and `stats`, complete once they have ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, driver: Driver, request: int):
         self.tokens: Stream[Committed] = Stream()
         self.stats = Stats()
+        self._driver, self._request = driver, request
+
+    def cancel(self) -> None:
+        """End the request if it is not over yet: its rows in the ring are freed at once."""
+        self._driver._transport.inbox.put(_Cancel(self._request))
+
+    def abandon(self) -> None:
+        """Do so soon. This may be called by the garbage collector in the midst of anything."""
+        self._driver._abandoned.append(self._request)
 
 
 class _Live:
@@ -180,6 +200,9 @@ class Driver:
         self._hidden_scale = hidden_scale
         self._scheduler = Scheduler(self._topology)
         self._fresh = True
+        self._room: dict[int, int] = {}  # rank of a stage -> rows of all requests that fit there
+        self._waiting: deque[_Live] = deque()  # until there is room for them
+        self._abandoned: deque[int] = deque()  # requests whose readers are gone
         self._live: dict[int, _Live] = {}
         self._ending: dict[int, _Live] = {}  # over, but not all stages have reported
         self._wake_at: float | None = None
@@ -190,11 +213,27 @@ class Driver:
         self._thread: threading.Thread | None = None
 
     # ---- from any thread -------------------------------------------------------------------------
+    def has_room(self, rank: int, rows: int) -> None:
+        """Take in that a stage has memory for the keys and values of so many tokens."""
+        self._room[rank] = rows
+
+    def check(self, ask: Ask) -> None:
+        """UserError if some stage can never hold what is asked for."""
+        for rank, rows in self._room.items():
+            need(
+                ask.rows <= rows,
+                f"the request may need a cache of {ask.rows} tokens, rank {rank} has memory for {rows}: "
+                "give a shorter prompt, fewer sampling.max_new_tokens, a smaller tree.budget, or more cache_mb",
+            )
+
     def submit(self, ask: Ask) -> Answer:
         """Begin with a request; the answer is filled while others do something else.
 
         If the run breaks, its stream raises the error that broke it."""
-        answer, drafts = Answer(), self._draft is not None and ask.policy.drafts
+        answer, drafts = (
+            Answer(self, ask.request.id),
+            self._draft is not None and ask.policy.drafts,
+        )
         with self._lock:
             self._streams = [stream for stream in self._streams if not stream.ended]
             self._streams.append(answer.tokens)
@@ -205,10 +244,6 @@ class Driver:
                 self._thread.start()
         self._transport.inbox.put(_Submit(_Live(ask, answer, drafts, self._hidden_scale)))
         return answer
-
-    def cancel(self, request: int) -> None:
-        """End a request if it is not over yet: its rows in the ring are freed at once."""
-        self._transport.inbox.put(_Cancel(request))
 
     def forget(self) -> None:
         """Make the next request like the first of the run: nothing that was learnt is kept.
@@ -227,6 +262,8 @@ class Driver:
         try:
             while not isinstance(item := self._next(), _Close):
                 self._take(item)
+                while self._abandoned:
+                    self._cancel(self._abandoned.popleft())
         except BaseException as error:
             self._broken(error)
 
@@ -251,7 +288,9 @@ class Driver:
         elif isinstance(item, Local):
             self._step(item.event)
         elif isinstance(item, _Submit):
-            self._begin(item.live)
+            item.live.stats.begun = self._clock.now()
+            self._waiting.append(item.live)
+            self._admit()
         elif isinstance(item, _Cancel):
             self._cancel(item.request)
         elif isinstance(item, _Forget):
@@ -280,10 +319,18 @@ class Driver:
             self._draft.layer_features(live.request.id, layers, at, message.tensors[0])
 
     # ---- a request -------------------------------------------------------------------------------
+    def _admit(self) -> None:
+        """Begin with those that wait, in their order, as far as the stages have room."""
+        room = min(self._room.values(), default=math.inf)
+        held = sum(live.ask.rows for live in (*self._live.values(), *self._ending.values()))
+        while self._waiting and held + self._waiting[0].ask.rows <= room:
+            held += self._waiting[0].ask.rows
+            self._begin(self._waiting.popleft())
+
     def _begin(self, live: _Live) -> None:
         request, draft = live.request, self._draft if live.drafts else None
         self._live[request.id] = live
-        live.stats.begun, live.before = self._clock.now(), self._bookkeeping
+        live.before = self._bookkeeping
         live.noise = noise_for(request.sampling, self._vocabulary)
         features, layers = draft is not None and draft.features, draft.layers if draft else ()
         self._transport.send_next(
@@ -430,6 +477,10 @@ class Driver:
 
     # ---- the end ---------------------------------------------------------------------------------
     def _cancel(self, request: int) -> None:
+        for waiting in [live for live in self._waiting if live.request.id == request]:
+            self._waiting.remove(waiting)
+            waiting.stats.ended = self._clock.now()
+            waiting.tokens.end()
         live = self._live.get(request)
         if live is not None:
             self._over(live)
@@ -480,3 +531,4 @@ class Driver:
             spans = {0: live.log.spans} | notes
             stats.spans = merged(spans, {0: 0.0} | offsets, live.fates)
         live.tokens.end()
+        self._admit()

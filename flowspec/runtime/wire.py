@@ -256,9 +256,10 @@ def loading(megabytes: float, seconds: float) -> Message:
     return Message("loading", {"megabytes": megabytes, "seconds": seconds})
 
 
-def loaded(megabytes: float, seconds: float, what: str) -> Message:
-    """A stage holds its weights and waits for work."""
-    return Message("loaded", {"megabytes": megabytes, "seconds": seconds, "what": what})
+def loaded(megabytes: float, seconds: float, what: str, cache_rows: int) -> Message:
+    """A stage holds its weights, has memory for the keys and values of so many tokens, and waits for work."""
+    about = {"megabytes": megabytes, "seconds": seconds, "what": what}
+    return Message("loaded", about | {"cache_rows": cache_rows})
 
 
 STOP = Message("stop")

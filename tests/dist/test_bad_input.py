@@ -66,6 +66,7 @@ def test_what_is_right_is_not_refused(pair, monkeypatch):
         (["dtype=float8"], ["dtype", "float8", "float16"]),
         (["verify_on=first"], ["verify_on", "first"]),
         (["threads=0"], ["threads"]),
+        (["cache_mb=0"], ["cache_mb"]),
         (["tree.budget=many"], ["tree.budget", "many"]),
         (["tree.budget=0"], ["tree.budget"]),
         (["sampling=3"], ["sampling", "3"]),
@@ -115,6 +116,10 @@ def test_a_wrong_word_is_refused_by_name(pair, refused, words, named):
         (["bench", "compare", "--without", "refresh,nonsense"], "--without: 'nonsense'"),
         (["bench", "compare", "--without", ""], "--without: ''"),
         (["bench", "compare", "--max-new-tokens", "1"], "max_new_tokens is 1"),
+        (["bench", "load", "--requests", "1,0"], "--requests is 1,0"),
+        (["bench", "load", "--requests", "many"], "--requests"),
+        (["bench", "load", "--repeats", "0"], "--repeats is 0"),
+        (["bench", "laod"], "compare and load"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -258,7 +258,7 @@ def test_all_that_a_ring_says_is_within_the_limits_of_its_kind():
         wire.text_features(1, range(layers), 0, rows.repeat(1, layers)),
         wire.report(1, wire.Report(0.0, 0, 0, 0.0, [], 0.0, 0.0, [])),
         wire.pong(wire.ping(1)),
-        wire.loaded(1.0, 2.0, "layers 0 to 3"),
+        wire.loaded(1.0, 2.0, "layers 0 to 3", 10**9),
         wire.STOP,
     ]
     for message in said:

@@ -10,7 +10,8 @@ import pytest
 
 from flowspec.core.policies import METHODS
 from flowspec.engine import Engine
-from flowspec.errors import RankLost
+from flowspec.errors import RankLost, UserError
+from flowspec.models.cache import RowCache
 from flowspec.runtime.stream import Ended, Stream
 
 SETTINGS = [dict(), dict(temperature=0.8, top_p=0.9, seed=3), dict(temperature=1.2, seed=5)]
@@ -146,6 +147,26 @@ def test_what_breaks_the_run_reaches_every_reader_and_every_later_request(pair):
     with pytest.raises(RankLost, match="rank 2 was lost"):
         next(engine.submit([5]))
     engine.close()
+
+
+def test_requests_that_do_not_fit_together_wait_for_each_other(pair):
+    """What the tiny target's stage holds of a token in its one layer: 2 kv heads of 16 numbers, keys and values, 256 bytes."""
+    prompt, megabytes = [5, 6, 7], 2.5 * 256 * RowCache.room(3 + 20 + 40 + 64 + 96) / 1e6
+    with Engine.from_config(
+        pair.config(2), ["tree.budget=40", f"cache_mb={megabytes}", "emulate.stage_ms=2"]
+    ) as engine:
+        going = [engine.submit(prompt, max_new_tokens=20) for _ in range(5)]
+        wait_for(lambda: len(engine._driver._live) == 2)
+        assert len(engine._driver._waiting) <= 3
+        going[3].close()
+        assert going[3].result.new_tokens == 0 and going[3].result.finish_reason == "cancelled"
+        for k in (4, 0, 1, 2):
+            assert [t.id for t in going[k]] == pair.greedy(prompt, 20)
+        with pytest.raises(
+            UserError, match=r"may need a cache of .* rank 1 has memory for .*cache_mb"
+        ):
+            engine.submit(prompt, max_new_tokens=400)
+        assert [t.id for t in engine.submit(prompt, max_new_tokens=20)] == pair.greedy(prompt, 20)
 
 
 @pytest.mark.slow
