@@ -36,7 +36,7 @@ class Member(NamedTuple):
 def join(config: Config) -> Member:
     """Join the other ranks of a torchrun world. UserError says what is wrong, RankLost who did not come."""
     from flowspec.runtime.agreement import facts_of
-    from flowspec.runtime.process import check_world, join_run
+    from flowspec.runtime.process import check_world, end_process, join_run
 
     rank, topology = int(os.environ["RANK"]), Manifest.load(config.stages_path).topology
     check_world(topology, config.emulate.shapes_links)
@@ -47,9 +47,8 @@ def join(config: Config) -> Member:
     facts = facts_of(
         config.shared(), manifest, dtype_name(config, manifest, rank) if takes_part else None
     )
-    return Member(
-        manifest, *join_run(topology, facts, wire_limits(config, manifest), config.emulate)
-    )
+    limits = wire_limits(config, manifest)
+    return Member(manifest, *join_run(topology, facts, limits, config.emulate, end_process))
 
 
 def serve(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> None:

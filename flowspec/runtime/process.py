@@ -13,11 +13,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch.distributed as dist
 
-from flowspec.comm.base import STILL, Pulse
+from flowspec.comm.base import STILL, Lost, Pulse
 from flowspec.comm.codec import Limits
 from flowspec.comm.gloo import FOREVER, GlooTransport
 from flowspec.comm.heartbeat import Heartbeat
@@ -83,12 +83,26 @@ def check_world(topology: Topology, one_clock: bool) -> None:
     )
 
 
+class Loss(NamedTuple):
+    """A rank is lost, or the launcher (-1)."""
+
+    rank: int
+    reason: str
+    hung: bool
+    """It stood still; else its links broke."""
+
+
 def join_run(
-    topology: Topology, facts: Facts, limits: Limits, emulate: Emulate
+    topology: Topology,
+    facts: Facts,
+    limits: Limits,
+    emulate: Emulate,
+    at_loss: Callable[[Heartbeat, Loss], None],
 ) -> tuple[GlooTransport, Callable[[], None]]:
     """Connect to the other ranks; the transport, and what to call after it was closed.
 
-    RankLost when one of them does not come in time, UserError when they do not run what this one runs: `facts`, as
+    `at_loss` is called in a thread of its own when a rank is lost, in this run or on the way into
+    it. RankLost when one of them does not come in time, UserError when they do not run what this one runs: `facts`, as
     runtime/agreement.py compares them."""
     need(
         {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys(),
@@ -101,9 +115,11 @@ def join_run(
     rank, pulses, pace = int(os.environ["RANK"]), [Pulse() for _ in topology.ranks], _pace()
     with _Connecting(_seconds_to_connect()) as connecting:
         store, another = _stores(rank, topology.world_size)
-        heartbeat = Heartbeat(
-            another, rank, pulses, lambda r, why: _mourn(heartbeat, rank, r, why, hung=True), **pace
-        )
+
+        def lost(hung: bool) -> Lost:
+            return lambda r, why: at_loss(heartbeat, Loss(r, why, hung))
+
+        heartbeat: Heartbeat = Heartbeat(another, rank, pulses, lost(hung=True), **pace)
         heartbeat.announce()
         heartbeat.start(connecting.awaits)  # from here on a rank that fails to connect is noticed
         try:
@@ -116,8 +132,7 @@ def join_run(
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=topology.world_size, timeout=FOREVER
         )
-        lost = lambda r, why: _mourn(heartbeat, rank, r, why, hung=False)  # noqa: E731
-        transport = GlooTransport(lost, limits, emulate, pulses, pace.get("still", STILL))
+        transport = GlooTransport(lost(hung=False), limits, emulate, pulses, pace.get("still", STILL))
         pulses[rank].at()
     log.info(
         "joined a run of %d ranks as %s", topology.world_size, rank_name(rank, socket.gethostname())
@@ -223,8 +238,9 @@ def _pace() -> dict[str, float]:
     return {"every": every, "limit": limit, "still": still}
 
 
-def _mourn(heartbeat: Heartbeat, me: int, rank: int, reason: str, hung: bool) -> NoReturn:
-    """A rank is lost (-1: the launcher), so the run is: say which and why, end a hung process on this machine, go, come what may."""
+def end_process(heartbeat: Heartbeat, loss: Loss) -> NoReturn:
+    """A rank is lost, so the run is: say which and why, end a hung process on this machine, go, come what may."""
+    rank, reason, hung = loss
     if not hung:
         time.sleep(
             1.0
@@ -235,7 +251,7 @@ def _mourn(heartbeat: Heartbeat, me: int, rank: int, reason: str, hung: bool) ->
                 report(f"{own_name()} leaves: {reason}", 1, aloud=True)
             else:
                 line = f"{rank_name(rank, heartbeat.host(rank))} {'hung' if hung else 'died'}: {reason}"
-                report(line, 1, speak=me == (1 if rank == 0 else 0))
+                report(line, 1, speak=int(os.environ["RANK"]) == (1 if rank == 0 else 0))
                 if hung:
                     heartbeat.kill_if_here(rank)
     finally:

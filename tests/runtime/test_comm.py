@@ -822,12 +822,13 @@ def test_last_words_that_cannot_be_written_are_spoken(monkeypatch, capsys, path)
 
 def test_a_rank_that_mourns_leaves_whatever_its_words_meet(monkeypatch):
     left = []
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(process, "leave", left.append)
     monkeypatch.setattr(process, "report", lambda *_, **__: 1 / 0)
     heart = Heartbeat(dist.HashStore(), 0, [Pulse(), Pulse()], lambda *_: None)
     for rank in (-1, 1):
         with pytest.raises((ZeroDivisionError, KeyError)):
-            process._mourn(heart, 0, rank, "no heartbeat", hung=True)
+            process.end_process(heart, process.Loss(rank, "no heartbeat", hung=True))
     assert left == [1, 1]
 
 

@@ -150,8 +150,11 @@ def test_what_breaks_the_run_reaches_every_reader_and_every_later_request(pair):
 
 
 def test_requests_that_do_not_fit_together_wait_for_each_other(pair):
-    """What the tiny target's stage holds of a token in its one layer: 2 kv heads of 16 numbers, keys and values, 256 bytes."""
-    prompt, megabytes = [5, 6, 7], 2.5 * 256 * RowCache.room(3 + 20 + 40 + 64 + 96) / 1e6
+    c, prompt = pair.model.config, [5, 6, 7]
+    row = (
+        2 * 4 * c.num_key_value_heads * c.head_dim * c.num_hidden_layers // 2
+    )  # of one of 2 stages
+    megabytes = 2.1 * row * RowCache.room(3 + 20 + 40 + 64 + 96) / 1e6
     with Engine.from_config(
         pair.config(2), ["tree.budget=40", f"cache_mb={megabytes}", "emulate.stage_ms=2"]
     ) as engine:
@@ -165,7 +168,7 @@ def test_requests_that_do_not_fit_together_wait_for_each_other(pair):
         with pytest.raises(
             UserError, match=r"may need a cache of .* rank 1 has memory for .*cache_mb"
         ):
-            engine.submit(prompt, max_new_tokens=400)
+            engine.submit(prompt, max_new_tokens=505)
         assert [t.id for t in engine.submit(prompt, max_new_tokens=20)] == pair.greedy(prompt, 20)
 
 
