@@ -55,6 +55,13 @@ class _Offer(NamedTuple):
 class Scheduler:
     """`handle(event, now) -> actions`; `now` is any clock in seconds that does not go back."""
 
+    UNEQUAL = 1 / 8
+    """Roots beyond a batch's equal share may add this share of a forward to it."""
+
+    COMPANY = 1.3
+    """In company a speculative row must save so many times what it costs: batches that take longer
+    than others leave stages idle behind them (found by simulation, docs/architecture.md)."""
+
     def __init__(self, topology: Topology, learnt: Learnt | None = None):
         """`learnt` is what the run has found out so far; it goes on learning."""
         self._topology = topology
@@ -194,18 +201,32 @@ class Scheduler:
     def _offers(self, ready: list[Decoding]) -> list[_Offer]:
         """Ask each request in turn what it would send, until what is due fills a batch.
 
-        Who was asked goes to the end of the line."""
+        Who was asked goes to the end of the line. A batch takes no more than its share of the
+        roots: the others ride in the next, so that all batches take equally long and none waits
+        for a longer one."""
         offers: list[_Offer] = []
-        due = 0
+        due = roots = 0
+        share = self._share()
         for decoding in ready:
             if due >= self.ring.MOST:
                 break
+            if not decoding.tree.root.sent:
+                if roots >= share:
+                    continue
+                roots += 1
             if len(self.decodings) > 1:
                 self.decodings[decoding.request.id] = self.decodings.pop(decoding.request.id)
             if nodes := decoding.policy.segment(decoding.asked):
                 offers.append(_Offer.of(decoding, nodes))
                 due += offers[-1].due
         return offers
+
+    def _share(self) -> int:
+        """Return how many roots a batch may take: an equal share, and what costs hardly more."""
+        equal, prices = len(self.decodings) / self.ring.credits(self._topology), self.ring.prices
+        least = min(math.ceil(equal), self.ring.MOST)
+        longest = prices.more[least] + self.UNEQUAL * prices.forward
+        return int(np.searchsorted(prices.more, longest, side="right")) - 1
 
     def _batch(self, offers: list[_Offer]) -> Batch:
         """Send what is due, and of the rest the likeliest while they gain more than they cost."""
@@ -223,6 +244,7 @@ class Scheduler:
         likeliest = np.argsort(-reaches, kind="stable")[: max(0, self.ring.MOST - due)]
         roots = sum(offer.nodes[0] is offer.decoding.tree.root for offer in offers)
         crowd = max(roots, len(self.decodings) / self._topology.stages)
+        crowd *= self.COMPANY if len(self.decodings) > 1 else 1.0
         worth = self.ring.prices.worth(reaches[likeliest], due, crowd) if len(likeliest) else 0
         chosen = np.array([owners[k] for k in likeliest[:worth]], int)
         return np.bincount(chosen, minlength=len(offers)).tolist()

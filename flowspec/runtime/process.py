@@ -132,7 +132,9 @@ def join_run(
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=topology.world_size, timeout=FOREVER
         )
-        transport = GlooTransport(lost(hung=False), limits, emulate, pulses, pace.get("still", STILL))
+        transport = GlooTransport(
+            lost(hung=False), limits, emulate, pulses, pace.get("still", STILL)
+        )
         pulses[rank].at()
     log.info(
         "joined a run of %d ranks as %s", topology.world_size, rank_name(rank, socket.gethostname())

@@ -514,3 +514,40 @@ def test_a_file_that_holds_no_drafts_is_named(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"d\.npz"):
         load(path)
+
+
+# ---- in company ------------------------------------------------------------------------------------
+DEAR = Emulate(stage_ms=50, token_ms=10, link_ms=0.3, draft_ms=8)
+"""five rows take twice what one does"""
+
+
+def together(method: str, requests: int, profile, emulate: Emulate, stages: int) -> float:
+    """Tokens/s of so many requests together, which come one after the other."""
+    ring, jobs = RingSpec(stages=stages, emulate=emulate, hidden=2048), []
+    for k in range(requests):
+        wanted, text = dataclasses.replace(request(tokens=96), id=k + 1), made_up_text(96)
+        guesser = None if method == "ar" else SyntheticDrafter(wanted, text, profile, seed=k)
+        policy = make_policy(method, TreeConfig(), PolicyConfig(), ring.topology)
+        jobs.append(Job(wanted, text, policy, guesser, PolicyConfig(), at=0.3 * k))
+    outs = World(ring, jobs).run()
+    assert all(out.tokens == job.text for out, job in zip(outs, jobs, strict=True))
+    return requests * 96 / max(job.at + out.last_token for out, job in zip(outs, jobs, strict=True))
+
+
+@pytest.mark.parametrize("emulate", [BOARD, DEAR], ids=["cheap rows", "dear rows"])
+@pytest.mark.parametrize("stages", [2, 4])
+@pytest.mark.parametrize("requests", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_in_company_too_a_useless_drafter_costs_next_to_nothing(requests, stages, emulate):
+    plain = together("ar", requests, None, emulate, stages)
+    assert together("flowspec", requests, [1e-9], emulate, stages) >= 0.96 * plain
+
+
+def test_many_requests_gain_from_riding_together_and_from_speculation():
+    plain = {n: together("ar", n, None, BOARD, 4) for n in (1, 8)}
+    assert plain[8] > 6 * plain[1], "batches of roots"
+    assert together("flowspec", 8, [0.7, 0.15, 0.05], BOARD, 4) > 1.5 * plain[8]
+
+
+def test_requests_that_fell_out_of_step_share_the_batches_equally():
+    """Where rows are dear, a batch of five roots and one of eleven take as long as two of eleven."""
+    assert together("flowspec", 8, [1e-9], DEAR, 2) > 0.96 * together("ar", 8, None, DEAR, 2)
