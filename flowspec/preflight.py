@@ -11,16 +11,15 @@ from flowspec.config import Config
 from flowspec.draft.config import DrafterConfig
 from flowspec.errors import UserError, need
 from flowspec.files import beside_of
-from flowspec.models.families import CONFIG, EAGLE_FC, eagle3_layers, eagle_shapes, read_config
-from flowspec.models.fingerprint import CARD, embedding_hash, told_by
+from flowspec.models.families import CONFIG, read_config
+from flowspec.models.fingerprint import embedding_hash
+from flowspec.models.heads import EAGLE_FC, check_head
 from flowspec.models.hub import MODEL_FILES, local_folder
 from flowspec.models.manifest import AGAIN, FILE_NAME, Manifest, verify_files
 from flowspec.models.split import Source
-from flowspec.models.weights import Checkpoint, pickled
+from flowspec.models.weights import Checkpoint
 from flowspec.text import Text, check_same_tokens, load_tokenizer
 
-EAGLE3_VARIANTS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
-EAGLE3_READS = "eagle_aux_hidden_state_layer_ids"
 MODEL_FACTS = {
     "model_type": "model_type",
     "hidden_size": "hidden_size",
@@ -90,7 +89,7 @@ def check_drafter(drafter: DrafterConfig, folder: Path, manifest: Manifest) -> N
         return
     path = drafter.checkpoint(folder)
     if drafter.reads_features:
-        check_eagle(drafter.kind, path, manifest, f"{drafter.where}.path")
+        check_head(drafter.kind, path, manifest, f"{drafter.where}.path")
         return
     head = EAGLE_FC in Checkpoint(path).names
     need(
@@ -99,69 +98,6 @@ def check_drafter(drafter: DrafterConfig, folder: Path, manifest: Manifest) -> N
     )
     read_config(path)
     check_same_tokens(Text(manifest.folder(0)).tokenizer, load_tokenizer(path), str(path))
-
-
-def check_eagle(kind: str, folder: Path, manifest: Manifest, setting: str) -> None:
-    """What can be known of an EAGLE head without reading its weights: that it is one of this kind, of this target's sizes."""
-    config, where = read_config(folder), f"{setting}: {folder / CONFIG}"
-    size = (
-        "target_hidden_size"
-        if kind == "eagle3" and "target_hidden_size" in config
-        else "hidden_size"
-    )
-    advice = "give the head that was trained for this target"
-    for key, ours in ((size, manifest.hidden_size), ("vocab_size", manifest.vocab_size)):
-        need(
-            config[key] == ours,
-            f"{where}: {key} is {config[key]}, the target's is {ours}: {advice}",
-        )
-    told, split = told_by(config, folder / CONFIG), manifest.embedding
-    same = told is None or split is None or told == split
-    need(same, f"{where}: {CARD} is {told}, the target's is {split}: {advice}")
-    (_check_eagle3 if kind == "eagle3" else _check_eagle1)(config, where, manifest)
-    if pickled(folder):
-        return  # its names are known once torch has read it
-    checkpoint = Checkpoint(folder)
-    for name, shape in eagle_shapes(kind, config, manifest.hidden_size).items():
-        found = checkpoint.info(name).shape
-        need(
-            found == shape,
-            f"{setting}: {folder}: {name} has shape {list(found)}, for kind {kind} it must be {list(shape)}",
-        )
-
-
-def _check_eagle1(config: dict, where: str, manifest: Manifest) -> None:
-    layers = config["num_hidden_layers"]
-    need(
-        "draft_vocab_size" not in config,
-        f"{where}: it has a draft_vocab_size, so this is an EAGLE-3 head: set drafter.kind: eagle3",
-    )
-    need(
-        layers == 1,
-        f"{where}: num_hidden_layers is {layers}, an EAGLE head has 1 (a draft model is drafter.kind: lm)",
-    )
-
-
-def _check_eagle3(config: dict, where: str, manifest: Manifest) -> None:
-    """Heads that compute or read something else are refused by name. (num_hidden_layers says nothing: some give the target's.)"""
-    for key in EAGLE3_VARIANTS:
-        need(not config.get(key), f"{where}: {key}: this variant of EAGLE-3 is not supported")
-    layers, about = list(eagle3_layers(manifest.num_layers)), config.get("eagle_config") or {}
-    need(
-        layers == sorted(set(layers)),
-        f"{where}: the target has {manifest.num_layers} layers, EAGLE-3 needs 7 or more",
-    )
-    need(
-        about.get("use_aux_hidden_state", True),
-        f"{where}: it reads the last layer alone, which is not supported",
-    )
-    # some count a layer by what enters it, some by what leaves the one before
-    reads = about.get(EAGLE3_READS) or config.get(EAGLE3_READS) or layers
-    usual = reads in (layers, [k - 1 for k in layers])
-    need(
-        usual,
-        f"{where}: {EAGLE3_READS} is {reads}; only what enters layers {layers} of this target is supported",
-    )
 
 
 def check_prompt(tokens: Sequence[int], manifest: Manifest, name: str = "the prompt") -> None:

@@ -168,7 +168,7 @@ class Scheduler:
             batch = self._batch(offers)
             numbers = [piece.segment.number for piece in batch.pieces]
             self.ring.sent(numbers, now)
-            self._batch_of |= dict.fromkeys(numbers, batch.number)
+            self._batch_of = {**self._in_flight(), **dict.fromkeys(numbers, batch.number)}
             actions.append(batch)
         if room and len(ready) < len(room) and not math.isinf(self.ring.room_at):
             actions.append(Wake(self.ring.room_at))
@@ -179,8 +179,10 @@ class Scheduler:
 
         If several are in the ring, none may while as many batches are as the ring holds: whoever
         comes back then waits for another, and the two ride together from then on."""
-        if len(self.decodings) > 1 and self._batches() >= self.ring.credits(self._topology):
-            return []
+        if len(self.decodings) > 1:
+            batches = {*self._in_flight().values()}
+            if len(batches) >= self.ring.credits(self._topology):
+                return []
         return [d for d in self.decodings.values() if len(d.out) < d.policy.credits]
 
     def _ready(self, room: list[Decoding], now: float) -> list[Decoding]:
@@ -192,11 +194,10 @@ class Scheduler:
             return room
         return [d for d in room if d not in gated]
 
-    def _batches(self) -> int:
-        """Return the number of batches in flight of which a node is alive."""
-        numbers = [number for d in self.decodings.values() for number in d.out]
-        self._batch_of = {number: self._batch_of[number] for number in numbers}
-        return len({*self._batch_of.values()})
+    def _in_flight(self) -> dict[int, int]:
+        """Return the batches of the segments in flight of which a node is alive, by their numbers."""
+        known = self._batch_of
+        return {n: known[n] for d in self.decodings.values() for n in d.out if n in known}
 
     def _offers(self, ready: list[Decoding]) -> list[_Offer]:
         """Ask each request in turn what it would send, until what is due fills a batch.

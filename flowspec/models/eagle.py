@@ -23,21 +23,17 @@ from torch import Tensor, nn
 
 from flowspec.errors import UserError
 from flowspec.models.device import placed
-from flowspec.models.families import (
-    CONFIG,
+from flowspec.models.families import CONFIG, EMBEDDING, HEAD, family_of, read_config
+from flowspec.models.fingerprint import CARD, embedding_hash, told_by
+from flowspec.models.heads import (
     EAGLE_BIAS,
     EAGLE_EMBEDDING,
     EAGLE_FC,
     EAGLE_NAMES,
     EAGLE_NORM,
-    EMBEDDING,
-    HEAD,
     eagle3_layers,
     eagle_shapes,
-    family_of,
-    read_config,
 )
-from flowspec.models.fingerprint import CARD, embedding_hash, told_by
 from flowspec.models.manifest import Manifest
 from flowspec.models.stage import Head, StageModel
 from flowspec.models.weights import FLOATS, INTEGERS, Checkpoint, TensorFile, pickled
@@ -162,7 +158,7 @@ def load_eagle(
 
 def doubtful(folder: Path, config: dict, manifest: Manifest) -> str | None:
     """Why it cannot be said that this head was made for this target; None where it can. (What is known not to be is refused before:
-    preflight.check_eagle.) Published heads tell no hash, but most carry the target's embedding."""
+    models/heads.py.) Published heads tell no hash, but most carry the target's embedding."""
     if manifest.embedding is None:
         return "the split does not tell which model it was made from, so the head cannot be compared with it: split the model again"
     if told_by(config, folder / CONFIG):

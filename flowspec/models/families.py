@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
-EAGLE_FC, EAGLE_BIAS, EAGLE_EMBEDDING = "fc.weight", "fc.bias", "embed_tokens.weight"
-EAGLE_NORM, EAGLE_NAMES, EAGLE_LAYERS = "norm.weight", "d2t", 3
 REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -218,27 +216,6 @@ def _expert_names(config: dict, fused: bool) -> list[str]:
         for j in (1, 2, 3)
     ]
     return ["block_sparse_moe.gate.weight", *each]
-
-
-# ---- EAGLE heads -----------------------------------------------------------------------------------
-def eagle_shapes(kind: str, config: dict, target_hidden: int) -> dict[str, tuple[int, ...]]:
-    """What an `eagle` or `eagle3` head of this config.json must hold beside its decoder layer, and of which shapes."""
-    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
-    if kind == "eagle":
-        return {EAGLE_FC: (hidden, 2 * hidden)}
-    own = config.get("draft_vocab_size") or vocabulary
-    names = {EAGLE_NAMES: (own,)} if own != vocabulary else {}
-    return {
-        EAGLE_FC: (hidden, EAGLE_LAYERS * target_hidden),
-        EAGLE_NORM: (hidden,),
-        HEAD: (own, hidden),
-        **names,
-    }
-
-
-def eagle3_layers(num_layers: int) -> tuple[int, ...]:
-    """The target's layers whose inputs an EAGLE-3 head reads, as where the published ones were trained: a low, a middle, a high one."""
-    return (2, num_layers // 2, num_layers - 3)
 
 
 # ---- loading ---------------------------------------------------------------------------------------

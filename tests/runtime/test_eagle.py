@@ -25,10 +25,10 @@ from flowspec.core.stage import StageState
 from flowspec.draft.eagle import EagleDrafter
 from flowspec.models.eagle import decoder_layer, load_eagle
 from flowspec.models.families import check_config
+from flowspec.models.heads import check_head
 from flowspec.models.hub import HUB_ID
 from flowspec.models.manifest import Manifest
 from flowspec.models.stage import Head, Sequence, load_head, load_stage
-from flowspec.preflight import check_eagle
 from flowspec.runtime import driver, wire
 from flowspec.runtime.drafting import DraftThread, Joined, Local
 from flowspec.runtime.tracing import Log
@@ -338,7 +338,7 @@ def test_a_head_of_its_true_size_is_read_and_drafts(deep, tmp_path, name):
         vocab_size=config["vocab_size"], hidden_size=config["hidden_size"], num_layers=32, tied=True
     )
     manifest = dataclasses.replace(Manifest.load(deep.split(1)), **sizes)
-    check_eagle("eagle3", tmp_path, manifest, "drafter")
+    check_head("eagle3", tmp_path, manifest, "drafter")
     lent = Head(torch.zeros(config["vocab_size"], config["hidden_size"], dtype=torch.bfloat16))
     try:
         eagle = load_eagle("eagle3", tmp_path, manifest, lent, torch.bfloat16, "cpu")

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from flowspec import UserError
 from flowspec.launcher import ROOT
 from flowspec.models.eagle import load_eagle
-from flowspec.models.families import EAGLE_EMBEDDING, EMBEDDING
+from flowspec.models.families import EMBEDDING
 from flowspec.models.fingerprint import CARD, embedding_hash
+from flowspec.models.heads import EAGLE_EMBEDDING, check_head
 from flowspec.models.manifest import Manifest
 from flowspec.models.split import split
 from flowspec.models.stage import Head
 from flowspec.models.weights import Checkpoint
-from flowspec.preflight import check_eagle
 
 
 def stored(folder, embedding):
@@ -78,7 +78,7 @@ def head(pair, tmp_path):
 
 
 def warnings(folder, manifest, caplog):
-    check_eagle("eagle", folder, manifest, "drafter.path")
+    check_head("eagle", folder, manifest, "drafter.path")
     with caplog.at_level(logging.WARNING):
         load_eagle("eagle", folder, manifest, Head(torch.zeros(320, 48)), torch.float32, "cpu")
     return [record.getMessage() for record in caplog.records]
@@ -90,12 +90,12 @@ def test_a_head_of_another_target_is_refused_by_name(pair, head):
         UserError,
         match=rf"drafter.path: .*{CARD} is {other}, the target's is {manifest.embedding}: give the head",
     ):
-        check_eagle("eagle", head(other), manifest, "drafter.path")
+        check_head("eagle", head(other), manifest, "drafter.path")
 
 
 def test_a_card_that_holds_no_hash_is_refused(pair, head):
     with pytest.raises(UserError, match=f"{CARD} is 'mine': it must be 64 digits"):
-        check_eagle("eagle", head("mine"), Manifest.load(pair.split(2)), "drafter.path")
+        check_head("eagle", head("mine"), Manifest.load(pair.split(2)), "drafter.path")
 
 
 def test_a_head_of_this_target_is_taken_without_a_word(pair, head, caplog):
