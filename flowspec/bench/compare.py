@@ -271,10 +271,11 @@ def _predictions(
 
 def priced(emulate: Emulate, runs: Sequence[Run]) -> tuple[Emulate, Costs | None]:
     """What the runs' like costs: as emulated (a drafter that is not, as measured), or all as measured where no stage is emulated."""
+    priced, costs = priced_alike(emulate, [run.result for run in runs])
     drafts = [run.draft_ms for run in runs if run.draft_ms is not None]
-    if emulate.draft_ms == 0 and drafts:
-        emulate = dataclasses.replace(emulate, draft_ms=statistics.median(drafts))
-    return priced_alike(emulate, [run.result for run in runs])
+    if costs is None and priced.draft_ms == 0 and drafts:
+        priced = dataclasses.replace(priced, draft_ms=statistics.median(drafts))
+    return priced, costs
 
 
 def priced_alike(emulate: Emulate, results: Sequence[Result]) -> tuple[Emulate, Costs | None]:

@@ -207,7 +207,7 @@ class Scheduler:
         for a longer one."""
         offers: list[_Offer] = []
         due = roots = 0
-        share = self._share()
+        share = self._share() if len(self.decodings) > 1 else 1
         for decoding in ready:
             if due >= self.ring.MOST:
                 break

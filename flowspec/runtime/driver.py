@@ -219,7 +219,7 @@ class Driver:
 
     def check(self, ask: Ask) -> None:
         """UserError if some stage can never hold what is asked for."""
-        for rank, rows in self._room.items():
+        for rank, rows in sorted(self._room.items()):
             need(
                 ask.rows <= rows,
                 f"the request may need a cache of {ask.rows} tokens, rank {rank} has memory for {rows}: "
