@@ -110,11 +110,11 @@ class StageState:
         return not any(i in self.row for i in ids)
 
     def extend(self, n: int, at: int | None = None) -> Admitted:
-        """Admit n committed tokens: at the end, as for the prompt, or anew at positions [at, at +
-        n).
+        """Admit n committed tokens, at the end or anew at the positions [at, at + n).
 
-        Admitted anew, the older rows of these tokens die. Each token sees what was committed before
-        it. Rows of the positions behind them stay."""
+        Those of the prompt are admitted at the end. When tokens are admitted anew, their older rows
+        die. Each token sees what was committed before it. Rows of the positions behind them
+        stay."""
         at = self.context if at is None else at
         if at < self.base:
             self.base, self.tail = at, [*range(at, self.base), *self.tail]
@@ -159,10 +159,9 @@ class StageState:
         return Admitted(kept, positions, self.base, behind, self.length)
 
     def decided(self, prune: Prune) -> list[int]:
-        """Return the nodes that `prune` makes text here, oldest first, at the positions from
-        `context` on.
+        """Return the nodes that `prune` makes text here, oldest first; ask before it is applied.
 
-        Call this before `prune` is applied."""
+        Their positions are those from `context` on."""
         return self._chain(prune.anchor) if prune.version > self.version else []
 
     def prune(self, prune: Prune) -> Gather | None:
@@ -228,8 +227,7 @@ class StageState:
 
 
 class Waiting(Generic[T]):
-    """Waiting holds one thing for each node in flight until it is known whether the node became
-    text.
+    """Waiting holds a thing of each node in flight until it is known whether the node became text.
 
     Such a thing is a row of features, for example."""
 
