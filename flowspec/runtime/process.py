@@ -1,4 +1,6 @@
-"""A rank as a process of a torchrun world: joining the run, and leaving it by name when something breaks."""
+"""A rank is a process of a torchrun world.
+
+It joins the run, and when something breaks it leaves with a line that names what broke."""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ from flowspec.runtime.agreement import Facts, agree
 log = logging.getLogger(__name__)
 
 REPORT = "FLOWSPEC_REPORT"
-"""file in which ranks leave their last words for the launcher; without it they go to stderr"""
+"""This variable names the file in which ranks leave their last words for the launcher. If it is not
+set, the words go to stderr."""
 _last_words = threading.Lock()
 
 
@@ -43,12 +46,14 @@ def own_name() -> str:
 
 
 def launched() -> bool:
-    """Somebody waits for the ranks' last words, and will print the first."""
+    """Return whether a launcher waits for the ranks' last words; it prints the first ones."""
     return REPORT in os.environ
 
 
 def report(line: str, code: int, speak: bool = True, aloud: bool = False) -> None:
-    """Leave one line for the launcher to print; say it here if there is no launcher and `speak`, or in any case if `aloud`. Never fails."""
+    """Leave one line for the launcher to print; never fail.
+
+    If there is no launcher and `speak` is set, or in any case if `aloud` is set, print it here."""
     path = os.environ.get(REPORT)
     if path:
         try:
@@ -70,7 +75,9 @@ def leave(code: int) -> NoReturn:
 
 
 def check_world(topology: Topology, one_clock: bool) -> None:
-    """UserError when torchrun started another number of ranks than the model was split for, or on several machines what needs one clock."""
+    """Raise UserError unless torchrun started as many ranks as the model was split for.
+
+    UserError is also raised if the ranks are on several machines but need one clock."""
     started, world_size = int(os.environ["WORLD_SIZE"]), topology.world_size
     need(
         started == world_size,
@@ -86,10 +93,10 @@ def check_world(topology: Topology, one_clock: bool) -> None:
 def join_run(
     topology: Topology, facts: Facts, limits: Limits, emulate: Emulate
 ) -> tuple[GlooTransport, Callable[[], None]]:
-    """Connect to the other ranks; the transport, and what to call after it was closed.
+    """Connect to the other ranks; return the transport and what to call once it was closed.
 
-    RankLost when one of them does not come in time, UserError when they do not run what this one runs: `facts`, as
-    runtime/agreement.py compares them."""
+    Raise RankLost if one of them does not come in time. Raise UserError if they do not run what
+    this one runs: `facts` are compared by runtime/agreement.py."""
     need(
         {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys(),
         "MASTER_ADDR and MASTER_PORT say where ranks meet: start them by torchrun",
@@ -131,12 +138,12 @@ def join_run(
 
 
 def address() -> str:
-    """Where the ranks of this run meet: torch's store."""
+    """Return the address at which the ranks of this run meet: that of torch's store."""
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
 def _stores(rank: int, world_size: int) -> tuple[dist.Store, dist.Store]:
-    """Two connections to the run's store: torchrun's, or without one rank 0's."""
+    """Return two connections to the run's store: torchrun's or, without torchrun, rank 0's."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     one, two = (
@@ -151,7 +158,7 @@ CONNECTING = "connecting to the other ranks"
 
 
 def _unconnected(heartbeat: Heartbeat, pulses: list[Pulse], me: int) -> str:
-    """Which ranks are not connected to all others."""
+    """Return a line that names the ranks that are not connected to all others."""
     names = (
         rank_name(r, heartbeat.host(r))
         for r, pulse in enumerate(pulses)
@@ -161,8 +168,11 @@ def _unconnected(heartbeat: Heartbeat, pulses: list[Pulse], me: int) -> str:
 
 
 class _Connecting:
-    """A context that must be over in time, else the process is, with a word about what it waited for. A thread of its own sees to that:
-    the calls that connect know no limit, or one that kills links later. What they raise becomes RankLost, with the same words."""
+    """A context that ends the process if it is not over in time.
+
+    A line then says what the process waited for. A thread of its own sees to that, since the calls
+    that connect know no limit, or one that kills links later. An error that they raise becomes
+    RankLost, with the same line."""
 
     def __init__(self, seconds: float):
         self.to: Callable[[], str] = lambda: (
@@ -194,7 +204,9 @@ class _Connecting:
 
 
 def _seconds_to_connect() -> float:
-    """FLOWSPEC_CONNECT: for hosts that are started by hand, or check large files first."""
+    """Return the limit of FLOWSPEC_CONNECT in seconds.
+
+    It is meant for hosts that are started by hand, or that check large files first."""
     text = os.environ.get("FLOWSPEC_CONNECT", "60")
     found = re.fullmatch(r"\d+(\.\d+)?", text)
     need(
@@ -205,7 +217,9 @@ def _seconds_to_connect() -> float:
 
 
 def _pace() -> dict[str, float]:
-    """FLOWSPEC_HEARTBEAT=every,limit[,still] in seconds, for links, boxes or disks that need more patience than the default."""
+    """Return the numbers of FLOWSPEC_HEARTBEAT=every,limit[,still], in seconds.
+
+    They are meant for links, boxes or disks that need more patience than the default."""
     text = os.environ.get("FLOWSPEC_HEARTBEAT")
     if not text:
         return {}
@@ -224,11 +238,16 @@ def _pace() -> dict[str, float]:
 
 
 def _mourn(heartbeat: Heartbeat, me: int, rank: int, reason: str, hung: bool) -> NoReturn:
-    """A rank is lost (-1: the launcher), so the run is: say which and why, end a hung process on this machine, go, come what may."""
+    """End this process since a rank is lost (-1 is the launcher), and so the run is.
+
+    Say which one and why, and end a hung process on this machine. This process ends whatever goes
+    wrong here."""
     if not hung:
         time.sleep(
             1.0
-        )  # a local death is torchrun's to report: it knows the signal, and ends us before this is over
+            # a local death is torchrun's to report: it knows the signal, and ends us before this is
+            # over
+        )
     try:
         with _last_words:
             if rank < 0:  # nobody may be left to print what is reported
