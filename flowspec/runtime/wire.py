@@ -308,7 +308,7 @@ def limits(tree: int, hidden: int, layers: int, positions: int) -> Limits:
     rows = max(tree, PREFILL_ROWS)
     numbers = (
         8 * ELEMENT * rows
-        # each node has an id, a parent, a token, a position and a gap; the rest is room between tensors
+        # a node's id, parent, token, position and gap, and room between tensors
     )
     features = ELEMENT * rows * hidden
     ring = dict.fromkeys(
