@@ -1,4 +1,4 @@
-"""Everything about a run that can be known before torch is imported or a rank is started."""
+"""Preflight checks all that can be known of a run before torch is imported or a rank is started."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ MODEL_FACTS = {
     "num_layers": "num_hidden_layers",
     "max_positions": "max_position_embeddings",
 }
-"""what the manifest says of the model -> where its config.json does"""
+"""This maps the manifest's name of a fact about the model to its name in config.json."""
 
 
 def check_run(config: Config, ranks: Sequence[int] | None = None) -> Manifest:
-    """The manifest of the split model, after checking it and all that the configuration names. UserError says what is wrong.
+    """Check the split model and all that the configuration names; return the model's manifest.
 
-    `ranks` are those whose files lie on this machine; None: all of them."""
+    Raise UserError, which says what is wrong. `ranks` are those whose files lie on this machine;
+    None means all of them."""
     manifest = Manifest.load(config.stages_path)
     topology = manifest.topology
     devices = 1 if isinstance(config.device, str) else len(config.device)
@@ -53,7 +54,9 @@ def check_run(config: Config, ranks: Sequence[int] | None = None) -> Manifest:
 
 
 def check_same_model(manifest: Manifest, config: dict, where: str, advice: str) -> None:
-    """UserError, by field, unless the manifest is one of the model that this config.json (it lies at `where`) describes."""
+    """Raise UserError, by field, unless this config.json describes the manifest's model.
+
+    The config.json lies at `where`."""
     for field, key in MODEL_FACTS.items():
         said, found = getattr(manifest, field), config[key]
         need(
@@ -63,9 +66,10 @@ def check_same_model(manifest: Manifest, config: dict, where: str, advice: str) 
 
 
 def check_reference(reference: str, manifest: Manifest, dtype: str) -> Source:
-    """The unsplit model. UserError unless it is a whole checkpoint and, as far as can be known, the one that was split.
+    """Return the unsplit model, which is to be compared with a run of dtype `dtype`.
 
-    dtype: the run's."""
+    Raise UserError unless it is a whole checkpoint and, as far as can be known, the one that was
+    split."""
     option, advice = "--reference", "give the model that was split"
     need(
         dtype != "int8",
@@ -102,7 +106,9 @@ def check_drafter(drafter: DrafterConfig, folder: Path, manifest: Manifest) -> N
 
 
 def check_eagle(kind: str, folder: Path, manifest: Manifest, setting: str) -> None:
-    """What can be known of an EAGLE head without reading its weights: that it is one of this kind, of this target's sizes."""
+    """Check what can be known of an EAGLE head without reading its weights.
+
+    It must be of this kind, and its sizes those of this target."""
     config, where = read_config(folder), f"{setting}: {folder / CONFIG}"
     size = (
         "target_hidden_size"
@@ -120,7 +126,7 @@ def check_eagle(kind: str, folder: Path, manifest: Manifest, setting: str) -> No
     need(same, f"{where}: {CARD} is {told}, the target's is {split}: {advice}")
     (_check_eagle3 if kind == "eagle3" else _check_eagle1)(config, where, manifest)
     if pickled(folder):
-        return  # its names are known once torch has read it
+        return  # the names are known only once torch has read the file
     checkpoint = Checkpoint(folder)
     for name, shape in eagle_shapes(kind, config, manifest.hidden_size).items():
         found = checkpoint.info(name).shape
@@ -143,7 +149,9 @@ def _check_eagle1(config: dict, where: str, manifest: Manifest) -> None:
 
 
 def _check_eagle3(config: dict, where: str, manifest: Manifest) -> None:
-    """Heads that compute or read something else are refused by name. (num_hidden_layers says nothing: some give the target's.)"""
+    """Refuse by name heads that compute or read something else.
+
+    num_hidden_layers says nothing: in some heads it is the target's."""
     for key in EAGLE3_VARIANTS:
         need(not config.get(key), f"{where}: {key}: this variant of EAGLE-3 is not supported")
     layers, about = list(eagle3_layers(manifest.num_layers)), config.get("eagle_config") or {}
@@ -155,7 +163,7 @@ def _check_eagle3(config: dict, where: str, manifest: Manifest) -> None:
         about.get("use_aux_hidden_state", True),
         f"{where}: it reads the last layer alone, which is not supported",
     )
-    # some count a layer by what enters it, some by what leaves the one before
+    # some count a layer by what enters it, others by what leaves the one before
     reads = about.get(EAGLE3_READS) or config.get(EAGLE3_READS) or layers
     usual = reads in (layers, [k - 1 for k in layers])
     need(
@@ -165,7 +173,7 @@ def _check_eagle3(config: dict, where: str, manifest: Manifest) -> None:
 
 
 def check_prompt(tokens: Sequence[int], manifest: Manifest, name: str = "the prompt") -> None:
-    """A prompt needs a token, and room for one more in the model."""
+    """Check that a prompt has a token, and that the model has room for one more."""
     need(len(tokens) > 0, f"{name} is empty: give at least one token of text")
     limit = manifest.max_positions
     strange = [t for t in tokens if not 0 <= t < manifest.vocab_size]
@@ -177,7 +185,7 @@ def check_prompt(tokens: Sequence[int], manifest: Manifest, name: str = "the pro
 
 
 def check_writable(path: str | None, name: str = "--json") -> None:
-    """What `name` asks for can be written beside `path` and renamed to it."""
+    """Check that what `name` asks for can be written beside `path` and renamed to it."""
     if path is None:
         return
     need(not Path(path).is_dir(), f"{name}: {path} is a folder")
@@ -192,7 +200,9 @@ def check_writable(path: str | None, name: str = "--json") -> None:
 
 
 def read_prompts(path: str) -> list[str]:
-    """Prompts of a file: .txt holds one a line, .jsonl an object with `prompt` a line."""
+    """Return the prompts of a file.
+
+    A .txt file holds one in each line, a .jsonl file an object with `prompt` in each line."""
     file = Path(path)
     need(
         file.suffix in (".txt", ".jsonl"),
