@@ -1,9 +1,9 @@
-"""`python -m flowspec bench compare CONFIG`: methods on the same prompts in one call, measured, with the simulator beside.
+"""`python -m flowspec bench compare CONFIG` compares methods on the same prompts in one call.
 
-Each repeat takes the prompts in a new random order and, for each, the methods in a random order, so that whatever else the
-machines do falls on all of them alike; speed-ups are ratios of pairs (same prompt, same repeat). Nothing that a
-method learns outlives its request: the measured costs of the stages start afresh.
-"""
+They are measured, and the simulator's predictions stand beside. Each repeat takes the prompts in a
+new random order and, for each prompt, the methods in a random order. So whatever else the machines
+do falls on all methods alike; speed-ups are ratios of pairs (same prompt, same repeat). Nothing
+that a method learns outlives its request: the measured costs of the stages start afresh."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ SWEEP = {
     "pruned": {"budget": (16, 32, 80, 160), "depth": (3, 4, 6, 8)},
     "pipedec": {"segment": (4, 8, 16, 32)},
 }
-"""settings of `tree` that --sweep tries for each baseline"""
+"""--sweep tries these settings of `tree` for each baseline."""
 
 
 class Variant(NamedTuple):
-    """What is compared: a method, with switches."""
+    """A variant is what is compared: a method, with switches."""
 
     name: str
     method: str
@@ -54,23 +54,23 @@ class Variant(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What to compare."""
+    """A plan says what to compare."""
 
     methods: Sequence[str] = METHODS
     without: Sequence[str] = ()
-    """also flowspec with each of these switches off alone"""
+    """flowspec is also compared with each of these switches off alone."""
     temperatures: Sequence[float]
     repeats: int = 3
     sweep: bool = False
-    """also each baseline's best tree settings, by simulation"""
+    """Each baseline's best tree settings are also looked for, by simulation."""
     output: Path | None = None
-    """where tables, records and the chart go; None: BUILD/bench/NAME"""
+    """Tables, records and the chart go to this folder; None means BUILD/bench/NAME."""
     command: str = ""
-    """by which it was asked for"""
+    """The comparison was asked for by this command."""
 
 
 class Run(NamedTuple):
-    """One generation of the comparison."""
+    """A run is one generation of the comparison."""
 
     variant: Variant
     prompt: int
@@ -79,11 +79,11 @@ class Run(NamedTuple):
     result: Result
     figures: timeline.Summary
     draft_ms: float | None
-    """median length of the drafter's forwards"""
+    """The drafter's forwards took so many ms, in the median; None if there were none."""
 
 
 def compare(engine: Engine, prompts: Sequence[str], plan: Plan) -> bool:
-    """Run, predict, print, write; False if two methods wrote different tokens."""
+    """Run, predict, print and write; return False if two methods wrote different tokens."""
     config, stages = engine.config, engine.topology.stages
     if plan.sweep:
         check_simulable(config)
@@ -116,7 +116,7 @@ def compare(engine: Engine, prompts: Sequence[str], plan: Plan) -> bool:
 def _variants(
     policy: PolicyConfig, methods: Sequence[str], without: Sequence[str]
 ) -> list[Variant]:
-    """The methods, and flowspec with each of these switches off alone."""
+    """Return the methods, and flowspec with each of these switches off alone."""
     lesser = [
         Variant(f"flowspec - {name}", "flowspec", dataclasses.replace(policy, **{name: False}))
         for name in without
@@ -124,7 +124,7 @@ def _variants(
     return [Variant(method, method, policy) for method in methods] + lesser
 
 
-# ---- measured --------------------------------------------------------------------------------------
+# ---- measured ------------------------------------------------------------------------------------
 def _runs(
     engine: Engine,
     prompts: Sequence[str],
@@ -162,7 +162,8 @@ def _run(
     engine: Engine, number: int, repeat: int, prompt: str, variant: Variant, temperature: float
 ) -> Run:
     seed = engine.config.sampling.seed or 0
-    engine.forget()  # each run is as the first of a ring: what one has learnt is no gift to the next
+    # each run is like the first of a ring: what one has learnt does not help the next
+    engine.forget()
     generation = engine.generate(
         prompt, method=variant.method, policy=variant.policy, temperature=temperature, seed=seed
     )
@@ -190,7 +191,9 @@ def _claimed(path: Path) -> Path:
 
 
 def _kept(runs: Iterable[Run], path: Path) -> Iterator[Run]:
-    """The runs, each written to a file as it comes, so that an interrupted comparison keeps what it has."""
+    """Yield the runs, each written to a file as it comes.
+
+    So an interrupted comparison keeps what it has."""
     with open(path, "w") as file:
         for run in runs:
             add_line(file, report.line(_record(run, None)), "--output")
@@ -198,7 +201,8 @@ def _kept(runs: Iterable[Run], path: Path) -> Iterator[Run]:
 
 
 def _progress(done: int, total: int, seconds: float) -> None:
-    """On a terminal a line that counts, elsewhere ten lines in all."""
+    """Show how many runs are done: on a terminal in a line that counts, elsewhere in ten lines in
+    all."""
     live = sys.stderr.isatty()
     if live or done == total or done % max(1, total // 10) == 0:
         end = "\r" if live and done < total else "\n"
@@ -231,12 +235,14 @@ def _record(run: Run, simulated: float | None) -> report.Record:
     )
 
 
-# ---- simulated -------------------------------------------------------------------------------------
+# ---- simulated -----------------------------------------------------------------------------------
 Cell = tuple[Variant, float, int]
 
 
 def _forecaster(config: Config, coupled: bool) -> Forecaster:
-    """For all variants with or without the noise in their drafts: it loads the models once."""
+    """Return a forecaster for all variants with or without the noise in their drafts.
+
+    It loads the models once."""
     return Forecaster(
         dataclasses.replace(config, policy=dataclasses.replace(config.policy, coupled=coupled)),
         Models.of(config),
@@ -244,15 +250,18 @@ def _forecaster(config: Config, coupled: bool) -> Forecaster:
 
 
 def _cell(run: Run) -> Cell:
-    """What was compared, the temperature, the prompt."""
+    """Return what was compared, the temperature and the prompt."""
     return run.variant, run.result.temperature, run.prompt
 
 
 def _predictions(
     runs: Sequence[Run], forecasters: Mapping[bool, Forecaster], stages: int
 ) -> dict[Cell, float | None]:
-    """Tokens/s in virtual time, with the costs that the configuration emulates, and those measured in these very runs where
-    it emulates none. None where there can be no simulation. `forecasters`: by policy.coupled, on which drafts depend."""
+    """Return the tokens/s of each cell in virtual time.
+
+    The costs are those that the configuration emulates, or, where it emulates none, those measured
+    in these very runs. A value is None where there can be no simulation. `forecasters` are by
+    policy.coupled, on which drafts depend."""
     predicted: dict[Cell, float | None] = {}
     for run in runs:
         cell, forecaster = _cell(run), forecasters[run.variant.policy.coupled]
@@ -270,7 +279,9 @@ def _predictions(
 
 
 def priced(emulate: Emulate, runs: Sequence[Run]) -> tuple[Emulate, Costs | None]:
-    """What the runs' like costs: as emulated (a drafter that is not, as measured), or all as measured where no stage is emulated."""
+    """Return what runs like these cost: as emulated, or all as measured if no stage is emulated.
+
+    A drafter that is not emulated costs what was measured."""
     drafts = [run.draft_ms for run in runs if run.draft_ms is not None]
     if emulate.draft_ms == 0 and drafts:
         emulate = dataclasses.replace(emulate, draft_ms=statistics.median(drafts))
@@ -278,7 +289,7 @@ def priced(emulate: Emulate, runs: Sequence[Run]) -> tuple[Emulate, Costs | None
 
 
 def priced_alike(emulate: Emulate, results: Sequence[Result]) -> tuple[Emulate, Costs | None]:
-    """As emulated, or where no stage is emulated as these results measured it."""
+    """Return the costs as emulated, or as these results measured them if no stage is emulated."""
     if emulate.stage_ms == 0 and emulate.token_ms == 0:
         return emulate, merged([read(result.costs, "this run") for result in results])
     return emulate, None
@@ -287,7 +298,7 @@ def priced_alike(emulate: Emulate, results: Sequence[Result]) -> tuple[Emulate, 
 def _sweep(
     forecaster: Forecaster, chosen: Sequence[str], stages: int, temperatures: Sequence[float]
 ) -> None:
-    """Print each baseline's best tree settings at each temperature; simulated."""
+    """Print each baseline's best tree settings at each temperature, as simulated."""
     for temperature in temperatures:
         tapes = [
             t for t in forecaster.tapes.values() if t.request.sampling.temperature == temperature
@@ -319,7 +330,7 @@ def _simulated(
     return rate(forecaster.run(tape, method, stages, config=config) for tape in tapes)
 
 
-# ---- written ---------------------------------------------------------------------------------------
+# ---- written -------------------------------------------------------------------------------------
 def _facts(engine: Engine, plan: Plan, seed: int) -> dict[str, Any]:
     import torch
 
