@@ -53,7 +53,7 @@ class Record:
     """It is None if the text has one token, and so no rate."""
     prefill_seconds: float
     accepted_per_segment: float
-    """This is in tokens."""
+    """A returned segment brought so many new tokens, in the mean."""
     utilisation: list[float]
     """Each stage 1..S computed for this share of the decode phase."""
     bubbles: float
@@ -63,7 +63,7 @@ class Record:
     dead_rows: float
     """This share of the computed rows had been refused before their forward began."""
     bytes_per_token: list[float]
-    """Each sender 0..S sent so many bytes to the next rank of the ring."""
+    """Each sender 0..S sent so many bytes for each new token to the next rank of the ring."""
     bookkeeping_ms: float
     stage_overhead_ms: list[float]
     drafted_tokens: int
@@ -104,14 +104,15 @@ class Row:
     over: dict[str, Spread | None]
     """This maps a method to the speed-up over it, over prompts and repeats."""
     accepted_per_segment: float
-    """This is in tokens. This value and all below but the last two are medians over the records."""
+    """A returned segment brought so many new tokens. This value and all below but the last two are
+    medians over the records."""
     utilisation: float
-    """This is the mean of the stages."""
+    """This is the mean utilisation of the stages."""
     bubbles: float
     wasted: float
     dead_rows: float
     bytes_per_token: list[float]
-    """This holds a value for each sender 0..S."""
+    """Each sender 0..S sent so many bytes for each new token."""
     simulated: float | None
     """This is the median over prompts, in tokens/s."""
     off: float | None

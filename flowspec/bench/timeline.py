@@ -89,8 +89,8 @@ class Summary:
     fruitless: float
     """This share of the stages' time was spent on segments of which no row became text."""
     wasted: float
-    """This share of the stages' forwards was spent on rows that never became text. It is in
-    seconds, and those of a segment are divided evenly among its rows."""
+    """This share of the seconds of the stages' forwards was spent on rows that never became text;
+    the seconds of a segment are divided evenly among its rows."""
     accepted_rows: float
     """This share of the computed rows, over all stages, became text."""
     dead_rows: float

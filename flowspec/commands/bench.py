@@ -1,4 +1,4 @@
-"""`flowspec bench` measures methods: `compare` on the same prompts, `load` with many requests."""
+"""`flowspec bench` measures methods: `compare` one request at a time, `load` several."""
 
 from __future__ import annotations
 

@@ -231,8 +231,8 @@ class Answered(NamedTuple):
 
 
 Choose = Callable[[int, Sequence[int]], int]
-"""This maps (node, the nodes decided before it) to the token that the target picks after the
-node."""
+"""A call with a node and the nodes decided before it returns the token that the target picks after
+the node."""
 
 
 class Returned(NamedTuple):

@@ -245,8 +245,8 @@ def _mourn(heartbeat: Heartbeat, me: int, rank: int, reason: str, hung: bool) ->
     if not hung:
         time.sleep(
             1.0
-            # a local death is torchrun's to report: it knows the signal, and ends us before this is
-            # over
+            # a local death is torchrun's to report, which knows the signal and ends us before this
+            # ends
         )
     try:
         with _last_words:

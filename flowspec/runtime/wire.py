@@ -36,7 +36,7 @@ def start(
     """A request begins: stages make room for it, and note what they do if `trace` is set.
 
     If `features` is set, rank 0's drafter reads the last stage's rows of the prompt and of all
-    nodes that become text. It reads what enters the layers in `layers` at the same tokens.
+    nodes that become text. `layers` are the layers whose inputs it reads at these tokens.
     `switches` are those of the request's policy. If `fresh` is set, stages forget what they
     measured in earlier requests."""
     about = {
