@@ -1,7 +1,7 @@
-"""A run's configuration: frozen dataclasses (most live beside what they configure), YAML and a.b=c overrides.
+"""A configuration is made of frozen dataclasses, from YAML and a.b=c overrides.
 
-Imports no torch, so that everything wrong with a configuration is said before anything heavy starts.
-"""
+Most of these classes lie beside what they configure. This module imports no torch, so that
+everything wrong with a configuration is said before anything heavy starts."""
 
 from __future__ import annotations
 
@@ -40,42 +40,48 @@ OWN = {
     "folder",
     "name",
 }
-"""keys that may differ from rank to rank: places, what a rank computes on, and what only rank 0 decides with each request. (The
-dtype that they name or stand for is compared as such.)"""
+"""These keys may differ from rank to rank. They name places, what a rank computes on, and what only
+rank 0 decides with each request. (The dtype that they name or stand for is compared by itself.)"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What to run and how. Paths are relative to the file they stand in."""
+    """A configuration says what to run and how.
+
+    Paths are relative to the file in which they stand."""
 
     stages: str
-    """stages.yaml of a split model, or its folder."""
+    """This is the stages.yaml of a split model, or its folder."""
     method: str = "flowspec"
     drafter: DrafterConfig | tuple[DrafterConfig, ...] = field(default_factory=DrafterConfig)
-    """One, or a list of several that draft as one (a mixture)."""
+    """This is one drafter, or a list of several that draft as one (a mixture)."""
     tree: TreeConfig = field(default_factory=TreeConfig)
     sampling: Sampling = field(default_factory=Sampling)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     emulate: Emulate = field(default_factory=Emulate)
     dtype: str = "auto"
-    """Of the weights (int8: a scale for each output, on a CPU); auto: float32 on a CPU, the stored one elsewhere."""
+    """This is the dtype of the weights (int8 has a scale for each output and runs on a CPU). `auto`
+    is float32 on a CPU and the stored dtype elsewhere."""
     deterministic: bool = False
-    """A token's logits do not depend on what else is in the batch, to the bit, in any dtype: native layers on a CPU are like that anyway,
-    others then compute one row at a time."""
+    """A token's logits do not depend on what else is in the batch, to the bit, in any dtype. Native
+    layers on a CPU are like that anyway; others then compute one row at a time."""
     device: str | tuple[str, ...] = "cpu"
-    """cpu, cuda (the ranks of a host take its GPUs in turn) or cuda:N: one for all ranks, or one a rank."""
+    """The device is cpu, cuda (the ranks of a host take its GPUs in turn) or cuda:N: one for all
+    ranks, or one for each rank."""
     threads: int | None = None
-    """CPU threads a rank; auto: the cores shared by the ranks of this host."""
+    """Each rank has this many CPU threads. `auto` shares the cores of this host among its ranks."""
     cache_mb: float | None = None
-    """Memory for the keys and values of all requests on each stage, MB; auto: most of what is free there once its weights are loaded.
-    Requests that do not fit together wait for each other."""
+    """On each stage, the keys and values of all requests have this much memory, in MB. `auto` is
+    most of what is free there once its weights are loaded. Requests that do not fit together wait
+    for each other."""
     verify_on: str = "auto"
-    """Where tokens are picked: coordinator (hidden rows return to rank 0) or last (tokens return); auto: last."""
+    """Tokens are picked at the coordinator (features return to rank 0) or at the last stage (tokens
+    return). `auto` is last."""
     trace: str | None = None
-    """A file for the timeline of all ranks (Chrome trace JSON); off if null."""
+    """The timeline of all ranks goes to this file (Chrome trace JSON); null turns it off."""
     folder: Path = field(default=Path(), metadata={"internal": True})
     name: str = field(default="", metadata={"internal": True})
-    """Of the file it came from."""
+    """This is the name of the file from which the configuration came, without its suffix."""
 
     def __post_init__(self) -> None:
         later = f"{self.method} comes later; " if self.method in LATER else ""
@@ -126,17 +132,17 @@ class Config:
 
     @property
     def computes(self) -> bool:
-        """A drafter is a model: what it drafts takes a forward."""
+        """Return whether a drafter is a model, so that what it drafts takes a forward."""
         return any(drafter.computes for drafter in self.drafters)
 
     @property
     def reads_features(self) -> bool:
-        """A drafter reads the target's features."""
+        """Return whether a drafter reads the target's features."""
         return any(drafter.reads_features for drafter in self.drafters)
 
     @property
     def needs_lm_head(self) -> bool:
-        """A drafter has none of its own: the target's is wanted on rank 0."""
+        """Return whether a drafter has no lm_head of its own, so that rank 0 needs the target's."""
         return any(drafter.needs_lm_head for drafter in self.drafters)
 
     @property
@@ -144,12 +150,14 @@ class Config:
         return self.verify_on != "coordinator"
 
     def head_ranks(self, topology: Topology) -> list[int]:
-        """The ranks that load lm_head: where tokens are picked, and rank 0 if its drafter needs it."""
+        """Return the ranks that load lm_head.
+
+        These are the rank that picks tokens, and rank 0 if its drafter needs it."""
         picking = topology.last if self.verifies_last else topology.COORDINATOR
         return sorted({picking, topology.COORDINATOR}) if self.needs_lm_head else [picking]
 
     def shared(self) -> dict[str, str]:
-        """What must be equal on all ranks of a run: key -> value as text."""
+        """Return what must be equal on all ranks of a run, as a map of keys to values as text."""
         found = {"drafter": ", ".join(drafter.kind for drafter in self.drafters)}
         for key in (f.name for f in dataclasses.fields(self) if f.name not in OWN):
             value = getattr(self, key)
@@ -167,11 +175,11 @@ class Config:
 
 
 class _Duplicate(yaml.MarkedYAMLError):
-    """A key that stands twice in one mapping."""
+    """A key stands twice in one mapping."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what YAML forbids and PyYAML takes: a second value for a key."""
+    """This loader refuses what YAML forbids and PyYAML takes: a second value for a key."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -191,7 +199,9 @@ def _choice(name: str, value: str, allowed: tuple[str, ...], note: str = "") -> 
 
 
 def load_config(path: str | os.PathLike[str], overrides: typing.Iterable[str] = ()) -> Config:
-    """Read a YAML file, apply `a.b=c` overrides (c is YAML), check everything. UserError names the key."""
+    """Read a YAML file, apply `a.b=c` overrides (c is YAML) and check everything.
+
+    Raise UserError, which names the key, if something is wrong."""
     path = Path(path)
     try:
         tree = yaml.load(path.read_text(), _Loader)
@@ -234,7 +244,9 @@ def _apply(tree: dict, override: str) -> None:
 
 
 def build(cls: type, values: Any, where: str = "", **internal: Any) -> Any:
-    """A dataclass from plain values: unknown keys, wrong types and missing keys are UserErrors with the key's full name."""
+    """Return a dataclass made from plain values.
+
+    Raise UserError with the key's full name for an unknown key, a wrong type or a missing key."""
     need(
         isinstance(values, dict),
         f"{where or 'the configuration'} must be a mapping, it is {values!r}",
@@ -262,7 +274,10 @@ def build(cls: type, values: Any, where: str = "", **internal: Any) -> Any:
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
-    """`value` as the field's type: a dataclass from a mapping, a tuple from a list, auto as None, an int where a float is asked for."""
+    """Return `value` as the field's type.
+
+    A dataclass comes from a mapping, a tuple from a list, None from auto, and a float from an int
+    or from a text that is a number."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     inner = next((option for option in options if dataclasses.is_dataclass(option)), None)
     if isinstance(inner, type) and not (len(options) > 1 and isinstance(value, list)):

@@ -1,7 +1,7 @@
-"""Rank 0: from a configuration to a run, and from a prompt to its text. Every other rank is rank.py.
+"""The engine is rank 0: it makes a run of a configuration, and text of prompts.
 
-Under torchrun a rank is a process; without it, `Engine.from_config` runs all ranks as threads of this process.
-"""
+Every other rank is rank.py. Under torchrun a rank is a process; without it, `Engine.from_config`
+runs all ranks as threads of this process."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Rank 0 of a run. Use as a context manager, or call `close`."""
+    """The engine is rank 0 of a run. Use it as a context manager, or call `close`."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Engine:
         self._requests = 0
         self._lock = threading.Lock()
         self.traced = config.trace is not None
-        """note what all ranks do during the next requests (Generation.spans)"""
+        """If it is set, all ranks note what they do during the next requests (Generation.spans)."""
         self._spans: list[Span] = []
         self._running: weakref.WeakSet[Generation] = weakref.WeakSet()
         self._last: Generation | None = None
@@ -75,9 +75,10 @@ class Engine:
 
     @classmethod
     def from_config(cls, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Engine:
-        """The engine of a configuration file; `overrides` are `a.b=c` texts. UserError names what is wrong.
+        """Return the engine of a configuration file; `overrides` are `a.b=c` texts.
 
-        Under torchrun this process must be rank 0, and the others call `flowspec.serve`; otherwise the stages are threads here."""
+        Raise UserError, which names what is wrong. Under torchrun this process must be rank 0, and
+        the others call `flowspec.serve`; otherwise the stages are threads of this process."""
         config = load_config(path, overrides)
         return (
             cls.join(config)
@@ -87,7 +88,9 @@ class Engine:
 
     @classmethod
     def join(cls, config: Config) -> Engine:
-        """The engine of a torchrun world, of which this process is rank 0. The others call `flowspec.serve`."""
+        """Return the engine of a torchrun world, of which this process is rank 0.
+
+        The others call `flowspec.serve`."""
         need(
             os.environ["RANK"] == "0",
             f"rank {os.environ['RANK']} is a stage: call flowspec.serve there, an Engine is rank 0",
@@ -97,7 +100,7 @@ class Engine:
 
     @classmethod
     def over_threads(cls, config: Config, manifest: Manifest) -> Engine:
-        """Rank 0's engine with all stages as threads of this process."""
+        """Return rank 0's engine, with all stages as threads of this process."""
         set_threads(config, manifest.topology.world_size)
         first, *others = inproc.ring(manifest.topology)
         stages = [
@@ -126,12 +129,14 @@ class Engine:
             raise
         return engine
 
-    # ---- requests ----------------------------------------------------------------------------------
+    # ---- requests --------------------------------------------------------------------------------
     def wait_until_loaded(
         self, show: Callable[[int, dict], None] = lambda rank, facts: None
     ) -> None:
-        """Until every stage holds its weights; `show(rank, {megabytes, seconds})` on the way, with `what` when it is done. RankLost
-        when one stands still."""
+        """Wait until every stage holds its weights; raise RankLost if one stands still.
+
+        `show(rank, {megabytes, seconds})` is called on the way, and with `what` when the stage is
+        done."""
         waiting = self.topology.stages
         while waiting:
             rank, message = receive(self._transport)
@@ -149,11 +154,13 @@ class Engine:
         stop: str | Sequence[str] = (),
         **sampling: Any,
     ) -> Generation:
-        """Begin with the continuation of a prompt (text, or token ids): an iterator of Token, to be read from any thread or by `async for`.
+        """Begin with the continuation of a prompt (text, or token ids).
 
-        Any number of requests may be in the ring; the text of none depends on the others. `method`, `policy` and the keywords of
-        `Sampling` (temperature, top_p, top_k, min_p, seed, max_new_tokens) default to the configuration's. Generation ends before
-        a text in `stop`. UserError says what is wrong with the request."""
+        Return an iterator of Token, to be read from any thread or by `async for`. Any number of
+        requests may be in the ring; the text of none depends on the others. `method`, `policy` and
+        the keywords of `Sampling` (temperature, top_p, top_k, min_p, seed, max_new_tokens) default
+        to the configuration's. Generation ends before a text in `stop`. Raise UserError, which says
+        what is wrong with the request."""
         config = dataclasses.replace(
             self.config, method=method or self.config.method, policy=policy or self.config.policy
         )
@@ -179,16 +186,18 @@ class Engine:
         return generation
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation:
-        """As `submit`, one at a time: what the last call of `generate` began is cancelled if it still goes on."""
+        """Do as `submit` does, for one request at a time.
+
+        What the last call of `generate` began is cancelled if it still goes on."""
         if self._last is not None:
             self._last.close()
         self._last = self.submit(prompt, **options)
         return self._last
 
     def forget(self) -> None:
-        """Forget the costs, weights and findings of the requests so far on all ranks: the next one is as the first of a run.
+        """Forget the costs, weights and findings of the requests so far on all ranks.
 
-        What still goes on is cancelled."""
+        The next request is like the first of a run. What still goes on is cancelled."""
         self._cancel_all()
         self._driver.forget()
 
@@ -198,7 +207,7 @@ class Engine:
                 generation.close()
 
     def close(self) -> None:
-        """End the run on every rank; idempotent."""
+        """End the run on every rank; a second call does no harm."""
         try:
             self._cancel_all()
             if self._spans:
@@ -221,7 +230,7 @@ class Engine:
         self.close()
 
     def _write_trace(self) -> None:
-        """The timeline of all requests so far, into the file that `trace` names."""
+        """Write the timeline of all requests so far into the file that `trace` names."""
         path, spans, self._spans = self.config.trace_path, self._spans, []
         facts = {
             "method": self.config.method,
@@ -233,12 +242,13 @@ class Engine:
 
     @property
     def dtype_name(self) -> str:
-        """The computing dtype of the last stage."""
+        """Return the computing dtype of the last stage."""
         return dtype_name(self.config, self.manifest, self.topology.last)
 
     @property
     def sums_in(self) -> str:
-        """The dtype of rows and sums of the last stage, where `dtype_name` is that of its weights."""
+        """Return the dtype of the last stage's rows and sums, where `dtype_name` is that of its
+        weights."""
         last = self.topology.last
         dtype = compute_dtype(self.config, self.manifest, last)
         packs = packs_weights(
@@ -246,7 +256,7 @@ class Engine:
         )
         return "float32" if packs else self.dtype_name
 
-    # ---- inside ------------------------------------------------------------------------------------
+    # ---- inside ----------------------------------------------------------------------------------
     def _make_driver(self) -> Driver:
         config, manifest = self.config, self.manifest
         dtype, device, pulse = (
@@ -278,7 +288,9 @@ class Engine:
         )
 
     def request(self, tokens: tuple[int, ...], sampling: Sampling, id: int = 0) -> Request:
-        """The request for these tokens: with a seed, and no more new tokens than the model has positions for."""
+        """Return the request for these tokens.
+
+        It has a seed, and at most as many new tokens as the model has positions for."""
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         room = self.manifest.max_positions - len(tokens)
         sampling = dataclasses.replace(
@@ -287,7 +299,7 @@ class Engine:
         return Request(id=id, prompt=tokens, sampling=sampling, eos=self.text.eos)
 
     def _finished(self, config: Config, generation: Generation) -> Result:
-        """The result of a generation whose stream has ended."""
+        """Return the result of a generation whose stream has ended."""
         request, stats, ids = generation.request, generation.stats, generation.token_ids
         self._spans += stats.spans if config.trace else []
         decode = stats.last_token - stats.first_token

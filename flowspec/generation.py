@@ -1,4 +1,4 @@
-"""A generation is what a caller holds of a request: its tokens as they are committed, and what it took."""
+"""A generation is what a caller holds of a request: its tokens as they come, and what it took."""
 
 from __future__ import annotations
 
@@ -14,61 +14,67 @@ from flowspec.trace import Span
 
 
 class Token(NamedTuple):
-    """One token of the output, as it is committed."""
+    """A token of the output, as it is committed."""
 
     id: int
     text: str
-    """what became certain with it: whole characters, perhaps none"""
+    """This text became certain with it: whole characters, perhaps none."""
     accepted: bool
-    """True: the draft had it and it was on its way already; False: the target's own"""
+    """This is True if the draft had it and it was on its way already, False if it is the target's
+    own."""
     gap: float
-    """the target's lead of this token over the next best (logit; above temperature 0 perturbed log-probability)"""
+    """This is the target's lead of this token over the next best one: of the logit, above
+    temperature 0 of the perturbed log-probability."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one generation was; the fields of the result JSON (seconds, tokens)."""
+    """A result says what one generation was, in the fields of the result JSON (seconds, tokens)."""
 
     method: str
     prompt_tokens: int
     new_tokens: int
     token_ids: list[int]
     text: str
-    """what was streamed: `token_ids` decoded, without bytes at the end that are no whole character"""
+    """This was streamed: `token_ids` decoded, without bytes at the end that are no whole
+    character."""
     finish_reason: str
-    """stop (an end token or a stop text), length (a limit), cancelled"""
+    """The reason is stop (an end token or a stop text), length (a limit) or cancelled."""
     prefill_seconds: float
-    """from the request to the first token known"""
+    """It took so many seconds from the request to the first token known."""
     decode_seconds: float
-    """from there to the last token"""
+    """It took so many seconds from there to the last token."""
     tokens_per_second: float | None
-    """(new_tokens - 1) / decode_seconds; None for one token"""
+    """This is (new_tokens - 1) / decode_seconds; None for one token."""
     accepted_per_segment: float
-    """new tokens over returned segments"""
+    """This is the number of new tokens over that of returned segments."""
     accepted_tokens: int
-    """new tokens that the draft had sent before the target picked them"""
+    """The draft had sent so many of the new tokens before the target picked them."""
     drafted_tokens: int
     forwarded_tokens: int
-    """tree rows that the first stage computed"""
+    """The first stage computed so many tree rows."""
     stage_utilisation: list[float]
-    """share of the request's time that each stage spent computing"""
+    """Each stage spent this share of the request's time computing."""
     bookkeeping_ms: float
-    """rank 0's own CPU time a segment sent: neither drafting, lm_head, sampling nor waiting"""
+    """Rank 0's own CPU time for each segment sent, in ms: neither drafting, lm_head, sampling nor
+    waiting."""
     stage_overhead_ms: list[float]
-    """each stage's own CPU time a segment: neither the model's forward, lm_head, sampling nor waiting"""
+    """Each stage's own CPU time for a segment, in ms: neither the model's forward, lm_head,
+    sampling nor waiting."""
     costs: dict[str, Any]
-    """what the run has measured so far of the stages, the links and the drafter (core/costs.py): `simulate --costs` reads it"""
+    """This is what the run has measured so far of the stages, the links and the drafter
+    (core/costs.py); `simulate --costs` reads it."""
     stage_peak_mb: list[float]
-    """most resident memory of each stage's process so far, MB"""
+    """Each stage's process held at most so much resident memory so far, in MB."""
     world_size: int
     seed: int
     temperature: float
     emulated: bool
-    """True: the times are those of an emulated cluster"""
+    """This is True if the times are those of an emulated cluster."""
 
 
 class Generation:
-    """An iterator of Token, with `for` or `async for`, for one reader in any thread.
+    """A generation is an iterator of Token (`for` or `async for`) for one reader in any thread.
 
     Tokens are made whether or not they are read. `result` is there once the iterator is exhausted
     or closed. A generation that nobody holds any more is cancelled."""
@@ -91,18 +97,18 @@ class Generation:
         """Nothing more comes: there is a result, or the run has broken."""
         self.result: Result | None = None
         self.spans: list[Span] = []
-        """what all ranks did, once there is a result; empty unless `trace` is set"""
+        """All ranks did this, once there is a result; it is empty unless `trace` is set."""
         self.explanation: list[str] = []
-        """what the policy chose and why, once there is a result"""
+        """The policy chose this, and why, once there is a result."""
 
     @property
     def stats(self) -> Stats:
-        """What the request took; complete once there is a result."""
+        """Return what the request took; it is complete once there is a result."""
         return self._answer.stats
 
     @property
     def text(self) -> str:
-        """The text so far, as it was streamed."""
+        """Return the text so far, as it was streamed."""
         return self._stream.text
 
     def __iter__(self) -> Generation:

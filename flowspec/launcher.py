@@ -1,7 +1,8 @@
-"""One host, one command: check everything in this process, start the ranks with torchrun, say in one line how it ended.
+"""The launcher starts a run on one host by one command.
 
-Several hosts: start `torchrun ... launch/run.py CONFIG ...` on each; the ranks then speak for themselves.
-"""
+It checks everything in this process, starts the ranks with torchrun, and says in one line how the
+run ended. On several hosts, start `torchrun ... launch/run.py CONFIG ...` on each; the ranks then
+speak for themselves."""
 
 from __future__ import annotations
 
@@ -19,11 +20,12 @@ from pathlib import Path
 from flowspec.files import ROOT
 
 QUIET = 128 + signal.SIGPIPE
-"""exit code when whoever read standard output had enough, as of a tool that the signal ends"""
+"""This is the exit code if whoever read standard output had enough, as of a tool that the signal
+ends."""
 
 
 def launch(argv: Sequence[str], world_size: int) -> int:
-    """Run `python -m flowspec *argv` as `world_size` ranks of this host; the exit code."""
+    """Run `python -m flowspec *argv` as `world_size` ranks of this host; return the exit code."""
     with tempfile.TemporaryDirectory(prefix="flowspec-") as folder:
         last_words = Path(folder) / "report"
         os.environ.update(_environment(last_words))
@@ -40,7 +42,8 @@ def _environment(last_words: Path) -> dict[str, str]:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         "FLOWSPEC_REPORT": str(last_words),
-        "OMP_NUM_THREADS": "1",  # as torchrun would, but without its warning; the engine sets each rank's threads
+        # as torchrun would do, but without its warning; the engine sets each rank's threads
+        "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(paths),
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
@@ -52,7 +55,7 @@ def _torchrun(argv: Sequence[str], world_size: int) -> None:
 
     logging.disable(
         logging.CRITICAL
-    )  # of this process: torchrun's report has 66 lines, ours has one
+    )  # this process logs nothing: torchrun's report has 66 lines, ours has one
     port = os.environ.get("MASTER_PORT") or str(_free_port())
     where = ["--master-addr", "127.0.0.1", "--master-port", port]
     run.run(run.parse_args(["--nproc-per-node", str(world_size), *where, "-m", "flowspec", *argv]))
@@ -65,7 +68,8 @@ def _free_port() -> int:
 
 
 def _obituary(error: Exception, last_words: Path) -> int:
-    """What the ranks said, else what torchrun knows of the first that fell."""
+    """Say what the ranks said, or else what torchrun knows of the first that fell; return the exit
+    code."""
     if hasattr(error, "sigval"):  # torchrun's SignalException: we were told to go
         return _say("interrupted", 130)
     with suppress(OSError, ValueError, IndexError):  # nobody said anything, or the disk was full
@@ -95,5 +99,5 @@ def _say(line: str, code: int) -> int:
 
 
 def is_rank() -> bool:
-    """Is this process one that torchrun started?"""
+    """Return whether torchrun started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ

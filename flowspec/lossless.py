@@ -1,13 +1,15 @@
-"""Is it the same text, and if not: a numeric tie or a bug?
+"""Here texts are compared: are they the same, and if not, is that a numeric tie or a bug?
 
-Two comparisons. The ring with itself: the configured method against plain decoding. Whatever is wrong in both (a wrong split, a
-damaged weight) it cannot see. The ring with the unsplit model (`Reference`): transformers computes prompt and text in one forward, and
-at each position our `pick` with the same seed must give the token that the ring gave, by the same lead.
+There are two comparisons. The ring is compared with itself: the configured method with plain
+decoding. This does not see what is wrong in both (a wrong split, a damaged weight). And the ring is
+compared with the unsplit model (`Reference`): transformers computes prompt and text in one forward,
+and at each position our `pick` with the same seed must give the token that the ring gave, by the
+same lead.
 
-Sums of numbers depend on their order, so logits of forwards of different shape differ in the last digits. `tolerance` says how far
-that can go. A choice that another one could have replaced within it is a tie, anything else is a bug; `distance` measures how far
-away the other choice was: from the best score, and from the borders of top-k, top-p and min-p, beyond which it is not kept.
-"""
+Sums of numbers depend on their order, so logits of forwards of different shapes differ in the last
+digits. `tolerance` says how far that can go. A choice that another one could have replaced within
+it is a tie; anything else is a bug. `distance` measures how far away the other choice was: from the
+best score, and from the borders of top-k, top-p and min-p, beyond which it is not kept."""
 
 from __future__ import annotations
 
@@ -28,26 +30,34 @@ from flowspec.generation import Token
 from flowspec.sampling import NoiseRows, noise_for, pick
 
 ROWS = 64
-"""rows of logits that are held at a time"""
+"""At most this many rows of logits are held at a time."""
 LANES, MARGIN = 16, 6.0
 USUAL = 10.0
-"""a row's largest logit, where it is not known: the demo target's is 9.9 at the median and 16.7 at most"""
+"""This stands for a row's largest logit where that is not known: the demo target's is 9.9 at the
+median and 16.7 at most."""
 
 
-# ---- how far two computations of the same logits may lie apart --------------------------------------
+# ---- how far two computations of the same logits may lie apart -----------------------------------
 def tolerance(dtype: str, layers: int, hidden: int, largest: float = USUAL) -> float:
-    """How far the difference of two logits can lie from what a forward of another shape makes of it. `largest`: of the row's logits.
+    """Return how far forwards of different shapes can differ in the difference of two logits.
 
-    2 L + 1 sums (two a layer, the head) add an error of their own each, in directions of their own: sqrt(2 L + 1). Each is of storing
-    the result, the dtype's unit roundoff, and of adding `hidden` products in float32 in LANES partial sums: sqrt(hidden / LANES) of its
-    unit roundoff. What such a share of the hidden row is worth in a logit goes with the logits' size. MARGIN is for the rest: measured
-    on the demo target (625 rows, a row a forward against all rows in one, the 20 likeliest tokens of each), the largest difference was
-    1.3 times the bound without it in float32, 1.3 in bfloat16 and 1.8 in float16; the usual one (median) 0.4, 0.4 and 0.5. A small
-    target of random weights, whose layers rounded otherwise than transformers', reached 4.1: rows can be sensitive."""
+    `largest` is the largest of the row's logits.
+
+    2 L + 1 sums (two in each of L layers, and the head) add an error of their own each, in
+    directions of their own: sqrt(2 L + 1). Each error has two parts. Storing the result has the
+    dtype's unit roundoff. Adding `hidden` products in float32 in LANES partial sums has sqrt(hidden
+    / LANES) times the unit roundoff of float32. What such a share of the row of features is worth
+    in a logit is proportional to the logits' size.
+
+    MARGIN is for the rest. It was measured on the demo target (625 rows, a row a forward against
+    all rows in one, the 20 likeliest tokens of each): the largest difference was 1.3 times the
+    bound without it in float32, 1.3 in bfloat16 and 1.8 in float16, and the median 0.4, 0.4 and
+    0.5. A small target of random weights, whose layers rounded otherwise than transformers',
+    reached 4.1: rows can be sensitive."""
     stored = getattr(torch, dtype)
     stored = (
         stored if stored.is_floating_point else torch.float32
-    )  # int8 weights: all that is computed is float32
+    )  # with int8 weights, all that is computed is float32
     rounding = (
         torch.finfo(stored).eps + torch.finfo(torch.float32).eps * math.sqrt(hidden / LANES)
     ) / 2
@@ -55,19 +65,21 @@ def tolerance(dtype: str, layers: int, hidden: int, largest: float = USUAL) -> f
 
 
 def tolerance_of(engine: Engine, largest: float = USUAL) -> float:
-    """That of this ring."""
+    """Return the tolerance of this ring."""
     return tolerance(
         engine.sums_in, engine.manifest.num_layers, engine.manifest.hidden_size, largest
     )
 
 
-# ---- how far another choice was --------------------------------------------------------------------
+# ---- how far another choice was ------------------------------------------------------------------
 def distance(
     logits: Tensor, sampling: Sampling, noise: NoiseRows | None, position: int, token: int
 ) -> float:
-    """By how much the logits [vocabulary] would have to shift against each other for `token` to be picked; 0 where it is.
+    """Return by how much logits [vocabulary] would have to shift for `token` to be picked.
 
-    For that it must be kept by the filters, and each token of a better score must fall behind it or be filtered out."""
+    The shift is of logits against each other; it is 0 if `token` is picked. For it to be picked,
+    the filters must keep it, and each token of a better score must fall behind it or be filtered
+    out."""
     if noise is None:
         return float(logits.max() - logits[token])
     logp = torch.log_softmax(logits.double() / sampling.temperature, -1)
@@ -77,9 +89,10 @@ def distance(
 
 
 def margins(logp: Tensor, sampling: Sampling) -> Tensor:
-    """How far each token is from the border of the filters: float64 [vocabulary], 0 or more where it is kept, negative where not.
+    """Return how far each token is from the border of the filters, float64 [vocabulary].
 
-    In log-probabilities before filtering (logp), as the shift of one of them against the others that takes it across."""
+    It is 0 or more for a token that is kept and negative for the others. It is the shift of one
+    log-probability before filtering (`logp`) against the others that takes the token across."""
     inside = torch.full_like(logp, torch.inf)
     values, order = logp.sort(descending=True)
     kept = len(values)
@@ -108,7 +121,10 @@ def margins(logp: Tensor, sampling: Sampling) -> Tensor:
 
 
 def _from_rank(logp: Tensor, values: Tensor, k: int) -> Tensor:
-    """How far each is above the best of those beyond the k likeliest, or (negative) below the last of these."""
+    """Return how far each token is above the best of those beyond the k likeliest.
+
+    For a token that is not among the k likeliest, it is how far it is below the last of them
+    (negative)."""
     beyond = values[k] if k < len(values) else -torch.inf
     return torch.where(logp >= values[k - 1], logp - beyond, logp - values[k - 1])
 
@@ -116,7 +132,10 @@ def _from_rank(logp: Tensor, values: Tensor, k: int) -> Tensor:
 def lead_is_certain(
     logits: Tensor, sampling: Sampling, noise: NoiseRows | None, position: int, allowed: float
 ) -> bool:
-    """No shift within `allowed` makes a filter keep or drop a token that matters for the lead of the best over the second."""
+    """Return whether filters leave the lead of the best token over the second as it is.
+
+    That is so if no shift within `allowed` makes a filter keep or drop a token that matters for
+    this lead."""
     if noise is None or not sampling.filters:
         return True
     logp, reach = (
@@ -128,14 +147,15 @@ def lead_is_certain(
     return not bool(((scores > second - reach) & (inside.abs() < reach)).any())
 
 
-# ---- the unsplit model -----------------------------------------------------------------------------
+# ---- the unsplit model ---------------------------------------------------------------------------
 class Reference:
-    """The model that was split, whole, as transformers computes it."""
+    """The reference is the model that was split, whole, as transformers computes it."""
 
     def __init__(self, folder: Path, dtype: str, rounded: Sequence[str] = ()):
-        """Takes as much memory as the whole model in float32. UserError when transformers cannot load it.
+        """Load the model; this takes as much memory as the whole model in float32.
 
-        `rounded`: what the ring's weights were rounded to, one after the other: these are to be the same."""
+        Raise UserError if transformers cannot load it. `rounded` are the dtypes that the ring's
+        weights were rounded to, one after the other; these weights are to be the same."""
         import transformers
         from transformers import AutoModelForCausalLM
 
@@ -156,7 +176,7 @@ class Reference:
                 parameter.data = parameter.data.to(getattr(torch, name))
         self._model = model.eval()
         self._last: tuple[list[int], Tensor] | None = (
-            None  # tokens, and their rows behind the final norm
+            None  # the latest tokens, and their rows behind the final norm
         )
 
     def __str__(self) -> str:
@@ -164,7 +184,8 @@ class Reference:
 
     @torch.inference_mode()
     def logits(self, prompt: Sequence[int], text: Sequence[int]) -> Iterator[Tensor]:
-        """Of each token of the text, the logits that it was picked from: float32 [vocabulary], in order."""
+        """Yield the logits that each token of the text was picked from, float32 [vocabulary], in
+        order."""
         ids = [*prompt, *text[:-1]]
         if self._last is None or self._last[0] != ids:  # two methods' texts are most often the same
             self._last = (
@@ -176,14 +197,16 @@ class Reference:
 
 
 class Doubt(NamedTuple):
-    """A token of the ring's text that the unsplit model did not pick there, or not as clearly."""
+    """A doubt is a token of the ring's text that the unsplit model did not pick, or not as
+    clearly."""
 
     position: int
     ours: int
-    """what the ring picked"""
+    """The ring picked this token."""
     theirs: int
     apart: float
-    """how far the ring's token was from being picked (distance); where it is the same, how far the two leads lie apart"""
+    """This is how far the ring's token was from being picked (`distance`). If the two tokens are
+    the same, it is how far the two leads lie apart."""
     allowed: float
 
     @property
@@ -193,12 +216,12 @@ class Doubt(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Replay:
-    """What the unsplit model says to a text of the ring."""
+    """A replay is what the unsplit model says to a text of the ring."""
 
     tokens: int
     doubts: list[Doubt]
     worst: float
-    """how far two leads of the same token lay apart at most, as a share of what rounding may do"""
+    """Two leads of the same token lay apart by at most this share of what rounding may do."""
 
     @property
     def bugs(self) -> list[Doubt]:
@@ -209,7 +232,7 @@ class Replay:
         return bool(self.doubts)
 
     def verdict(self, engine: Engine) -> str:
-        """In words; of several doubts the first bug, else the first tie."""
+        """Return the finding in words: of several doubts the first bug, or else the first tie."""
         if not self.doubts:
             return f"identical ({self.tokens} tokens)"
         first = (self.bugs or self.doubts)[0]
@@ -225,7 +248,7 @@ class Replay:
 def replay(
     engine: Engine, reference: Reference, prompt: str, text: Sequence[Token], setting: dict
 ) -> Replay:
-    """A text of the ring by the unsplit model: what it picks at each position, after the same tokens."""
+    """Return what the unsplit model picks at each position of a text, after the same tokens."""
     start, sampling = (
         engine.text.encode(prompt),
         dataclasses.replace(engine.config.sampling, **setting),
@@ -255,10 +278,12 @@ def replay(
     return Replay(len(text), doubts, worst)
 
 
-# ---- verify ----------------------------------------------------------------------------------------
+# ---- verify --------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Divergence:
-    """Where two texts part: absolute position, the two tokens, and how clear plain decoding's choice was."""
+    """A divergence is where two texts part.
+
+    It holds the absolute position, the two tokens, and the lead of plain decoding's choice."""
 
     position: int
     speculative: int | None
@@ -267,7 +292,7 @@ class Divergence:
 
 
 class Count:
-    """Of texts."""
+    """A count of texts that are identical, that part at a tie, and that part at a bug."""
 
     def __init__(self) -> None:
         self.all = self.ties = self.bugs = 0
@@ -290,10 +315,11 @@ def verify(
     settings: Sequence[dict],
     reference: Reference | None = None,
 ) -> bool:
-    """Each prompt with the configured method and with plain decoding, at each sampling setting: the same tokens? With a reference
-    also: the unsplit model's?
+    """Compare each prompt's text with that of plain decoding, at each sampling setting.
 
-    Prints a line each, and at the end what was compared; True if all are identical or part at a numeric tie only."""
+    With a reference, compare both also with the unsplit model. Print a line for each prompt and
+    setting, and at the end what was compared. Return True if all texts are identical or part at a
+    numeric tie only."""
     method = engine.config.method
     plain = method == "ar" and reference is None
     need(
@@ -335,7 +361,7 @@ def verify(
 
 
 def _alone(itself: Count) -> str:
-    """What verify has shown without a reference."""
+    """Return what verify has shown without a reference."""
     finding = "speculation changed the text" if itself.bugs else "speculation changes nothing"
     return f"compared: the ring with itself: {finding}; give --reference DIR to compare with the unsplit model"
 
@@ -345,7 +371,7 @@ def _leads(worst: float) -> str:
 
 
 def parting(speculative: Sequence[Token], plain: Sequence[Token], start: int) -> Divergence | None:
-    """Where these continuations of `start` tokens part, if they do."""
+    """Return where these continuations of `start` tokens part, or None."""
     for at, pair in enumerate(zip_longest(speculative, plain)):
         ours, theirs = (token and token.id for token in pair)
         if ours != theirs:
@@ -354,7 +380,10 @@ def parting(speculative: Sequence[Token], plain: Sequence[Token], start: int) ->
 
 
 def may_be_a_tie(engine: Engine, found: Divergence, replays: Collection[Replay]) -> bool:
-    """Can rounding explain it? Judged by the unsplit model where that was asked of both texts, else by the lead of plain decoding."""
+    """Return whether rounding can explain where two texts part.
+
+    The unsplit model judges where it was asked for both texts; otherwise the lead of plain decoding
+    does."""
     if found.speculative is None or found.plain is None:  # one text ends where the other goes on
         return False
     return (
@@ -365,7 +394,7 @@ def may_be_a_tie(engine: Engine, found: Divergence, replays: Collection[Replay])
 
 
 def verdict(engine: Engine, found: Divergence | None, count: int, tie: bool) -> str:
-    """`count`: tokens of the text, if the two are the same."""
+    """Return the finding in words; `count` are the tokens of the text if the two are the same."""
     if found is None:
         return f"identical ({count} tokens)"
     a, b = (_named(engine, token) for token in (found.speculative, found.plain))

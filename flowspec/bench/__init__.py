@@ -1,1 +1,1 @@
-"""What is made of runs: pictures, verdicts and figures of timelines."""
+"""Pictures, verdicts and figures of timelines are made of runs here."""

@@ -1,4 +1,6 @@
-"""What the simulator says of a model pair's own prompts: real drafts and the target's text, in virtual time."""
+"""A forecaster says what the simulator makes of a model pair's own prompts.
+
+Real drafts and the target's text run in virtual time."""
 
 from __future__ import annotations
 
@@ -37,13 +39,15 @@ from flowspec.sim.lockstep import LockStep
 from flowspec.sim.world import Guesser, Job, Outcome, RingSpec, World
 
 PAPER = "flowspec-paper"
-"""FlowSpec's published lock-step policy: simulated only (sim/lockstep.py)"""
+"""This is FlowSpec's published lock-step policy, which is only simulated (sim/lockstep.py)."""
 SIMULATED = (*METHODS, PAPER)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """What the simulator needs to know of a pair: recorded drafts of another pair are refused."""
+    """These are the facts that the simulator needs of a pair of models.
+
+    Recorded drafts of another pair are refused."""
 
     name: str
     vocabulary: int
@@ -59,7 +63,9 @@ class Models:
 
 
 def _named(drafter: DrafterConfig, folder: Path) -> str:
-    """A drafter in a tape's source: its kind, and its weights if the tape holds what they make."""
+    """Return the name of a drafter in a tape's source.
+
+    It is the drafter's kind, and its weights if the tape holds what they make."""
     weights = (
         sorted(drafter.checkpoint(folder).glob("*.safetensors")) if drafter.kind == "lm" else []
     )
@@ -67,17 +73,22 @@ def _named(drafter: DrafterConfig, folder: Path) -> str:
 
 
 def is_taped(config: Config) -> bool:
-    """What is proposed depends on the path only, so a tape can remember it; others are asked live (draft/recorded.py)."""
+    """Return whether a tape can remember the proposals, which then depend on the path only.
+
+    Other drafters are asked live (draft/recorded.py)."""
     return all(drafter.kind in ("lm", "none") for drafter in config.drafters)
 
 
 def emulated(config: Config) -> Emulate:
-    """The times that a real run of this configuration would take: a look-up has no forward."""
+    """Return the times that a real run of this configuration would take: a look-up has no
+    forward."""
     return config.emulate if config.computes else dataclasses.replace(config.emulate, draft_ms=0.0)
 
 
 def obstacle(config: Config) -> str | None:
-    """Why there can be no simulation: features of the text take the whole target, and those of layers are on no virtual wire."""
+    """Return why there can be no simulation, or None.
+
+    Features of the text take the whole target, and those of layers are on no virtual wire."""
     late = next((drafter.where for drafter in config.drafters if drafter.kind == "eagle3"), None)
     if late:
         return f"{late}.kind is eagle3: it cannot be simulated, since the simulator does not carry the features of layers"
@@ -92,13 +103,15 @@ def obstacle(config: Config) -> str | None:
 
 
 def check_simulable(config: Config) -> None:
-    """UserError where there is an obstacle."""
+    """Raise UserError if there is an obstacle."""
     found = obstacle(config)
     need(not found, found or "")
 
 
 class Target:
-    """The target as one, out of the files of its stages: what it makes of a text that is known."""
+    """The target is put together out of the files of its stages.
+
+    It computes the features of a text that is known."""
 
     def __init__(self, manifest: Manifest):
         self._parts = [
@@ -107,7 +120,7 @@ class Target:
         ]
 
     def features(self, tokens: Sequence[int]) -> Tensor:
-        """[len(tokens), hidden], behind the final norm."""
+        """Return the features behind the final norm, [len(tokens), hidden]."""
         rows = torch.tensor(tokens, dtype=torch.int32)
         for part in self._parts:
             rows = stage.Sequence(part).prefill(rows)
@@ -118,27 +131,30 @@ Key = tuple[tuple[int, ...], Sampling]
 
 
 def _key(request: Request) -> Key:
-    """Of a request: what its text depends on."""
+    """Return what the text of a request depends on."""
     return request.prompt, request.sampling
 
 
 class Forecaster:
-    """Predicts runs. Drafts of a language model are remembered by path, so that a sweep asks it once; others are asked live,
-    with the target's features of the text, computed once, where they read them."""
+    """A forecaster predicts runs.
+
+    Drafts of a language model are remembered by path, so that a sweep asks it once. Other drafters
+    are asked live, with the target's features of the text, computed once, if they read them."""
 
     def __init__(self, config: Config, models: Models):
         self.config, self.models = config, models
         self.tapes: dict[Key, Tape] = {}
         self.profile: Sequence[float] | None = None
-        """of a made-up drafter, instead of the configured one"""
+        """This is the profile of an invented drafter, which replaces the configured one; None if
+        there is none."""
         self.offline = False
-        """do not load the draft model: what was not recorded is not drafted"""
+        """If it is set, the draft model is not loaded: what was not recorded is not drafted."""
         self.lacked = 0
-        """proposals that were not recorded, offline"""
+        """So many proposals were not recorded, offline."""
         self._features: dict[Key, Tensor] = {}
 
     def add(self, request: Request, text: Sequence[int]) -> Tape:
-        """The tape of a request, new if it is not known yet."""
+        """Return the tape of a request; it is new if it is not known yet."""
         return self.tapes.setdefault(_key(request), Tape(request, list(text)))
 
     def run(
@@ -150,7 +166,9 @@ class Forecaster:
         config: Config | None = None,
         costs: Costs | None = None,
     ) -> Outcome:
-        """One request in virtual time, as `together` does, or in lock step if the method is FlowSpec as published."""
+        """Run one request in virtual time, as `together` does.
+
+        If the method is FlowSpec as published, it runs in lock step."""
         if method != PAPER:
             (outcome,) = self.together([tape], method, stages, emulate, config, costs)
             return outcome
@@ -171,7 +189,9 @@ class Forecaster:
         config: Config | None = None,
         costs: Costs | None = None,
     ) -> list[Outcome]:
-        """Requests that all come at once, in virtual time. `config`: another tree, policy or verify_on than the forecaster's own; `costs`:
+        """Run requests that all come at once, in virtual time.
+
+        `config` may have another tree, policy or verify_on than the forecaster's own. `costs` are
         measured ones, which count instead of what is emulated."""
         config = config or self.config
         reads = self.profile is None and config.reads_features
@@ -249,15 +269,17 @@ class Forecaster:
         return Target(Manifest.load(self.config.stages_path))
 
     def _features_of(self, tape: Tape) -> Tensor:
-        """The target's, at all tokens of the prompt and the text but the last: the same in every cell of a sweep."""
+        """Return the target's features at all tokens of the prompt and the text but the last.
+
+        They are the same in every cell of a sweep."""
         key = _key(tape.request)
         if key not in self._features:
             self._features[key] = self._target.features([*tape.request.prompt, *tape.text[:-1]])
         return self._features[key]
 
-    # ---- files -------------------------------------------------------------------------------------
+    # ---- files -----------------------------------------------------------------------------------
     def save(self, path: Path) -> None:
-        """All tapes; `load` refuses them for other models or another coupling."""
+        """Save all tapes; `load` refuses them for other models or another coupling."""
         save(path, self.tapes.values(), self._source)
 
     def load(self, path: Path) -> None:
@@ -274,7 +296,9 @@ class Forecaster:
 
 
 def made_up(config: Config, profile: Sequence[float], requests: int) -> Forecaster:
-    """A forecaster without models: random acceptance. `profile[k]`: how often the target's token is the draft's k-th choice."""
+    """Return a forecaster without models, whose acceptance is random.
+
+    `profile[k]` is the probability that the target's token is the draft's k-th choice."""
     need(
         all(p >= 0 for p in profile) and 0 < sum(profile) <= 1,
         "--synthetic: shares between 0 and 1 that sum up to at most 1",
@@ -293,7 +317,7 @@ def made_up(config: Config, profile: Sequence[float], requests: int) -> Forecast
 
 
 def rate(outcomes: Iterable[Outcome]) -> float:
-    """Tokens/s of several requests: all tokens over all decode time."""
+    """Return the tokens/s of several requests: all tokens over all decode time."""
     outcomes = list(outcomes)
     tokens = sum(len(o.tokens) - 1 for o in outcomes)
     return tokens / max(1e-9, sum(o.last_token - o.first_token for o in outcomes))

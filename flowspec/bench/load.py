@@ -1,4 +1,6 @@
-"""Several requests at a time: tokens per second of all of them together, and how long a first token takes."""
+"""Several requests at a time are measured here.
+
+The figures are the tokens per second of all of them together, and how long a first token takes."""
 
 from __future__ import annotations
 
@@ -22,53 +24,55 @@ from flowspec.files import add_line
 from flowspec.generation import Result
 
 WARM_UP_TOKENS = 8
-"""of a request with each method, before anything is measured"""
+"""Before anything is measured, each method generates this many tokens of a request."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is measured: each method with so many requests at a time, at each temperature."""
+    """A plan says what is measured.
+
+    Each method runs with so many requests at a time, at each temperature."""
 
     methods: Sequence[str]
     requests: Sequence[int]
     temperatures: Sequence[float]
     repeats: int
     output: Path | None = None
-    """records go to this file, a line a run, beside the table"""
+    """Records go to this file, a line for each run; the table is printed all the same."""
 
 
 class Cell(NamedTuple):
-    """What is compared between methods."""
+    """A cell is what is compared between methods."""
 
     temperature: float
     requests: int
 
 
 class Run(NamedTuple):
-    """So many requests that came at once, with one method."""
+    """A run is so many requests that came at once, with one method."""
 
     cell: Cell
     method: str
     repeat: int
     results: list[Result]
     keys: list[tuple[int, float, int]]
-    """by which texts must agree: the prompt's number, the temperature and the seed"""
+    """Texts must agree by these keys: the prompt's number, the temperature and the seed."""
     seconds: float
-    """from the first request to the last token of all"""
+    """The run took so many seconds from the first request to the last token of all."""
 
     @property
     def rate(self) -> float:
-        """Tokens per second of all requests together."""
+        """Return the tokens per second of all requests together."""
         return sum(result.new_tokens for result in self.results) / self.seconds
 
     @property
     def firsts(self) -> list[float]:
-        """Seconds until the first token of each request."""
+        """Return the seconds until the first token of each request."""
         return [result.prefill_seconds for result in self.results]
 
     @property
     def record(self) -> dict[str, Any]:
-        """The line in the file of records."""
+        """Return the line in the file of records, as an object."""
         return {
             "method": self.method,
             "requests": self.cell.requests,
@@ -82,7 +86,9 @@ class Run(NamedTuple):
 
 
 def load(engine: Engine, prompts: Sequence[str], plan: Plan) -> bool:
-    """Measure, print a table; whether each request wrote the same text in every company and with every method."""
+    """Measure and print a table.
+
+    Return whether each request wrote the same text in every company and with every method."""
     runs, texts, same = [], dict[tuple[int, float, int], list[int]](), True
     for run in _runs(engine, prompts, plan):
         runs.append(run)
@@ -99,7 +105,8 @@ def load(engine: Engine, prompts: Sequence[str], plan: Plan) -> bool:
 
 
 def _runs(engine: Engine, prompts: Sequence[str], plan: Plan) -> Iterator[Run]:
-    """Cells in shuffled order, the methods of a cell one after the other in drawn order."""
+    """Run the cells in shuffled order, and the methods of a cell one after the other in a drawn
+    order."""
     for method in plan.methods:
         list(engine.generate(prompts[0], method=method, max_new_tokens=WARM_UP_TOKENS))
     order = random.Random(0)
@@ -111,7 +118,7 @@ def _runs(engine: Engine, prompts: Sequence[str], plan: Plan) -> Iterator[Run]:
 
 
 def _run(engine: Engine, prompts: Sequence[str], cell: Cell, method: str, repeat: int) -> Run:
-    engine.forget()  # each run is as the first of a ring
+    engine.forget()  # each run is like the first of a ring
     keys = [(k % len(prompts), cell.temperature, k // len(prompts)) for k in range(cell.requests)]
     generations = [
         engine.submit(prompts[k], method=method, temperature=temperature, seed=seed)
@@ -139,7 +146,7 @@ def _keep(run: Run, path: Path) -> None:
 def _simulated(
     engine: Engine, prompts: Sequence[str], runs: Sequence[Run]
 ) -> dict[tuple[Cell, str], float]:
-    """Tokens per second of all requests together, in virtual time."""
+    """Return the tokens per second of all requests together, in virtual time."""
     config = engine.config
     forecaster, rates = Forecaster(config, Models.of(config)), dict[tuple[Cell, str], float]()
     for run in runs:
@@ -186,6 +193,6 @@ def _table(
 
 
 def _spread(values: Sequence[float], digits: str) -> str:
-    """The median, and the least and the largest."""
+    """Return the median, and the least and the largest value."""
     low, high = min(values), max(values)
     return f"{statistics.median(values):{digits}} ({low:{digits}} to {high:{digits}})"

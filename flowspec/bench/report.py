@@ -1,8 +1,8 @@
-"""What a comparison of methods is shown as: tables for the terminal, Markdown, a bar chart (PNG); and the file of its records.
+"""A report shows a comparison of methods, and keeps the file of its records.
 
-Pure functions over records, one a measured generation. A speed-up is always a median of PAIRED ratios: of the same prompt in
-the same repeat, so that what slows the machine for a while slows both sides.
-"""
+It shows tables for the terminal, Markdown, and a bar chart (PNG). Its functions are pure functions
+over records, one for each measured generation. A speed-up is always a median of PAIRED ratios, of
+the same prompt in the same repeat, so that what slows the machine for a while slows both sides."""
 
 from __future__ import annotations
 
@@ -31,49 +31,51 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH = 140
-"""columns that the table of summaries needs, and where there is no terminal has"""
+"""The table of summaries needs this many columns, and has them where there is no terminal."""
 FULL = "flowspec"
 BASES = ("pipedec", "naive", "ar", FULL)
-"""methods that others are compared with; the last is what its own variants are compared with"""
+"""Others are compared with these methods; with the last, only its own variants are."""
 Key = TypeVar("Key")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One generation, measured; a JSON line each."""
+    """A record is one measured generation, and a line of JSON."""
 
     method: str
     temperature: float
     prompt: int
-    """from 1"""
+    """Prompts count from 1."""
     repeat: int
-    """from 1"""
+    """Repeats count from 1."""
     new_tokens: int
     tokens_per_second: float | None
-    """None: the text has one token, and no rate"""
+    """It is None if the text has one token, and so no rate."""
     prefill_seconds: float
     accepted_per_segment: float
-    """tokens"""
+    """A returned segment brought so many new tokens, in the mean."""
     utilisation: list[float]
-    """of each stage 1..S: share of the decode phase"""
+    """Each stage 1..S computed for this share of the decode phase."""
     bubbles: float
-    """1 - mean utilisation"""
+    """This is 1 - mean utilisation."""
     wasted: float
-    """share of the stages' forwards spent on rows that never became text"""
+    """This share of the stages' forwards was spent on rows that never became text."""
     dead_rows: float
-    """share of the computed rows that had been refused before their forward began"""
+    """This share of the computed rows had been refused before their forward began."""
     bytes_per_token: list[float]
-    """of each sender 0..S: bytes to the next rank of the ring"""
+    """Each sender 0..S sent so many bytes for each new token to the next rank of the ring."""
     bookkeeping_ms: float
     stage_overhead_ms: list[float]
     drafted_tokens: int
     forwarded_tokens: int
     simulated: float | None
-    """tokens/s that the simulation predicts for this prompt; None: not simulated"""
+    """The simulation predicts these tokens/s for this prompt; None if it was not simulated."""
     tokens_sha: str
-    """of the token ids: equal for all methods at one prompt and temperature"""
+    """This is the hash of the token ids; it is equal for all methods at one prompt and
+    temperature."""
     costs: dict[str, Any] | None = None
-    """what was measured of stages, links and drafter (core/costs.py): `simulate --costs` reads it"""
+    """This was measured of stages, links and drafter (core/costs.py); `simulate --costs` reads
+    it."""
 
 
 class Spread(NamedTuple):
@@ -84,38 +86,45 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What the records of one method at one temperature come to. None: nothing to make it of."""
+    """A row sums up the records of one method at one temperature.
+
+    A value is None if there is nothing to make it of."""
 
     temperature: float
     method: str
     rates: dict[int, float]
-    """prompt -> tokens/s, median over repeats"""
+    """This maps a prompt to its tokens/s, the median over repeats."""
     ratios: dict[int, float]
-    """prompt -> speed-up over ar, median over repeats"""
+    """This maps a prompt to its speed-up over ar, the median over repeats."""
     rate: Spread | None
-    """tokens/s, over `rates`"""
+    """This is the spread of `rates` in tokens/s."""
     noise: float | None
-    """the largest (most - least) / median of tokens/s over the repeats of one prompt; None: no prompt has two"""
+    """This is the largest (most - least) / median of tokens/s over the repeats of one prompt; None
+    if no prompt has two."""
     over: dict[str, Spread | None]
-    """method -> speed-up over it, over prompts and repeats"""
+    """This maps a method to the speed-up over it, over prompts and repeats."""
     accepted_per_segment: float
-    """tokens; this and all below but the last two are medians over the records"""
+    """A returned segment brought so many new tokens. This value and all below but the last two are
+    medians over the records."""
     utilisation: float
-    """of the stages' mean"""
+    """This is the mean utilisation of the stages."""
     bubbles: float
     wasted: float
     dead_rows: float
     bytes_per_token: list[float]
-    """of each sender 0..S"""
+    """Each sender 0..S sent so many bytes for each new token."""
     simulated: float | None
-    """tokens/s, median over prompts"""
+    """This is the median over prompts, in tokens/s."""
     off: float | None
-    """measured / simulated - 1, median over prompts"""
+    """This is measured / simulated - 1, the median over prompts."""
 
 
-# ---- summaries -------------------------------------------------------------------------------------
+# ---- summaries -----------------------------------------------------------------------------------
 def summarise(records: Sequence[Record]) -> list[Row]:
-    """A row a temperature and method: temperatures as they first appear, methods in the order of METHODS, then as they appear."""
+    """Return a row for each temperature and method.
+
+    Temperatures stand as they first appear, methods in the order of METHODS and then as they
+    appear."""
     need(
         len({len(r.bytes_per_token) for r in records}) < 2,
         "the records are of rings of different sizes: summarise each size by itself",
@@ -135,7 +144,7 @@ def _grouped(records: Iterable[Record], key: Callable[[Record], Key]) -> dict[Ke
 
 
 def _ordered(methods: Iterable[str]) -> list[str]:
-    """Each once, in the order of METHODS, others after."""
+    """Return each method once, in the order of METHODS, others after them."""
     return sorted(
         dict.fromkeys(methods),
         key=lambda method: METHODS.index(method) if method in METHODS else len(METHODS),
@@ -143,7 +152,9 @@ def _ordered(methods: Iterable[str]) -> list[str]:
 
 
 def _row(own: list[Record], methods: dict[str, list[Record]]) -> Row:
-    """Of a method's own records, and those of each method at the same temperature."""
+    """Return the row of a method's own records.
+
+    `methods` holds the records of each method at the same temperature."""
     measured = _by_prompt(own, lambda r: r.tokens_per_second)
     rates = {prompt: median(values) for prompt, values in measured.items()}
     expected = {
@@ -183,7 +194,7 @@ def _row(own: list[Record], methods: dict[str, list[Record]]) -> Row:
 def _by_prompt(
     records: list[Record], value: Callable[[Record], float | None]
 ) -> dict[int, list[float]]:
-    """prompt -> the values of its repeats; None is left out."""
+    """Return a map of a prompt to the values of its repeats; None is left out."""
     values: dict[int, list[float]] = {}
     for record in records:
         if (one := value(record)) is not None:
@@ -192,7 +203,8 @@ def _by_prompt(
 
 
 def _paired(own: list[Record], base: list[Record]) -> dict[int, list[float]]:
-    """prompt -> speed-up over `base` in each repeat that both have a rate in."""
+    """Return a map of a prompt to the speed-up over `base` in each repeat in which both have a
+    rate."""
     slow = {(r.prompt, r.repeat): r.tokens_per_second for r in base}
 
     def ratio(record: Record) -> float | None:
@@ -213,7 +225,9 @@ def _spread(values: Iterable[float]) -> Spread | None:
 
 
 def identical(records: Sequence[Record]) -> list[str]:
-    """Empty if every method wrote the same tokens at each prompt and temperature; else a line for each where some did not."""
+    """Return a line for each prompt and temperature at which some method wrote other tokens.
+
+    The list is empty if every method wrote the same tokens everywhere."""
     lines = []
     for (temperature, prompt), same in _grouped(
         records, lambda r: (r.temperature, r.prompt)
@@ -230,14 +244,14 @@ def identical(records: Sequence[Record]) -> list[str]:
 
 
 def _unlike(own: list[Record], base: Record) -> str | None:
-    """The method's name if it wrote other tokens than `base`."""
+    """Return the method's name if it wrote other tokens than `base`."""
     same = [r.tokens_sha == base.tokens_sha for r in own]
     if all(same):
         return None
     return f"{own[0].method} (in some repeats)" if any(same) else own[0].method
 
 
-# ---- cells -----------------------------------------------------------------------------------------
+# ---- cells ---------------------------------------------------------------------------------------
 class _Column(NamedTuple):
     head: str
     text: Callable[[Row], str]
@@ -255,7 +269,7 @@ LEGEND = (
 
 
 def _ranged(spread: Spread | None, digits: str, unit: str = "") -> str:
-    """`1.50x (1.20..1.90)`; without the range where it says nothing."""
+    """Return a text like `1.50x (1.20..1.90)`, without the range where it says nothing."""
     if spread is None:
         return _NONE
     middle, least, most = (format(value, digits) for value in spread)
@@ -291,17 +305,19 @@ _WORK = (
 )
 _ALL = _KEYS + _SPEED + _WORK
 _Grid = tuple[list[str], list[list[str]]]
-"""heads, and the cells of each line"""
+"""These are the heads, and the cells of each line."""
 
 
 def _summaries(rows: Sequence[Row], columns: Sequence[_Column] = _ALL) -> _Grid:
-    """A line a row; a column in which no row has anything is left out."""
+    """Return a line for each row; a column in which no row has anything is left out."""
     columns = [c for c in columns if any(c.text(row) != _NONE for row in rows)]
     return [c.head for c in columns], [[c.text(row) for c in columns] for row in rows]
 
 
 def _prompts(rows: Sequence[Row]) -> _Grid:
-    """A line a temperature and prompt, a column a method: tokens/s and the speed-up over ar."""
+    """Return a line for each temperature and prompt, and a column for each method.
+
+    A cell holds the tokens/s and the speed-up over ar."""
     methods = _ordered(row.method for row in rows)
     known = {(row.temperature, row.method): row for row in rows}
     lines = []
@@ -321,18 +337,19 @@ def _measured(row: Row | None, prompt: int) -> str:
     return f"{row.rates[prompt]:.1f}{ratio}"
 
 
-# ---- terminal --------------------------------------------------------------------------------------
+# ---- terminal ------------------------------------------------------------------------------------
 def table(rows: Sequence[Row], title: str) -> Table:
     return _rich(_summaries(rows), title, LEGEND)
 
 
 def console() -> Console:
-    """Standard output: as wide as the terminal, 140 columns where it is none."""
+    """Return standard output: as wide as the terminal, or 140 columns wide where it is none."""
     return Console(width=None if sys.stdout.isatty() else WIDTH)
 
 
 def show(records: Sequence[Record], title: str, on: Console | None = None) -> None:
-    """Print the summaries (as two tables where 140 columns are too many), and every prompt's tokens/s."""
+    """Print the summaries (as two tables if 140 columns are too many) and every prompt's
+    tokens/s."""
     on = on or console()
     rows = summarise(records)
     if on.width < WIDTH:
@@ -345,7 +362,7 @@ def show(records: Sequence[Record], title: str, on: Console | None = None) -> No
 
 
 def _rich(grid: _Grid, title: str, caption: str | None = None) -> Table:
-    """Numbers at the right; a gap where the temperature changes."""
+    """Return a table with numbers at the right and a gap where the temperature changes."""
     heads, lines = grid
     shown = Table(
         title=Text(title),
@@ -369,13 +386,16 @@ def _rich(grid: _Grid, title: str, caption: str | None = None) -> Table:
     return shown
 
 
-# ---- Markdown --------------------------------------------------------------------------------------
+# ---- Markdown ------------------------------------------------------------------------------------
 _NAMED = {"machine", "command", "emulated", "simulated", "date", "repeats"}
-"""facts that need no name beside them, or are known of the records"""
+"""These facts need no name beside them, or are known of the records."""
 
 
 def markdown(records: Sequence[Record], title: str, facts: dict[str, Any]) -> str:
-    """Heading, facts, summaries, prompts. `facts`: machine, command, emulated, simulated, date as far as known; others by name."""
+    """Return Markdown with heading, facts, summaries and prompts.
+
+    `facts` are machine, command, emulated, simulated and date as far as known, and others by
+    name."""
     rows = summarise(records)
     parts = [f"## {title}", _facts(facts, records), _pipes(_summaries(rows)), LEGEND]
     return "\n\n".join([*parts, f"{PROMPTS}:", _pipes(_prompts(rows))]) + "\n"
@@ -407,9 +427,9 @@ def _pipes(grid: _Grid) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *lines))
 
 
-# ---- file ------------------------------------------------------------------------------------------
+# ---- file ----------------------------------------------------------------------------------------
 def save(records: Sequence[Record], path: str | os.PathLike[str]) -> None:
-    """JSON lines. UserError if they cannot be written."""
+    """Write JSON lines; raise UserError if they cannot be written."""
     with replacing(path) as beside:
         beside.write_text("".join(map(line, records)))
 
@@ -418,7 +438,7 @@ def line(record: Record) -> str:
     return json.dumps(dataclasses.asdict(record)) + "\n"
 
 
-# ---- picture ---------------------------------------------------------------------------------------
+# ---- picture -------------------------------------------------------------------------------------
 _COLOURS = {  # Okabe and Ito's palette, which every kind of colour vision tells apart
     "ar": "#999999",
     "serial": "#f0b64a",
@@ -430,11 +450,12 @@ _COLOURS = {  # Okabe and Ito's palette, which every kind of colour vision tells
 _OTHER = "#d55e00"
 _OVER_BARS = "over each bar: the median speed-up over ar, of the same prompt and repeat"
 _BAR = 0.72
-"""width, where bars stand 1 apart"""
+"""A bar has this width, where bars stand 1 apart."""
 _ASIDE = 0.25
-"""from the middle of a bar: its whisker left, its diamond right, the dots between"""
+"""This far from the middle of a bar stand its whisker at the left and its diamond at the right; the
+dots stand between them."""
 _GAP = 0.6
-"""between temperatures, beside that"""
+"""Between temperatures, bars stand this much further apart."""
 
 
 def chart(
@@ -443,10 +464,13 @@ def chart(
     title: str,
     facts: dict[str, Any] | None = None,
 ) -> None:
-    """A PNG 600 pixels high, written beside and renamed: a bar a method, grouped by temperature. UserError if matplotlib is missing.
+    """Write a PNG 600 pixels high, with a bar for each method, grouped by temperature.
 
-    A bar is the median tokens/s over prompts, with the least to most of them, a dot a prompt (the first at the left), a hollow
-    diamond for what the simulation predicted, and the speed-up over ar above it. The title says what `facts` say of the clock."""
+    It is written beside and renamed. Raise UserError if matplotlib is missing.
+
+    A bar is the median tokens/s over prompts. On it are the range from the least to the most of
+    them, a dot for each prompt (the first at the left) and a hollow diamond for what the simulation
+    predicted; above it is the speed-up over ar. The title says what `facts` say of the clock."""
     need(can_draw(), MISSING)
     rows = [row for row in summarise(records) if row.rate]
     need(bool(rows), "nothing to draw: no record has a rate")
@@ -479,12 +503,12 @@ def _mark(facts: dict[str, Any]) -> str:
 
 
 def _short(row: Row) -> str:
-    """Its name below its bar."""
+    """Return the row's name below its bar."""
     return row.method.removeprefix(f"{FULL} ")
 
 
 def _places(rows: list[Row]) -> list[float]:
-    """Where each bar stands: 1 apart, more where the temperature changes."""
+    """Return where each bar stands: 1 apart, more where the temperature changes."""
     places = [0.0]
     for before, row in pairwise(rows):
         places.append(places[-1] + 1 + (_GAP if row.temperature != before.temperature else 0))
@@ -524,7 +548,7 @@ _NOTE: dict[str, Any] = dict(textcoords="offset points", ha="center", fontweight
 
 
 def _frame(axes: Axes, places: list[float], rows: list[Row]) -> None:
-    """Names below the bars, temperatures below the names, the grid."""
+    """Draw names below the bars, temperatures below the names, and the grid."""
     axes.set_xticks(places, [_short(row) for row in rows])
     axes.tick_params(axis="x", length=0)
     for temperature in dict.fromkeys(row.temperature for row in rows):
@@ -540,7 +564,7 @@ def _frame(axes: Axes, places: list[float], rows: list[Row]) -> None:
 
 
 def _key(axes: Axes, rows: list[Row]) -> None:
-    """What the marks are, of those that are there."""
+    """Draw a key of the marks that are there."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -565,13 +589,16 @@ def _key(axes: Axes, rows: list[Row]) -> None:
     )
 
 
-# ---- sweeps ----------------------------------------------------------------------------------------
+# ---- sweeps --------------------------------------------------------------------------------------
 Trial = tuple[str, str, float]
-"""what was set, the method, tokens/s"""
+"""A trial is what was set, the method, and the tokens/s."""
 
 
 def best(trials: Iterable[Trial]) -> dict[str, tuple[str, float]]:
-    """method -> the setting with the most tokens/s (the first of equals), and these; in the order of METHODS."""
+    """Return a map of a method to its best setting and the tokens/s of that.
+
+    The best setting has the most tokens/s; it is the first of equals. The methods are in the order
+    of METHODS."""
     found: dict[str, tuple[str, float]] = {}
     for setting, method, rate in trials:
         if method not in found or rate > found[method][1]:
@@ -580,7 +607,9 @@ def best(trials: Iterable[Trial]) -> dict[str, tuple[str, float]]:
 
 
 def sweep_table(trials: Sequence[Trial], title: str) -> Table:
-    """tokens/s: a line a setting, a column a method; a star at the best of each."""
+    """Return a table of tokens/s, with a line for each setting and a column for each method.
+
+    A star marks the best of each method."""
     top = best(trials)
     rates = {(setting, method): rate for setting, method, rate in trials}
     lines = []

@@ -1,4 +1,7 @@
-"""Many runs in virtual time: numbers of stages, temperatures, settings and methods, with emulated costs or measured ones."""
+"""Many runs in virtual time are simulated here.
+
+They differ in the number of stages, the temperature, the settings and the method. Their costs are
+emulated or measured."""
 
 from __future__ import annotations
 
@@ -20,19 +23,21 @@ from flowspec.sim.world import Outcome
 
 
 class Cell(NamedTuple):
-    """One setting of a sweep."""
+    """A cell is one setting of a sweep."""
 
     stages: int
     temperature: float
     varied: tuple[str, ...]
-    """key=value, one for each --vary"""
+    """These are texts key=value, one for each --vary."""
     config: Config
 
 
 def record(
     forecaster: Forecaster, config: Config, prompts: list[str], samplings: list[Sampling]
 ) -> None:
-    """The target's text for each prompt and sampling that has no tape yet: by plain decoding over threads, nothing emulated."""
+    """Record the target's text for each prompt and sampling that has no tape yet.
+
+    Plain decoding over threads writes it, with nothing emulated."""
     from flowspec.text import Text
 
     manifest = check_run(config)
@@ -60,7 +65,9 @@ def record(
 
 
 def load_costs(path: Path) -> dict[str, Costs]:
-    """What the runs of a file measured, by method, and of all of them as "". UserError says what is wrong with it."""
+    """Return what the runs of a file measured, by method, and of all of them as "".
+
+    Raise UserError, which says what is wrong with the file."""
     try:
         found = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     except OSError as error:
@@ -84,7 +91,9 @@ def load_costs(path: Path) -> dict[str, Costs]:
 def run(
     forecaster: Forecaster, cells: list[Cell], chosen: list[str], costs: dict[str, Costs] | None
 ) -> dict[tuple[int, str], list[Outcome]]:
-    """(cell's index, method) -> an outcome a prompt. `costs`: by method, those of all where a method has none."""
+    """Return a map of (cell's index, method) to an outcome for each prompt.
+
+    `costs` are by method; a method that has none takes those of all."""
     results = {}
     for k, cell in enumerate(cells):
         tapes = [

@@ -1,8 +1,8 @@
-"""What a timeline says: its figures, a verdict of three lines, a sketch for the terminal, a picture (PNG).
+"""Figures, a verdict of three lines, a sketch and a picture (PNG) are made of a timeline here.
 
-Works on the spans of a run and of a simulation alike (flowspec/trace.py). Times are seconds unless a name says otherwise;
-a `window` is a pair of seconds since the first span, as in the trace's file.
-"""
+The sketch is for the terminal. This works on the spans of a run and of a simulation alike
+(flowspec/trace.py). Times are in seconds unless a name says otherwise; a `window` is a pair of
+seconds since the first span, as in the trace's file."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 Interval = tuple[float, float]
 SHOWN = 1.5
-"""seconds of decoding that a picture shows unless it is told a window"""
+"""A picture shows so many seconds of decoding unless it is given a window."""
 MISSING = (
     "drawing needs matplotlib: install it with .venv/bin/pip install -r requirements_plots.txt"
 )
 
 
-# ---- intervals: lists are sorted and disjoint ------------------------------------------------------
+# ---- intervals: lists are sorted and disjoint ----------------------------------------------------
 def _union(intervals: Iterable[Interval]) -> list[Interval]:
     merged: list[Interval] = []
     for begin, end in sorted(intervals):
@@ -66,35 +66,42 @@ def _times(spans: Iterable[Span]) -> list[Interval]:
     return _union((s.begin, s.end) for s in spans)
 
 
-# ---- figures ---------------------------------------------------------------------------------------
+# ---- figures -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Summary:
-    """Figures of the decode phase: of each request, from the last stage's first forward of a segment to the end of its last span."""
+    """These are the figures of the decode phase.
+
+    The decode phase of each request lasts from the last stage's first forward of a segment to the
+    end of the request's last span."""
 
     seconds: float
-    """length of the decode phase; of several requests together, what they overlap counted once"""
+    """The decode phase lasts this long; where several requests overlap, the time counts once."""
     utilisation: tuple[float, ...]
-    """of each stage 1..S: the share of the decode phase it spent in forwards of segments"""
+    """Each stage 1..S spent this share of the decode phase in forwards of segments."""
     bubbles: float
-    """1 - mean utilisation"""
+    """This is 1 - mean utilisation."""
     wire: float
-    """share of the decode phase in which no stage computes and something is on its way between ranks"""
+    """In this share of the decode phase, no stage computes and something is on its way between
+    ranks."""
     draft: float
-    """share of the decode phase in which no stage computes, nothing is on its way, and the drafter drafts"""
+    """In this share of the decode phase, no stage computes, nothing is on its way, and the drafter
+    drafts."""
     fruitless: float
-    """share of the stages' time spent on segments no row of which became text"""
+    """This share of the stages' time was spent on segments of which no row became text."""
     wasted: float
-    """share of the stages' forwards (seconds, a segment's divided evenly among its rows) spent on rows that never became text"""
+    """This share of the seconds of the stages' forwards was spent on rows that never became text;
+    the seconds of a segment are divided evenly among its rows."""
     accepted_rows: float
-    """share of the computed rows, over all stages, that became text"""
+    """This share of the computed rows, over all stages, became text."""
     dead_rows: float
-    """share of the computed rows, over all stages, that had been refused before their forward began"""
+    """This share of the computed rows, over all stages, had been refused before their forward
+    began."""
     bytes_per_link: tuple[int, ...]
-    """of each sender 0..S: bytes of segments it sent to the next rank of the ring"""
+    """Each sender 0..S sent so many bytes of segments to the next rank of the ring."""
 
 
 def summary(spans: Sequence[Span]) -> Summary:
-    """UserError if no stage computed a segment."""
+    """Return the figures of spans; raise UserError if the last stage computed no segment."""
     window = _decoding(spans)
     seconds = _length(window)
     stages = range(1, max(s.rank for s in spans) + 1)
@@ -125,14 +132,14 @@ def summary(spans: Sequence[Span]) -> Summary:
 
 
 def _is_work(span: Span) -> bool:
-    """A stage's forward of a segment."""
+    """Return whether a span is a stage's forward of a segment."""
     return (
         span.rank > 0 and span.row == "compute" and span.name in VERDICTS and span.end > span.begin
     )
 
 
 def _decoding(spans: Sequence[Span]) -> list[Interval]:
-    """The decode phase. UserError if there is none."""
+    """Return the decode phase; raise UserError if there is none."""
     begins: dict[int, float] = {}
     ends: dict[int, float] = {}
     last = max(s.rank for s in spans)
@@ -156,7 +163,7 @@ def _bytes_from(rank: int, spans: Sequence[Span]) -> int:
     )
 
 
-# ---- verdict ---------------------------------------------------------------------------------------
+# ---- verdict -------------------------------------------------------------------------------------
 _FILL = (
     "a deeper tree (tree.depth, tree.budget) or smaller segments (tree.segment), or fewer stages"
 )
@@ -165,7 +172,10 @@ _ROUNDS = {"ar", "serial", "naive", "pruned"}
 
 
 def verdict(spans: Sequence[Span], facts: dict[str, Any]) -> str:
-    """Three lines for a person: where the time went, what became of the rows, the largest loss and what to try."""
+    """Return three lines for a person.
+
+    They say where the time went, what became of the rows, and what the largest loss is and what to
+    try."""
     figures = summary(spans)
     bubbles, accepted, dead = (
         round(100 * share) for share in (figures.bubbles, figures.accepted_rows, figures.dead_rows)
@@ -182,7 +192,7 @@ def verdict(spans: Sequence[Span], facts: dict[str, Any]) -> str:
 
 
 def _mark(facts: dict[str, Any]) -> str:
-    """What a reader must know of the clock."""
+    """Return what a reader must know of the clock."""
     return (" (emulated times)" if facts.get("emulated") else "") + (
         " (simulated)" if facts.get("simulated") else ""
     )
@@ -215,18 +225,18 @@ def _largest_loss(figures: Summary, facts: dict[str, Any]) -> str:
     return f"the largest loss: {what}, {share:.0%} of the stages' time; try {advice}"
 
 
-# ---- sketch ----------------------------------------------------------------------------------------
+# ---- sketch --------------------------------------------------------------------------------------
 _GLYPHS = {"accepted": "#", "pruned": "x", "stale": "!", "prefill": "=", "draft": "d"}
 _LEGEND = "# became text  x refused later  ! dead before it began  = prefill  d draft  . idle  (numbers: segments)"
 _MARGIN = 9
 
 
 def sketch(spans: Sequence[Span], width: int = 100, window: Interval | None = None) -> list[str]:
-    """Lines of at most `width` characters: rank 0's drafting, each stage's forwards, the time in ms; and a legend.
+    """Return lines of at most `width` characters.
 
-    A character is an equal part of the window (default: the first 1.5 s of decoding): what filled most of it, or idle if
-    more than half of it was.
-    """
+    They show rank 0's drafting, each stage's forwards, the time in ms, and a legend. A character is
+    an equal part of the window (default: the first 1.5 s of decoding). It shows what filled most of
+    this part, or idle if more than half of it was."""
     first, last = _window(spans, window)
     columns = width - _MARGIN
     ranks = range(max(s.rank for s in spans) + 1)
@@ -244,7 +254,7 @@ def sketch(spans: Sequence[Span], width: int = 100, window: Interval | None = No
 
 
 def _window(spans: Sequence[Span], window: Interval | None) -> Interval:
-    """What to show, on the spans' clock; by default the first 1.5 s of decoding."""
+    """Return what to show, on the spans' clock; by default the first 1.5 s of decoding."""
     zero, end = min(s.begin for s in spans), max(s.end for s in spans)
     first, last = (
         (zero + window[0], zero + window[1]) if window else (_decoding(spans)[0][0], math.inf)
@@ -255,7 +265,7 @@ def _window(spans: Sequence[Span], window: Interval | None) -> Interval:
 
 
 class _Cell(NamedTuple):
-    """What a character stands for."""
+    """This is what a character stands for."""
 
     glyph: str
     segment: int | None = None
@@ -277,7 +287,7 @@ def _filled(row: list[Span], first: float, last: float, columns: int) -> str:
 
 
 def _numbered(cell: _Cell, length: int) -> str:
-    """The glyph that many times, with the segment's number in it where there is room."""
+    """Return the glyph so many times, with the segment's number in it where there is room."""
     number = "" if cell.segment is None else str(cell.segment)
     if length < len(number) + 2:
         return cell.glyph * length
@@ -285,7 +295,8 @@ def _numbered(cell: _Cell, length: int) -> str:
 
 
 def _axis(first: float, last: float, columns: int) -> str:
-    """`|` under the character in which a round time begins, and the time in ms."""
+    """Return a line with `|` under the character in which a round time begins, and the time in
+    ms."""
     line = ""
     step = (last - first) * 1e3 / columns
     unit = _round_up(10 * step)
@@ -298,12 +309,12 @@ def _axis(first: float, last: float, columns: int) -> str:
 
 
 def _round_up(value: float) -> float:
-    """The next of 1, 2, 5, 10, 20 ..., of any size."""
+    """Return the next of 1, 2, 5, 10, 20 ..., of any size."""
     power = 10.0 ** math.floor(math.log10(value))
     return next(power * digit for digit in (1, 2, 5, 10) if power * digit >= value * (1 - 1e-9))
 
 
-# ---- picture ---------------------------------------------------------------------------------------
+# ---- picture -------------------------------------------------------------------------------------
 _COLOURS = {  # Okabe and Ito's palette, which every kind of colour vision tells apart
     "accepted": ("#009e73", "became text"),
     "pruned": ("#f0b64a", "refused later"),
@@ -314,13 +325,15 @@ _COLOURS = {  # Okabe and Ito's palette, which every kind of colour vision tells
 }
 _LANES = ("draft", "compute", "send", "receive")
 _DIGIT = 6.0
-"""pixels"""
+"""A digit is this many pixels wide."""
 _ACROSS = 1250
-"""pixels, about: the width of the time axis"""
+"""The time axis is about this many pixels wide."""
 
 
 class _Lane(NamedTuple):
-    """A row of the picture: spans of one row of one rank, between two heights (down is more)."""
+    """A lane is a row of the picture.
+
+    It holds the spans of one row of one rank, between two heights (down is more)."""
 
     rank: int
     row: str
@@ -342,7 +355,9 @@ def draw(
     facts: dict[str, Any],
     window: Interval | None = None,
 ) -> None:
-    """A PNG of 1400 x 600 pixels, written beside and renamed: a band a rank, time to the right. UserError if matplotlib is missing."""
+    """Write a PNG of 1400 x 600 pixels, with a band for each rank and time to the right.
+
+    It is written beside and renamed. Raise UserError if matplotlib is missing."""
     need(can_draw(), MISSING)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -380,7 +395,9 @@ def draw(
 
 
 def _lanes(spans: Sequence[Span]) -> Iterator[_Lane]:
-    """From the top: rank 0's rows, stage 1's ...; the row in which a rank works is taller."""
+    """Yield the lanes from the top: rank 0's rows, stage 1's and so on.
+
+    The row in which a rank works is taller."""
     present = {(s.rank, s.row) for s in spans}
     top = 0.0
     for rank in range(max(s.rank for s in spans) + 1):
@@ -394,7 +411,7 @@ def _lanes(spans: Sequence[Span]) -> Iterator[_Lane]:
 
 
 def _frame(axes: Axes, lanes: list[_Lane]) -> None:
-    """Bands, the names at the left, the grid."""
+    """Draw the bands, the names at the left, and the grid."""
     axes.set_ylim(max(lane.bottom for lane in lanes) + 0.3, -0.3)
     for _, of_rank in groupby(lanes, key=lambda lane: lane.rank):
         band = list(of_rank)
@@ -419,7 +436,7 @@ def _title(lane: _Lane) -> str:
 
 
 def _fill(axes: Axes, lane: _Lane, spans: list[Span], zero: float, pixels: float) -> None:
-    """The slices of a lane; `pixels` a second."""
+    """Draw the slices of a lane; a second is `pixels` pixels."""
     bars = [((s.begin - zero) * 1e3, (s.end - s.begin) * 1e3) for s in spans]
     edges = [0.8 if (s.end - s.begin) * pixels > 4 else 0.0 for s in spans]
     gap = 0.05 if lane.is_main else 0.12
@@ -469,6 +486,8 @@ def _legend(axes: Axes, spans: Sequence[Span]) -> None:
 
 
 def window(spans: Sequence[Span], first: float | None, last: float | None) -> Interval:
-    """What to draw, in seconds since the first span: as given, else from where decoding begins, SHOWN seconds."""
+    """Return what to draw, in seconds since the first span.
+
+    It is as given, or else SHOWN seconds from where decoding begins."""
     begin = _decoding(spans)[0][0] - min(s.begin for s in spans) if first is None else first
     return begin, begin + SHOWN if last is None else last

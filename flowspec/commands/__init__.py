@@ -1,4 +1,6 @@
-"""A file for each sub-command, with its `main(words) -> exit code`: it reads the command line, calls what does the work, and prints."""
+"""There is a file for each sub-command, with its `main(words) -> exit code`.
+
+It reads the command line, calls what does the work, and prints."""
 
 COMMANDS = {
     "run": "generate text over the ring of stages",
@@ -8,4 +10,4 @@ COMMANDS = {
     "trace": "say where the time of a traced run went, and draw it",
     "split": "cut a checkpoint into a file a stage (split_models.py)",
 }
-"""name, which is also the module's -> what it is for"""
+"""This maps the name of a sub-command, which is also the module's, to what it is for."""

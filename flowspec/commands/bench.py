@@ -1,4 +1,4 @@
-"""`flowspec bench compare`: methods on the same prompts in one call."""
+"""`flowspec bench` measures methods: `compare` one request at a time, `load` several."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _prompts(options: argparse.Namespace, path: Path) -> list[str]:
 
 
 def _without(options: argparse.Namespace) -> list[str]:
-    """The switches of `policy` that --without names."""
+    """Return the switches of `policy` that --without names."""
     if options.without == "all":
         return list(SWITCHES)
     return [] if options.without is None else methods(options.without, SWITCHES, "--without")

@@ -1,4 +1,6 @@
-"""What the commands that take a configuration have in common on the command line. Imports no torch."""
+"""The commands that take a configuration share this part of the command line.
+
+This module imports no torch."""
 
 from __future__ import annotations
 
@@ -24,11 +26,11 @@ SAMPLING = {
     "seed": (int, "of the keyed noise; the same seed writes the same text with every method"),
     "max_new_tokens": (int, "the limit of new tokens"),
 }
-"""flag -> (type, help)"""
+"""This maps a flag to its type and its help."""
 
 
 def add_shared(parser: argparse.ArgumentParser) -> None:
-    """CONFIG, overrides, prompts, the method and how it samples."""
+    """Add CONFIG, overrides, prompts, the method and how it samples."""
     parser.add_argument(
         "words",
         nargs="*",
@@ -59,11 +61,11 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
 
 
 def configuration(options: argparse.Namespace) -> tuple[Path, Config]:
-    """The configuration file and what it says, flags and overrides applied."""
+    """Return the configuration file and what it says, with flags and overrides applied."""
     files = [word for word in options.words if "=" not in word]
     need(len(files) <= 1, f"one configuration at a time: {' and '.join(files)} were given")
     path = Path(files[0]).resolve() if files else DEMO
-    # what is installed may lie where nothing can be written: its demo is split elsewhere
+    # an installed package may lie where nothing can be written: its demo is split elsewhere
     overrides = [] if CHECKOUT or path != DEMO else [f"stages={BUILD / 'demo'}"]
     overrides += [word for word in options.words if "=" in word]
     overrides += [f"method={options.method}"] if options.method is not None else []
@@ -84,12 +86,12 @@ def number(text: str, kind: type, flag: str) -> int | float:
 
 
 def numbers(text: str, kind: type, flag: str) -> list:
-    """A list with commas."""
+    """Return the numbers of a list with commas."""
     return [number(part, kind, flag) for part in text.split(",")]
 
 
 def methods(text: str, known: Iterable[str], flag: str = "--methods") -> list[str]:
-    """A list with commas of known methods."""
+    """Return the methods of a list with commas; each must be known."""
     known, chosen = list(known), text.split(",")
     need(len(set(chosen)) == len(chosen), f"{flag}: {text} names something twice")
     for name in chosen:
@@ -98,7 +100,7 @@ def methods(text: str, known: Iterable[str], flag: str = "--methods") -> list[st
 
 
 def temperatures_of(options: argparse.Namespace, config: Config) -> list[float]:
-    """As --temperatures lists them, else the configured one."""
+    """Return the temperatures that --temperatures lists, or else the configured one."""
     return (
         numbers(options.temperatures, float, "--temperatures")
         if options.temperatures
@@ -111,16 +113,18 @@ def given_prompts(options: argparse.Namespace) -> list[str]:
 
 
 def benchmark_prompts(options: argparse.Namespace) -> list[str]:
-    """As given, else the demo's. The first --prompts of them."""
+    """Return the given prompts, or else the demo's; --prompts limits how many."""
     prompts = given_prompts(options) or read_prompts(str(DEMO_PROMPTS))
     most = number(options.prompts, int, "--prompts")
     need(most >= 1, f"--prompts is {most}: use at least one")
     return prompts[: int(most)]
 
 
-# ---- the demo model --------------------------------------------------------------------------------
+# ---- the demo model ------------------------------------------------------------------------------
 def demo_stages(config: Config) -> int | None:
-    """In how many stages the configuration wants the shipped target (demo, demo_sN in BUILD); None: another model."""
+    """Return in how many stages the configuration wants the shipped target; None for another model.
+
+    The shipped target is demo, and demo_sN in BUILD."""
     folder = config.stages_path.resolve()
     found = (
         re.fullmatch(r"demo(?:_s(\d+))?", folder.name) if folder.parent == BUILD.resolve() else None

@@ -1,8 +1,8 @@
-"""What the commands that run on a ring of ranks share: `run`, `verify`, `bench`.
+"""The commands that run on a ring of ranks share this: `run`, `verify` and `bench`.
 
-Such a command is started twice: first as the launcher, which checks all that can be checked without importing torch, then by
-torchrun as each rank. Over several hosts it is started as the ranks alone (launch/run.py).
-"""
+Such a command is started twice: first as the launcher, which checks all that can be checked without
+importing torch, then by torchrun as each rank. Over several hosts it is started as the ranks alone
+(launch/run.py)."""
 
 from __future__ import annotations
 
@@ -30,24 +30,29 @@ if TYPE_CHECKING:
     from flowspec.engine import Engine
 
 LET_RANK_0_SPEAK = 10.0
-"""seconds, for a rank that torchrun started and that was told something wrong: rank 0 has read the same configuration"""
+"""A rank that torchrun started waits so many seconds when something is wrong. Rank 0, which has
+read the same configuration, speaks meanwhile."""
 
 
 @dataclass(frozen=True)
 class RingCommand:
-    """What tells such commands apart. `main(words)` is the whole of one."""
+    """This is what tells such commands apart.
+
+    `main(words)` runs one as a whole."""
 
     name: str
     about: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     prompts: Callable[[argparse.Namespace, Path], list[str]]
-    """of the options and the configuration's path"""
+    """This returns the prompts, given the options and the configuration's path."""
     lead: Callable[[Engine, argparse.Namespace, list[str]], int]
-    """rank 0's part, once all ranks are loaded: its exit code"""
+    """This is rank 0's part, once all ranks are loaded; it returns the exit code."""
     check: Callable[[argparse.Namespace, Config, Manifest], None]
-    """UserError for what is wrong with its own options, before any rank starts"""
+    """This raises UserError for what is wrong with the command's own options, before any rank
+    starts."""
     prepare: Callable[[argparse.Namespace], None] = lambda options: None
-    """of rank 0, before it joins the others: what takes seconds, in which a rank that has joined would be silent"""
+    """Rank 0 calls this before it joins the others: it takes seconds, in which a rank that has
+    joined would be silent."""
 
     def main(self, words: Sequence[str]) -> int:
         parser = Parser(prog=f"flowspec {self.name}", description=self.about)
@@ -58,7 +63,7 @@ class RingCommand:
         return _rank(self, options) if is_rank() else _launch(self, options)
 
 
-# ---- as the launcher -------------------------------------------------------------------------------
+# ---- as the launcher -----------------------------------------------------------------------------
 def _launch(command: RingCommand, options: argparse.Namespace) -> int:
     from flowspec.preflight import check_prompt, check_run, check_writable
     from flowspec.text import Text
@@ -79,7 +84,7 @@ def _launch(command: RingCommand, options: argparse.Namespace) -> int:
     return launch([*command.name.split(), *options.given], manifest.topology.world_size)
 
 
-# ---- as a rank -------------------------------------------------------------------------------------
+# ---- as a rank -----------------------------------------------------------------------------------
 def _rank(command: RingCommand, options: argparse.Namespace) -> NoReturn:
     from flowspec.runtime.process import launched, leave, own_name, report
 
@@ -112,7 +117,7 @@ def _rank(command: RingCommand, options: argparse.Namespace) -> NoReturn:
 
 
 def _serve(command: RingCommand, options: argparse.Namespace) -> int:
-    """This rank's part of the run; its exit code."""
+    """Do this rank's part of the run; return its exit code."""
     path, config = configuration(options)
     if os.environ["RANK"] != "0":
         from flowspec.rank import serve_as
@@ -138,5 +143,6 @@ def _lead(engine: Engine, command: RingCommand, options: argparse.Namespace, pat
     from flowspec.commands.session import show_loading
 
     show_loading(engine)
-    gc.freeze()  # what is loaded stays: the collector need not look at it again between two segments
+    # what is loaded stays: the collector need not look at it again between two segments
+    gc.freeze()
     return command.lead(engine, options, command.prompts(options, path))

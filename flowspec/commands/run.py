@@ -1,4 +1,4 @@
-"""`flowspec run`: generate text over the ring of stages."""
+"""`flowspec run` generates text over the ring of stages."""
 
 from __future__ import annotations
 

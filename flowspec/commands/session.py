@@ -1,4 +1,4 @@
-"""What rank 0 does for the person at the terminal: stream texts, hold a conversation."""
+"""Rank 0 serves the person at the terminal: it streams texts and holds a conversation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GREEN, RESET = "\x1b[32m", "\x1b[0m"
 
 
 def show_loading(engine: Engine) -> None:
-    """A line a rank when it holds its weights, and one a second until then."""
+    """Print a line for each rank when it holds its weights, and one each second until then."""
 
     def show(rank: int, facts: dict) -> None:
         size, seconds = facts["megabytes"], facts["seconds"]
@@ -32,7 +32,7 @@ def show_loading(engine: Engine) -> None:
     engine.wait_until_loaded(show)
 
 
-# ---- texts -----------------------------------------------------------------------------------------
+# ---- texts ---------------------------------------------------------------------------------------
 def run(
     engine: Engine,
     prompts: Sequence[str],
@@ -41,8 +41,10 @@ def run(
     chat: bool,
     explain: bool = False,
 ) -> None:
-    """Stream each prompt's continuation, show its table (with `explain` also what the policy chose), write its JSON line;
-    with `chat` by the chat template, and as a conversation if no prompt was given."""
+    """Stream each prompt's continuation, show its table and write its JSON line.
+
+    With `explain`, also show what the policy chose. With `chat`, use the chat template, and hold a
+    conversation if no prompt was given."""
     with _json_lines(json_path) as write:
         if chat and not prompts:
             converse(engine, stop, write, explain)
@@ -61,7 +63,8 @@ def run(
 
 
 def stream(generation: Generation) -> Result:
-    """Print the text as it is committed; green: accepted from the draft, plain: the target's own."""
+    """Print the text as it is committed: green if accepted from the draft, plain if the target's
+    own."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for token in generation:
         text = (
@@ -81,7 +84,7 @@ def _explain(generation: Generation, wanted: bool) -> None:
 
 
 def table(result: Result) -> str:
-    """The end's small table."""
+    """Return the small table that stands at the end."""
     rate = "-" if result.tokens_per_second is None else f"{result.tokens_per_second:.1f}"
     busy = " ".join(f"{share:.0%}" for share in result.stage_utilisation)
     rows = [
@@ -104,7 +107,9 @@ def table(result: Result) -> str:
 
 @contextmanager
 def _json_lines(path: str | None) -> Iterator[Callable[[Result], None]]:
-    """A function that writes one result a line. The file is written beside and renamed when all are there."""
+    """Yield a function that writes one result in each line.
+
+    The file is written beside and renamed when all are there."""
     if path is None:
         yield lambda result: None
         return
@@ -118,11 +123,11 @@ def _json_lines(path: str | None) -> Iterator[Callable[[Result], None]]:
     settle(beside)
 
 
-# ---- conversation ----------------------------------------------------------------------------------
+# ---- conversation --------------------------------------------------------------------------------
 def converse(
     engine: Engine, stop: Sequence[str], write: Callable[[Result], None], explain: bool
 ) -> None:
-    """Read a line, answer it, remember both; an empty line or the end of input ends it."""
+    """Read a line, answer it and remember both; an empty line or the end of input ends this."""
     turns: list[dict[str, str]] = []
     stops = [*stop] if engine.text.has_template else [*stop, "\nUser:"]
     while line := _ask():

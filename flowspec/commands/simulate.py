@@ -1,4 +1,6 @@
-"""`flowspec simulate CONFIG`: predicted tokens/s of any number of stages, link and method, and the picture of one run."""
+"""`flowspec simulate CONFIG` predicts tokens/s and draws the picture of one run.
+
+It does so for any number of stages, link and method."""
 
 from __future__ import annotations
 
@@ -130,7 +132,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-# ---- what is simulated ----------------------------------------------------------------------------
+# ---- what is simulated ---------------------------------------------------------------------------
 def _cells(
     options: argparse.Namespace, path: Path, config: Config, temperatures: list[float]
 ) -> Iterator[Cell]:
@@ -219,7 +221,7 @@ def _forecaster(
     return forecaster
 
 
-# ---- what is shown ---------------------------------------------------------------------------------
+# ---- what is shown -------------------------------------------------------------------------------
 def _show(
     options: argparse.Namespace,
     cells: list[Cell],

@@ -1,4 +1,4 @@
-"""`flowspec split`, split_models.py: cut a checkpoint into a folder a rank."""
+"""`flowspec split` and split_models.py cut a checkpoint into a folder for each rank."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def parser() -> Parser:
 
 @command
 def main(argv: Sequence[str]) -> int:
-    """Exit code: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
+    """Split and return the exit code: 0, 2 for bad input (one line on stderr), 130 when
+    interrupted."""
     args = parser().parse_args(argv)
     with _sigterm_interrupts():
         split(
@@ -65,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """A plain kill cleans up like Ctrl-C does."""
+    """Let a plain kill clean up as Ctrl-C does."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

@@ -1,4 +1,4 @@
-"""`flowspec trace FILE`: where the time of a traced run went."""
+"""`flowspec trace FILE` says where the time of a traced run went."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _parser() -> Parser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the verdict, draw the picture. UserError for bad input."""
+    """Print the verdict and draw the picture; raise UserError for bad input."""
     options = _parser().parse_args(argv)
     spans, facts = read(options.file)
     print(verdict(spans, facts))

@@ -1,4 +1,4 @@
-"""`flowspec verify`: prove, here and now, that speculation changes no token."""
+"""`flowspec verify` proves, here and now, that speculation changes no token."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def _lead(engine: Engine, options: argparse.Namespace, prompts: list[str]) -> in
 
 
 def _settings(config: Config) -> list[dict]:
-    """Greedy, and the configured sampling with three seeds (temperature 0.8, top-p 0.9 where it is greedy)."""
+    """Return greedy sampling and the configured sampling with three seeds.
+
+    Where the configuration is greedy, temperature 0.8 and top-p 0.9 take its place."""
     own = config.sampling
     sampled = {
         "temperature": own.temperature or 0.8,

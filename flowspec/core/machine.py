@@ -1,9 +1,11 @@
-"""A stage's mind: events in, actions out. Pure: it knows no tensor, device, clock, thread or transport.
+"""A stage machine decides what a stage does: events go in, actions come out.
 
-It decides what of a segment is worth computing, what rank 0 is told, when a forward is abandoned, what is passed on, when cache
-rows move and which nodes have become text. runtime/worker.py performs that with a model, sim/world.py with time alone, and the
-tests' worlds with a model that is made up, so all three are the same stage.
-"""
+It decides what of a segment is worth computing, what rank 0 is told, when a forward is abandoned,
+what is passed on, when cache rows move and which nodes have become text. runtime/worker.py performs
+the actions with a model, sim/world.py with time alone, and the tests' worlds with an invented
+model. So all three are the same stage.
+
+This module is pure: it knows no tensor, device, clock, thread or transport."""
 
 from __future__ import annotations
 
@@ -18,9 +20,9 @@ from flowspec.core.stage import Accepted, Admitted, Gather, StageState
 from flowspec.core.topology import Topology
 
 
-# ---- events ----------------------------------------------------------------------------------------
+# ---- events --------------------------------------------------------------------------------------
 class Begin(NamedTuple):
-    """A request begins; `drop_dead` and `abort` are the policy's switches."""
+    """A request begins; `drop_dead` and `abort` are the switches of its policy."""
 
     request: int
     drop_dead: bool = True
@@ -28,14 +30,16 @@ class Begin(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Rows of the prompt were taken off the queue."""
+    """So many rows of the prompt were taken off the queue."""
 
     request: int
     rows: int
 
 
 class Arrived(NamedTuple):
-    """A batch was taken off the queue, in which it lay for `waited` seconds; its hop took `hop` seconds, by two clocks."""
+    """A batch was taken off the queue, in which it lay for `waited` seconds.
+
+    Its hop took `hop` seconds, read from the clocks of two machines."""
 
     batch: Batch
     waited: float
@@ -43,21 +47,21 @@ class Arrived(NamedTuple):
 
 
 class Computed(NamedTuple):
-    """The forward under way is over after so many seconds: `whole`, or abandoned."""
+    """The forward under way has ended after so many seconds: as a `whole`, or abandoned."""
 
     seconds: float
     whole: bool = True
 
 
 class Decided(NamedTuple):
-    """Rank 0 has decided what is text, and what lives on."""
+    """Rank 0 has decided what is text, and which nodes live on."""
 
     request: int
     prune: Prune
 
 
 class End(NamedTuple):
-    """A request is over, or cancelled."""
+    """A request has ended or was cancelled."""
 
     request: int
 
@@ -65,26 +69,29 @@ class End(NamedTuple):
 StageEvent = Begin | Chunk | Arrived | Computed | Decided | End
 
 
-# ---- actions ---------------------------------------------------------------------------------------
+# ---- actions -------------------------------------------------------------------------------------
 class Part(NamedTuple):
-    """What of a forward belongs to one request."""
+    """A part is what one request has in a forward."""
 
     request: int
     segment: Segment | None
-    """the nodes that were worth it; None: rows of the prompt"""
+    """It holds the nodes that were worth computing; None means that these are rows of the
+    prompt."""
     admitted: Admitted
-    """their rows in the request's cache"""
+    """These are their rows in the request's cache."""
     rows: list[int]
-    """which of the rows that arrived they are"""
+    """These are indices of theirs among the rows that arrived."""
 
     @property
     def context(self) -> int:
-        """Rows of the cache that were there before."""
+        """Return how many rows the cache had before."""
         return self.admitted.length - len(self.rows)
 
 
 class Compute(NamedTuple):
-    """Begin a forward over rows of some requests, and say `Computed` when it is over. Ask `wanted` between its layers."""
+    """Begin a forward over rows of some requests.
+
+    The performer calls `wanted` between its layers, and `Computed` follows when it is over."""
 
     parts: list[Part]
 
@@ -94,23 +101,23 @@ class Compute(NamedTuple):
 
     @property
     def segments(self) -> list[Segment]:
-        """Those of its parts; none if they are rows of a prompt."""
+        """Return the segments of its parts; there are none if the parts are rows of a prompt."""
         return [part.segment for part in self.parts if part.segment]
 
     @property
     def context(self) -> int:
-        """Rows of the cache behind a row, in the mean over the rows."""
+        """Return how many cache rows lie before a row, as the mean over the rows."""
         return sum(part.context * len(part.rows) for part in self.parts) // max(1, self.rows)
 
 
 class Passed(NamedTuple):
-    """What of a forward goes on of one request."""
+    """Passed is what goes on to the next rank of one request's part of a forward."""
 
     request: int
     segment: Segment | None
-    """the nodes that are still alive; None: rows of the prompt"""
+    """It holds the nodes that are still alive; None means that these are rows of the prompt."""
     rows: list[int]
-    """which of the computed rows they are"""
+    """These are indices of theirs among the computed rows."""
 
 
 class Pass(NamedTuple):
@@ -120,7 +127,7 @@ class Pass(NamedTuple):
 
     @property
     def batch(self) -> Batch:
-        """Its segments; their rows are those of `rows`, in this order."""
+        """Return the batch of its segments; their rows are those of `rows`, in this order."""
         return Batch(tuple(Piece(p.request, p.segment) for p in self.parts if p.segment))
 
     @property
@@ -129,20 +136,22 @@ class Pass(NamedTuple):
 
 
 class Tell(NamedTuple):
-    """Send this to rank 0, beside the ring."""
+    """Send this event to rank 0, outside the ring."""
 
     event: Started | Cost | Idle
 
 
 class Move(NamedTuple):
-    """Move rows of the request's cache. No forward is under way."""
+    """Move rows of the request's cache; no forward is under way."""
 
     request: int
     gather: Gather
 
 
 class Settled(NamedTuple):
-    """These nodes became text, at the positions from `at` on. What is held of others may be forgotten if they are not alive."""
+    """These nodes became text, at the positions from `at` on.
+
+    What is held of other nodes may be forgotten if they are not alive."""
 
     request: int
     at: int
@@ -154,41 +163,46 @@ StageAction = Compute | Pass | Tell | Move | Settled
 
 @dataclass
 class _Live:
-    """A request in this stage."""
+    """This is what the machine knows of one request."""
 
     drop_dead: bool
     abort: bool
     books: StageState
     accepted: Accepted = field(default_factory=Accepted)
     due: deque[Gather] = field(default_factory=deque)
-    """moves that wait for the end of the forward under way"""
+    """These moves wait for the end of the forward under way."""
 
 
 class StageMachine:
-    """The stage of rank `rank`. `handle(event) -> actions`, to be performed in order. One forward is under way at a time."""
+    """The machine of the stage of rank `rank`.
+
+    `handle(event)` returns actions, which are to be performed in order. One forward is under way at
+    a time."""
 
     def __init__(self, rank: int, topology: Topology, books: Callable[[], StageState] = StageState):
         self.rank, self._is_first, self._books = rank, rank == topology.FIRST, books
         self.meter = Meter()
         self.running: Compute | None = None
-        """the forward under way"""
+        """This is the forward under way, or None."""
         self._live: dict[int, _Live] = {}
-        self._over: set[int] = set()  # ended before they began here
+        self._over: set[int] = set()  # requests that ended before they began here
 
     def handle(self, event: StageEvent) -> list[StageAction]:
         return _HANDLERS[type(event)](self, event)
 
     def forget(self) -> None:
-        """Forget what earlier requests have cost."""
+        """Forget what the forwards and hops of earlier requests have cost."""
         self.meter = Meter()
 
     def books(self, request: int) -> StageState | None:
-        """Of a request that is alive here."""
+        """Return the books of a request; None if it is not alive here."""
         live = self._live.get(request)
         return live.books if live else None
 
     def wanted(self) -> bool:
-        """Whether the forward under way is still worth its time: not when all of its requests are over, or all of their nodes dead."""
+        """Return whether the forward under way is still worth its time.
+
+        It is not when each of its requests has ended or has only dead nodes in it."""
         assert self.running is not None
         return any(self._wants(part) for part in self.running.parts)
 
@@ -199,16 +213,17 @@ class StageMachine:
         )
 
     def walk(self, part: Part, choose: Callable[[int], int]) -> list[int]:
-        """On a last stage that picks tokens, with the forward under way computed: indices of a part's nodes that become text.
+        """Return the indices of a part's nodes that become text, on a last stage that picks tokens.
 
-        `choose(k)`, the target's token after the k-th, is asked of these alone."""
+        The forward under way has been computed. `choose(k)` returns the target's token after the
+        k-th node; it is called for these nodes alone."""
         live, segment = self._live.get(part.request), part.segment
         assert segment is not None
         return (
             live.accepted.walk(segment.ids, segment.parents, segment.tokens, choose) if live else []
         )
 
-    # ---- what happens ------------------------------------------------------------------------------
+    # ---- what happens ----------------------------------------------------------------------------
     def _begin(self, event: Begin) -> list[StageAction]:
         if event.request in self._over:
             self._over.discard(event.request)
@@ -227,7 +242,7 @@ class StageMachine:
         batch = event.batch
         self.meter.hop(batch.rows, event.hop)
         parts: list[Part] = []
-        first = 0  # of the piece's rows in the batch
+        first = 0  # the piece's first row in the batch
         for request, segment in batch.pieces:
             live = self._live.get(request)
             if live:
@@ -239,7 +254,8 @@ class StageMachine:
             first += len(segment.ids)
         forward = Compute(parts)
         actions: list[StageAction] = []
-        if self._is_first:  # rank 0 learns when this stage will be free, so that the next batch can arrive just then
+        # rank 0 learns when this stage will be free, so that the next batch can arrive just then
+        if self._is_first:
             predicted = self.meter.forward.predict(forward.rows, forward.context)
             expected = predicted if parts else 0.0
             actions.append(Tell(Started(batch.number, forward.rows, expected, event.waited)))
@@ -259,7 +275,7 @@ class StageMachine:
         if not event.whole and self._is_first:
             actions.append(Tell(Idle()))
         passed: list[Passed] = []
-        first = 0  # of the part's rows in the forward
+        first = 0  # the part's first row in the forward
         for part in done.parts:
             live = self._live.get(part.request)
             if live:
@@ -271,7 +287,9 @@ class StageMachine:
         return [*actions, Pass(passed)] if passed else actions
 
     def _passed(self, live: _Live, part: Part, first: int) -> list[Passed]:
-        """What goes on of a part whose rows begin with row `first` of the forward; nothing if all of it is dead."""
+        """Return what goes on of a part whose rows begin with row `first` of the forward.
+
+        The list is empty if all of the part is dead."""
         rows, segment = range(first, first + len(part.rows)), part.segment
         if segment is None:
             return [Passed(part.request, None, [*rows])]

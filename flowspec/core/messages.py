@@ -1,8 +1,8 @@
-"""Everything rank 0's scheduler hears (events) and says (actions), and what a stage hears. Pure.
+"""These are the events that rank 0's scheduler hears, its actions, and what a stage hears.
 
-Node ids are stable: they grow in the order of creation, a parent's id is below its children's, and no
-id is used twice in a request. The root is the newest known token that has not been through the target.
-"""
+Node ids are stable: they grow in the order of creation, a parent's id is below its children's, and
+no id is used twice in a request. The root is the newest known token that has not been through the
+target. This module is pure (no torch, clock or I/O)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ import numpy as np
 from flowspec.core.curve import Curve
 
 PREFILL_ROWS = 128
-"""of the prompt in a message"""
+"""A message holds at most this many rows of the prompt."""
 FRAME_BYTES = 160
-"""of a message beside its tensors, about: header, kind, facts, dtypes and shapes (comm/codec.py)"""
+"""A message takes about this many bytes beside its tensors: header, kind, facts, dtypes and shapes
+(comm/codec.py)."""
 KEPT = 20
-"""candidates that a drafter names for a node at most, if it knows a distribution"""
+"""A drafter names at most this many candidates for a node, if it knows a distribution."""
 
 
-# ---- rank 0 to the stages --------------------------------------------------------------------------
+# ---- rank 0 to the stages ------------------------------------------------------------------------
 class Segment(NamedTuple):
-    """Nodes of one request to verify, parents before children.
+    """A segment holds nodes of one request to verify, parents before children.
 
     A root's parent is the last committed node (or -1). A run uses no number twice."""
 
@@ -34,7 +35,7 @@ class Segment(NamedTuple):
     tokens: tuple[int, ...]
 
     def only(self, kept: Sequence[int]) -> Segment:
-        """The part at these indices."""
+        """Return the part of the segment at these indices."""
         if len(kept) == len(self.ids):
             return self
         ids, parents, tokens = (tuple(column[k] for k in kept) for column in self[1:])
@@ -42,16 +43,17 @@ class Segment(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A segment on its way, and whose it is."""
+    """A piece is a segment on its way, with the request to which it belongs."""
 
     request: int
     segment: Segment
 
 
 class Batch(NamedTuple):
-    """Segments of different requests that travel together: one message a hop, one forward a stage.
+    """A batch holds segments of different requests that travel together.
 
-    It goes by the number of its first segment."""
+    It is one message on each hop and one forward in each stage. Its number is that of its first
+    segment."""
 
     pieces: tuple[Piece, ...]
 
@@ -65,18 +67,21 @@ class Batch(NamedTuple):
 
 
 class Prune(NamedTuple):
-    """What was decided: the path up to `anchor` is text now, and only `root` and its descendants live on.
+    """A prune says what was decided: the path up to `anchor` is text now.
 
-    It may come late, early or never. A stage derives the rest from the parents it was given."""
+    Only `root` and its descendants live on. A prune may come late, early or never. A stage derives
+    the rest from the parents that it was given."""
 
     version: int
     anchor: int
     root: int
 
 
-# ---- actions ---------------------------------------------------------------------------------------
+# ---- actions -------------------------------------------------------------------------------------
 class DraftNode(NamedTuple):
-    """A node the drafter should expand. `parent` is the anchor when the node is the root."""
+    """This is a node that the drafter should expand.
+
+    If the node is the root, `parent` is the anchor."""
 
     id: int
     parent: int
@@ -84,26 +89,29 @@ class DraftNode(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """Run one drafter forward over nodes of some requests and propose children for each."""
+    """Run one drafter forward over nodes of some requests and propose children for each node."""
 
     asks: tuple[tuple[int, tuple[DraftNode, ...]], ...]
-    """pairs of a request and its nodes"""
+    """These are pairs of a request and its nodes."""
 
 
 class Commit(NamedTuple):
-    """Tokens that are final now, in order; `path` are the nodes they were picked at (the first is the old root).
+    """A commit holds tokens that are final now, in the order of the text.
 
-    `accepted[i]`: the token had been drafted and sent before the target picked it."""
+    `path` are the nodes after which they were picked; the first is the old root. `accepted[i]` is
+    True if the token had been drafted and sent before the target picked it."""
 
     path: tuple[int, ...]
     tokens: tuple[int, ...]
     accepted: tuple[bool, ...]
     root: int
-    """The id of the last token's node: the new root."""
+    """This is the id of the last token's node, which is the new root."""
 
 
 class Wake(NamedTuple):
-    """Call again at this time (seconds of the driver's clock) unless something comes before."""
+    """Call the scheduler again at this time (seconds of the driver's clock).
+
+    The call is due only if nothing comes before."""
 
     at: float
 
@@ -115,7 +123,7 @@ class Finish(NamedTuple):
 
 
 Consequence = Prune | Commit | Finish
-"""what comes of a decision"""
+"""A decision has these consequences."""
 
 
 class Decision(NamedTuple):
@@ -128,40 +136,45 @@ class Decision(NamedTuple):
 Action = Batch | Draft | Decision | Wake
 
 
-# ---- events ----------------------------------------------------------------------------------------
+# ---- events --------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True, eq=False)
 class Proposal:
-    """A drafter's children for one node, best first."""
+    """A proposal holds a drafter's children for one node, best first."""
 
     tokens: np.ndarray
-    """int64 [k]"""
+    """These are the children's tokens, int64 [k]."""
     z: np.ndarray
-    """float64 [k], or [k, D] by D drafters: log-probabilities at the request's temperature (1 when greedy), plus the target's own keyed
-    Gumbel noise at that position if coupled"""
+    """These are log-probabilities, float64 [k], or [k, D] by D drafters. They hold at the request's
+    temperature (at 1 if it is greedy). If the proposal is coupled, the target's own keyed Gumbel
+    noise at that position is added."""
     coverage: float = 0.97
-    """how often the target's choice is in the list"""
+    """The target's choice is in the list with this probability."""
     coupled: bool = False
-    """z has that noise in it"""
+    """The noise is in `z`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Drafted:
-    """The drafter's answer: the proposals of n nodes as arrays, k candidates each. Nodes that it cannot go on from are left out.
+    """Drafted is the drafter's answer: the proposals for n nodes as arrays of k candidates each.
 
-    Several drafters that answer as one (draft/mixture.py) say a z each, D in all; else D is 1."""
+    Nodes from which the drafter cannot go on are left out. Several drafters that answer as one
+    (draft/mixture.py) give a `z` each, D in all; otherwise D is 1."""
 
     nodes: tuple[int, ...]
     tokens: np.ndarray
-    """int64 [n, k]"""
+    """These are the candidates' tokens, int64 [n, k]."""
     z: np.ndarray
-    """float64 [n, k, D]; -inf behind a list that is shorter"""
+    """These are the candidates' `z` as in a proposal, float64 [n, k, D]; entries behind the end of
+    a shorter list are -inf."""
     coupled: bool
     coverage: np.ndarray
-    """float64 [n]"""
+    """This is each proposal's coverage, float64 [n]."""
 
     @classmethod
     def pack(cls, ids: Iterable[int], proposals: Iterable[Proposal | None]) -> Drafted:
-        """One proposal a node; None: it cannot go on from there."""
+        """Return the answer that holds one proposal for each node.
+
+        None stands for a node from which the drafter cannot go on."""
         pairs = [(id, p) for id, p in zip(ids, proposals, strict=True) if p is not None]
         k = max((len(p.tokens) for _, p in pairs), default=0)
         tokens, z = (
@@ -181,7 +194,7 @@ class Drafted:
         )
 
     def proposal(self, node: int) -> Proposal | None:
-        """The candidates of one node; None if there are none."""
+        """Return the candidates of one node; None if there are none."""
         if node not in self.nodes:
             return None
         row = self.nodes.index(node)
@@ -191,7 +204,7 @@ class Drafted:
         )
 
     def only(self, rows: list[int]) -> Drafted:
-        """The answer for some of its nodes."""
+        """Return the answer for the nodes in these rows."""
         return Drafted(
             tuple(self.nodes[r] for r in rows),
             self.tokens[rows],
@@ -206,31 +219,33 @@ def _drafters(proposal: Proposal) -> int:
 
 
 class Read(NamedTuple):
-    """The drafter has read the prompt of a request: it can be asked for children of its nodes."""
+    """The drafter has read the prompt of a request and can be asked for children of its nodes."""
 
     request: int
 
 
 class Answered(NamedTuple):
-    """A drafter forward is over, with an answer for each request whose nodes were in it."""
+    """A drafter forward has ended, with an answer for each request whose nodes were in it."""
 
     answers: tuple[tuple[int, Drafted], ...]
 
 
 Choose = Callable[[int, Sequence[int]], int]
-"""(node, the nodes decided before it) -> the token that the target picks after it"""
+"""A call with a node and the nodes decided before it returns the token that the target picks after
+the node."""
 
 
 class Returned(NamedTuple):
-    """A segment came back, and what the target picks after these of its nodes can be told.
+    """A segment came back, with which the target's picks after these of its nodes can be told.
 
-    A last stage that picks walks itself: they are those that are text, often none. When rank 0 picks, all that live."""
+    If the last stage picks the tokens, it has done the walk: the nodes are those that became text,
+    often none. If rank 0 picks them, they are all nodes that live."""
 
     request: int
     number: int
     ids: tuple[int, ...]
     choose: Choose
-    """asked of the nodes of the walk alone, once each and in their order"""
+    """It is called for the nodes of the walk alone, once each and in their order."""
 
 
 class Back(NamedTuple):
@@ -240,9 +255,10 @@ class Back(NamedTuple):
 
 
 class Started(NamedTuple):
-    """The first stage took a batch off its queue: `rows` were alive, and it expects to be free in `expected` seconds.
+    """The first stage took a batch, of which `rows` rows were alive, off its queue.
 
-    `waited` is how long the batch had lain in its queue."""
+    It expects to be free in `expected` seconds. The batch had lain in the queue for `waited`
+    seconds."""
 
     number: int
     rows: int
@@ -251,7 +267,9 @@ class Started(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What a stage has measured: its forwards, and that its hop over n rows takes `row` * n seconds more than over none."""
+    """A cost is what a stage has measured: the curve of its forwards and the cost of a row's hop.
+
+    Its hop over n rows takes `row` * n seconds more than one over no rows."""
 
     stage: int
     forward: Curve
@@ -259,7 +277,7 @@ class Cost(NamedTuple):
 
 
 class Idle(NamedTuple):
-    """The first stage abandoned a batch none of whose rows lived any more: it is free now."""
+    """The first stage abandoned a batch of which no row lived any more: it is free now."""
 
 
 class Woke(NamedTuple):

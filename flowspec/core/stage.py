@@ -1,12 +1,15 @@
-"""A stage's bookkeeping: which cache row holds which node, what a new row may see, what a prune frees. Pure.
+"""A stage's books say which cache row holds which node, what a new row sees and what a prune frees.
 
-Rows [0, base) hold committed tokens in order. Behind them lie `tail` (committed, not moved down yet), live
-tree rows and dead ones, in the order of their arrival. Dead rows cost memory and nothing else, so they are
-gathered away lazily, when more than COMPACT of them have piled up.
+Rows [0, base) of the cache hold committed tokens in the order of the text. Behind them lie, in the
+order of their arrival, the `tail` (rows of committed tokens that have not been moved down yet),
+live tree rows and dead rows. Dead rows cost memory and nothing else, so they are removed lazily: a
+gather moves the other rows together once more than COMPACT rows are dead.
 
-The accepted path is never sent: it is the chain of parents of the prune's anchor through rows that are
-still tree rows here. So prune k+1 repairs a lost prune k, and a stage that never hears one is still right.
-"""
+The accepted path is never sent. A stage derives it: it is the chain of parents of the prune's
+anchor, through rows that are still tree rows here. So prune k+1 repairs a lost prune k, and a stage
+that never hears a prune is still right.
+
+This module is pure (no torch, clock or I/O)."""
 
 from __future__ import annotations
 
@@ -21,33 +24,35 @@ T = TypeVar("T")
 
 
 class Admitted(NamedTuple):
-    """What of a segment is worth computing here."""
+    """Admitted are the rows of a segment that are worth computing here, with what each row sees."""
 
     kept: list[int]
-    """indices into the segment, n of them"""
+    """These are indices into the segment, n of them."""
     positions: np.ndarray
-    """int64 [n]: absolute positions of their tokens"""
+    """These are the absolute positions of their tokens, int64 [n]."""
     base: int
-    """all of them see the cache rows [0, base)"""
+    """Every one of them sees the cache rows [0, base)."""
     behind: list[list[int]]
-    """and then each its own, in the order of positions: cache rows from base on, its own the last"""
+    """Each also sees the cache rows of its own list, from `base` on, in the order of positions. The
+    last row in a list is the admitted row itself."""
     length: int
-    """of the cache, the new rows included"""
+    """The cache has this many rows, the new ones included."""
 
     @property
     def hidden(self) -> np.ndarray:
-        """bool [n, length - base]: of the rows from base on those that each must not see."""
+        """Return which of the cache rows from `base` on each row must not see, bool [n, length -
+        base]."""
         hidden = np.ones((len(self.kept), self.length - self.base), dtype=bool)
         for row, seen in zip(hidden, self.behind, strict=True):
             row[np.array(seen, dtype=np.int64) - self.base] = False
         return hidden
 
     def sees(self, k: int) -> list[int]:
-        """The cache rows that the k-th sees, in the order of positions."""
+        """Return the cache rows that the k-th row sees, in the order of positions."""
         return [*range(self.base), *self.behind[k]]
 
     def only(self, k: int) -> Admitted:
-        """The k-th alone, when no other is in the cache behind it."""
+        """Return the k-th row alone, as it is when no row after it is in the cache."""
         return Admitted(
             [0],
             self.positions[k : k + 1],
@@ -57,8 +62,8 @@ class Admitted(NamedTuple):
         )
 
     def then(self, next: Admitted) -> Admitted:
-        """Both in one forward; `next` was admitted right after this."""
-        settled = range(self.base, next.base)  # rows that became base in between
+        """Return both in one forward; `next` was admitted right after this one."""
+        settled = range(self.base, next.base)  # these rows became part of the base in between
         behind = [*self.behind, *([*settled, *seen] for seen in next.behind)]
         kept = self.kept + [len(self.kept) + k for k in next.kept]
         return Admitted(
@@ -67,7 +72,9 @@ class Admitted(NamedTuple):
 
 
 class Gather(NamedTuple):
-    """Move cache rows: cache[base : base + len(rows)] = cache[rows], and the cache ends there."""
+    """A gather moves cache rows: cache[base : base + len(rows)] = cache[rows].
+
+    The cache ends behind them."""
 
     base: int
     rows: list[int]
@@ -75,20 +82,20 @@ class Gather(NamedTuple):
 
 class StageState:
     COMPACT = 64
-    """dead rows that are tolerated before a gather"""
+    """So many dead rows are tolerated before a gather."""
 
     def __init__(self) -> None:
         self.base = 0
         self.length = 0  # rows in the cache: base + tail + live + dead
         self.version = 0
         self.root = 0  # the first root's id
-        self.row: dict[int, int] = {}  # live node -> row, parents before children
+        self.row: dict[int, int] = {}  # live node -> its row; parents come before children
         self.parent: dict[int, int] = {}
         self.tail: list[int] = []
 
     @property
     def context(self) -> int:
-        """Committed tokens."""
+        """Return the number of committed tokens."""
         return self.base + len(self.tail)
 
     @property
@@ -96,16 +103,18 @@ class StageState:
         return self.length - self.context - len(self.row)
 
     def alive(self, ids: Sequence[int]) -> list[int]:
-        """Indices of the nodes that still hold a row."""
+        """Return the indices of the nodes that still hold a row."""
         return [k for k, i in enumerate(ids) if i in self.row]
 
     def all_dead(self, ids: Sequence[int]) -> bool:
         return not any(i in self.row for i in ids)
 
     def extend(self, n: int, at: int | None = None) -> Admitted:
-        """Admit n committed tokens at the end (the prompt's, say), or anew at positions [at, at + n): their older rows die.
+        """Admit n committed tokens, at the end or anew at the positions [at, at + n).
 
-        Each sees what was committed before it. Rows of positions behind them stay."""
+        Those of the prompt are admitted at the end. When tokens are admitted anew, their older rows
+        die. Each token sees what was committed before it. Rows of the positions behind them
+        stay."""
         at = self.context if at is None else at
         if at < self.base:
             self.base, self.tail = at, [*range(at, self.base), *self.tail]
@@ -125,7 +134,9 @@ class StageState:
         return admitted
 
     def worth(self, ids: Sequence[int], parents: Sequence[int]) -> list[int]:
-        """Indices of the nodes that may still be needed: the root, and children of nodes that hold a row or will."""
+        """Return the indices of the nodes that may still be needed.
+
+        These are the root and the children of nodes that hold a row or will hold one."""
         kept, coming = [], set()
         for k, (i, p) in enumerate(zip(ids, parents, strict=True)):
             if i == self.root or p in self.row or p in coming:
@@ -134,7 +145,9 @@ class StageState:
         return kept
 
     def admit(self, ids: Sequence[int], parents: Sequence[int], drop: bool = True) -> Admitted:
-        """Give rows to the nodes that are worth it. `drop=False`: to the others too, which nobody will ever look at."""
+        """Give rows to the nodes that are worth it.
+
+        If `drop` is False, the others get rows too, which nobody will ever look at."""
         worth = self.worth(ids, parents)
         kept, live = (worth if drop else list(range(len(ids)))), set(worth)
         for k in kept:
@@ -146,11 +159,16 @@ class StageState:
         return Admitted(kept, positions, self.base, behind, self.length)
 
     def decided(self, prune: Prune) -> list[int]:
-        """The nodes that `prune` makes text here, oldest first, at the positions from `context` on. Ask before it is applied."""
+        """Return the nodes that `prune` makes text here, oldest first; ask before it is applied.
+
+        Their positions are those from `context` on."""
         return self._chain(prune.anchor) if prune.version > self.version else []
 
     def prune(self, prune: Prune) -> Gather | None:
-        """Commit the path to the anchor, forget what is not below the root; the move of rows that is due, if any."""
+        """Commit the path to the anchor and forget what is not below the root.
+
+        Return the move of rows that is due, or None. A prune that is not newer than the last is
+        ignored."""
         if prune.version <= self.version:
             return None
         path = self.decided(prune)
@@ -182,7 +200,7 @@ class StageState:
             )
 
     def _settle(self) -> None:
-        """Rows of the tail that are already in place belong to the base."""
+        """Count those rows of the tail that are already in place as rows of the base."""
         settled = 0
         while settled < len(self.tail) and self.tail[settled] == self.base:
             self.base += 1
@@ -190,7 +208,9 @@ class StageState:
         del self.tail[:settled]
 
     def _chain(self, node: int) -> list[int]:
-        """The node and its ancestors that hold a tree row here, oldest first; empty if the node holds none."""
+        """Return the node and its ancestors that hold a tree row here, oldest first.
+
+        The list is empty if the node holds no tree row."""
         ids = []
         while node in self.row:
             ids.append(node)
@@ -207,7 +227,9 @@ class StageState:
 
 
 class Waiting(Generic[T]):
-    """Something of each node in flight (a feature row, say), held until it is known whether the node became text."""
+    """Waiting holds a thing of each node in flight until it is known whether the node became text.
+
+    Such a thing is a row of features, for example."""
 
     def __init__(self) -> None:
         self._held: dict[int, T] = {}
@@ -216,22 +238,25 @@ class Waiting(Generic[T]):
         self._held.update(zip(ids, things, strict=True))
 
     def settle(self, text: Iterable[int], alive: Container[int]) -> list[T]:
-        """Hand over what was held of the nodes that became text, and forget all that are not alive."""
+        """Return what was held of the nodes that became text, and forget all nodes that are not
+        alive."""
         handed = [self._held[i] for i in text]
         self._held = {i: thing for i, thing in self._held.items() if i in alive}
         return handed
 
 
 class Accepted:
-    """Which nodes become text, as a last stage that picks the tokens can tell: the walk, by which it also knows which rows to pick at.
+    """Accepted tells which nodes become text, on a last stage that picks the tokens.
 
-    They are one path: the first root, whose parent is -1, then whoever carries the choice after the newest of them, its parent. A
-    new root after a miss does that too, since its parent is the last committed node. The ring is first in, first out, so a node comes
-    after its parent, and the newest node with its choice is all that need be known."""
+    So such a stage also knows at which rows to pick. The nodes that become text form one path. It
+    begins with the first root, whose parent is -1. Each next node is a child of the newest node of
+    the path and carries the token that was chosen after it. A new root after a miss does that too,
+    since its parent is the last committed node. The ring is first in, first out, so a node comes
+    after its parent, and it suffices to know the newest node and the choice after it."""
 
     def __init__(self) -> None:
         self._newest = -1
-        self._choice: int | None = None  # before the first root, whatever its token is
+        self._choice: int | None = None  # None before the first root, which may have any token
 
     def walk(
         self,
@@ -240,7 +265,9 @@ class Accepted:
         tokens: Sequence[int],
         choose: Callable[[int], int],
     ) -> list[int]:
-        """Indices of a segment's nodes that become text. `choose(k)`, the target's token after node k, is asked of these alone."""
+        """Return the indices of the segment's nodes that become text.
+
+        `choose(k)` returns the target's token after node k; it is called for these nodes alone."""
         found = []
         for k, (i, parent) in enumerate(zip(ids, parents, strict=True)):
             if parent == self._newest and self._choice in (None, tokens[k]):

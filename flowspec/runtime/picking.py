@@ -42,7 +42,8 @@ class Picks(Mapping[int, Pick]):
         """`ids` are the n nodes and `parents` their parents, with parents before children.
 
         `positions` are absolute, int [n]; `rows` are the last stage's features [n, hidden]. `noise`
-        is None for a greedy request. `first` are the logits [vocabulary] of the first node, where they are at hand."""
+        is None for a greedy request. `first` are the logits [vocabulary] of the first node, where
+        they are at hand."""
         self._head, self._sampling, self._noise = head, sampling, noise
         self._ids, self._parents, self._positions, self._rows = ids, parents, positions, rows
         self._index = {id: k for k, id in enumerate(ids)}

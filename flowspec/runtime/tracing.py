@@ -1,4 +1,6 @@
-"""What a rank notes of a request while `trace` is on, and how rank 0 puts the notes of all ranks on one clock."""
+"""A log is what a rank notes of a request while `trace` is on.
+
+Rank 0 puts the notes of all ranks on one clock."""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from flowspec.trace import Fates, Span, untangled
 
 
 class Log:
-    """The spans of one rank for one request, by that rank's clock. Off: nothing is kept."""
+    """A log holds the spans of one rank for one request, by that rank's clock.
+
+    If it is off, nothing is kept."""
 
     def __init__(self, on: bool, request: int, hidden_scale: float = 1.0):
         self.on, self.spans = on, list[Span]()
@@ -32,8 +36,10 @@ class Log:
         taken: float,
         segment: Segment | None,
     ) -> None:
-        """A message of the ring: on its way from when the sender let go of it (by the sender's clock) to `at`, then waiting
-        here until `taken`. None for the segment: a chunk of the prompt."""
+        """Note a message of the ring: its way here, and its wait.
+
+        The way lasts from when the sender let go of it (by the sender's clock) to `at`; the wait
+        lasts until `taken`. The segment is None for a chunk of the prompt."""
         if self.on:
             about = {"segment": segment.number, "ids": segment.ids} if segment else {}
             size = wire_bytes(message, self._hidden_scale)
@@ -44,9 +50,10 @@ class Log:
 def merged(
     notes: Mapping[int, Sequence[Span]], offsets: Mapping[int, float], fates: Fates
 ) -> list[Span]:
-    """Rank -> its spans, as one list on rank 0's clock with each segment's verdict. `offsets`: rank -> its clock minus rank 0's.
+    """Return the spans of all ranks as one list on rank 0's clock, with each segment's verdict.
 
-    A span begins by the clock of the rank it belongs to and ends by the clock of the rank that noted it."""
+    `notes` maps a rank to its spans and `offsets` a rank to its clock minus rank 0's. A span begins
+    by the clock of the rank it belongs to and ends by the clock of the rank that noted it."""
     spans = []
     for rank, noted in notes.items():
         for span in noted:

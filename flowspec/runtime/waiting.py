@@ -9,16 +9,18 @@ from flowspec.comm.base import Awake, Transport
 from flowspec.errors import RankLost
 
 STALL = 600.0
-"""seconds without a message while nobody is at work: a bug, since ranks that are dead, hung or stand still show earlier"""
+"""So many seconds may pass without a message while nobody is at work. More are a bug, since ranks
+that are dead, hung or stand still show earlier."""
 _LOOK = 1.0
-"""seconds between looks at the others' pulses"""
+"""Rank 0 looks at the others' pulses at least once in so many seconds."""
 
 
 def receive(transport: Transport, until: float = math.inf) -> Any:
-    """The next item of the inbox; None once it is `until` (seconds of the inbox's clock).
+    """Return the next item of the inbox; None once it is `until` (seconds of the inbox's clock).
 
-    RankLost, which names the stage, when one stands still at its work for `transport.still` seconds, however long a stage that moves takes;
-    and when for STALL seconds nothing moves at all."""
+    Raise RankLost, which names the stage, when one stands still at its work for `transport.still`
+    seconds; a stage that moves may take any time. Raise RankLost too when nothing at all moves for
+    STALL seconds."""
     awake, clock = Awake(2 * _LOOK), transport.inbox.clock
     began = awake()
     last = [(pulse.moves, began) for pulse in transport.pulses]

@@ -1,4 +1,4 @@
-"""The messages of the ring by name: what is packed into each, and how it is read again."""
+"""Each message of the ring has a name; here each is packed, and read again."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from flowspec.core.request import Request, Sampling
 from flowspec.trace import Span
 
 FORMAT = 3
-"""of the messages below, by name and content: raise it with every change, and ranks that would misread each other do not start"""
+"""This is the version of the messages below, of their names and contents. Raise it with every
+change: ranks that would misread each other then do not start."""
 
 
-# ---- round the ring --------------------------------------------------------------------------------
+# ---- round the ring ------------------------------------------------------------------------------
 def start(
     request: Request,
     trace: bool,
@@ -32,9 +33,12 @@ def start(
     switches: PolicyConfig,
     fresh: bool = False,
 ) -> Message:
-    """A request begins: stages make room for it, and note what they do when it is traced. `features`: rank 0's drafter reads
-    the last stage's rows of the prompt and of all nodes that become text; `layers`: it reads what enters these layers there;
-    `fresh`: what stages measured in earlier requests is forgotten."""
+    """A request begins: stages make room for it, and note what they do if `trace` is set.
+
+    If `features` is set, rank 0's drafter reads the last stage's rows of the prompt and of all
+    nodes that become text. `layers` are the layers whose inputs it reads at these tokens.
+    `switches` are those of the request's policy. If `fresh` is set, stages forget what they
+    measured in earlier requests."""
     about = {
         "request": request.id,
         "trace": trace,
@@ -51,23 +55,33 @@ def read_sampling(message: Message) -> Sampling:
 
 
 def prefill(request: int, rows: Tensor) -> Message:
-    """Prompt rows: token ids to the first stage, features after it. Nobody waits for an answer."""
+    """Rows of the prompt go to the next stage; nobody waits for an answer.
+
+    They are token ids on the way to the first stage and features behind it."""
     return Message("prefill", {"request": request, "sent": time.monotonic()}, (rows,))
 
 
 def prompt_features(request: int, rows: Tensor) -> Message:
-    """A chunk of the prompt back at rank 0, whose drafter reads features: the last stage's normed rows."""
+    """A chunk of the prompt is back at rank 0, whose drafter reads features.
+
+    `rows` are the last stage's rows behind the final norm."""
     return Message("prompt_features", {"request": request, "sent": time.monotonic()}, (rows,))
 
 
 def _sent(pieces: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Facts of a batch: when it left (by the sender's clock), and of each piece its request, its number and its rows."""
+    """Return the facts of a batch.
+
+    They are the time at which it left, by the sender's clock, and of each piece its request, its
+    number and how many rows it has."""
     return {"pieces": pieces, "sent": time.monotonic()}
 
 
 def batch(batch: Batch, rows: Tensor | None = None) -> Message:
-    """Segments on a hop: per node its id, its parent, its token (by which a last stage knows whether the node became text) and,
-    between stages, a feature row. `rows`: [n, hidden]; None on the first hop, where the tokens are the rows."""
+    """Segments travel over a hop: of each node its id, parent and token, and a row of features.
+
+    By its token, a last stage knows whether a node became text. `rows` are the features [n, hidden]
+    that go from one stage to the next. It is None on the first hop, where the tokens are the
+    rows."""
     segments = [segment for _, segment in batch.pieces]
     ids, parents, tokens = ([i for own in column for i in own] for column in _columns(segments))
     about = [[request, segment.number, len(segment.ids)] for request, segment in batch.pieces]
@@ -79,7 +93,7 @@ def batch(batch: Batch, rows: Tensor | None = None) -> Message:
 
 
 def read_batch(message: Message) -> Batch:
-    """The segments of either."""
+    """Return the segments of a message of `batch`, on the first hop or a later one."""
     nodes, rows = message.tensors
     columns = nodes.tolist()
     columns = columns if len(columns) == 3 else [*columns, rows.tolist()]
@@ -92,24 +106,26 @@ def read_batch(message: Message) -> Batch:
 
 
 class Answer(NamedTuple):
-    """What comes back of a segment."""
+    """An answer is what comes back of a segment."""
 
     request: int
     number: int
     ids: list[int]
-    """Of a last stage that verifies: which of its nodes became text, often none. Else: those that it computed."""
+    """If the last stage verifies, these are the nodes that became text, often none. Otherwise they
+    are the nodes that it computed."""
     tokens: list[int]
-    """the target's token after each; none if rank 0 verifies"""
+    """These are the target's tokens after the nodes; the list is empty if rank 0 verifies."""
     gaps: list[float]
-    """how clear it was"""
+    """These are the target's leads of these tokens over the next best ones."""
     positions: Tensor | None
-    """int64 [n], if rank 0 verifies"""
+    """These are the nodes' absolute positions, int64 [n]; None unless rank 0 verifies."""
     rows: Tensor | None
-    """feature rows [n, hidden], if rank 0 verifies, or if its drafter reads them"""
+    """These are the nodes' features [n, hidden]; None unless rank 0 verifies or its drafter reads
+    them."""
 
 
 def choices(answers: Sequence[Answer]) -> Message:
-    """A batch back from a last stage that verifies."""
+    """A batch is back from a last stage that verifies."""
     about = [[a.request, a.number, len(a.ids), a.rows is not None] for a in answers]
     table = [[i for a in answers for i in a.ids], [t for a in answers for t in a.tokens]]
     gaps = torch.tensor([gap for a in answers for gap in a.gaps], dtype=torch.float64)
@@ -119,7 +135,8 @@ def choices(answers: Sequence[Answer]) -> Message:
 
 
 def features(answers: Sequence[Answer]) -> Message:
-    """A batch back at rank 0 that verifies itself: the last stage's normed rows."""
+    """A batch is back at rank 0, which verifies: it gets the last stage's rows behind the final
+    norm."""
     about = [[a.request, a.number, len(a.ids), True] for a in answers]
     ids = torch.tensor([i for a in answers for i in a.ids], dtype=torch.int32)
     positions = torch.cat([a.positions for a in answers if a.positions is not None])
@@ -128,7 +145,7 @@ def features(answers: Sequence[Answer]) -> Message:
 
 
 def read_answers(message: Message) -> list[Answer]:
-    """The segments of either."""
+    """Return the answers of a message of `choices` or of `features`."""
     answers, first, read = [], 0, 0
     verified = message.kind == "choices"
     table, second, *features = message.tensors
@@ -150,9 +167,9 @@ def _columns(segments: Sequence[Segment]) -> tuple[list[tuple[int, ...]], ...]:
     )
 
 
-# ---- beside the ring -------------------------------------------------------------------------------
+# ---- beside the ring -----------------------------------------------------------------------------
 def prunes(prunes: Sequence[tuple[int, Prune]]) -> Message:
-    """What was decided of some requests at a time."""
+    """This is what was decided of some requests at a time."""
     return Message("prunes", {"prunes": [[request, *prune] for request, prune in prunes]})
 
 
@@ -164,7 +181,9 @@ def read_prunes(message: Message) -> list[tuple[int, Prune]]:
 
 
 def text_features(request: int, layers: Sequence[int], at: int, rows: Tensor) -> Message:
-    """What entered these layers at the text's tokens from position `at` on, [n, layers * hidden], for a drafter that reads it."""
+    """These rows [n, len(layers) * hidden] entered the layers, for a drafter that reads them.
+
+    They belong to the text's tokens from position `at` on."""
     return Message("text_features", {"request": request, "layers": list(layers), "at": at}, (rows,))
 
 
@@ -173,7 +192,7 @@ NEWS: dict[str, type[Started] | type[Cost] | type[Idle]] = {
     "cost": Cost,
     "idle": Idle,
 }
-"""what stages tell rank 0 (core/machine.py), by the kind of its message"""
+"""Stages tell rank 0 these events (core/machine.py), by the kinds of their messages."""
 _KINDS = {event: kind for kind, event in NEWS.items()}
 
 
@@ -185,7 +204,7 @@ def news(event: Started | Cost | Idle) -> Message:
 
 
 def read_news(message: Message) -> Started | Cost | Idle:
-    """KeyError for another kind."""
+    """Return the event of a message; raise KeyError if the message is of another kind."""
     event = NEWS[message.kind]
     about = {name: message.meta[name] for name in event._fields}
     if event is Cost:
@@ -199,34 +218,38 @@ def _curve(fields: dict[str, Any]) -> Curve:
 
 
 def prefilled(request: int) -> Message:
-    """A stage has computed a chunk of the prompt: a sign of life, since prefill has no answer."""
+    """A stage has computed a chunk of the prompt.
+
+    This is a sign of life, since prefill has no answer."""
     return Message("prefilled", {"request": request})
 
 
 def end(request: int) -> Message:
-    """A request is over: forget it, and answer with a report."""
+    """A request has ended: the stages forget it and answer with a report."""
     return Message("end", {"request": request})
 
 
 class Report(NamedTuple):
-    """What a stage did for a request, and what it has measured in the run so far."""
+    """A report is what a stage did for a request, and what it has measured in the run so far."""
 
     busy: float
-    """seconds spent computing while the request was there, whosever rows"""
+    """The stage spent so many seconds computing, for any request, while this one was there."""
     rows: int
-    """tree rows computed"""
+    """The stage computed so many tree rows of the request."""
     segments: int
-    """forwards over tree rows meanwhile"""
+    """The stage did so many forwards over tree rows meanwhile."""
     overhead: float
-    """CPU seconds of the stage's thread for them beside the model's forward, lm_head and sampling"""
+    """The stage's thread spent so many CPU seconds on these forwards beside the model's forward,
+    lm_head and sampling."""
     points: list[Point]
-    """measured costs of its forwards"""
+    """These are the measured costs of its forwards."""
     row: float
-    """measured: seconds that a row adds to the hop to it"""
+    """A row adds so many seconds to the hop to the stage, as measured."""
     peak_mb: float
-    """the most memory that the process ever held, MB"""
+    """The process held at most so much memory, in MB."""
     spans: list[Span]
-    """what it noted, by its own clock; empty unless the request is traced"""
+    """These are the spans that the stage noted, by its own clock; empty unless the request is
+    traced."""
 
 
 def report(request: int, report: Report) -> Message:
@@ -243,7 +266,7 @@ def read_report(message: Message) -> Report:
 
 
 def ping(request: int) -> Message:
-    """What time is it at your end? (Asked for the trace of a request.)"""
+    """Ask a stage for the time of its clock, for the trace of a request."""
     return Message("ping", {"request": request, "sent": time.monotonic()})
 
 
@@ -252,36 +275,41 @@ def pong(ping: Message) -> Message:
 
 
 def loading(megabytes: float, seconds: float) -> Message:
-    """A stage has read this much of its weights."""
+    """A stage has read so many megabytes of its weights in so many seconds."""
     return Message("loading", {"megabytes": megabytes, "seconds": seconds})
 
 
 def loaded(megabytes: float, seconds: float, what: str, cache_rows: int) -> Message:
-    """A stage holds its weights, has memory for the keys and values of so many tokens, and waits for work."""
+    """A stage holds its weights and waits for work.
+
+    It has memory for the keys and values of `cache_rows` tokens."""
     about = {"megabytes": megabytes, "seconds": seconds, "what": what}
     return Message("loaded", about | {"cache_rows": cache_rows})
 
 
 STOP = Message("stop")
-"""The run is over: leave."""
+"""The run is over: the stage leaves."""
 
 
-# ---- how much each can hold ------------------------------------------------------------------------
+# ---- how much each can hold ----------------------------------------------------------------------
 FACTS = 1 << 16
-"""bytes of JSON in any message but a traced report"""
+"""Any message but a traced report holds at most so many bytes of JSON."""
 SPANS = 1 << 14
-"""bytes of JSON that a stage notes of a position of a traced text"""
+"""A stage notes at most so many bytes of JSON for each position of a traced text."""
 ELEMENT = 8
-"""bytes of the widest dtype"""
+"""The widest dtype takes so many bytes."""
 
 
 def limits(tree: int, hidden: int, layers: int, positions: int) -> Limits:
-    """Every kind of message, and what it can hold in a run of a model with that many hidden units, layers and positions, whose trees
-    have at most so many nodes."""
+    """Return each kind of message with the limit of what it holds.
+
+    The limits hold in a run of a model with so many hidden units, layers and positions, whose trees
+    have at most `tree` nodes."""
     rows = max(tree, PREFILL_ROWS)
     numbers = (
         8 * ELEMENT * rows
-    )  # of each node: id, parent, token, position, gap, and room between tensors
+        # a node's id, parent, token, position and gap, and room between tensors
+    )
     features = ELEMENT * rows * hidden
     ring = dict.fromkeys(
         ("prefill", "batch", "features", "choices", "prompt_features"),

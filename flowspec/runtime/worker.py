@@ -1,6 +1,8 @@
-"""A stage at work (ranks 1..S): performs what its machine decides (core/machine.py) with a model, and tells it what happened.
+"""A worker is a stage at work, one of the ranks 1 to S.
 
-Rows come in, pass the layers, go on; what is decided beside the ring is heard between forwards and between layers."""
+It performs with a model what its machine decides (core/machine.py) and tells the machine what
+happened. Rows come in, pass the layers and go on. What is decided arrives beside the ring; the
+worker takes it in between forwards and between layers."""
 
 from __future__ import annotations
 
@@ -49,7 +51,7 @@ log = logging.getLogger(__name__)
 
 
 def peak_memory() -> float:
-    """MB (10^6 bytes) of the most resident memory this process ever had."""
+    """Return the most resident memory that this process ever held, in MB (10^6 bytes)."""
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     if found:  # ru_maxrss would carry over what the parent had before exec
@@ -59,21 +61,22 @@ def peak_memory() -> float:
 
 @dataclass
 class _Spent:
-    """What a stage has spent in the run so far."""
+    """This is what a stage has spent in the run so far."""
 
     busy: float = 0.0
-    """seconds in forwards"""
+    """Forwards took so many seconds."""
     segments: int = 0
-    """forwards over tree rows"""
+    """There were so many forwards over tree rows."""
     overhead: float = 0.0
-    """CPU seconds of its thread for these beside the model's forward, lm_head and sampling"""
+    """The stage's thread spent so many CPU seconds on these beside the model's forward, lm_head and
+    sampling."""
     apart: float = 0.0
-    """CPU seconds in the model, lm_head and sampling"""
+    """The model, lm_head and sampling took so many CPU seconds."""
 
 
 @dataclass
 class _Live:
-    """A request in this stage."""
+    """This is what the worker holds of a request."""
 
     request: int
     rows: Cached
@@ -81,27 +84,29 @@ class _Live:
     noise: NoiseRows | None
     log: Log
     layers: list[int]
-    """rank 0's drafter reads what enters these layers of ours at tokens of the text"""
+    """Rank 0's drafter reads what enters these layers of the stage at tokens of the text."""
     features: bool
-    """it reads the features of the prompt and of what becomes text"""
+    """Rank 0's drafter reads the features of the prompt and of what becomes text."""
     before: _Spent
-    """what the stage had spent when the request began"""
+    """The stage had spent this when the request began."""
     computed: int = 0
-    """tree rows"""
+    """The stage has computed so many tree rows of the request."""
 
 
 @dataclass
 class Worker:
-    """Rank `transport.rank`. `head` is given to a last stage that picks the tokens itself (verify_on: last)."""
+    """The worker of rank `transport.rank`.
+
+    `head` is given to a last stage that picks the tokens itself (verify_on: last)."""
 
     transport: Transport
     model: StageModel
     head: Head | None = None
     emulate: Emulate = field(default_factory=Emulate)
     LOOK: ClassVar = 1.0
-    """seconds of an emulated forward between signs that it goes on"""
+    """An emulated forward shows that it goes on at least once in so many seconds."""
     first_layer: int = 0
-    """of the model, as the target counts"""
+    """The model's first layer is this layer of the target."""
 
     def __post_init__(self) -> None:
         rank, topology = self.transport.rank, self.transport.topology
@@ -124,10 +129,10 @@ class Worker:
             self.take(message)
 
     def take(self, message: Message) -> None:
-        """Do what a message asks for. KeyError for a kind that no stage is sent."""
+        """Do what a message asks for; raise KeyError if no stage is ever sent its kind."""
         _TAKEN[message.kind](self, message)
 
-    # ---- round the ring ----------------------------------------------------------------------------
+    # ---- round the ring --------------------------------------------------------------------------
     def _start(self, message: Message) -> None:
         request, about = message.meta["request"], message.meta
         if about["fresh"]:
@@ -149,7 +154,7 @@ class Worker:
             self.transport.send_next(message)
 
     def _prompt(self, message: Message) -> None:
-        """A chunk of a prompt."""
+        """Compute a chunk of a prompt."""
         taken, since = self._clock.now(), self.transport.inbox.since
         self._hear_control()
         live, rows = self._live.get(message.meta["request"]), message.tensors[0]
@@ -158,7 +163,7 @@ class Worker:
             self._handle(Chunk(live.request, len(rows)), rows)
 
     def _batch(self, message: Message) -> None:
-        """Segments of some requests."""
+        """Compute segments of some requests."""
         taken, begun, since = self._clock.now(), time.thread_time(), self.transport.inbox.since
         self._hear_control()
         batch, apart = wire.read_batch(message), self._spent.apart
@@ -177,7 +182,7 @@ class Worker:
                 self._perform(action)
 
     def _compute(self, forward: Compute, rows: Tensor) -> None:
-        """A forward over those of the rows that were admitted, and what follows from it."""
+        """Compute those of the rows that were admitted, and perform what follows."""
         begun = self._clock.now()
         lives = [self._live[part.request] for part in forward.parts]
         admitted = [row for part in forward.parts for row in part.rows]
@@ -220,7 +225,7 @@ class Worker:
             self.transport.send_next(wire.batch(batch, out if len(rows) == len(out) else out[rows]))
 
     def _features(self, action: Pass, forward: Compute, out: Tensor) -> list[wire.Answer]:
-        """What rank 0 verifies: features and positions of the nodes that are alive."""
+        """Return what rank 0 verifies: features and positions of the nodes that are alive."""
         positions = np.concatenate([part.admitted.positions for part in forward.parts])
         return [
             wire.Answer(
@@ -237,7 +242,9 @@ class Worker:
         ]
 
     def _walk(self, forward: Compute, lives: list[_Live], out: Tensor) -> dict[int, wire.Answer]:
-        """Of each request whose tree rows these are, which nodes became text, and the target's tokens after them."""
+        """Return an answer for each request that has tree rows in the forward.
+
+        It holds the nodes that became text and the target's tokens after them."""
         if not forward.segments:
             return {}
         begun = time.thread_time()
@@ -293,9 +300,11 @@ class Worker:
         elif live.features:
             self.transport.send_next(wire.prompt_features(live.request, out))
 
-    # ---- beside the ring ---------------------------------------------------------------------------
+    # ---- beside the ring -------------------------------------------------------------------------
     def _hear_control(self, wait: float = 0.0) -> bool:
-        """Take in what is decided by now, or the first news within `wait` seconds; False: the run is over."""
+        """Take in what has been decided, or the first news that comes within `wait` seconds.
+
+        Return False if the run is over."""
         while (item := self.transport.inbox.get_urgent(wait)) is not None:
             message, wait = item[1], 0.0
             if message.kind == "stop":  # for `run` to see
@@ -305,7 +314,7 @@ class Worker:
         return True
 
     def _needed(self) -> bool:
-        """A layer of the forward under way is done: whether to go on with the next."""
+        """Return whether to go on with the next layer; a layer of the forward under way is done."""
         self._pulse.move()
         return self._hear_control() and self.machine.wanted()
 
@@ -321,7 +330,7 @@ class Worker:
             self._hand_over(live, live.rows.settle(action.at, action.text, books.row))
 
     def _hand_over(self, live: _Live, tapped: Tapped | None) -> None:
-        """Rank 0's drafter gets what entered its layers here at tokens that are text now."""
+        """Send rank 0's drafter what entered its layers here at tokens that are text now."""
         if tapped is not None:
             self.transport.send_control(0, wire.text_features(live.request, live.layers, *tapped))
 
@@ -355,10 +364,11 @@ class Worker:
     def _ping(self, message: Message) -> None:
         self.transport.send_control(0, wire.pong(message))
 
-    # ---- time --------------------------------------------------------------------------------------
+    # ---- time ------------------------------------------------------------------------------------
     def _pretend(self, begun: float, rows: int) -> bool:
-        """Take the emulated time of a forward over `rows` rows that began at `begun`; False if it was abandoned on the way, at the
-        end of the next of its layers."""
+        """Take the emulated time of a forward over `rows` rows that began at `begun`.
+
+        Return False if it was abandoned on the way, at the end of the next of its layers."""
         seconds = self.emulate.stage_seconds(self._rank, rows)
         while (left := begun + seconds - self._clock.now()) > 0:
             if self._hear_control(min(left, self.LOOK)) and self._needed():
@@ -388,4 +398,4 @@ _TAKEN: dict[str, Callable[[Worker, Message], None]] = {
     "end": Worker._end,
     "ping": Worker._ping,
 }
-"""kind of a message -> what is done with it"""
+"""This maps the kind of a message to what is done with it."""

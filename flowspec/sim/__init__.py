@@ -1,1 +1,3 @@
-"""The ring in virtual time: the same scheduler, policies and stage books as a real run; only time is made up."""
+"""The simulator runs the ring in virtual time.
+
+Scheduler, policies and stage books are those of a real run; only time is invented."""

@@ -1,11 +1,14 @@
-"""FlowSpec as published (arXiv 2507.02620): turns in lock step. A yardstick for the event-driven schedule, in simulation only.
+"""This is FlowSpec as published (arXiv 2507.02620), which takes turns in lock step.
 
-A turn: the last stage's segment returns, rank 0 verifies it and broadcasts the prune; then every stage computes what is left
-of the one segment that waits for it, while rank 0 drafts a tree from the new root afresh and sends the nodes that are new.
-A round ends when the target's token is nowhere in the tree; the next one drafts, fills the pipeline and goes on.
-Times are an exact recurrence: a stage begins when its prune, its input and itself are ready. There is no barrier of
-all ranks, no mask on the wire and no empty message that costs more than its delay, so the published system is not faster.
-"""
+It is a yardstick for the event-driven schedule, in simulation only. In a turn, the last stage's
+segment returns, rank 0 verifies it and broadcasts the prune. Then every stage computes what is left
+of the one segment that waits for it, while rank 0 drafts a tree afresh from the new root and sends
+the nodes that are new. A round ends when the target's token is nowhere in the tree; the next one
+drafts, fills the pipeline and goes on.
+
+Times are an exact recurrence: a stage begins when its prune, its input and itself are ready. There
+is no barrier of all ranks, no mask on the wire and no empty message that costs more than its delay,
+so the published system is not faster."""
 
 from __future__ import annotations
 
@@ -21,12 +24,15 @@ from flowspec.sim.world import Guesser, Outcome, RingSpec
 from flowspec.trace import Fates, Span, untangled
 
 EXPANSION = 64
-"""nodes of the tree that is drafted each turn; the first one of a round has tree.budget"""
+"""The tree that is drafted each turn has this many nodes; the first one of a round has
+tree.budget."""
 
 
 @dataclass
 class _Item:
-    """A segment waiting somewhere; no nodes: the empty message of a turn without work."""
+    """This is a segment that waits somewhere.
+
+    If it has no nodes, it is the empty message of a turn without work."""
 
     nodes: list[Node]
     arrival: float
@@ -34,7 +40,9 @@ class _Item:
 
 
 class LockStep:
-    """Runs one request; the same arguments as `World`, but with the tree's settings instead of a policy."""
+    """This runs one request.
+
+    It takes what `World` takes, but the tree's settings instead of a policy."""
 
     def __init__(
         self, request: Request, text: list[int], tree: TreeConfig, guesser: Guesser, ring: RingSpec
@@ -42,7 +50,7 @@ class LockStep:
         self.request, self.text, self.guesser = request, text, guesser
         self.ring = ring = replace(
             ring, verify_last=False
-        )  # rank 0 holds the lm_head and wants the features
+        )  # rank 0 holds the lm_head and needs the features
         self.top_k, self.levels = tree.top_k or 10, (tree.depth or 6) + 1
         self.budget = tree.budget or 80
         self.tree = TokenTree(request.prompt[-1], request.prompt_length - 1)
@@ -72,9 +80,11 @@ class LockStep:
             tokens and tokens[-1] in self.request.eos
         )
 
-    # ---- a round -----------------------------------------------------------------------------------
+    # ---- a round ---------------------------------------------------------------------------------
     def _prefill(self) -> float:
-        """The prompt on its way through the stages; when rank 0's drafter has read it, which may wait for its features."""
+        """Return when rank 0's drafter has read the prompt, in seconds.
+
+        The prompt goes through the stages, and the drafter may have to wait for its features."""
         known = 0.0
         for begin in range(0, self.request.prompt_length - 1, PREFILL_ROWS):
             rows, arrival = min(PREFILL_ROWS, self.request.prompt_length - 1 - begin), 0.0
@@ -91,7 +101,9 @@ class LockStep:
         return known + self.ring.reading(self.request.prompt_length)
 
     def _round(self, now: float) -> float:
-        """Fill the pipeline, then turns until the text is over or leaves the tree; when that was known."""
+        """Fill the pipeline, then take turns until the text ends or leaves the tree.
+
+        Return the time (in seconds) at which that was known."""
         waiting = self._fill(now)
         while True:
             head = waiting.pop()  # [of stage 1, ..., of stage S, of rank 0]
@@ -104,7 +116,9 @@ class LockStep:
             waiting = [self._expand(decided) if head.nodes else self._send(0, [], decided), *moved]
 
     def _fill(self, now: float) -> list[_Item]:
-        """Draft a tree and send it in near-equal pieces, small ones first; each stage computes all but the last that reaches it."""
+        """Draft a tree and send it in pieces of nearly equal size, smaller ones first.
+
+        Each stage computes all pieces that reach it but the last."""
         now, pool = self._draft(now)
         nodes = [self.tree.root, *sorted(pool, key=best_first)[: self.budget - 1]]
         pieces = self.ring.topology.hops
@@ -117,7 +131,8 @@ class LockStep:
         return waiting + items
 
     def _verify(self, segment: list[Node], now: float) -> bool:
-        """Walk down inside the segment; False when the token after it is nowhere in the tree."""
+        """Walk down inside the segment; return False if the token after it is nowhere in the
+        tree."""
         inside = {n.id for n in segment}
         node: Node | None = self.tree.root
         assert node is not None and node.id in inside, (
@@ -150,9 +165,11 @@ class LockStep:
         self._fates.decided(commit.path, commit.root, now)
         self.guesser.commit(commit)
 
-    # ---- what takes time ---------------------------------------------------------------------------
+    # ---- what takes time -------------------------------------------------------------------------
     def _draft(self, now: float) -> tuple[float, list[Node]]:
-        """A tree from the root, level by level, the best top_k of each: when it is done, and its nodes."""
+        """Draft a tree from the root, level by level, from the best top_k nodes of each.
+
+        Return the time (in seconds) at which it is done, and its nodes."""
         pool: list[Node] = []
         frontier = [self.tree.root]
         for _ in range(self.levels):
@@ -177,7 +194,9 @@ class LockStep:
         )
 
     def _stage(self, rank: int, item: _Item, told: float) -> _Item:
-        """Stage `rank` computes what is alive of its item once it knows the last prune; what the next rank gets."""
+        """Let stage `rank` compute what is alive of its item, once it knows the last prune.
+
+        Return what the next rank gets."""
         nodes = [n for n in item.nodes if n.id in self.tree]
         begin = max(item.arrival, told, self._free[rank])
         if not nodes:

@@ -1,11 +1,11 @@
-"""Requests over a ring whose stages and links only take time: a discrete-event simulation.
+"""A world simulates requests over a ring whose stages and links only take time, event by event.
 
-Rank 0 is the real `Scheduler` with a real policy, a stage the real `StageMachine`; drafts are real or made up. What a stage
-would compute is not needed: the text is known, and only the target's choices on the path of the text are ever looked up.
-Features for a drafter that reads them are bytes on the last hop, and the prompt's are what its first draft waits for.
-What takes no time here: rank 0's own work, the drafter's commits, everything between a message's arrival and its
-first look. So a prediction is a little above what a real ring does with the same costs.
-"""
+Rank 0 is the real `Scheduler` with a real policy and a stage is the real `StageMachine`; drafts are
+real or invented. What a stage would compute is not needed: the text is known, and only the target's
+choices on the path of the text are ever looked up. Features for a drafter that reads them are bytes
+on the last hop, and its first draft waits for those of the prompt. Some things take no time here:
+rank 0's own work, the drafter's commits, and everything between a message's arrival and the first
+look at it. So a prediction is a little above what a real ring does with the same costs."""
 
 from __future__ import annotations
 
@@ -64,10 +64,12 @@ from flowspec.trace import Fates, Span, untangled
 
 
 class Guesser(Protocol):
-    """What the simulator needs of a drafter (draft/base.py): begun already, and with the features it reads at hand."""
+    """A guesser is what the simulator needs of a drafter (draft/base.py).
+
+    It has begun already, and the features that it reads are at hand."""
 
     features: bool
-    """the ring carries the target's features for it"""
+    """The ring carries the target's features for it."""
 
     def propose(self, nodes: Sequence[DraftNode]) -> Drafted: ...
 
@@ -76,25 +78,28 @@ class Guesser(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class RingSpec:
-    """What is simulated: stages and links that take the times of `emulate`."""
+    """A ring specification says what is simulated: stages and links that take the times of
+    `emulate`."""
 
     stages: int
     emulate: Emulate
     hidden: int
-    """elements of a feature row, before emulate.hidden_scale"""
+    """A row of features has this many elements, before emulate.hidden_scale."""
     verify_last: bool = True
-    """the last stage picks the tokens; else feature rows return to rank 0"""
+    """The last stage picks the tokens; otherwise features return to rank 0."""
     features: bool = False
-    """rank 0's drafter reads the target's features of the prompt and of what becomes text"""
+    """Rank 0's drafter reads the target's features of the prompt and of what becomes text."""
     costs: Costs | None = None
-    """measured ones, instead of those of `emulate`"""
+    """These measured costs are used instead of those of `emulate`; None means that there are
+    none."""
 
     @property
     def topology(self) -> Topology:
         return Topology(self.stages)
 
     def seconds(self, stage: int, rows: int, context: int) -> float:
-        """A forward of stage 1.. over so many rows behind so many others."""
+        """Return the seconds of stage `stage` (from 1) over so many rows behind `context`
+        others."""
         return (
             self.emulate.stage_seconds(stage, rows)
             if self.costs is None
@@ -102,22 +107,24 @@ class RingSpec:
         )
 
     def draft_seconds(self, nodes: int) -> float:
-        """A forward of the drafter."""
+        """Return the seconds of a drafter's forward over so many nodes."""
         return (
             self.emulate.draft_ms / 1000 if self.costs is None else self.costs.draft_seconds(nodes)
         )
 
     @property
     def latency(self) -> float:
-        """Seconds of a hop, beside what its bytes take."""
+        """Return the seconds of a hop, beside what its bytes take."""
         return self.emulate.link_ms / 1000 if self.costs is None else self.costs.hop
 
     def reading(self, prompt: int) -> float:
-        """Seconds in which the drafter reads a prompt."""
+        """Return the seconds in which the drafter reads a prompt of so many tokens."""
         return self.emulate.draft_ms / 1000 if self.costs is None else self.costs.read * prompt
 
     def link(self, sender: int) -> Link:
-        """From rank `sender` to the next. What rank 0 does before a segment leaves counts as part of its way."""
+        """Return the link from rank `sender` to the next.
+
+        What rank 0 does before a segment leaves counts as part of its way."""
         if self.costs is None:
             return Link(self.latency, self.emulate.wire_seconds(1))
         row = (
@@ -128,10 +135,11 @@ class RingSpec:
         return Link(self.latency + (self.costs.coordinator if sender == 0 else 0.0), row)
 
     def hop_bytes(self, sender: int, rows: int, nodes: bool = True, accepted: int = 0) -> float:
-        """Bytes that count of a message of `rows` rows from rank `sender` to the next (runtime/wire.py, comm/shaped.py).
+        """Return the bytes that count of a message of `rows` rows from rank `sender` to the next.
 
-        `nodes`: a segment's (with ids, parents and tokens, answered at the end), else a chunk of the prompt's. `accepted`: how many of
-        its rows became text, as a last stage that verifies finds."""
+        They are as in runtime/wire.py and comm/shaped.py. If `nodes` is set, the rows are a
+        segment's (with ids, parents and tokens, answered at the end); otherwise they are a chunk of
+        the prompt's. `accepted` of them became text, as a last stage that verifies finds."""
         row = self.hidden * 2 * self.emulate.hidden_scale
         if sender == 0:
             return FRAME_BYTES + rows * (12 if nodes else 4)  # id, parent, token
@@ -147,7 +155,9 @@ class RingSpec:
 
 
 class Link:
-    """One direction between two ranks: carries one message at a time, delivers it `latency` after its last byte. Seconds."""
+    """A link is one direction between two ranks; its times are in seconds.
+
+    It carries one message at a time and delivers it `latency` after its last byte."""
 
     def __init__(self, latency: float, byte: float):
         self._latency, self._byte, self._free_at = latency, byte, 0.0
@@ -158,17 +168,17 @@ class Link:
 
 
 class _Forward(NamedTuple):
-    """On its way in a stage."""
+    """This is a forward on its way in a stage."""
 
     what: Compute
     begin: float
     end: float
     whole: bool = True
-    """False: it is abandoned at its end"""
+    """This is False if the forward is abandoned at its end."""
 
 
 class Prompt(NamedTuple):
-    """A chunk of a prompt on its way."""
+    """This is a chunk of a prompt on its way."""
 
     request: int
     rows: int
@@ -178,7 +188,7 @@ class Prompt(NamedTuple):
 class _Stage:
     machine: StageMachine
     queue: deque[tuple[float, float, Batch | Prompt]] = field(default_factory=deque)
-    """(when it was sent, when it arrived, what)"""
+    """Each entry holds when it was sent, when it arrived (in seconds), and what it is."""
     running: _Forward | None = None
 
     @property
@@ -188,7 +198,9 @@ class _Stage:
 
 @dataclass
 class Outcome:
-    """What one simulated request was; seconds of virtual time from its arrival."""
+    """An outcome is what one simulated request came to.
+
+    Its times are seconds of virtual time from the request's arrival."""
 
     tokens: list[int] = field(default_factory=list)
     first_token: float = 0.0
@@ -196,19 +208,21 @@ class Outcome:
     returned_segments: int = 0
     drafted: int = 0
     forwarded: int = 0
-    """tree rows that the first stage computed"""
+    """The first stage computed so many tree rows."""
     spans: list[Span] = field(default_factory=list)
 
     @property
     def tokens_per_second(self) -> float | None:
-        """As in the result JSON: (new tokens - 1) / (last - first token)."""
+        """Return (new tokens - 1) / (last - first token), as in the result JSON."""
         decode = self.last_token - self.first_token
         return (len(self.tokens) - 1) / decode if decode > 0 else None
 
 
 @dataclass(frozen=True)
 class Job:
-    """A request to simulate. `text`: the target's tokens for it; `guesser`: None does not draft."""
+    """A job is a request to simulate.
+
+    `text` are the target's tokens for it. `guesser` is None if nothing is drafted."""
 
     request: Request
     text: Sequence[int]
@@ -216,20 +230,22 @@ class Job:
     guesser: Guesser | None
     switches: PolicyConfig
     at: float = 0.0
-    """when it arrives, in seconds"""
+    """The request arrives at this time, in seconds."""
 
 
 class _Live:
-    """A request in the world."""
+    """This is what the world holds of a request."""
 
     def __init__(self, job: Job, learnt: Learnt, features: bool):
         self.job, self.outcome, self.fates = job, Outcome(), Fates()
         self.decoding = Decoding(job.request, job.policy, learnt, job.guesser is not None)
         self.awaited = job.request.prompt_length - 1 if features else 0
-        """rows of the prompt's features"""
+        """So many rows of the prompt's features are still to come."""
 
     def choice(self, node: int) -> int | None:
-        """The target's token after a node of the text; None for what rank 0 has refused meanwhile, and behind the text's end."""
+        """Return the target's token after a node of the text.
+
+        It is None behind the end of the text and for a node that rank 0 has refused meanwhile."""
         text, found = self.job.text, self.decoding.tree.nodes.get(node)
         prompt = self.job.request.prompt_length
         at = len(text) if found is None else found.position + 1 - prompt
@@ -237,7 +253,7 @@ class _Live:
 
 
 class World:
-    """Runs jobs, whose requests have different ids, until all texts are complete."""
+    """A world runs jobs, whose requests have different ids, until all texts are complete."""
 
     def __init__(self, ring: RingSpec, jobs: Sequence[Job], learnt: Learnt | None = None):
         self.ring, self.jobs = ring, jobs
@@ -255,7 +271,7 @@ class World:
         self._wake = 0
 
     def run(self) -> list[Outcome]:
-        """An outcome a job, in their order."""
+        """Return an outcome for each job, in their order."""
         for job in self.jobs:
             self._at(job.at, self._on_request, job)
         while not (len(self._live) == len(self.jobs) and not self.scheduler.decodings):
@@ -281,7 +297,7 @@ class World:
     def _note(
         self, rank: int, row: str, begin: float, end: float, load: Batch | Prompt, **facts
     ) -> None:
-        """Once for each request whose rows they are."""
+        """Note a span once for each request whose rows these are."""
         if isinstance(load, Prompt):
             abouts: list[dict[str, Any]] = [{"request": load.request}]
         else:
@@ -291,7 +307,7 @@ class World:
             ]
         self._spans += [Span(rank, row, "prefill", begin, end, about | facts) for about in abouts]
 
-    # ---- rank 0 ------------------------------------------------------------------------------------
+    # ---- rank 0 ----------------------------------------------------------------------------------
     def _on_request(self, now: float, job: Job) -> None:
         request = job.request
         live = self._live[request.id] = _Live(job, self.scheduler.learnt, self.ring.features)
@@ -349,7 +365,7 @@ class World:
             live.job.guesser.commit(commit)
 
     def _read(self, live: _Live, now: float) -> None:
-        """The drafter reads a prompt."""
+        """Let the drafter read a prompt."""
         request = live.job.request
         self._drafter_free = max(now, self._drafter_free) + self.ring.reading(request.prompt_length)
         self._at(self._drafter_free, self._handle, Read(request.id))
@@ -368,7 +384,8 @@ class World:
         self._at(self._drafter_free, self._handle, Answered(tuple(answers)))
 
     def _on_prompt_features(self, now: float, prompt: Prompt) -> None:
-        """As in runtime/drafting.py: once all are here the drafter reads them."""
+        """Let the drafter read the prompt once all its features are here, as in
+        runtime/drafting.py."""
         live = self._live[prompt.request]
         live.awaited -= prompt.rows
         if not live.awaited:
@@ -383,9 +400,10 @@ class World:
         choices = {i: choice for i in segment.ids if (choice := live.choice(i)) is not None}
         return Returned(request, segment.number, tuple(choices), lambda node, path: choices[node])
 
-    # ---- links and stages --------------------------------------------------------------------------
+    # ---- links and stages ------------------------------------------------------------------------
     def _send(self, sender: int, load: Batch | Prompt, now: float, accepted: int = 0) -> None:
-        """From rank `sender` to the next of the ring. `accepted` of the rows became text."""
+        """Send a load from rank `sender` to the next of the ring; `accepted` of its rows became
+        text."""
         size = self.ring.hop_bytes(sender, load.rows, isinstance(load, Batch), accepted)
         arrival = self._links[sender].arrival(size, now)
         self._note(sender, "send", now, arrival, load, bytes=size)
@@ -417,7 +435,9 @@ class World:
             )
 
     def _handled(self, now: float, stage: _Stage, event: StageEvent, accepted: int = 0) -> None:
-        """Perform what a stage decides, as runtime/worker.py does; what moves in its cache takes no time here."""
+        """Perform what a stage decides, as runtime/worker.py does.
+
+        What moves in its cache takes no time here."""
         for action in stage.machine.handle(event):
             if isinstance(action, Compute):
                 if stage.rank == self._topology.FIRST:
@@ -467,7 +487,7 @@ class World:
         self._next(now, stage)
 
     def _walked(self, stage: _Stage, part: Part, segment: Segment) -> int:
-        """How many of the nodes of a segment the last stage finds to be text."""
+        """Return how many nodes of a segment the last stage finds to be text."""
         choices = [self._live[part.request].choice(id) for id in segment.ids]
         return len(
             stage.machine.walk(part, lambda k: -1 if (found := choices[k]) is None else found)

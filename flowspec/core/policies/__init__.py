@@ -1,4 +1,6 @@
-"""The methods by name: three shapes of policy, and what tells the methods of a shape apart. Pure."""
+"""These are the methods by name: three shapes of policy, and how the methods of a shape differ.
+
+This module is pure (no torch, clock or I/O)."""
 
 from __future__ import annotations
 
@@ -30,5 +32,7 @@ def make_policy(
     topology: Topology,
     features: bool = False,
 ) -> Policy:
-    """The policy of a method for one request. `features`: its drafter reads the target's."""
+    """Return the policy of a method for one request.
+
+    `features` is True if its drafter reads the target's features."""
     return _MAKERS[method](tree, switches, topology, features)

@@ -1,4 +1,6 @@
-"""A layer of the tree in each segment, without a pause (PipeDec, arXiv 2504.04104). Pure."""
+"""PipeDec (arXiv 2504.04104) sends a layer of the tree in each segment, without a pause.
+
+This module is pure (no torch, clock or I/O)."""
 
 from __future__ import annotations
 
@@ -12,13 +14,16 @@ from flowspec.core.tree import Node
 
 
 class PipeDec(Attached):
-    """A segment is a layer of the tree: the root alone, then the best `width` children of the layer before, and so on.
+    """A segment is a layer of the tree, and segments follow each other without a pause.
 
-    arXiv 2504.04104, event-driven: no turns and no barriers, a drafter forward a layer, S + 1 layers in flight. The
-    drafter's candidates are kept aside and become nodes when their layer leaves, chosen among the children of what is
-    alive then; so every node of the tree was sent. Each returned layer decides one token (never more: the next level
-    is in the next segment), and a miss starts again with the new root alone. The root and the S layers that can be out
-    with it are at most 1 + S * width nodes; a budget below that narrows the layers. `segment` is the width."""
+    The first layer is the root alone; each next one has the best `width` children of the layer
+    before. This is arXiv 2504.04104, driven by events: there are no turns and no barriers, each
+    layer takes a drafter forward, and S + 1 layers are in flight in a ring of S stages. The
+    drafter's candidates are kept aside. They become nodes when their layer leaves, chosen among the
+    children of what is alive then; so every node of the tree was sent. Each returned layer decides
+    one token (never more, since the next level is in the next segment), and a miss starts again
+    with the new root alone. The root and the S layers that can be in flight with it have at most 1
+    + S * width nodes; a smaller budget narrows the layers. The setting `segment` is the width."""
 
     def __init__(self, config: TreeConfig, topology: Topology, just_in_time: bool):
         self.credits = topology.hops
@@ -27,15 +32,16 @@ class PipeDec(Attached):
         self.top_k = config.top_k or 16
         self.budget = config.budget or 1 + topology.stages * self.width
         self.drafts = self.budget > 1
-        self.levels = (config.depth + 1) if config.depth else self.credits  # no more can be out
+        # no more can be in flight
+        self.levels = (config.depth + 1) if config.depth else self.credits
         self.scorer = Scorer(calibrate=False, ngrams=False)
 
     def rerooted(self) -> None:
-        if not self.tree.root.sent:  # a miss: everything else is dead
+        if not self.tree.root.sent:  # after a miss, everything else is dead
             self.layer = [self.tree.root]
             self.candidates: list[
                 tuple[float, int, int]
-            ] = []  # (-score, parent, token), the children of the layer
+            ] = []  # the children of the layer: (-score, parent, token)
 
     def proposed(self, nodes: list[Node], drafted: Drafted) -> None:
         for node, tokens, scores in self.scorer.scored(nodes, drafted, self.top_k):
@@ -44,7 +50,7 @@ class PipeDec(Attached):
             ]
 
     def draft(self) -> list[Node]:
-        """What is alive of the last layer, once."""
+        """Return the nodes of the last layer that are alive; each node is returned once."""
         levels = min(self.levels, self.levels_left())
         return [
             n
@@ -53,7 +59,9 @@ class PipeDec(Attached):
         ]
 
     def segment(self, drafting: bool) -> list[Node]:
-        """A new root alone, else the next layer: the likeliest candidates whose parents are alive."""
+        """Return a new root alone, or else the next layer.
+
+        The next layer holds the likeliest candidates whose parents are alive."""
         if not self.tree.root.sent:
             return [self.tree.root]
         nodes, room = self.tree.nodes, min(self.width, self.budget - len(self.tree))

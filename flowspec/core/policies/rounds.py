@@ -1,7 +1,9 @@
-"""Plain decoding, serial tree speculation and chunked pipelines: draft a whole tree, send it in pieces, begin again. Pure.
+"""Rounds draft a whole tree, send it in pieces and begin again.
 
-With a tree of one node this is plain autoregression, with one piece serial tree speculation, with as many pieces as the ring has hops
-the naive chunked pipeline, verified when all are back; told to prune, it verifies every piece as it comes back."""
+With a tree of one node this is plain decoding. With one piece it is serial tree speculation. With
+as many pieces as the ring has hops it is the naive chunked pipeline, which is verified when all
+pieces are back; with pruning, every piece is verified as it comes back. This module is pure (no
+torch, clock or I/O)."""
 
 from __future__ import annotations
 
@@ -14,9 +16,10 @@ from flowspec.core.tree import Node
 
 
 class Rounds(Attached):
-    """Draft a tree level by level (EAGLE-2), send its best `budget` nodes in `pieces`, verify once all are back, start afresh.
+    """Rounds draft a tree level by level (EAGLE-2) and send its best `budget` nodes in `pieces`.
 
-    With `pruning`, every piece is verified as it comes back, and what it rules out is dropped on its way; nothing is
+    Once all pieces are back, they are verified and the next round begins. With `pruning`, every
+    piece is verified as it comes back, and what it rules out is dropped on its way; nothing is
     drafted meanwhile. The round ends at a token that was not sent."""
 
     just_in_time = False
@@ -44,7 +47,7 @@ class Rounds(Attached):
                 self.tree.add(node, token, score)
 
     def draft(self) -> list[Node]:
-        """The best top_k nodes of the deepest level; none once the tree is deep enough."""
+        """Return the best top_k nodes of the deepest level; none once the tree is deep enough."""
         if self.planned is not None or self.level >= min(self.levels, self.levels_left()):
             return []
         frontier = [n for n in self.tree.nodes.values() if self.tree.depth(n) == self.level]
@@ -68,11 +71,13 @@ class Rounds(Attached):
         return self.pruning and self._rides(child)
 
     def _rides(self, node: Node) -> bool:
-        """Whether the node was sent in this round, or will be."""
+        """Return whether the node was sent in this round, or will be."""
         return node.sent or any(node in piece for piece in self.planned or ())
 
     def _plan(self) -> list[list[Node]]:
-        """Near-equal pieces in score order, small ones first; more of them if `segment` caps their rows."""
+        """Return pieces of nearly equal size in the order of scores, smaller ones first.
+
+        There are more of them than `pieces` if `segment` limits their rows."""
         nodes = sorted(self.tree.nodes.values(), key=best_first)[: self.budget]
         pieces = min(self.pieces, len(nodes))
         if self.segment_rows:
