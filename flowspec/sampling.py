@@ -149,7 +149,7 @@ BINS = 64 * 64
 
 
 def _least_of_mass(x: np.ndarray, top: float, temperature: float, share: float) -> float:
-    """Return the last logit of the likeliest tokens that together first reach this share of the mass.
+    """Return the last logit of the likeliest tokens that first reach this share of the mass.
 
     Where the 64 likeliest do not reach it, tokens are counted into bins by how far they lie below
     the top, and only the bin in which the share is reached is sorted."""

@@ -1,4 +1,4 @@
-"""This module makes text into tokens and back, by the tokenizer in rank 0's checkpoint.
+"""This module makes text into tokens and back, by the tokenizer in rank 0's folder.
 
 It needs no torch.
 """

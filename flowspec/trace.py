@@ -17,9 +17,9 @@ from flowspec.errors import UserError, need
 from flowspec.files import replacing
 
 ROWS = ("compute", "send", "receive", "draft")
-"""The row `compute` has forwards (on rank 0, what the scheduler does), `send` has bytes on their way
-to the next rank of the ring, `receive` has what has arrived and waits for this rank, and `draft`
-has the drafter's forwards (on rank 0)."""
+"""The row `compute` has forwards (on rank 0, what the scheduler does), `send` has bytes on their
+way to the next rank of the ring, `receive` has what has arrived and waits for this rank, and
+`draft` has the drafter's forwards (on rank 0)."""
 VERDICTS = ("accepted", "pruned", "stale")
 """A segment is accepted if a token of it became text, stale if all of its rows were refused before
 the span began, and pruned otherwise."""
@@ -38,8 +38,8 @@ class Span(NamedTuple):
     begin: float
     end: float
     facts: dict[str, Any]
-    """A segment's facts are request, segment (its number), rows, accepted (rows that became text) and
-    dead (rows that were refused before the span began). The row `send` also has bytes."""
+    """A segment's facts are request, segment (its number), rows, accepted (rows that became text)
+    and dead (rows that were refused before the span began). The row `send` has bytes."""
 
 
 class Fates:

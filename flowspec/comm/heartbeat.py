@@ -143,10 +143,7 @@ class Heartbeat:
         self._unchanged = _Unchanged()
         self._who: dict[int, _Who] = {}
         # how often the store has answered, and what it said
-        self._heard: tuple[int, list[bytes]] = (
-            0,
-            [],
-        )
+        self._heard: tuple[int, list[bytes]] = (0, [])
         self._broken = False
         self._stop = threading.Event()
         self._threads = [

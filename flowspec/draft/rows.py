@@ -53,7 +53,9 @@ class RowsSession(Session, ABC):
         They belong to m rows of the text and to the n nodes."""
 
     def _follow(self, commit: Commit) -> tuple[list[DraftNode], int]:
-        """Move the books to a commit; return its nodes and how many of the first have a row."""
+        """Move the books to a commit; return its nodes and how many of them have a row.
+
+        Those that have one are the first."""
         path = self._lineage.path(commit)
         held = [n.id for n in path if n.id in self._sequence.state.row]
         self._lineage = self._lineage.after(commit)

@@ -1,13 +1,16 @@
-"""EAGLE heads in the published layouts: one decoder layer that guesses the target's next feature.
+"""An EAGLE head, in the published layouts, is one decoder layer that guesses the next feature.
 
-EAGLE-1/2 (arXiv 2401.15077): the target's feature at t is its last hidden state behind the final norm. A row is the token at
-t + 1 beside it, made one again by fc; what comes out stands for the feature at t + 1, and the target's own lm_head makes
-logits of it.
+In EAGLE-1/2 (arXiv 2401.15077) the target's feature at t is its last hidden state behind the final
+norm. A row is the embedding of the token at t + 1 beside that feature, and fc makes one width of
+the two. What comes out stands for the feature at t + 1, and the target's own lm_head makes logits
+of it.
 
-EAGLE-3 (arXiv 2503.01840): the target's feature at t is fc of what enters three of its layers, side by side: decoder layers 2, L // 2
-and L - 3 of L (so the published code and the servers that run these heads). A row is the token's embedding beside it, and the layer's
-attention reads both, each normed; the feature alone is the residual stream. What comes out stands for fc's output at t + 1. A norm and
-an lm_head of its own make logits over the head's own vocabulary: token k there is the target's token k + d2t[k].
+In EAGLE-3 (arXiv 2503.01840) the target's feature at t is fc of what enters three of its layers,
+side by side: decoder layers 2, L // 2 and L - 3 of L (so do the published code and the servers that
+run these heads). A row is the token's embedding beside the feature, and the layer's attention reads
+both, each normed; the feature alone is the residual stream. What comes out stands for fc's output
+at t + 1. A norm and an lm_head of its own make logits over the head's own vocabulary, whose token k
+is the target's token k + d2t[k].
 """
 
 from __future__ import annotations
@@ -49,23 +52,26 @@ LAYER, LAYER_3 = "layers.0.", "midlayer."
 
 @dataclass(frozen=True)
 class EagleHead:
-    """An EAGLE-1/2 head; an EAGLE-3 head if it reads `layers` of the target."""
+    """An EagleHead is an EAGLE-1/2 head, or an EAGLE-3 head if it reads `layers` of the target."""
 
     embedding: Tensor
-    """[vocabulary, hidden]"""
+    """The embedding is [vocabulary, hidden]."""
     fc: Tensor
-    """[hidden, 2 * hidden]; EAGLE-3: [hidden, 3 * the target's hidden]"""
+    """The matrix fc is [hidden, 2 * hidden]; in EAGLE-3 it is [hidden, 3 * the target's hidden]."""
     bias: Tensor | None
     layer: StageModel
     lm_head: Head
     norm: nn.Module
-    """before lm_head"""
+    """This norm stands before lm_head."""
     layers: tuple[int, ...] = ()
     names: Tensor | None = None
-    """int64 [own vocabulary]: what the target calls its tokens; None: the same"""
+    """The names (int64 [own vocabulary]) are what the target calls the head's tokens; None means
+    that it calls them the same."""
 
     def place(self, features: Tensor | None) -> Tensor:
-        """The target's features [n, width] where, as what and in what size this head computes: [n, hidden]. None: a row of zeros."""
+        """Return the target's features [n, width] as the head computes with them, [n, hidden].
+
+        They are on the head's device, in its dtype and of its width. None gives a row of zeros."""
         if features is None:
             return self.fc.new_zeros(1, len(self.fc))
         features = placed(features, self.fc.device).to(self.fc.dtype)
@@ -73,25 +79,28 @@ class EagleHead:
 
     @torch.inference_mode()
     def rows(self, tokens: Tensor, features: Tensor) -> Tensor:
-        """What the layer takes: tokens [n] beside the placed or predicted features [n, hidden] of the tokens before them.
+        """Return the rows that the layer takes for tokens [n].
 
-        A token that only the target's padding has is read as the last one."""
+        `features` [n, hidden], placed or predicted, are those of the tokens before them. A token
+        that only the target's padding has is read as the last one."""
         tokens = placed(tokens.clamp(max=len(self.embedding) - 1), self.embedding.device)
         both = torch.cat([self.embedding[tokens], features], -1)
         return both if self.layers else F.linear(both, self.fc, self.bias)
 
     def silence(self, n: int) -> Tensor:
-        """n rows of what the layer takes, of token 0 and no features."""
+        """Return n rows that the layer takes, made of token 0 and features of zeros."""
         return self.rows(torch.zeros(n, dtype=torch.long), self.fc.new_zeros(n, len(self.fc)))
 
     @torch.inference_mode()
     def logits(self, features: Tensor) -> Tensor:
-        """[n, own vocabulary] of predicted features [n, hidden]."""
+        """Return the logits [n, own vocabulary] of predicted features [n, hidden]."""
         return self.lm_head(self.norm(features))
 
 
 class Beside(nn.Module):
-    """EAGLE-3's layer, made of a decoder layer's parts: an embedding beside a feature [.., 2 * hidden] goes in, a feature comes out."""
+    """Beside is EAGLE-3's layer, made of a decoder layer's parts.
+
+    An embedding beside a feature [.., 2 * hidden] goes in, and a feature [.., hidden] comes out."""
 
     def __init__(self, layer: Any, norm: nn.Module):
         super().__init__()
@@ -120,8 +129,10 @@ class Beside(nn.Module):
 def load_eagle(
     kind: str, folder: Path, manifest: Manifest, head: Head | None, dtype: torch.dtype, device: str
 ) -> EagleHead:
-    """The `eagle` or `eagle3` head in `folder` for the target of `manifest`, whose lm_head is `head` (None if it is not here, which
-    suits EAGLE-3). UserError names what does not fit."""
+    """Return the `eagle` or `eagle3` head in `folder` for the target of `manifest`.
+
+    `head` is the target's lm_head, or None if it is not here, which suits EAGLE-3. Raise UserError,
+    which names what does not fit."""
     tensors, config = _read(folder, dtype), read_config(folder)
     doubt = doubtful(folder, config, manifest)
     if doubt:
@@ -161,8 +172,10 @@ def load_eagle(
 
 
 def doubtful(folder: Path, config: dict, manifest: Manifest) -> str | None:
-    """Why it cannot be said that this head was made for this target; None where it can. (What is known not to be is refused before:
-    preflight.check_eagle.) Published heads tell no hash, but most carry the target's embedding."""
+    """Return why it cannot be said that this head was made for this target; None where it can.
+
+    A head that is known not to be is refused before (preflight.check_eagle). Published heads tell
+    no hash, but most carry the target's embedding."""
     if manifest.embedding is None:
         return "the split does not tell which model it was made from, so the head cannot be compared with it: split the model again"
     if told_by(config, folder / CONFIG):
@@ -174,7 +187,7 @@ def doubtful(folder: Path, config: dict, manifest: Manifest) -> str | None:
 
 
 def _names(offsets: Tensor, vocabulary: int, folder: Path) -> Tensor:
-    """The target's ids of the head's tokens, on the CPU, from d2t [own vocabulary] there."""
+    """Return the target's ids of the head's tokens from d2t [own vocabulary], both on the CPU."""
     names = torch.arange(len(offsets)) + offsets.long()
     strange = names[(names < 0) | (names >= vocabulary)]
     if len(strange):
@@ -187,7 +200,10 @@ def _names(offsets: Tensor, vocabulary: int, folder: Path) -> Tensor:
 def target_embedding(
     folder: Path, manifest: Manifest, head: Head | None, dtype: torch.dtype, device: str
 ) -> Tensor:
-    """The target's embedding [vocabulary, hidden]: its lm_head if they are tied and it is here, else out of the first stage's file."""
+    """Return the target's embedding [vocabulary, hidden].
+
+    It is the lm_head if the two are tied and it is here; else it comes from the first stage's
+    file."""
     if manifest.tied and head is not None:
         return head.weight.to(dtype)
     path = manifest.path(manifest.ranks[1])
@@ -199,7 +215,7 @@ def target_embedding(
 
 
 def _read(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The head's weights by name, and its integers as they are."""
+    """Return the head's weights by name, in this dtype; its integers are as they are."""
     path = pickled(folder)
     if path is None:
         checkpoint = Checkpoint(folder)
@@ -216,7 +232,7 @@ def _read(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
             name: tensor.to(dtype) if tensor.is_floating_point() else tensor
             for name, tensor in tensors.items()
         }
-    except Exception as error:  # whatever a damaged file makes of the reader
+    except Exception as error:  # a damaged file can make the reader raise anything
         raise UserError(
             f"{path} cannot be read as weights ({type(error).__name__}): download it again"
         ) from None
@@ -230,8 +246,10 @@ def decoder_layer(
     dtype: torch.dtype,
     beside: bool = False,
 ) -> StageModel:
-    """The decoder layer, of EAGLE-3 if `beside`. Files tell which biases a head has; EAGLE-1/2 heads as published leave out the norm
-    before attention."""
+    """Return the head's decoder layer, which is EAGLE-3's if `beside`.
+
+    The tensors tell which biases a head has. Published EAGLE-1/2 heads leave out the norm before
+    attention."""
     config = {**config, "num_hidden_layers": 1}
     stored = LAYER_3 if beside else LAYER
     own = {

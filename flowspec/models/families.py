@@ -1,4 +1,7 @@
-"""The model families that can be split into stages: their classes, their tensor names, and who is refused."""
+"""This module knows the model families that can be split into stages.
+
+It holds their classes and their tensor names, and it says which models are refused.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 class Classes(NamedTuple):
-    """The transformers classes a stage is made of."""
+    """Classes are the transformers classes of which a stage is made."""
 
     config: Any
     layer: Any
@@ -43,7 +46,9 @@ class Classes(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """One `model_type`. `window_default` is what transformers assumes when config.json has no `sliding_window`."""
+    """A family is one `model_type`.
+
+    `window_default` is what transformers assumes when config.json has no `sliding_window`."""
 
     model_type: str
     prefix: str
@@ -56,7 +61,7 @@ class Family:
         return f"transformers.models.{self.model_type}.modeling_{self.model_type}"
 
     def classes(self) -> Classes:
-        """Imports transformers."""
+        """Return the family's classes; this imports transformers."""
         module = importlib.import_module(self.module)
         return Classes(
             *(
@@ -79,7 +84,9 @@ CONFIG = "config.json"
 
 
 def read_config(folder: Path) -> dict:
-    """config.json of a checkpoint or a stage. UserError when it cannot be read, or its model would not be computed right."""
+    """Return the config.json of a checkpoint or a stage.
+
+    Raise UserError if it cannot be read or its model would not be computed right."""
     path = folder / CONFIG
     try:
         config = json.loads(path.read_bytes())
@@ -96,9 +103,9 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-# ---- who is refused --------------------------------------------------------------------------------
+# ---- what is refused -----------------------------------------------------------------------------
 def check_config(config: dict) -> None:
-    """UserError, by name, for a config.json whose model would not be computed right."""
+    """Raise UserError, which says why, if a config.json's model would not be computed right."""
     family = family_of(config)
     for key in REQUIRED:
         if type(config.get(key)) is not int or config[key] < 1:
@@ -118,7 +125,7 @@ def check_config(config: dict) -> None:
 
 
 def family_of(config: dict) -> Family:
-    """UserError when the config's model_type is not supported."""
+    """Return the config's family; raise UserError if its model_type is not supported."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
@@ -152,7 +159,9 @@ def _check_window(family: Family, config: dict) -> None:
 
 
 def rope_types(config: dict) -> Iterator[str]:
-    """Every rope type named by the old `rope_scaling` or the new `rope_parameters`, the latter perhaps one per kind of layer."""
+    """Yield every rope type that the old `rope_scaling` or the new `rope_parameters` names.
+
+    The latter may name one for each kind of layer."""
     for key in ("rope_scaling", "rope_parameters"):
         outer = config.get(key)
         if isinstance(outer, dict):
@@ -160,18 +169,20 @@ def rope_types(config: dict) -> Iterator[str]:
                 yield str(each.get("rope_type", each.get("type", "default")))
 
 
-# ---- tensor names ----------------------------------------------------------------------------------
+# ---- tensor names --------------------------------------------------------------------------------
 LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 def layer_of(name: str) -> int | None:
-    """`model.layers.7.mlp.up_proj.weight` -> 7; None for a tensor of no layer."""
+    """Return 7 for `model.layers.7.mlp.up_proj.weight`; None for a tensor of no layer."""
     match = LAYER_NAME.fullmatch(name)
     return int(match[1]) if match else None
 
 
 def layer_tensors(config: dict, layer: int, stored: set[str]) -> list[str]:
-    """Names of every tensor that decoder layer must have; of Mixtral's two layouts the one that `stored` uses."""
+    """Return the names of all tensors that this decoder layer must have.
+
+    Of Mixtral's two layouts it is the one that `stored` uses."""
     family = family_of(config)
     prefix = f"model.layers.{layer}."
     fused = prefix + "mlp.experts.gate_up_proj" in stored
@@ -220,9 +231,11 @@ def _expert_names(config: dict, fused: bool) -> list[str]:
     return ["block_sparse_moe.gate.weight", *each]
 
 
-# ---- EAGLE heads -----------------------------------------------------------------------------------
+# ---- EAGLE heads ---------------------------------------------------------------------------------
 def eagle_shapes(kind: str, config: dict, target_hidden: int) -> dict[str, tuple[int, ...]]:
-    """What an `eagle` or `eagle3` head of this config.json must hold beside its decoder layer, and of which shapes."""
+    """Return what an `eagle` or `eagle3` head must hold beside its decoder layer, with shapes.
+
+    `config` is the head's config.json."""
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     if kind == "eagle":
         return {EAGLE_FC: (hidden, 2 * hidden)}
@@ -237,20 +250,23 @@ def eagle_shapes(kind: str, config: dict, target_hidden: int) -> dict[str, tuple
 
 
 def eagle3_layers(num_layers: int) -> tuple[int, ...]:
-    """The target's layers whose inputs an EAGLE-3 head reads, as where the published ones were trained: a low, a middle, a high one."""
+    """Return the target's layers whose inputs an EAGLE-3 head reads: a low, a middle, a high one.
+
+    The published heads were trained with these."""
     return (2, num_layers // 2, num_layers - 3)
 
 
-# ---- loading ---------------------------------------------------------------------------------------
+# ---- loading -------------------------------------------------------------------------------------
 EXPERT_NAME = re.compile(r"(layers\.\d+\.)block_sparse_moe\.experts\.(\d+)\.w([123])\.weight")
 
 
 def module_tensors(
     file: TensorFile, family: Family, first_layer: int, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name inside the stage, tensor) for every tensor of a stage's file, one in memory at a time.
+    """Yield (name inside the stage, tensor) for every tensor of a stage's file.
 
-    Names lose `model.` and layers count from `first_layer`: `layers.0.self_attn.q_proj.weight`. Mixtral's experts come fused.
+    One tensor is in memory at a time. Names lose `model.`, and layers count from `first_layer`, as
+    in `layers.0.self_attn.q_proj.weight`. Mixtral's experts come fused.
     """
     experts: dict[str, list[str]] = {}
     for name in file.names:
@@ -275,7 +291,9 @@ def _local_name(name: str, first_layer: int) -> str:
 def _fused(
     file: TensorFile, names: list[str], parts: tuple[str, ...], dtype: torch.dtype | None
 ) -> torch.Tensor:
-    """[experts, sum of rows, columns]: the named matrices of each expert above one another, filled in place."""
+    """Return the named matrices of each expert above one another, [experts, sum of rows, columns].
+
+    They are filled in place."""
     import torch
 
     from flowspec.models.weights import torch_dtype
