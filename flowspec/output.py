@@ -1,4 +1,7 @@
-"""How a command ends: its exit code and its last line, and a standard output that is closed, unread, or full."""
+"""This module ends a command: with an exit code and a last line.
+
+It also deals with a standard output that is closed, unread or full.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,17 @@ TAKES_NO_MORE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are one line, without the usage."""
+    """A parser's errors are one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
 
 
 def command(main: Command) -> Callable[..., int]:
-    """A command's `main(argv) -> exit code`, by which bad input becomes one line on stderr and 2, a lost rank one and 1, and Ctrl-C 130."""
+    """Return a command's `main(argv) -> exit code` that turns errors into exit codes.
+
+    Bad input becomes one line on stderr and exit code 2, a lost rank one line and 1, and Ctrl-C one
+    line and 130."""
 
     @functools.wraps(main)
     def ended(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +48,9 @@ def command(main: Command) -> Callable[..., int]:
 
 
 def open_standard_streams() -> None:
-    """Those that were closed when the process began lead to the null device, so that no other file gets their numbers."""
+    """Lead the streams that were closed when the process began to the null device.
+
+    So no other file gets their numbers."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         if getattr(sys, name) is None:
             null = os.open(os.devnull, os.O_RDWR)
@@ -55,7 +63,9 @@ def open_standard_streams() -> None:
 
 @contextmanager
 def speaking() -> Iterator[None]:
-    """Ends quietly what is done inside once whoever reads the output has enough; UserError if the output takes no more."""
+    """End quietly what is done inside once whoever reads the output has enough.
+
+    Raise UserError if the output takes no more."""
     try:
         try:
             yield
@@ -71,7 +81,7 @@ def speaking() -> Iterator[None]:
 
 
 def _give_up() -> None:
-    """What is still buffered goes nowhere, so that it cannot fail again at the end."""
+    """Lead what is still buffered to the null device, so that it cannot fail again at the end."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())
     os.close(null)

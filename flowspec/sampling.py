@@ -1,11 +1,13 @@
-"""Keyed sampling: which token a distribution yields is a pure function of (seed, absolute position, logits).
+"""Sampling is keyed: the token is a pure function of (seed, absolute position, logits).
 
-Gumbel-max (Gumbel 1954; Maddison et al. 2014): argmax of log p(t) + g(t) with independent Gumbel noise g is a draw
-from p. Here g is counter-based, a hash of (seed, position, token): the same on every rank, device and batch
-shape. So whatever was drafted and by whichever method the text was made, it is the same text.
+By Gumbel-max (Gumbel 1954; Maddison et al. 2014), the argmax of log p(t) + g(t) with independent
+Gumbel noise g is a draw from p. Here g is counter-based, a hash of (seed, position, token), so it
+is the same on every rank, device and batch shape. So whatever was drafted and by whichever method
+the text was made, it is the same text.
 
-A pick costs about one pass over the logits: the filters sort few of them, and only tokens that can still win get exact noise. All
-that decides is computed in float64 of the logits as they are (float32 or wider), and of exact equals the lowest id wins.
+A pick costs about one pass over the logits: the filters sort few of them, and only tokens that can
+still win get exact noise. All that decides is computed in float64 from the logits as they are
+(float32 or wider). Of exact equals the lowest id wins.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ from flowspec.core.request import Sampling
 _M32 = (1 << 32) - 1
 
 
-# ---- noise -----------------------------------------------------------------------------------------
+# ---- noise ---------------------------------------------------------------------------------------
 def _mix(x: int) -> int:
-    """Avalanche of a 32-bit integer (two multiply-xorshift rounds)."""
+    """Return a 32-bit integer with its bits mixed (two multiply-xorshift rounds)."""
     x &= _M32
     x ^= x >> 16
     x = x * 0x7FEB352D & _M32
@@ -35,7 +37,7 @@ def _mix(x: int) -> int:
 
 
 def _mix_all(x: np.ndarray) -> np.ndarray:
-    """`_mix` of each, uint32, in place (products wrap)."""
+    """Mix each of these uint32 as `_mix` does, in place (products wrap), and return them."""
     x ^= x >> 16
     x *= 0x7FEB352D
     x ^= x >> 15
@@ -45,7 +47,9 @@ def _mix_all(x: np.ndarray) -> np.ndarray:
 
 
 def _bits(seed: int, position: int, tokens: np.ndarray) -> np.ndarray:
-    """The hash of (seed, position, token) for these tokens (any int shape): uint32, of which b stands for a uniform of (b + 1/2) / 2^32."""
+    """Return the hash of (seed, position, token) for these tokens (ints of any shape).
+
+    It is uint32 of the same shape; b stands for a uniform number of (b + 1/2) / 2^32."""
     low, high = seed & _M32, seed >> 32
     key = np.uint32(_mix(_mix(_mix(low) + high + 0x9E3779B9) + position))
     x = tokens.astype(np.uint32)
@@ -58,20 +62,23 @@ def _bits(seed: int, position: int, tokens: np.ndarray) -> np.ndarray:
 
 
 def _gumbel(bits: np.ndarray) -> np.ndarray:
-    """Standard Gumbel noise, float64, of uniform bits."""
-    uniform = torch.from_numpy(
-        (bits + 0.5) * 2.0**-32
-    )  # in (0, 1); torch's logarithm is the same for one number and for many
+    """Return the standard Gumbel noise, float64, of uniform bits."""
+    # it is in (0, 1); torch's logarithm is the same for one number and for many
+    uniform = torch.from_numpy((bits + 0.5) * 2.0**-32)
     return (-torch.log(-torch.log(uniform))).numpy()
 
 
 def gumbel(seed: int, position: int, tokens: Tensor) -> Tensor:
-    """Standard Gumbel noise of these tokens (any int shape) at an absolute position: float64 of the same shape."""
+    """Return the standard Gumbel noise of these tokens at an absolute position.
+
+    The tokens are ints of any shape; the noise is float64 of the same shape."""
     return torch.from_numpy(_gumbel(_bits(seed, position, tokens.numpy())))
 
 
 class NoiseRows:
-    """The noise of a whole vocabulary by position, the last few positions kept (siblings share theirs)."""
+    """NoiseRows are the noise of a whole vocabulary by position.
+
+    The rows of the last few positions are kept, since siblings share theirs."""
 
     def __init__(self, seed: int, vocabulary: int, keep: int = 64):
         self.seed, self._keep = seed, keep
@@ -79,7 +86,7 @@ class NoiseRows:
         self._rows: OrderedDict[int, Tensor] = OrderedDict()
 
     def __call__(self, position: int) -> Tensor:
-        """float64 [vocabulary]"""
+        """Return the noise at this position, float64 [vocabulary]."""
         row = self._rows.get(position)
         if row is None:
             row = self._rows[position] = gumbel(self.seed, position, self._tokens)
@@ -89,16 +96,18 @@ class NoiseRows:
 
 
 def noise_for(sampling: Sampling, vocabulary: int) -> NoiseRows | None:
-    """The noise of a request; None when it is greedy."""
+    """Return the noise of a request; None when the request is greedy."""
     if sampling.temperature == 0:
         return None
     assert sampling.seed is not None, "a sampled request has a seed by now"
     return NoiseRows(sampling.seed, vocabulary)
 
 
-# ---- filters ---------------------------------------------------------------------------------------
+# ---- filters -------------------------------------------------------------------------------------
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Log-probabilities after temperature, top-k, top-p, min-p: float64 [vocabulary], -inf where filtered out."""
+    """Return the log-probabilities after temperature, top-k, top-p and min-p, float64 [vocabulary].
+
+    They are -inf for tokens that are filtered out."""
     x = _exact(logits)
     out = torch.from_numpy(x < _least(x, sampling))
     return torch.log_softmax(
@@ -107,14 +116,15 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def _exact(logits: Tensor) -> np.ndarray:
-    """The same numbers in float32, or wider if they are."""
+    """Return the same numbers in float32, or in float64 if they are float64."""
     return logits.numpy() if logits.dtype == torch.float64 else logits.float().numpy()
 
 
 def _least(x: np.ndarray, sampling: Sampling) -> float:
-    """The smallest logit that passes all filters: each of them keeps the likeliest tokens, ties included.
+    """Return the smallest logit that passes all filters.
 
-    Top-p keeps a token while the mass strictly above it, of what top-k has left, is below p."""
+    Each filter keeps the likeliest tokens, ties included. Top-p keeps a token while the mass
+    strictly above it, of what top-k has left, is below p."""
     least, top = -math.inf, float(x.max())
     if 0 < sampling.top_k < len(x):
         least = float(_largest(x, sampling.top_k)[-1])
@@ -127,20 +137,22 @@ def _least(x: np.ndarray, sampling: Sampling) -> float:
 
 
 def _mass(x: np.ndarray, top: float, temperature: float) -> np.ndarray:
-    """Probabilities of logits, times the same number for all: 1 at `top`. float64 of the same shape."""
+    """Return the probabilities of logits, float64 of the same shape.
+
+    All are multiplied by the number that makes the probability 1 at the logit `top`."""
     return torch.from_numpy(x.astype(np.float64)).sub_(top).div_(temperature).exp_().numpy()
 
 
 BIN = 1 / 64
-"""in log-probability"""
+"""A bin has this width in log-probability."""
 BINS = 64 * 64
 
 
 def _least_of_mass(x: np.ndarray, top: float, temperature: float, share: float) -> float:
-    """The last of the likeliest tokens that together first reach this share of the mass.
+    """Return the last logit of the likeliest tokens that first reach this share of the mass.
 
-    Where a few dozen do not: tokens are counted into bins by how far they lie below the top, and only the bin in which the
-    share is reached is sorted."""
+    Where the 64 likeliest do not reach it, tokens are counted into bins by how far they lie below
+    the top, and only the bin in which the share is reached is sorted."""
     p = _mass(x, top, temperature)
     mass, before, values = share * float(p.sum()), 0.0, _largest(x, 64)
     if _mass(values, top, temperature).sum() < mass:
@@ -155,7 +167,10 @@ def _least_of_mass(x: np.ndarray, top: float, temperature: float, share: float) 
 
 
 def _largest(x: np.ndarray, k: int) -> np.ndarray:
-    """The k largest, from the top (all if there are fewer). k blocks hold something as large as the k-th largest of the blocks' maxima."""
+    """Return the k largest numbers, from the top (all if there are fewer).
+
+    At least k numbers are as large as the k-th largest of the blocks' maxima, so smaller ones are
+    left out before the sort."""
     width = len(x) // (4 * k)
     if width > 1:
         maxima = _blocks(x, width).max(1)
@@ -164,23 +179,26 @@ def _largest(x: np.ndarray, k: int) -> np.ndarray:
 
 
 def _blocks(x: np.ndarray, width: int) -> np.ndarray:
-    """[n, width], without what is left over at the end."""
+    """Return x as blocks [n, width], without what is left over at the end."""
     n = len(x) // width
     return x[: n * width].reshape(n, width)
 
 
-# ---- picks -----------------------------------------------------------------------------------------
+# ---- picks ---------------------------------------------------------------------------------------
 class Pick(NamedTuple):
-    """A chosen token and how clear the choice was: the lead over the runner-up, in (perturbed) log-probability."""
+    """A pick is a chosen token and how clear the choice was.
+
+    The gap is its lead over the second best, in (perturbed) log-probability."""
 
     token: int
     gap: float
 
 
 def pick(logits: Tensor, sampling: Sampling, noise: NoiseRows | None, position: int) -> Pick:
-    """The token at `position` for these logits [vocabulary]: argmax without noise (greedy), else Gumbel-max after the filters.
+    """Return the token at `position` for these logits [vocabulary].
 
-    On the host, of any floating-point type. Of exactly equal scores the lowest token id wins."""
+    It is the argmax without noise (greedy), else Gumbel-max after the filters. The logits are on
+    the host, of any floating-point type. Of exactly equal scores the lowest token id wins."""
     x = _exact(logits)
     if noise is None:
         return _best(x)
@@ -197,21 +215,21 @@ def pick(logits: Tensor, sampling: Sampling, noise: NoiseRows | None, position: 
 
 
 SURE = 256
-"""tokens to begin with, among which the winner is sought"""
+"""The search for the winner begins with so many tokens, one of each block."""
 
 
 def _scores(x: np.ndarray, temperature: float, bits: np.ndarray) -> np.ndarray:
-    return x.astype(np.float64) / temperature + _gumbel(
-        bits
-    )  # what normalises the distribution is the same for all tokens
+    # what normalises the distribution is the same for all tokens
+    return x.astype(np.float64) / temperature + _gumbel(bits)
 
 
 def _contenders(x: np.ndarray, temperature: float, bits: np.ndarray) -> np.ndarray:
-    """Indices, in order, of all tokens whose score can be among the two highest, and of few others.
+    """Return the indices, in order, of all tokens whose score can be among the two highest.
 
-    The highest logit of each of SURE blocks makes sure of two scores of at least s. A uniform u makes a score of s or more,
-    x / T - log(-log u) >= s, if -log u <= exp(x / T - s); and 1 - u <= -log u. So 1 - u, which needs no logarithm, is at most that.
-    In float32, with room for its rounding."""
+    A few others may be there too. The highest logits of SURE blocks make sure of two scores of at
+    least s. A uniform number u makes a score of s or more, x / T - log(-log u) >= s, if
+    -log u <= exp(x / T - s); and 1 - u <= -log u. So 1 - u, which needs no logarithm, is at most
+    that. It is computed in float32, with room for its rounding."""
     width = len(x) // SURE
     blocks = _blocks(x, width)
     highest = blocks.argmax(1) + width * np.arange(len(blocks))
@@ -228,7 +246,7 @@ def _contenders(x: np.ndarray, temperature: float, bits: np.ndarray) -> np.ndarr
 
 
 def _best(scores: np.ndarray) -> Pick:
-    """The index of the first of the highest, and its lead over the next."""
-    k = int(scores.argmax())  # numpy's is the first of equals
+    """Return the index of the highest score (the first of equals) and its lead over the next."""
+    k = int(scores.argmax())  # numpy takes the first of equals
     rest = max(scores[:k].max(initial=-np.inf), scores[k + 1 :].max(initial=-np.inf))
     return Pick(k, float(scores[k] - rest))

@@ -1,4 +1,7 @@
-"""Text to tokens and back, by the tokenizer that lies beside rank 0. Needs no torch."""
+"""This module makes text into tokens and back, by the tokenizer in rank 0's folder.
+
+It needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ from flowspec.errors import UserError
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """`tokenizer.json` of a checkpoint; UserError names the file."""
+    """Return the tokenizer of a checkpoint's `tokenizer.json`.
+
+    Raise UserError, which names the file, if it cannot be read."""
     path = folder / "tokenizer.json"
     try:
         return Tokenizer.from_file(str(path))
@@ -21,7 +26,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def check_same_tokens(target: Tokenizer, draft: Tokenizer, where: str) -> None:
-    """A draft model must mean the same token by the same number. Padding beyond the vocabulary may differ."""
+    """Raise UserError unless the draft model means the same token by the same number.
+
+    Padding beyond the vocabulary may differ."""
     ours, theirs = target.get_vocab(), draft.get_vocab()
     differs = [t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)]
     if differs:
@@ -33,7 +40,7 @@ def check_same_tokens(target: Tokenizer, draft: Tokenizer, where: str) -> None:
 
 
 class Text:
-    """The target's tokenizer with its end tokens and chat template."""
+    """A Text is the target's tokenizer with its end tokens and chat template."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -41,14 +48,16 @@ class Text:
         self.eos = frozenset(_end_tokens(folder))
 
     def encode(self, prompt: str) -> tuple[int, ...]:
-        """With the special tokens that the tokenizer adds by itself."""
+        """Return the prompt's tokens, with the special ones that the tokenizer adds by itself."""
         return tuple(self.tokenizer.encode(prompt).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
 
     def encode_chat(self, turns: Sequence[dict[str, str]]) -> tuple[int, ...]:
-        """`turns`: [{role, content}, ...]. By the chat template; plain turns where there is none."""
+        """Return the tokens of the turns [{role, content}, ...].
+
+        They follow the chat template, or are plain lines where there is none."""
         if not self.has_template:
             lines = "".join(f"{turn['role'].capitalize()}: {turn['content']}\n" for turn in turns)
             return self.encode(lines + "Assistant:")
@@ -69,25 +78,28 @@ class Text:
 
 
 class TextStream:
-    """Tokens in, text out as soon as it is certain: whole characters only, nothing at or after a stop text.
+    """A TextStream takes tokens in and gives text out as soon as it is certain.
 
-    A token's text depends on its neighbours (spaces, bytes of one character), so each is decoded behind what was
-    decoded before it, the prompt's last tokens to begin with, and what is new is given out once it ends in a character."""
+    It gives out whole characters only, and nothing at or after a stop text. A token's text depends
+    on its neighbours (spaces, bytes of one character). So each token is decoded behind what was
+    decoded before it (at first the prompt's last tokens), and what is new is given out once it ends
+    in a whole character."""
 
     BEFORE = 6
-    """tokens of the prompt that may matter to the first new one"""
+    """So many of the prompt's last tokens may matter to the first new one."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()):
         self._tokenizer, self._stop, self._held = tokenizer, [s for s in stop if s], ""
-        self._window = list(prompt[-self.BEFORE :])  # tokens to stand behind, then undecided ones
+        # tokens behind which the next are decoded, then undecided ones
+        self._window = list(prompt[-self.BEFORE :])
         self._decided = len(self._window)
         self.text = ""
-        """everything given out so far"""
+        """This is everything given out so far."""
         self.stopped = False
-        """a stop text was met"""
+        """A stop text was met."""
 
     def push(self, token: int) -> str:
-        """The text that this token makes certain."""
+        """Return the text that this token makes certain."""
         self._held += self._decode(token)
         cuts = [at for s in self._stop if (at := self._held.find(s)) >= 0]
         if cuts:
@@ -100,16 +112,15 @@ class TextStream:
         self._window.append(token)
         before = self._tokenizer.decode(self._window[: self._decided], skip_special_tokens=True)
         now = self._tokenizer.decode(self._window, skip_special_tokens=True)
-        if len(now) <= len(before) or now.endswith(
-            "\ufffd"
-        ):  # nothing new, or an unfinished character
+        # there is nothing new, or an unfinished character
+        if len(now) <= len(before) or now.endswith("\ufffd"):
             return ""
         del self._window[: self._decided]
         self._decided = len(self._window)
         return now[len(before) :]
 
     def flush(self) -> str:
-        """What was held back for a stop text that never came."""
+        """Return what was held back for a stop text that never came."""
         return "" if self.stopped else self._give(len(self._held))
 
     def _give(self, length: int) -> str:
@@ -119,14 +130,16 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Return the length in characters of the longest end of `text` that begins `stop`."""
     return next(
         (n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0
     )
 
 
 def _end_tokens(folder: Path) -> list[int]:
-    """eos_token_id of generation_config.json, else of config.json: a number, a list, or nothing."""
+    """Return the eos_token_id of generation_config.json, else of config.json, as a list.
+
+    The files hold a number, a list, or nothing."""
     for name in ("generation_config.json", "config.json"):
         eos = _json(folder / name).get("eos_token_id")
         if eos is not None:
@@ -135,7 +148,9 @@ def _end_tokens(folder: Path) -> list[int]:
 
 
 def _json(path: Path) -> dict:
-    """A JSON object; empty where there is no such file. UserError when it is damaged."""
+    """Return a file's JSON object; it is empty where there is no such file.
+
+    Raise UserError if the file is damaged."""
     try:
         found = json.loads(path.read_bytes()) if path.exists() else {}
     except ValueError:

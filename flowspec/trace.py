@@ -1,7 +1,8 @@
-"""Who did what when: spans of all ranks on one clock, and how they are kept in a file.
+"""A trace says who did what when: it holds spans of all ranks on one clock, and is kept in a file.
 
-The runtime and the simulator make the same spans, so the same pictures, verdicts and figures are made of both. The file is
-Chrome's trace format (JSON): it opens in https://ui.perfetto.dev, a process a rank, a thread a row.
+The runtime and the simulator make the same spans, so the same pictures, verdicts and figures are
+made of both. The file has Chrome's trace format (JSON): it opens in https://ui.perfetto.dev, with a
+process for each rank and a thread for each row.
 """
 
 from __future__ import annotations
@@ -16,30 +17,35 @@ from flowspec.errors import UserError, need
 from flowspec.files import replacing
 
 ROWS = ("compute", "send", "receive", "draft")
-"""compute: forwards (rank 0: what the scheduler does); send: bytes on their way to the next rank of the ring; receive:
-arrived, waiting for this rank; draft: the drafter's forwards (rank 0)"""
+"""The row `compute` has forwards (on rank 0, what the scheduler does), `send` has bytes on their
+way to the next rank of the ring, `receive` has what has arrived and waits for this rank, and
+`draft` has the drafter's forwards (on rank 0)."""
 VERDICTS = ("accepted", "pruned", "stale")
-"""of a segment: a token of it became text; all of its rows were refused later; all were refused before this began"""
+"""A segment is accepted if a token of it became text, stale if all of its rows were refused before
+the span began, and pruned otherwise."""
 _COLOURS = {"accepted": "good", "pruned": "bad", "stale": "terrible", "prefill": "grey"}
 
 
 class Span(NamedTuple):
-    """Something that took time; seconds of rank 0's clock."""
+    """A span is something that took time, in seconds of rank 0's clock."""
 
     rank: int
     row: str
-    """one of ROWS"""
+    """The row is one of ROWS."""
     name: str
-    """of a segment, on any row: one of VERDICTS; else prefill, draft, schedule"""
+    """The name of a segment's span, on any row, is one of VERDICTS; others are prefill, draft and
+    schedule."""
     begin: float
     end: float
     facts: dict[str, Any]
-    """of a segment: request, segment (its number), rows, accepted (rows that became text), dead (rows that were refused
-    before this began); send: bytes"""
+    """A segment's facts are request, segment (its number), rows, accepted (rows that became text)
+    and dead (rows that were refused before the span began). The row `send` has bytes."""
 
 
 class Fates:
-    """What became of each node of a request, and when it was decided (seconds of rank 0's clock). Node ids as in core/messages."""
+    """Fates say what became of each node of a request, and when (seconds of rank 0's clock).
+
+    Node ids are those of core/messages."""
 
     def __init__(self) -> None:
         self._parents: dict[int, int] = {}
@@ -52,7 +58,7 @@ class Fates:
         self._alive.update(ids)
 
     def decided(self, path: Iterable[int], root: int, now: float) -> None:
-        """`path` became text, `root` and its descendants live on."""
+        """Record that `path` became text and that `root` and its descendants live on."""
         self._accepted.update(path)
         below = {root}
         for i in sorted(self._alive):  # a parent's id is below its children's
@@ -63,7 +69,9 @@ class Fates:
         self._alive &= below
 
     def of(self, ids: Iterable[int], begin: float) -> tuple[str, int, int]:
-        """The verdict on work on these nodes that began at `begin`, how many were accepted, how many were dead by then."""
+        """Return the verdict on work on these nodes that began at `begin`, and two counts.
+
+        The counts are how many of the nodes were accepted and how many were dead by then."""
         nodes = list(ids)
         accepted = sum(i in self._accepted for i in nodes)
         dead = sum(self._died.get(i, begin + 1) <= begin for i in nodes)
@@ -74,7 +82,9 @@ class Fates:
         )
 
     def judge(self, span: Span) -> Span:
-        """A span of work on a segment, whose facts hold its node `ids`: now named by its verdict, with counts for the ids."""
+        """Return the span named by its verdict, with counts in its facts instead of the node `ids`.
+
+        A span without `ids`, which is not of work on a segment, is returned as it is."""
         if "ids" not in span.facts:
             return span
         facts = dict(span.facts)
@@ -86,8 +96,10 @@ class Fates:
 
 
 def untangled(spans: Iterable[Span]) -> list[Span]:
-    """Sorted by begin; on each row a span begins no earlier than the one before ends (messages on a link, or in a queue,
-    wait for each other; a viewer wants slices that do not overlap)."""
+    """Return the spans sorted by begin and clipped so that none overlap on a row.
+
+    On each row a span begins no earlier than the one before ends. Messages on a link or in a queue
+    wait for each other, and a viewer wants slices that do not overlap."""
     ends: dict[tuple[int, str], float] = {}
     clipped = []
     for span in sorted(spans, key=lambda s: s.begin):
@@ -98,9 +110,11 @@ def untangled(spans: Iterable[Span]) -> list[Span]:
     return sorted(clipped, key=lambda s: s.begin)
 
 
-# ---- files -----------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 def write(path: str | os.PathLike[str], spans: Iterable[Span], facts: dict[str, Any]) -> None:
-    """Chrome-trace JSON, written beside and renamed. `facts` (method, stages, emulated ...) are kept with it."""
+    """Write the spans as Chrome-trace JSON, beside the name, which the file gets when it is whole.
+
+    `facts` (method, stages, emulated ...) are kept with it."""
     spans = sorted(spans, key=lambda s: s.begin)
     zero = spans[0].begin if spans else 0.0
     ranks = sorted({s.rank for s in spans})
@@ -130,7 +144,9 @@ def write(path: str | os.PathLike[str], spans: Iterable[Span], facts: dict[str, 
 
 
 def read(path: str | os.PathLike[str]) -> tuple[list[Span], dict[str, Any]]:
-    """The spans and facts of a file that `write` made. UserError says what is wrong with another."""
+    """Return the spans and facts of a file that `write` made.
+
+    Raise UserError, which says what is wrong, for any other file."""
     try:
         trace = json.loads(Path(path).read_text())
     except OSError as error:

@@ -1,7 +1,8 @@
-"""What every transport is: a ring for data, a star of control messages beside it, an inbox for what arrives.
+"""A transport is a ring for data, a star of control messages beside it and an inbox.
 
-Data runs 0 -> 1 -> ... -> S -> 0. Control runs between rank 0 and each stage, and may overtake data or be
-overtaken by it. Each link is first in, first out. `send` returns at once and owns the message from then on.
+Data runs 0 -> 1 -> ... -> S -> 0. Control runs between rank 0 and each stage, and may overtake data
+or be overtaken by it. Each link is first in, first out. `send_next` and `send_control` return at
+once and own the message from then on.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from flowspec.core.topology import Topology
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Message:
-    """A typed frame: a kind, a few JSON-able facts, and tensors of any dtype and shape (empty ones included)."""
+    """A message has a kind, a few facts that JSON can hold, and tensors of any dtype and shape.
+
+    Tensors may be empty."""
 
     kind: str
     meta: dict[str, Any] = field(default_factory=dict)
@@ -29,28 +32,33 @@ class Message:
 
 
 STILL = 120.0
-"""seconds after which a rank that is at work and does not move hangs: longer than a layer takes that comes from a slow disk"""
+"""A rank that is at work and has not moved for this many seconds hangs. A layer that comes from a
+slow disk takes less."""
 
 
 class Pulse:
-    """What a rank's working thread is at: moved by that thread, read by all who watch it."""
+    """A pulse says what a rank's working thread is at.
+
+    That thread moves it; all who watch the thread read it."""
 
     def __init__(self) -> None:
         self.moves = 0
         self.doing = ""
-        """nothing: it waits for work, for days if need be"""
+        """This names the work; it is empty while the thread waits for work, for days if need be."""
 
     def at(self, doing: str = "") -> None:
         self.doing = doing
         self.moves += 1
 
     def move(self) -> None:
-        """Still at it, and getting on."""
+        """Record that the thread is still at the same work and gets on."""
         self.moves += 1
 
 
 class Awake:
-    """A clock (seconds) that stands still while this process does: no look at it is more than `step` after the last."""
+    """Awake is a clock (seconds) that stands still while this process does.
+
+    Between two looks at it no more than `step` seconds pass."""
 
     def __init__(self, step: float):
         self._step, self._seconds, self._last = step, 0.0, time.monotonic()
@@ -62,21 +70,24 @@ class Awake:
 
 
 DUE = "due"
-"""fact of a message on an emulated link: not to be seen before this time (monotonic seconds of the machine that all ranks share)"""
+"""This fact of a message on an emulated link is the time before which it may not be seen. It is in
+monotonic seconds of the machine that all ranks share."""
 
 
 class Clock:
-    """The time in seconds, and what passes it: this machine's monotonic clock. Whatever shares an inbox shares its clock."""
+    """A clock tells the time in seconds and lets it pass; this is the machine's monotonic clock.
+
+    Whatever shares an inbox shares its clock."""
 
     def now(self) -> float:
         return time.monotonic()
 
     def sleep(self, seconds: float) -> None:
-        """Not at all if there is nothing left to sleep."""
+        """Sleep for so many seconds, and not at all if they are negative."""
         time.sleep(max(0.0, seconds))
 
     def wait(self, ready: threading.Condition, seconds: float | None) -> None:
-        """Until it is notified (we hold it) or the time is up."""
+        """Wait until `ready`, which the caller holds, is notified or the time (seconds) is up."""
         ready.wait(seconds)
 
 
@@ -84,12 +95,14 @@ class _Entry(NamedTuple):
     due: float
     number: int
     at: float
-    """when it was put"""
+    """The item was put at this time."""
     item: Any
 
 
 class Inbox:
-    """A queue with two doors: urgent items (control) leave before the others (data). Nothing leaves before it is due."""
+    """An inbox is a queue with two doors: urgent items (control) leave before the others (data).
+
+    Nothing leaves before it is due."""
 
     def __init__(self, clock: Clock | None = None) -> None:
         self.clock = clock or Clock()
@@ -99,7 +112,7 @@ class Inbox:
         self._count = 0
         self._failure: BaseException | None = None
         self.since = 0.0
-        """when the item that `get` gave last had arrived (by the clock)"""
+        """The item that `get` gave last arrived, or was due, at this time of the clock."""
 
     def put(self, item: object, urgent: bool = False, due: float = 0.0) -> None:
         with self._ready:
@@ -111,20 +124,20 @@ class Inbox:
             self._ready.notify()
 
     def fail(self, error: BaseException) -> None:
-        """Every `get` raises this from now on."""
+        """Raise this error in every `get` from now on."""
         with self._ready:
             self._failure = self._failure or error
             self._ready.notify_all()
 
     def get(self, timeout: float | None = None) -> Any:
-        """The next item; None when the time (seconds) is up."""
+        """Return the next item; None when the time (seconds) is up."""
         found = self._first((self._urgent, self._normal), timeout)
         if found:
             self.since = max(found.due, found.at)
         return found and found.item
 
     def get_urgent(self, timeout: float = 0.0) -> Any:
-        """An urgent item that is here already, or comes before the time (seconds) is up; else None."""
+        """Return an urgent item that is here or comes within the time (seconds); else None."""
         found = self._first((self._urgent,), timeout)
         return found and found.item
 
@@ -145,25 +158,27 @@ class Inbox:
 
 
 class Transport(Protocol):
-    """One rank's end of the ring. Items of the inbox are (sender's rank, Message)."""
+    """A transport is one rank's end of the ring.
+
+    Items of the inbox are (sender's rank, Message)."""
 
     rank: int
     topology: Topology
     inbox: Inbox
     pulses: list[Pulse]
-    """by rank: this rank's own, and what is known here of the others'"""
+    """There is a pulse by rank: this rank's own, and what is known here of the others'."""
     still: float
-    """seconds that a rank may be at work without moving"""
+    """A rank may be at work without moving for this many seconds."""
 
     def send_next(self, message: Message) -> None:
-        """To the next rank of the ring."""
+        """Send to the next rank of the ring."""
 
     def send_control(self, to: int, message: Message) -> None:
-        """From rank 0 to a stage or from a stage to rank 0, beside the ring."""
+        """Send from rank 0 to a stage or from a stage to rank 0, beside the ring."""
 
     def close(self) -> None:
         """Say goodbye on every link and stop the threads; idempotent."""
 
 
 Lost = Callable[[int, str], None]
-"""Called with a rank and the reason when a link to it breaks."""
+"""This is called with a rank and the reason when a link to that rank breaks."""

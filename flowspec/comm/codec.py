@@ -1,7 +1,9 @@
-"""Messages as bytes: one header of two int64 (bytes in all, bytes of JSON) and one payload. No pickle.
+"""The codec makes a message into bytes and back, without pickle: one header and one payload.
 
-The payload is JSON {version, kind, meta, tensors: [[dtype name, shape], ...]} and then the raw tensors, each at a
-multiple of 8 bytes. dtypes travel by name, so bfloat16 is not mistaken for float16, nor an empty tensor for none.
+The header is two int64: the payload's bytes in all and its bytes of JSON. The payload is JSON
+{version, kind, meta, tensors: [[dtype name, shape], ...]} and then the raw tensors, each at a
+multiple of 8 bytes. dtypes travel by name, so bfloat16 is not mistaken for float16, nor an empty
+tensor for none.
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ from flowspec.comm.base import Message
 
 VERSION = 1
 HEADER = 2
-"""int64 numbers in a header"""
+"""A header has so many int64 numbers."""
 _DIMENSIONS = 8
 _MOST = 1 << 40
-"""product of a shape's numbers, zeros aside: torch counts in int64"""
+"""The product of a shape's numbers, zeros aside, must be below this, as torch counts in int64."""
 _DTYPES = {
     str(d).removeprefix("torch."): d
     for d in (
@@ -41,15 +43,16 @@ _NAMES = {d: name for name, d in _DTYPES.items()}
 
 
 class Limit(NamedTuple):
-    """The most that a message of one kind can hold, in bytes."""
+    """A limit is the most that a message of one kind can hold, in bytes."""
 
     facts: int
-    """of JSON"""
+    """The JSON has at most so many bytes."""
     tensors: int
+    """The tensors, padded, have at most so many bytes."""
 
 
 Limits = Mapping[str, Limit]
-"""by kind: what is in here is all that there is"""
+"""Limits map a message's kind to its limit; there are no other kinds."""
 
 
 def _padded(n: int) -> int:
@@ -57,7 +60,7 @@ def _padded(n: int) -> int:
 
 
 def encode(message: Message) -> tuple[Tensor, Tensor]:
-    """(header int64 [2], payload uint8 [n])"""
+    """Return the message's header (int64 [2]) and payload (uint8 [n])."""
     tensors = [t.detach().cpu().contiguous() for t in message.tensors]
     specs = [[_NAMES[t.dtype], list(t.shape)] for t in tensors]
     about = json.dumps(
@@ -74,7 +77,9 @@ def encode(message: Message) -> tuple[Tensor, Tensor]:
 
 
 def payload_size(header: Tensor, limits: Limits) -> int:
-    """Bytes of the payload that follows; ValueError for a header that no encoder wrote, or that promises more than any kind holds."""
+    """Return the bytes of the payload that follows this header.
+
+    Raise ValueError if no encoder wrote the header or if it promises more than any kind holds."""
     total, about = header.tolist()
     facts, tensors = (max(numbers) for numbers in zip(*limits.values(), strict=True))
     if not (0 < about <= facts and _padded(about) <= total <= _padded(about) + tensors):
@@ -83,8 +88,10 @@ def payload_size(header: Tensor, limits: Limits) -> int:
 
 
 def decode(header: Tensor, payload: Tensor, limits: Limits) -> Message:
-    """The message of a header that `payload_size` let pass; its tensors share the payload's memory. ValueError for what no encoder of
-    this version wrote, and for more than its kind can hold."""
+    """Return the message of a header that `payload_size` let pass and of this payload.
+
+    Its tensors share the payload's memory. Raise ValueError if no encoder of this version wrote it
+    or if it is more than its kind can hold."""
     about, at = int(header[1]), _padded(int(header[1]))
     kind, meta, specs = _facts(payload[:about].numpy().tobytes())
     if kind not in limits:
@@ -107,7 +114,7 @@ def decode(header: Tensor, payload: Tensor, limits: Limits) -> Message:
 
 
 def _facts(text: bytes) -> tuple[str, dict[str, Any], list[Any]]:
-    """Kind, facts and the tensors' descriptions."""
+    """Return the kind, the facts and the tensors' descriptions."""
     try:
         about = json.loads(text, parse_constant=_not_finite)
     except (ValueError, RecursionError):
@@ -128,7 +135,7 @@ def _not_finite(name: str) -> NoReturn:
 
 
 def _spec(spec: Any) -> tuple[torch.dtype, list[int], int]:
-    """A tensor's dtype, shape and bytes from [dtype's name, shape]."""
+    """Return a tensor's dtype, shape and number of bytes from [dtype's name, shape]."""
     name, shape = spec if isinstance(spec, list) and len(spec) == 2 else ("", [])
     if not (isinstance(name, str) and name in _DTYPES):
         raise ValueError("a tensor of a dtype that is none")

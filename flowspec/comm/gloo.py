@@ -1,8 +1,10 @@
-"""The transport of ranks that are processes: torch.distributed over gloo, point to point, CPU tensors.
+"""GlooTransport is for ranks that are processes.
 
-What gloo asks for (docs/architecture.md, "What gloo does"): a send waits for the peer's receive, so every incoming
-link has a thread with a receive always posted, and every outgoing link a thread that owns what it sends. A timed-out
-receive kills its link, so nothing here ever times out: liveness is heartbeat.py's business.
+It uses torch.distributed over gloo, point to point, with CPU tensors. What gloo asks for is in
+docs/architecture.md ("What gloo does"): a send waits for the peer's receive, so every incoming link
+has a thread with a receive always posted, and every outgoing link has a thread that owns what it
+sends. A timed-out receive kills its link, so nothing here ever times out; heartbeat.py finds out
+who is alive.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ _BYE_LIMIT = Limit(64, 0)
 
 
 class _Sender:
-    """Sends what is put into it to one peer, in order."""
+    """A sender sends what is put into it to one peer, in order."""
 
     def __init__(self, to: int, group: dist.ProcessGroup, lost: Lost):
         self.to, self._group, self._lost = to, group, lost
@@ -45,16 +47,17 @@ class _Sender:
                     dist.send(part, self.to, group=self._group)
             except RuntimeError:
                 return self._lost(self.to, "the connection broke while sending")
-            except (
-                Exception
-            ) as error:  # a message that cannot be encoded: say so instead of falling silent
+            # a message that cannot be encoded is reported; the thread must not just fall silent
+            except Exception as error:
                 return self._lost(self.to, f"a {message.kind} message could not be sent: {error}")
             if message is _BYE:
                 return
 
 
 class _Receiver:
-    """Puts what one peer sends into the inbox, in order. Whatever it cannot take in is the peer's end."""
+    """A receiver puts what one peer sends into the inbox, in order.
+
+    The peer is lost once it sends something that cannot be taken in."""
 
     def __init__(
         self,
@@ -91,7 +94,9 @@ class _Receiver:
             )
 
     def _receive(self) -> Message:
-        """ConnectionError when the link broke, ValueError for what is no message."""
+        """Return the next message.
+
+        Raise ConnectionError if the link broke and ValueError for what is no message."""
         header = torch.empty(HEADER, dtype=torch.int64)
         self._fill(header)
         payload = torch.empty(payload_size(header, self._limits), dtype=torch.uint8)
@@ -106,9 +111,10 @@ class _Receiver:
 
 
 class GlooTransport:
-    """One rank's end of the ring over two process groups of its own. Needs torch.distributed to be initialised.
+    """A GlooTransport is one rank's end of the ring over two process groups of its own.
 
-    limits: what messages of each kind can hold; emulate: what links may delay; pulses: those that the heartbeat keeps."""
+    torch.distributed must be initialised. `limits` say what messages of each kind can hold,
+    `emulate` says what links may delay, and `pulses` are those that the heartbeat keeps."""
 
     def __init__(
         self, lost: Lost, limits: Limits, emulate: Emulate, pulses: list[Pulse], still: float

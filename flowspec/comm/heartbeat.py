@@ -1,11 +1,13 @@
-"""Who is alive and moves: every rank tells torch's store a number and what its working thread is at, and watches the others'.
+"""The heartbeat finds out which ranks are alive and which of them move.
 
-A killed process breaks its connections at once; a stopped one (SIGSTOP, a swapping box) breaks nothing, so silence is
-the only sign; one that hangs in a read beats on, so its beat tells how often its working thread has moved. A rank that waits for work
-need not move: an idle ring beats on for days. If the store itself is gone or silent, its host or launcher is. Calls to a silent store
+Every rank tells torch's store a number and what its working thread is at, and watches the others.
+A killed process breaks its connections at once. A stopped one (SIGSTOP, a machine that swaps)
+breaks nothing, so silence is the only sign. One that hangs in a read beats on, so its beat tells
+how often its working thread has moved. A rank that waits for work need not move: an idle ring beats
+on for days. If the store itself is gone or silent, its host or launcher is. Calls to a silent store
 block, so one thread speaks with the store and another one watches.
 
-The store asks nobody who he is: what comes from it is shown, compared and checked, never obeyed.
+The store asks nobody who they are: what comes from it is shown, compared and checked, never obeyed.
 """
 
 from __future__ import annotations
@@ -26,13 +28,15 @@ from flowspec.comm.base import STILL, Awake, Lost, Pulse
 
 GONE = "the launcher or the first rank's host is gone"
 _GRACE = 1.0
-"""seconds between the store's end and the conclusion that nobody told us to leave"""
+"""After the store's end it takes so many seconds to conclude that nobody told us to leave."""
 RUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
-"""what the environment of a rank says of it and of its run"""
+"""These variables of a rank's environment say which rank it is and of which run."""
 
 
 def machine() -> list[str]:
-    """This boot of this machine and this namespace of process ids; host names repeat among boards of one image."""
+    """Return what names this boot of this machine and this namespace of process ids.
+
+    Host names repeat among boards of one image. Where /proc does not tell, it is the host name."""
     boot, ids = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     if not (boot.exists() and ids.exists()):
         return [socket.gethostname()]
@@ -40,7 +44,9 @@ def machine() -> list[str]:
 
 
 def is_rank_of_this_run(pid: object, rank: int) -> bool:
-    """Is this the id of a process of ours that was started as that rank of the run that we are in? Only where /proc tells."""
+    """Return whether this is the id of a process of ours, started as that rank of our run.
+
+    It is False where /proc does not tell."""
     if type(pid) is not int or pid <= 1 or pid == os.getpid():
         return False
     process = Path("/proc") / str(pid)
@@ -59,7 +65,9 @@ def is_rank_of_this_run(pid: object, rank: int) -> bool:
 
 
 def _told(text: bytes, types: list[type]) -> list:
-    """What stands in the store for a rank: a list of these types."""
+    """Return what stands in the store for a rank: a list of these types.
+
+    Raise ValueError if it is anything else."""
     with contextlib.suppress(ValueError, RecursionError):
         told = json.loads(text)
         if isinstance(told, list) and [type(part) for part in told] == types:
@@ -74,13 +82,13 @@ class _Who(NamedTuple):
 
 
 def _who(text: bytes) -> _Who:
-    """ValueError for what no rank of ours announces."""
+    """Return who a rank says it is; raise ValueError for what no rank of ours announces."""
     host, where, pid = _told(text, [str, list, int])
     return _Who(_shown(host), where, pid)
 
 
 def _shown(text: str) -> str:
-    """Fit for a line of a terminal."""
+    """Return the text made fit for a line of a terminal."""
     return "".join(c if c.isprintable() else "?" for c in text[:80])
 
 
@@ -91,13 +99,13 @@ class _Beat(NamedTuple):
 
 
 def _beat(text: bytes) -> _Beat:
-    """ValueError for what no rank of ours tells."""
+    """Return a rank's beat; raise ValueError for what no rank of ours tells."""
     number, moves, doing = _told(text, [int, int, str])
     return _Beat(number, moves, _shown(doing))
 
 
 class _Unchanged:
-    """How long things have been what they are, by a clock that the caller reads."""
+    """_Unchanged tells how long things have been what they are, by a clock of the caller's."""
 
     def __init__(self) -> None:
         self._since: dict[object, tuple[object, float]] = {}
@@ -109,10 +117,11 @@ class _Unchanged:
 
 
 class Heartbeat:
-    """Beats every `every` seconds; calls `lost(rank, reason)` once when a rank was silent for `limit` seconds or stood still at its work
-    for `still` seconds, with rank -1 when the store was silent for `limit` seconds or is gone.
+    """A heartbeat beats every `every` seconds and calls `lost(rank, reason)` once.
 
-    pulses: by rank; this rank's own is told, the others' become what they tell."""
+    It does so when a rank was silent for `limit` seconds or stood still at its work for `still`
+    seconds, and with rank -1 when the store was silent for `limit` seconds or is gone. `pulses` are
+    by rank: this rank's own is told to the store, the others' become what they tell."""
 
     def __init__(
         self,
@@ -133,10 +142,8 @@ class Heartbeat:
         self._lost, self._every, self._limit, self._still = lost, every, limit, still
         self._unchanged = _Unchanged()
         self._who: dict[int, _Who] = {}
-        self._heard: tuple[int, list[bytes]] = (
-            0,
-            [],
-        )  # how often the store has answered, and what it said
+        # how often the store has answered, and what it said
+        self._heard: tuple[int, list[bytes]] = (0, [])
         self._broken = False
         self._stop = threading.Event()
         self._threads = [
@@ -151,8 +158,10 @@ class Heartbeat:
         )
 
     def start(self, awaits: Callable[[int], None] = lambda rank: None) -> None:
-        """Waits until every rank has announced itself (`awaits` hears for which it does), then beats. Whatever the store's client raises,
-        ValueError for an announcement of nobody of ours."""
+        """Wait until every rank has announced itself, then beat.
+
+        `awaits` is called with each rank that is waited for. Raise whatever the store's client
+        raises, and ValueError if an announcement is from no rank of ours."""
         for rank in self._others:
             awaits(rank)
             self._who[rank] = _who(self._store.get(f"who/{rank}"))
@@ -163,14 +172,16 @@ class Heartbeat:
         return socket.gethostname() if rank == self._rank else self._who[rank].host
 
     def kill_if_here(self, rank: int) -> None:
-        """A stopped process does not hear SIGTERM; end it if it runs on this machine and is what it says."""
+        """Kill a rank's process if it runs on this machine and is what it says.
+
+        A stopped process does not hear SIGTERM."""
         who = self._who[rank]
         if who.machine == machine() and is_rank_of_this_run(who.pid, rank):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(who.pid, signal.SIGKILL)
 
     def stop(self) -> None:
-        """Waits for the threads, but for no store that is silent."""
+        """Stop the threads and wait for them, but not for a store that is silent."""
         self._stop.set()
         for thread in self._threads:
             if thread.is_alive():
@@ -181,29 +192,30 @@ class Heartbeat:
         return json.dumps(_Beat(number, pulse.moves, pulse.doing))
 
     def _speak(self) -> None:
-        """The only thread that calls the store."""
+        """Beat and hear the others' beats; once started, only this thread calls the store."""
         number = 0
         while not self._stop.wait(self._every):
             number += 1
             try:
                 self._store.set(f"beat/{self._rank}", self._own(number))
                 self._heard = (number, self._store.multi_get([f"beat/{r}" for r in self._others]))
-            except (
-                Exception
-            ):  # as a rule DistNetworkError; whatever it is, nobody would hear us any more
+            # as a rule this is DistNetworkError; whatever it is, nobody would hear us any more
+            except Exception:
                 self._broken = True
                 return
 
     def _watch(self) -> None:
-        """The others' silence counts only while the store answers, and the store's only while we are awake."""
+        """Watch the store and the other ranks.
+
+        The others' silence counts only while the store answers, and the store's only while this
+        process is awake."""
         awake, answering = Awake(2 * self._every), 0.0
         answered, at = 0, awake()
         while not self._stop.wait(self._every):
             now, (number, beats) = awake(), self._heard
             if self._broken:
-                if not self._stop.wait(
-                    _GRACE
-                ):  # at the end of a run its host may leave a moment before us
+                # at the end of a run the store's host may leave a moment before us
+                if not self._stop.wait(_GRACE):
                     self._lost(-1, f"{GONE} (torch's store does not answer)")
                 return
             if number != answered:
@@ -216,7 +228,7 @@ class Heartbeat:
                 return self._lost(-1, f"{GONE} (torch's store was silent for {self._limit:g} s)")
 
     def _judge(self, beats: list[bytes], now: float) -> tuple[int, str] | None:
-        """The first rank that is lost, and why."""
+        """Return the first rank that is lost, and why; None if there is none."""
         for rank, text in zip(self._others, beats, strict=True):
             try:
                 beat = _beat(text)

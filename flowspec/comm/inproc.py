@@ -1,4 +1,7 @@
-"""The transport of ranks that are threads of one process: messages are handed over, not copied."""
+"""InprocTransport is for ranks that are threads of one process.
+
+Messages are handed over, not copied.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from flowspec.core.topology import Topology
 
 
 class InprocTransport:
-    """One end of a ring of threads; `ring(topology)` makes all of them."""
+    """An InprocTransport is one end of a ring of threads; `ring(topology)` makes all ends."""
 
     still = STILL
 
@@ -24,7 +27,7 @@ class InprocTransport:
         self._inboxes[to].put((self.rank, message), urgent=True, due=message.meta.pop(DUE, 0.0))
 
     def close(self) -> None:
-        """Nothing to stop: there are no threads and no sockets."""
+        """Do nothing: there are no threads and no sockets to stop."""
 
 
 def ring(topology: Topology, clock: Clock | None = None) -> list[InprocTransport]:

@@ -1,4 +1,7 @@
-"""A transport with the delays and the bandwidth of another network (`emulate.link_*`), around any transport."""
+"""ShapedTransport gives any transport the delays and the bandwidth of another network.
+
+`emulate.link_*` describes that network.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,10 @@ from flowspec.core.messages import FRAME_BYTES
 
 
 def wire_bytes(message: Message, hidden_scale: float) -> float:
-    """Bytes that count: feature rows (floating-point, [n, hidden]) as 2-byte elements times hidden_scale, other tensors as they are, and
-    a frame around them."""
+    """Return the bytes of a message that count on an emulated link.
+
+    Rows of features (floating-point, [n, hidden]) count as 2-byte elements times hidden_scale,
+    other tensors as they are; a frame is around them."""
     return FRAME_BYTES + sum(
         t.numel() * 2 * hidden_scale if t.is_floating_point() and t.ndim == 2 else t.nbytes
         for t in message.tensors
@@ -20,14 +25,17 @@ def wire_bytes(message: Message, hidden_scale: float) -> float:
 
 
 class _Link:
-    """One direction between two ranks: it carries one message at a time, and a message is seen link_ms after its last byte."""
+    """A link is one direction between two ranks.
+
+    It carries one message at a time, and a message is seen link_ms milliseconds after its last
+    byte."""
 
     def __init__(self, emulate: Emulate, clock: Clock):
         self._emulate, self._clock = emulate, clock
         self._free_at = 0.0
 
     def due(self, message: Message) -> Message:
-        """The message with the time at which it may be seen."""
+        """Return the message with the time at which it may be seen."""
         size = wire_bytes(message, self._emulate.hidden_scale)
         self._free_at = max(self._free_at, self._clock.now()) + self._emulate.wire_seconds(size)
         return dataclasses.replace(
@@ -36,14 +44,18 @@ class _Link:
 
 
 class Arrivals:
-    """When the messages of one incoming link may be seen: as the sender says, but no later than the emulated link can have made it."""
+    """Arrivals tell when the messages of one incoming link may be seen.
+
+    That is when the sender says, but no later than the emulated link can have made it."""
 
     def __init__(self, emulate: Emulate):
         self._emulate = emulate
         self._latest = 0.0
 
     def due(self, message: Message) -> float:
-        """Takes the sender's word from the message. The bound follows from `_Link.due`, as the message cannot have left after now."""
+        """Take the sender's time out of the message and return when the message may be seen.
+
+        The bound follows from `_Link.due`, as the message cannot have left after now."""
         asked = message.meta.pop(DUE, 0.0)
         if not self._emulate.shapes_links or not isinstance(asked, int | float):
             return 0.0
@@ -53,13 +65,16 @@ class Arrivals:
 
 
 def shaped(transport: Transport, emulate: Emulate) -> Transport:
-    """`transport` itself when no link is emulated."""
+    """Return the transport with emulated links, or `transport` itself when no link is emulated."""
     return ShapedTransport(transport, emulate) if emulate.shapes_links else transport
 
 
 class ShapedTransport:
-    """Delays what `inner` sends: it leaves at once and is kept from sight at the other end, so that the real way there counts as part of
-    the emulated one. Each link (the ring's and each control line) is shaped by itself. All ranks must share a machine's clock."""
+    """A ShapedTransport delays what `inner` sends.
+
+    A message leaves at once and is kept from sight at the other end, so that the real way there
+    counts as part of the emulated one. Each link (the ring's and each control line) is shaped by
+    itself. All ranks must share a machine's clock."""
 
     def __init__(self, inner: Transport, emulate: Emulate):
         self._inner = inner

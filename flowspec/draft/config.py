@@ -1,4 +1,7 @@
-"""Which drafter a run wants. Imports no torch: the launcher checks this before anything heavy is loaded."""
+"""This module holds which drafter a run wants.
+
+It imports no torch: the launcher checks this before anything heavy is loaded.
+"""
 
 from __future__ import annotations
 
@@ -19,31 +22,37 @@ NEED_FILES = {
 
 @dataclass(frozen=True, kw_only=True)
 class DrafterConfig:
+    """A drafter's configuration names one of the KINDS and, where it has weights, their folder."""
+
     kind: str = ""
-    """lm (a small language model with the target's vocabulary), eagle (an EAGLE-1/2 head made for the target), eagle3 (an EAGLE-3
-    head), ngram (look-up in prompt and output), none (also if nothing is said)"""
+    """The kind is lm (a small language model with the target's vocabulary), eagle (an EAGLE-1/2
+    head made for the target), eagle3 (an EAGLE-3 head), ngram (look-up in prompt and output) or
+    none (also if nothing is said)."""
     path: str | None = None
-    """The draft model's checkpoint, for lm; the head's folder, for eagle and eagle3. Or its name on the Hugging Face hub."""
+    """The path is the draft model's checkpoint for lm, the head's folder for eagle and eagle3, or
+    the name of either on the Hugging Face hub."""
     where: str = field(default="drafter", compare=False, metadata={"internal": True})
-    """The key that it stands under."""
+    """This is the key under which the drafter stands in the configuration."""
 
     @property
     def computes(self) -> bool:
-        """It is a model, with weights of its own in `path`."""
+        """Return whether the drafter is a model, with weights of its own in `path`."""
         return self.kind in NEED_FILES
 
     @property
     def reads_features(self) -> bool:
-        """It reads the target's features."""
+        """Return whether the drafter reads the target's features."""
         return self.kind in ("eagle", "eagle3")
 
     @property
     def needs_lm_head(self) -> bool:
-        """It has none of its own: the target's is wanted on rank 0."""
+        """Return whether the drafter has no lm_head and needs the target's on rank 0."""
         return self.kind == "eagle"
 
     def checkpoint(self, folder: Path) -> Path:
-        """The draft model's or the head's folder; `folder` is where the configuration lies. UserError when there is none."""
+        """Return the draft model's or the head's folder; `folder` is where the configuration lies.
+
+        Raise UserError if there is none."""
         assert self.path is not None
         return local_folder(
             self.path,

@@ -1,9 +1,11 @@
-"""An EAGLE head as drafter (models/eagle.py), with a tree cache that lives as long as the request.
+"""The EAGLE drafter is a head (models/eagle.py) with a tree cache for each request.
 
-A node's row is its token beside the feature before it: the target's own where it is known, else what this head predicted at the
-parent. What becomes text keeps its row until the target's feature before it is here: with the commit (EAGLE-1/2) or a while after
-it (EAGLE-3). The row is then made anew of that feature, in front of the next forward. What is below the root keeps what was
-predicted for it, unless it is proposed to again; that ages slowly (POLICY section 3).
+The cache lives as long as the request. A node's row is made of its token and the feature before it:
+the target's own where it is known, else what the head predicted at the parent. A node that becomes
+text keeps its row until the target's feature before it is here: with the commit (EAGLE-1/2) or a
+while after it (EAGLE-3). The row is then made anew of that feature, in front of the next forward. A
+node below the root keeps what was predicted for it, unless it is proposed to again; that ages
+slowly (docs/policy.md, section 3).
 """
 
 from __future__ import annotations
@@ -22,12 +24,15 @@ from flowspec.models.eagle import EagleHead
 
 
 class EagleSession(RowsSession):
-    """A request in the head."""
+    """An EagleSession is one request in the head."""
 
     def __init__(
         self, eagle: EagleHead, request: Request, noise: Noise | None, features: Tensor | None
     ):
-        """The first token has no feature before it, so it has no row; a prompt of that token alone begins with zeros."""
+        """Read the prompt, with the target's features at all its tokens but the last.
+
+        The first token has no feature before it, so it has no row. A prompt of that token alone
+        begins with zeros."""
         super().__init__(eagle.layer, request, noise)
         self._eagle = eagle
         known = eagle.place(features)
@@ -36,22 +41,20 @@ class EagleSession(RowsSession):
             part = slice(start, start + PREFILL_ROWS)
             self._sequence.prefill(eagle.rows(tokens[part], known[:-1][part]))
         self.ahead = request.prompt_length - len(tokens)
-        self._settled = len(
-            tokens
-        )  # rows of the text that are made of the target's features: the first ones
-        self._text: list[DraftNode] = []  # the text's nodes behind them
-        self._truth = [
-            known[-1]
-        ]  # the target's features [hidden] before these and, when it is known, before the root
+        # so many of the text's rows, the first ones, are made of the target's features
+        self._settled = len(tokens)
+        self._text: list[DraftNode] = []  # the text's nodes behind those
+        # the target's features [hidden] before these nodes and, when it is known, before the root
+        self._truth = [known[-1]]
         self._predicted: dict[int, Tensor] = {}  # node -> the feature [hidden] predicted at it
-        self._exact = False  # the root's row was made of the target's feature
-        # of the forward that was asked for: the text's nodes, and how many are made of true features
+        self._exact = False  # whether the root's row was made of the target's feature
+        # the text's nodes in the forward that was asked for; so many are made of true features
         self._asked, self._due = list[DraftNode](), 0
 
     def commit(self, commit: Commit, features: Tensor | None = None) -> None:
         path, _ = self._follow(commit)
         self._text += path
-        if self._exact:  # nothing else was in line
+        if self._exact:  # then no other node was in line
             del self._text[0], self._truth[0]
             self._settled += 1
         self._exact = False
@@ -67,24 +70,27 @@ class EagleSession(RowsSession):
     def learn(self, features: Tensor) -> None:
         self._truth += self._eagle.place(features)
 
-    # ---- forwards ----------------------------------------------------------------------------------
+    # ---- forwards --------------------------------------------------------------------------------
     @property
     def _known(self) -> int:
-        """So many of the text's nodes in line can have their rows made of the target's features."""
+        """Return how many of the text's nodes can have rows made of the target's features now."""
         return min(len(self._text), len(self._truth))
 
     @property
     def _with_row(self) -> int:
-        """So many of them have one, if only of a guess."""
+        """Return how many of the text's nodes have a row, if only one made of a guess."""
         return self._sequence.state.context - self._settled
 
     def _behind(self) -> bool:
-        """The text's last rows, or what is predicted at the last of them, must be there before the tree's can be computed."""
+        """Return whether the tree's rows have to wait for rows of the text.
+
+        The text's last rows must be there first, and so must what is predicted at the last of them
+        unless the target's feature is known."""
         known = len(self._truth) > len(self._text) or self._lineage.anchor in self._predicted
         return max(self._known, self._with_row) < len(self._text) or not known
 
     def ask(self, nodes: Sequence[DraftNode]) -> stage.Ask:
-        """Rows of the text that are due, and behind them the nodes, once all that they stand on is there."""
+        """Compute what the nodes stand on; return the text's rows that are due, then the nodes."""
         while self._behind():
             ask = self._rows([])
             [(_, predicted)] = stage.verify_together([ask])
@@ -92,7 +98,10 @@ class EagleSession(RowsSession):
         return self._rows(nodes)
 
     def _rows(self, nodes: Sequence[DraftNode]) -> stage.Ask:
-        """Rows of the text that are due, or else (without nodes) the next one that is missing, made of a guess; behind them the nodes."""
+        """Return the rows of the text that are due, and the nodes behind them.
+
+        If none is due and there are no nodes, return the text's next missing row, made of a
+        guess."""
         due, missing = self._known, self._with_row
         text = self._text[:due] if due or nodes else [self._text[missing]]
         before = self._truth[:due] + [self._before(n) for n in [*text[due:], *nodes]]
@@ -111,7 +120,7 @@ class EagleSession(RowsSession):
         self._exact = self._exact or (asked and bool(self._truth))
 
     def _before(self, node: DraftNode) -> Tensor:
-        """The feature [hidden] of the token before this node."""
+        """Return the feature [hidden] of the token before this node."""
         known = node.parent == self._lineage.anchor and len(self._truth) > len(self._text)
         return self._truth[-1] if known else self._predicted[node.parent]
 

@@ -1,7 +1,7 @@
-"""A small language model as drafter, with a tree cache of its own for each request (draft/rows.py).
+"""The lm drafter is a small language model with a tree cache of its own for each request.
 
-A forward computes the frontier, and the committed tokens that the drafter itself had not expected: these are text, no tree, and
-after a pause there may be many of them.
+A forward computes the frontier (draft/rows.py) and the committed tokens that the drafter itself had
+not expected. These are text, not tree, and after a pause there may be many of them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from flowspec.models import stage
 
 
 class LmSession(RowsSession):
-    """A request in the model."""
+    """An LmSession is one request in the draft model."""
 
     def __init__(self, model: stage.StageModel, request: Request, noise: Noise | None):
         super().__init__(model, request, noise)
         self._last_token = model.config.vocab_size - 1
-        self._missing: list[int] = []  # the text's last tokens, as far as they have no row here yet
+        self._missing: list[int] = []  # the text's last tokens that have no row here yet
         prompt = self._tokens(request.prompt[:-1])
         for chunk in prompt.split(PREFILL_ROWS) if len(prompt) else ():
             self._sequence.prefill(chunk)
@@ -34,7 +34,9 @@ class LmSession(RowsSession):
         self._missing += [n.token for n in path[held:]]
 
     def ask(self, nodes: Sequence[DraftNode]) -> stage.Ask:
-        """The text's tokens that have no row yet, as many as a chunk takes, and behind the last of them the nodes."""
+        """Return the text's tokens that have no row yet, and the nodes behind the last of them.
+
+        If they are more than one chunk, the chunks before the last are prefilled here."""
         *before, text = self._tokens(self._missing).split(PREFILL_ROWS)
         for chunk in before:
             self._sequence.prefill(chunk)
@@ -44,7 +46,9 @@ class LmSession(RowsSession):
         return stage.Ask(self._sequence, rows, at, [n.id for n in nodes], [n.parent for n in nodes])
 
     def _tokens(self, tokens: Sequence[int]) -> Tensor:
-        """A token that only the target has is drafted from as the last one here: the two may be padded differently."""
+        """Return the tokens, int64; one that only the target has becomes the draft model's last.
+
+        The two vocabularies may be padded differently."""
         return torch.tensor(tokens, dtype=torch.long).clamp(max=self._last_token)
 
 

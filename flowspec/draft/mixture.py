@@ -1,9 +1,12 @@
-"""Several drafters as one: each is asked for the same nodes, and what they propose is put together.
+"""A mixture is several drafters as one: all are asked for the same nodes and their lists united.
 
-A candidate has a z by each member, and core/score.py finds a weight for each: a log-linear mixture (POLICY section 4). What a member
-knows ends at its list, so a token that it lacks is taken to be half as likely as the last one there: no less in its favour than
-what the list says, and a list of one still says something. Where a member cannot go on from a node, it says the same of all: nothing.
-In an emulated run all members share one forward: `emulate.draft_ms` is taken once for what is asked of all of them.
+A candidate has a z by each member, and core/score.py finds a weight for each member: this is a
+log-linear mixture (docs/policy.md, section 4). What a member knows ends at its list, so a token
+that the list lacks is taken to be half as likely as the last one on it. That is no less in the
+token's favour than what the list says, and a list of one token still says something. Where a member
+cannot go on from a node, its z is the same for all candidates, so it prefers none. In an emulated
+run all members share one forward: `emulate.draft_ms` is taken once for what is asked of all of
+them.
 """
 
 from __future__ import annotations
@@ -20,11 +23,11 @@ from flowspec.core.request import Request
 from flowspec.draft.base import Asks, Drafter, Noise, Session
 
 NOTHING = -1
-"""where a list has no token"""
+"""This stands where a list has no token."""
 
 
 class MixtureSession(Session):
-    """The members' sessions of a request."""
+    """A MixtureSession holds the members' sessions of one request."""
 
     def __init__(self, members: Sequence[Drafter], sessions: Sequence[Session]):
         self.sessions = sessions
@@ -41,7 +44,10 @@ class MixtureSession(Session):
 
 
 class MixtureDrafter(Drafter):
-    """Members that read features of the target read the same ones: `features` or `layers`."""
+    """A MixtureDrafter asks all its members.
+
+    Members that read features of the target read the same ones: those of `features`, or those of
+    `layers`."""
 
     def __init__(self, members: Sequence[Drafter]):
         self._members = members
@@ -69,16 +75,18 @@ class MixtureDrafter(Drafter):
 
 
 class _Lists(NamedTuple):
-    """A member's answer with a row for each of n nodes; zeros where it has none."""
+    """_Lists are a member's answer with a row for each of n nodes.
+
+    The row of a node that it cannot go on from has no tokens and is zero elsewhere."""
 
     tokens: np.ndarray
-    """[n, k]"""
+    """The tokens [n, k] are NOTHING behind a list that is shorter than k."""
     z: np.ndarray
-    """[n, k]"""
+    """These are the tokens' z [n, k]."""
     rest: np.ndarray
-    """[n]: z of what is not listed"""
+    """This is the z [n] of any token that is not listed."""
     coverage: np.ndarray
-    """[n]"""
+    """The coverage [n] is how often the target's choice is in the list."""
 
     @classmethod
     def of(cls, answer: Drafted, ids: Sequence[int]) -> _Lists:
@@ -95,14 +103,16 @@ class _Lists(NamedTuple):
         return made
 
     def look_up(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which of these tokens [n, m] are listed, and z of each."""
-        match = tokens[:, :, None] == self.tokens[:, None, :]  # at most one a token
+        """Return which of these tokens [n, m] are listed, and the z of each."""
+        match = tokens[:, :, None] == self.tokens[:, None, :]  # a token matches at most once
         listed = match.any(2)
         return listed, np.where(listed, (match * self.z[:, None, :]).sum(2), self.rest[:, None])
 
 
 def united(ids: Sequence[int], answers: Sequence[Drafted]) -> Drafted:
-    """One answer for these nodes: all candidates that any drafter has, z by each, best first by its mean: with equal weights."""
+    """Return one answer for these nodes, with all candidates that any drafter has.
+
+    A candidate has a z by each drafter. The best mean z (with equal weights) comes first."""
     known = {id for answer in answers for id in answer.nodes}
     ids = [id for id in ids if id in known]
     members = [_Lists.of(answer, ids) for answer in answers]
@@ -125,7 +135,9 @@ def united(ids: Sequence[int], answers: Sequence[Drafted]) -> Drafted:
 def _first(
     tokens: np.ndarray, members: Sequence[_Lists], listed: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """bool [n, m]: which tokens of all lists, put side by side, are in no list further left."""
+    """Return which tokens of all lists, put side by side, are in no list further left.
+
+    It is a bool [n, m]."""
     first = tokens != NOTHING
     begin = 0
     for d, member in enumerate(members):

@@ -1,6 +1,7 @@
-"""Prompt look-up: the tokens that followed the last few tokens before, in the prompt or in the output so far.
+"""Prompt look-up proposes the tokens that followed the last few tokens earlier in the text.
 
-Costs nothing and needs no model (Saxena 2023, "prompt lookup decoding"). The longest match wins.
+The text is the prompt and the output so far. The look-up costs nothing and needs no model (Saxena
+2023, "prompt lookup decoding"). The longest match wins.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from flowspec.draft.base import Asks, Drafter, Lineage, Noise, Session
 
 
 class NgramSession(Session):
-    """A request's text so far, and the ends of the paths that are alive."""
+    """An NgramSession holds a request's text so far and the ends of the paths that are alive."""
 
     LENGTHS: ClassVar = {4: 0.7, 3: 0.6, 2: 0.45, 1: 0.25}
-    """match length -> how often its prediction is taken to be right"""
+    """This maps a match's length in tokens to how often its prediction is taken to be right."""
     KEPT = 3
-    """different continuations remembered for a match, the newest first"""
+    """So many different continuations of a match are remembered, the newest first."""
 
     def __init__(self, request: Request):
         self._text: list[int] = []
@@ -30,13 +31,12 @@ class NgramSession(Session):
         for token in request.prompt:
             self._append(token)
         self._lineage = Lineage.of(request)
-        self._ending = {
-            0: self._last_tokens()
-        }  # live node -> the last tokens up to it, parents before children
+        # live node -> the last tokens up to it, parents before children
+        self._ending = {0: self._last_tokens()}
         self._parent: dict[int, int] = {}
 
     def propose(self, nodes: Sequence[DraftNode]) -> Drafted:
-        """Children for each node that it can go on from."""
+        """Return children for each node that the look-up can go on from."""
         return Drafted.pack([node.id for node in nodes], [self._continue(node) for node in nodes])
 
     def commit(self, commit: Commit, features: Tensor | None = None) -> None:

@@ -1,8 +1,9 @@
-"""Drafters for the simulator: what a real drafter proposed, by token path; a real one, live; a made-up profile of acceptance.
+"""The simulator's drafters are a real one's recorded proposals, a real one live, and a made-up one.
 
-A tape is for drafters whose proposals depend on the path only (the tokens from the prompt to the node), as a language model's
-do. It remembers each proposal the first time it is asked for, so that a sweep over stages, links and methods runs the
-draft model once. What an EAGLE head or a look-up proposes depends on what was text by then, so those are asked live, in each run.
+A tape is for drafters whose proposals depend only on the path (the tokens from the prompt to the
+node), as a language model's do. It remembers each proposal the first time it is asked for, so that
+a sweep over stages, links and methods runs the draft model once. What an EAGLE head or a look-up
+proposes depends on what was text by then, so those are asked live, in each run.
 """
 
 from __future__ import annotations
@@ -24,21 +25,27 @@ from flowspec.errors import UserError
 from flowspec.files import replacing
 
 ABSENT, UNASKED = -1, -2
-"""in a tape's file, instead of a number of candidates: the drafter could not go on; nobody asked"""
+"""A tape's file has these instead of a number of candidates: ABSENT where the drafter could not go
+on, UNASKED where nobody asked."""
 FORMAT = 2
 
 
 @dataclass
 class Tape:
-    """One request, the target's text for it, and a tree of token paths with the drafter's proposal after each."""
+    """A tape is one request, the target's text for it, and a tree of token paths.
+
+    After each path it holds what the drafter proposed."""
 
     request: Request
     text: list[int]
-    """the target's new tokens"""
+    """The text is the target's new tokens."""
     parents: list[int] = field(default_factory=lambda: [-1])
+    """Each path has a parent, which is one token shorter; path 0 has -1."""
     tokens: list[int] = field(default_factory=lambda: [-1])
+    """Each path has a last token; path 0 has -1."""
     proposals: dict[int, Proposal | None] = field(default_factory=dict)
-    """path -> proposal; path 0 is the prompt"""
+    """The proposals map a path to what follows it; path 0 is the prompt. None means that the
+    drafter could not go on."""
 
     def __post_init__(self) -> None:
         self._child = {
@@ -46,7 +53,7 @@ class Tape:
         }
 
     def child(self, path: int, token: int) -> int:
-        """The path one token longer."""
+        """Return the path that is this token longer; it is made if it is new."""
         if path == -1:  # the first root is the prompt itself
             return 0
         found = self._child.setdefault((path, token), len(self.parents))
@@ -57,7 +64,7 @@ class Tape:
 
 
 class _ByPath:
-    """A drafter that looks proposals up by path: keeps book of which node stands for which path."""
+    """_ByPath keeps book of which node stands for which path, to look proposals up by path."""
 
     def __init__(self, child: Callable[[int, int], int], request: Request):
         self._child = child
@@ -76,17 +83,18 @@ class _ByPath:
 
 
 class LiveDrafter:
-    """A real drafter in a simulated run, asked anew each time. It is begun here.
+    """A LiveDrafter is a real drafter in a simulated run, asked anew each time. It is begun here.
 
-    features: [prompt + text - 1, hidden], the target's at each of their tokens but the last; None for a drafter that reads none. Only
-    tokens of the text are ever committed, so a commit's features are the next rows of these."""
+    `features` [prompt + text - 1, hidden] are the target's at each of their tokens but the last;
+    None for a drafter that reads none. Only tokens of the text are ever committed, so a commit's
+    features are the next rows of these."""
 
     def __init__(
         self, drafter: Drafter, request: Request, noise: Noise | None, features: Tensor | None
     ):
         self.features = drafter.features
         self._drafter, self._rows = drafter, features
-        self._told = request.prompt_length - 1  # rows that the drafter has
+        self._told = request.prompt_length - 1  # the drafter has so many of the rows
         self._session = drafter.begin(
             request, noise, features[: self._told] if features is not None and self._told else None
         )
@@ -100,7 +108,10 @@ class LiveDrafter:
 
 
 class RecordedDrafter:
-    """Plays a tape; what it lacks is asked of the real drafter and remembered, or, without one, counted in `lacked`."""
+    """A RecordedDrafter plays a tape.
+
+    What the tape lacks is asked of the real drafter and remembered, or, without one, counted in
+    `lacked`."""
 
     features = False
 
@@ -123,7 +134,9 @@ class RecordedDrafter:
         self._paths.commit(commit)
 
     def _ask(self, drafter: Drafter, missing: list[int]) -> None:
-        """Paths are its nodes; nothing is ever committed to it, so that every path can still be asked for."""
+        """Ask the real drafter for these paths, which are its nodes, and remember its proposals.
+
+        Nothing is ever committed to it, so that every path can still be asked for."""
         tape = self._tape
         if self._session is None:
             self._session = drafter.begin(tape.request, self._noise)
@@ -141,16 +154,17 @@ class RecordedDrafter:
 
 
 def _single(proposal: Proposal | None) -> Proposal | None:
-    """In single precision, as it will be read from the file."""
+    """Return the proposal with z in single precision, as it will be read from the file."""
     if proposal is None:
         return None
     return dataclasses.replace(proposal, z=proposal.z.astype(np.float32).astype(float))
 
 
 class SyntheticDrafter:
-    """Made up: the target's token is the k-th candidate with probability profile[k], independently at each position.
+    """A SyntheticDrafter makes its proposals up from a profile of acceptance.
 
-    A node that is asked for again gets the same answer."""
+    The target's token is candidate k (counted from 0) with probability profile[k], independently at
+    each position. A node that is asked for again gets the same answer."""
 
     features = False
 
@@ -173,7 +187,9 @@ class SyntheticDrafter:
         self._paths.commit(commit)
 
     def _longer(self, path: int, token: int) -> int:
-        """Paths on the text are numbered by how many of its tokens they hold; OFF are all others."""
+        """Return the path that is this token longer.
+
+        Paths on the text are numbered by how many of its tokens they hold; OFF are all others."""
         if path == -1:
             return 0
         return (
@@ -196,13 +212,15 @@ OFF = -3
 
 
 def made_up_text(tokens: int) -> list[int]:
-    """A text for a synthetic drafter: what it says does not matter, its tokens are below 2^30."""
+    """Return a text for a synthetic drafter: tokens below 2^30; what it says does not matter."""
     return list(range(1, tokens + 1))
 
 
-# ---- files -----------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 def save(path: str | os.PathLike[str], tapes: Iterable[Tape], source: str) -> None:
-    """An .npz of plain arrays, written beside and renamed. `source` names the models that it was made with."""
+    """Write the tapes as an .npz file of plain arrays, under another name that is then renamed.
+
+    `source` names the models with which they were made."""
     arrays: dict[str, np.ndarray] = {}
     heads = []
     for k, tape in enumerate(tapes):
@@ -241,7 +259,9 @@ def _columns(tape: Tape) -> dict[str, np.ndarray]:
 
 
 def load(path: str | os.PathLike[str]) -> tuple[list[Tape], str]:
-    """The tapes of a file and its `source`. UserError says what is wrong with it."""
+    """Return the tapes of a file and its `source`.
+
+    Raise UserError, which says what is wrong, if the file cannot be read."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             head = json.loads(bytes(arrays["head"]))
@@ -289,7 +309,9 @@ def _tape(k: int, facts: dict, arrays) -> Tape:
 
 
 def _of_format_1(columns: dict[str, np.ndarray]) -> tuple[np.ndarray, bool]:
-    """z [k, 1] and whether there is noise in it: format 1 kept one drafter's log-probabilities and the noise apart."""
+    """Return the z [k, 1] of a file of format 1, and whether z has noise in it.
+
+    Format 1 kept one drafter's log-probabilities and the noise apart."""
     coupled = "noise" in columns
     z = columns["logq"].astype(float) + (columns["noise"] if coupled else 0.0)
     return z[:, None], coupled

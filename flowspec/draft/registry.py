@@ -1,4 +1,4 @@
-"""From a drafter's configuration to a drafter."""
+"""This module makes a drafter from its configuration."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ def make_drafter(
     device: str,
     progress: Callable[[int], None] = lambda size: None,
 ) -> Drafter | None:
-    """The drafter of this target, several as one, with paths relative to `folder`; None for kind none.
+    """Return the drafter for this target, with several as one; None for kind none.
 
-    `head` is the target's lm_head, for kinds that have none of their own (config.needs_lm_head). `progress(bytes)` is called as a
-    draft model's tensors come."""
+    Paths are relative to `folder`. `head` is the target's lm_head, for kinds that have none of
+    their own (config.needs_lm_head). `progress(bytes)` is called as a draft model's tensors
+    come."""
     made = [
         drafter
         for config in configs
@@ -62,9 +63,8 @@ def _one(
         from flowspec.models.eagle import load_eagle
         from flowspec.models.stage import rehearse
 
-        dtype = (
-            torch.float32 if device == "cpu" else dtype
-        )  # fc and embedding are no packed matrices, and halves are slow there
+        # fc and the embedding are no packed matrices, and 16-bit floats are slow on a CPU
+        dtype = torch.float32 if device == "cpu" else dtype
         eagle = load_eagle(config.kind, config.checkpoint(folder), manifest, head, dtype, device)
         rehearse(eagle.layer, eagle.lm_head, eagle.silence)
         return EagleDrafter(eagle)

@@ -1,7 +1,9 @@
-"""What drafters share that compute rows of a tree with a model: sessions with books and a cache, and one forward for many of them.
+"""This module holds what drafters share that compute rows of a tree with a model.
 
-Such a drafter is a pipeline of one stage: the same books (core/stage.py) and the same cache as the target's. What is drafted and
-still alive stays in the cache; a forward computes the frontier only, and what of the text has no row yet.
+Their sessions have books and a cache, and one forward serves many sessions. Such a drafter is a
+pipeline of one stage, with the same books (core/stage.py) and the same cache as the target's. What
+is drafted and still alive stays in the cache; a forward computes only the frontier and those tokens
+of the text that have no row yet.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ PREFILL_ROWS = 256
 
 
 class RowsSession(Session, ABC):
-    """A request whose tree has rows in the drafter's model."""
+    """A RowsSession is one request whose tree has rows in the drafter's model."""
 
     ahead = 1
-    """a row's candidates stand so many positions behind it"""
+    """A row's candidates stand so many positions behind the row."""
 
     def __init__(self, model: stage.StageModel, request: Request, noise: Noise | None):
         self.temperature = request.sampling.temperature or 1.0
@@ -35,19 +37,25 @@ class RowsSession(Session, ABC):
         self._version = 0
 
     def worth(self, nodes: Sequence[DraftNode]) -> list[DraftNode]:
-        """Those of the nodes that may still be needed."""
+        """Return those of the nodes that may still be needed."""
         state = self._sequence.state
         return [nodes[k] for k in state.worth([n.id for n in nodes], [n.parent for n in nodes])]
 
     @abstractmethod
     def ask(self, nodes: Sequence[DraftNode]) -> stage.Ask:
-        """The rows of a forward: of the text what is missing, behind it the nodes, which are all worth it."""
+        """Return the rows of a forward: those of the text that are missing, then the nodes.
+
+        The nodes are all worth it (see `worth`)."""
 
     def took(self, nodes: Sequence[DraftNode], features: Tensor) -> None:
-        """The forward that was asked for is over, with these features [m + n, hidden]."""
+        """Take in the features [m + n, hidden] of the forward that was asked for.
+
+        They belong to m rows of the text and to the n nodes."""
 
     def _follow(self, commit: Commit) -> tuple[list[DraftNode], int]:
-        """Move the books to a commit: its nodes, and how many of them, the first ones, have a row."""
+        """Move the books to a commit; return its nodes and how many of them have a row.
+
+        Those that have one are the first."""
         path = self._lineage.path(commit)
         held = [n.id for n in path if n.id in self._sequence.state.row]
         self._lineage = self._lineage.after(commit)
@@ -57,14 +65,15 @@ class RowsSession(Session, ABC):
 
 
 class RowsDrafter(Drafter, ABC):
-    """A drafter whose sessions are of this kind."""
+    """A RowsDrafter is a drafter whose sessions are RowsSessions."""
 
     names: Tensor | None = None
-    """int64 [vocabulary]: what the target calls its tokens; None: the same"""
+    """The names (int64 [vocabulary]) are what the target calls the drafter's tokens; None means
+    that it calls them the same."""
 
     @abstractmethod
     def logits(self, features: Tensor) -> Tensor:
-        """[n, vocabulary] of the model's features [n, hidden]"""
+        """Return the logits [n, vocabulary] of the model's features [n, hidden]."""
 
     @torch.inference_mode()
     def propose(self, asks: Asks) -> list[Drafted]:

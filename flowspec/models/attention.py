@@ -1,8 +1,10 @@
-"""Attention of a few new rows to a long cache, for the decoder layers of transformers (its `AttentionInterface`).
+"""This module computes the attention of a few new rows to a long cache.
 
-All rows see the committed rows of the cache, so only what lies behind them has a mask: a long context costs no mask.
-Query heads that share a key/value head stand above one another as rows of one product with it (grouped-query attention,
-arXiv 2305.13245), so no key or value is copied. On a CPU with float32 rows vector.py does the same without a mask at all.
+The decoder layers of transformers call it (by its `AttentionInterface`). All rows see the committed
+rows of the cache, so only what lies behind them has a mask: a long context costs no mask. Query
+heads that share a key/value head stand above one another as rows of one product with it
+(grouped-query attention, arXiv 2305.13245), so no key or value is copied. On a CPU with float32
+rows vector.py does the same without a mask at all.
 """
 
 from __future__ import annotations
@@ -19,33 +21,36 @@ from flowspec.models import jit, vector
 from flowspec.models.device import placed
 
 SCORES = 1 << 21
-"""at a time: more would leave the processor's caches (elements)"""
+"""So many scores (elements) at most are computed at a time; more would leave the processor's
+caches."""
 
 
 class Seen:
-    """What a request's n new rows see of its cache, as attention reads it.
+    """A Seen is what a request's n new rows see of its cache, as attention reads it.
 
-    In place of transformers' mask layers are given a list, of one of these for each request."""
+    Layers are given a list of these, one for each request, in place of transformers' mask."""
 
     def __init__(self, admitted: Admitted, device: torch.device, in_order: bool = False):
         self._admitted, self._device = admitted, device
         self.base, self.rows = admitted.base, len(admitted.kept)
         self.in_order = in_order and self.rows == 1
-        """lay keys and values out in the order of positions"""
+        """Attention lays keys and values out in the order of positions."""
 
     @cached_property
     def hidden(self) -> Tensor:
-        """bool [n, length - base]"""
+        """Return which cache rows from base on each row must not see, bool [n, length - base]."""
         return placed(torch.from_numpy(self._admitted.hidden), self._device)
 
     @cached_property
     def order(self) -> Tensor:
-        """What the only row sees, int64 [tokens]."""
+        """Return the cache rows that the only new row sees, int64 [tokens]."""
         return placed(torch.tensor(self._admitted.sees(0)), self._device)
 
     @cached_property
     def slots(self) -> tuple[Tensor, Tensor]:
-        """Rows from base on, int64 [n, most], and how many of them count, int64 [n]."""
+        """Return the cache rows from base on that each row sees, and how many of them count.
+
+        They are int64 [n, most] and int64 [n]."""
         behind = self._admitted.behind
         counts = [len(seen) for seen in behind]
         slots = np.zeros((len(behind), max(counts, default=0)), dtype=np.int64)
@@ -61,10 +66,10 @@ def attend(
     seen: Sequence[Seen],
     scaling: float,
 ) -> Tensor:
-    """softmax(scaling * q k^T) v of n new rows over their requests' caches; [n, heads, head_dim].
+    """Return softmax(scaling * q k^T) v, [n, heads, head_dim], of n new rows over their caches.
 
-    query: [heads, n, head_dim], one request's rows after the other's; keys, values: of each
-    request, as `Caches.update` gives them, [1, kv_heads, length, head_dim]."""
+    `query` is [heads, n, head_dim], one request's rows after the other's. `keys` and `values` are
+    [1, kv_heads, length, head_dim] for each request, as `Caches.update` gives them."""
     if len(seen) == 1:
         return _attend_one(query, keys[0][0], values[0][0], seen[0], scaling)
     queries = query.split([each.rows for each in seen], 1)
@@ -77,7 +82,9 @@ def attend(
 
 
 def _attend_one(query: Tensor, keys: Tensor, values: Tensor, seen: Seen, scaling: float) -> Tensor:
-    """For the rows of one request; keys, values: [kv_heads, length, head_dim]."""
+    """Do what `attend` does for the rows of one request.
+
+    `keys` and `values` are [kv_heads, length, head_dim]."""
     n, width = query.shape[1:]
     if (
         query.device.type == "cpu"
@@ -100,15 +107,16 @@ def _attend_one(query: Tensor, keys: Tensor, values: Tensor, seen: Seen, scaling
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, scaling: float) -> Tensor:
-    """hidden: bool [n, t], of the last t rows of the cache those that each must not see."""
+    """Do the same for rows on any device.
+
+    `hidden` (bool [n, t]) tells which of the last t rows of the cache each row must not see."""
     heads, n, width = query.shape
     groups, length, _ = keys.shape
     stacked = (query * scaling).reshape(groups, heads // groups * n, width)
     scores = torch.bmm(stacked, keys.transpose(1, 2))
     masked = scores.view(heads, n, length)[:, :, length - hidden.shape[1] :]
-    masked.masked_fill_(
-        hidden, torch.finfo(scores.dtype).min
-    )  # finite: a dead row that sees nothing stays a number
+    # the fill is finite, so that a dead row that sees nothing stays a number
+    masked.masked_fill_(hidden, torch.finfo(scores.dtype).min)
     softmaxed = torch.float64 if scores.dtype == torch.float64 else torch.float32
     weights = torch.softmax(scores, -1, dtype=softmaxed).to(values.dtype)
     return torch.bmm(weights, values).view(heads, n, width).transpose(0, 1)
@@ -123,13 +131,15 @@ def _interface(
     scaling: float,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """What transformers' layers call: [1, heads, n, head_dim] in, [1, n, heads, head_dim] out."""
+    """Return the attention [1, n, heads, head_dim] of a query [1, heads, n, head_dim].
+
+    Transformers' layers call this."""
     return attend(query[0], key, value, attention_mask, scaling)[None], None
 
 
 @cache
 def implementation() -> str:
-    """The name by which a config asks for it; imports transformers."""
+    """Return the name by which a config asks for this attention; import transformers."""
     from transformers import AttentionInterface
 
     AttentionInterface.register("flowspec", _interface)

@@ -1,4 +1,7 @@
-"""The key/value rows of a stage's layers: append at the end, gather when dead rows have piled up."""
+"""A cache holds the key/value rows of a stage's layers.
+
+Rows are appended at the end and gathered when dead rows have piled up.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,17 @@ from flowspec.models.device import placed
 
 
 class RowCache:
-    """Rows [0, length) of every layer; which row holds which token is core/stage.py's business.
+    """A RowCache holds rows [0, length) of every layer.
 
-    A forward over n rows begins with `extend(n)`, which makes room in every layer at once and counts the rows: in layers that an
-    abandoned forward never came to they are there, unwritten, and seen by nobody. `update` has the signature that transformers'
-    attention layers call."""
+    core/stage.py knows which row holds which token. A forward over n rows begins with `extend(n)`,
+    which makes room in every layer at once and counts the rows. In layers that an abandoned forward
+    never came to, these rows are there, unwritten, and seen by nobody. `update` has the signature
+    that transformers' attention layers call."""
 
     STEP = 256
-    """rows by which the buffers grow at least"""
+    """The buffers have room for at least so many rows more than are needed when they grow."""
     SHARE = 0.5
-    """and of the rows needed"""
+    """They also have room for at least this share of the needed rows more."""
 
     def __init__(self) -> None:
         self.length = self.capacity = 0
@@ -31,11 +35,13 @@ class RowCache:
 
     @classmethod
     def room(cls, length: int) -> int:
-        """Rows of the buffers when they grow for so many."""
+        """Return how many rows the buffers have when they grow for `length` rows."""
         return length + max(cls.STEP, int(cls.SHARE * length))
 
     def extend(self, rows: int) -> None:
-        """So many rows more, at the end of every layer: the one place where a cache becomes longer, and where its buffers grow."""
+        """Add so many rows at the end of every layer.
+
+        Only here does a cache become longer, and only here do its buffers grow."""
         held, self.length = self.length, self.length + rows
         if self.length > self.capacity:
             self.capacity = self.room(self.length)
@@ -45,7 +51,9 @@ class RowCache:
                     buffers[layer][:, :, :held] = buffer[:, :, :held]
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
-        """Write the n newest rows of a layer ([1, kv_heads, n, head_dim]); all its rows up to them."""
+        """Write the n newest rows of a layer ([1, kv_heads, n, head_dim]).
+
+        Return all its keys and all its values up to them."""
         for buffers, new in ((self._keys, keys), (self._values, values)):
             if layer not in buffers:
                 buffers[layer] = _zeros(new, self.capacity)
@@ -54,7 +62,7 @@ class RowCache:
 
     @torch.inference_mode()
     def gather(self, gather: Gather) -> None:
-        """Rows [base, base + k) become the k listed rows, and the cache ends there."""
+        """Make rows [base, base + k) the k listed rows, and end the cache there."""
         end = gather.base + len(gather.rows)
         if buffers := [*self._keys.values(), *self._values.values()]:
             index = placed(torch.tensor(gather.rows, dtype=torch.long), buffers[0].device)
@@ -64,22 +72,22 @@ class RowCache:
 
 
 class Part(NamedTuple):
-    """What of a forward's rows belongs to one request: consecutive rows, and where they go."""
+    """A part is the consecutive rows of a forward that belong to one request, and their cache."""
 
     admitted: Admitted
     cache: RowCache
 
     @property
     def rows(self) -> int:
-        """So many they are."""
+        """Return how many rows the part has."""
         return len(self.admitted.kept)
 
 
 class Caches:
-    """The caches of a forward's parts, all different, in a cache's place towards its layers."""
+    """Caches are those of a forward's parts, all different; to its layers they are one cache."""
 
     def __init__(self, parts: Sequence[Part]):
-        """Each becomes longer by its part's rows."""
+        """Make each part's cache longer by the part's rows."""
         self._caches, self._counts = [part.cache for part in parts], [part.rows for part in parts]
         for cache, count in zip(self._caches, self._counts, strict=True):
             cache.extend(count)
@@ -87,7 +95,9 @@ class Caches:
     def update(
         self, keys: Tensor, values: Tensor, layer: int, *_: object
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Write a layer's n new rows ([1, kv_heads, n, head_dim]); of each part all that it has."""
+        """Write a layer's n new rows ([1, kv_heads, n, head_dim]).
+
+        Return all keys and all values of each part."""
         if len(self._caches) == 1:
             keys, values = self._caches[0].update(keys, values, layer)
             return [keys], [values]
@@ -99,15 +109,17 @@ class Caches:
 
 
 def split(rows: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
-    """The rows of each part, as views; those of an only part as they are."""
+    """Return the rows of each part, as views; those of an only part are returned as they are."""
     return (rows,) if len(counts) == 1 else rows.split(list(counts))
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """The parts' rows in one tensor, which is a copy if there are several."""
+    """Return the parts' rows in one tensor, which is a copy if there are several parts."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _zeros(like: Tensor, rows: int) -> Tensor:
-    """[1, kv_heads, rows, head_dim]; zeros, because rows left unwritten are masked, and must be finite for that."""
+    """Return zeros [1, kv_heads, rows, head_dim].
+
+    Rows that are left unwritten are masked, and must be finite for that."""
     return like.new_zeros(1, like.shape[1], rows, like.shape[3])

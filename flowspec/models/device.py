@@ -1,4 +1,7 @@
-"""Between the host and a GPU: copies that do not wait, and the one wait of a forward. On a CPU nothing happens."""
+"""This module copies between the host and a GPU: copies that do not wait, and a forward's one wait.
+
+On a CPU nothing happens.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import Tensor
 
 
 def free_bytes(device: torch.device) -> float:
-    """Bytes of memory that are free on the device's side; infinity where nobody says."""
+    """Return the bytes of memory that are free on the device's side; infinity where nobody says."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     said = Path("/proc/meminfo")
@@ -20,14 +23,18 @@ def free_bytes(device: torch.device) -> float:
 
 
 def placed(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`. Pinned memory lets the host go on at once; torch keeps that memory until the GPU has read it."""
+    """Return `tensor` on `device`.
+
+    Pinned memory lets the host go on at once; torch keeps that memory until the GPU has read it."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 def on_host(rows: Tensor) -> Tensor:
-    """`rows` on the host and complete. A non-blocking copy to the CPU is pinned, and may be read only after the wait."""
+    """Return `rows` on the host and complete.
+
+    A non-blocking copy to the CPU is pinned, and may be read only after the wait."""
     if rows.device.type == "cpu":
         return rows
     copy = rows.to("cpu", non_blocking=True)

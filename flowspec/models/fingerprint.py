@@ -1,8 +1,10 @@
-"""Which model is it? A hash of its embedding, the same however the model is stored and split.
+"""A hash of its embedding tells which model it is, however the model is stored and split.
 
-sha256 of the embedding's values in reading order [vocabulary, hidden], each rounded to float32 and then to float16 (nearest, ties to
-even; little-endian; too large: infinite). So a model in float32 and its copy in float16 have the same one. A split tells the hash of
-the checkpoint it was made from, and a head that of the target it was trained for. Needs no torch.
+It is the sha256 of the embedding's values in reading order [vocabulary, hidden]. Each is rounded to
+float32 and then to float16 (nearest, ties to even; little-endian; infinite if it is too large). So
+a model in float32 and its copy in float16 have the same hash. A split tells the hash of the
+checkpoint from which it was made, and a head that of the target for which it was trained. This
+module needs no torch.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ from flowspec.models.families import EMBEDDING
 from flowspec.models.weights import Checkpoint
 
 CARD = "target_embedding_sha256"
-"""the key of a head's config.json"""
+"""A head's config.json has the hash under this key."""
 
 
 def embedding_hash(checkpoint: Checkpoint, name: str = EMBEDDING) -> str:
-    """In hex, of the embedding of a checkpoint, which calls it `name`."""
+    """Return the hash, in hex, of the embedding of a checkpoint, which calls it `name`."""
     file = checkpoint.file(name)
     dtype, digest = file.info(name).dtype, hashlib.sha256()
     for piece in file.chunks(name):
@@ -31,7 +33,7 @@ def embedding_hash(checkpoint: Checkpoint, name: str = EMBEDDING) -> str:
 
 
 def _half(piece: bytes, dtype: str) -> bytes:
-    """The same values in float16."""
+    """Return the same values in float16."""
     if dtype == "F16":
         return piece
     if dtype == "BF16":
@@ -43,7 +45,9 @@ def _half(piece: bytes, dtype: str) -> bytes:
 
 
 def told_by(head: dict, where: Path) -> str | None:
-    """The hash in a head's config.json; None where it tells none. UserError when it is no hash."""
+    """Return the hash in a head's config.json; None where it tells none.
+
+    Raise UserError if it is no hash."""
     told = head.get(CARD)
     if told is not None and not (isinstance(told, str) and re.fullmatch("[0-9a-f]{64}", told)):
         raise UserError(f"{where}: {CARD} is {told!r}: it must be 64 digits of a hash, or left out")

@@ -1,4 +1,7 @@
-"""Checkpoints by the name they have on the Hugging Face hub. Needs no torch."""
+"""This module finds checkpoints by the names they have on the Hugging Face hub.
+
+It needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +33,10 @@ HEAD_FILES = (
 
 
 def local_folder(named: str, option: str, files: Sequence[str], base: Path = Path()) -> Path:
-    """The folder that `option` names: `named` itself, seen from `base`, or where the hub's client put it (of it `files` only).
+    """Return the folder that `option` names.
 
-    UserError when there is neither."""
+    It is `named` itself, seen from `base`, or where the hub's client put `files` of the checkpoint
+    of that name. Raise UserError if there is neither."""
     path = base / named
     if path.is_dir():
         return path
@@ -51,9 +55,8 @@ def _from_hub(name: str, option: str, files: tuple[str, ...]) -> Path:
         raise UserError(
             f"{option} {name}: no such folder, and huggingface_hub is not installed to download it"
         ) from None
-    except (
-        Exception
-    ) as error:  # the hub's client raises dozens of kinds, some from the HTTP library below it
+    # the hub's client raises dozens of kinds, some from the HTTP library below it
+    except Exception as error:
         raise UserError(
             f"{option} {name}: no such folder, and the Hugging Face hub did not give it: {_first_line(error)}"
         ) from None

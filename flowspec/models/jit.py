@@ -1,4 +1,7 @@
-"""LLVM code for the processor at hand: compiled by llvmlite, run by ctypes, shared among the threads that torch has."""
+"""This module compiles LLVM code for the processor at hand and runs it.
+
+llvmlite compiles it, ctypes calls it, and the threads that torch has share the work.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ from typing import Any
 import torch
 
 LANES = 8
-"""float32 numbers of a vector: a 256-bit register, or two of 128"""
+"""A vector has so many float32 numbers: a 256-bit register, or two of 128 bits."""
 
 
 @cache
 def available() -> bool:
-    """llvmlite is here, and the processor multiplies and adds in one instruction."""
+    """Return whether llvmlite is here and the processor multiplies and adds in one instruction."""
     if importlib.util.find_spec("llvmlite") is None:
         return False
     import llvmlite.binding as llvm
@@ -34,7 +37,7 @@ _engines: list[Any] = []  # they own the code
 
 
 def compiled(assembly: str) -> Callable[[str], int]:
-    """The addresses of a module's functions by name."""
+    """Compile a module; return a function from its functions' names to their addresses."""
     import llvmlite.binding as llvm
 
     with _compiling:
@@ -46,7 +49,7 @@ def compiled(assembly: str) -> Callable[[str], int]:
         )
         module = llvm.parse_assembly(assembly)
         module.verify()
-        # the code is written as it is to be: more optimising takes longer, and brings nothing
+        # the code is written as it is to be: more optimising takes longer and brings nothing
         tuning = llvm.create_pipeline_tuning_options(speed_level=1)
         tuning.loop_unrolling = tuning.loop_interleaving = tuning.loop_vectorization = (
             tuning.slp_vectorization
@@ -61,9 +64,10 @@ def compiled(assembly: str) -> Callable[[str], int]:
 
 @cache
 def team() -> Callable | None:
-    """GOMP_parallel(function, data, threads, flags) of the OpenMP that torch brings; None where it brings another.
+    """Return GOMP_parallel(function, data, threads, flags) of the OpenMP that torch brings.
 
-    The functions by which code asks for its share can be called from LLVM code after this."""
+    It is None where torch brings another OpenMP. After this LLVM code can call the functions by
+    which code asks for its share."""
     found = next(iter((Path(torch.__file__).parent / "lib").glob("libgomp*")), None)
     if found is None:
         return None
@@ -83,7 +87,9 @@ def team() -> Callable | None:
 
 
 class Shared:
-    """`whole(job, begin, end)` of LLVM code, in one piece or shared among threads by `part(job)`."""
+    """A Shared is a function `name(job, begin, end)` of LLVM code.
+
+    It runs in one piece, or threads share it by `name_part(job)`."""
 
     def __init__(self, address: Callable[[str], int], name: str):
         self._whole = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)(
@@ -102,7 +108,9 @@ class Shared:
 
 
 def part(name: str, fields: str, count: int) -> str:
-    """LLVM code of `{name}_part`: a thread's share of `{name}(job, begin, end)`, whose end is the job's field number `count`."""
+    """Return the LLVM code of `{name}_part`, a thread's share of `{name}(job, begin, end)`.
+
+    The end of the whole is the job's field number `count`."""
     if team() is None:
         return ""
     return "\n".join([

@@ -1,17 +1,19 @@
-"""Products of a few rows with a large matrix on a CPU: what a stage does all day.
+"""The kernels multiply a few rows with a large matrix on a CPU, which is most of a stage's work.
 
-One row is bound by memory: the weights are read once, at the speed of the memory. So are eight, if each weight that is read serves all
-of them; the libraries at hand take two to three times as long for eight rows as for one (docs/architecture.md), because their kernels
-are made for many rows. Here weights lie in the order in which they are read, in blocks of WIDTH outputs,
+One row is bound by memory: the weights are read once, at the speed of the memory. So are eight, if
+each weight that is read serves all of them. The libraries at hand take two to three times as long
+for eight rows as for one (docs/architecture.md), because their kernels are made for many rows. Here
+weights lie in the order in which they are read, in blocks of WIDTH outputs,
 
     packed[block, input, WIDTH]
 
-and a kernel holds up to ROWS x WIDTH sums in registers while it walks down a block. It is LLVM's vector code, written out below and
-compiled for the processor at hand by llvmlite when the first matrix of its kind is packed (0.3 s). Weights are float32,
-bfloat16, float16 or int8 (one scale an output, symmetric, weight only); rows, sums and results are float32.
+and a kernel holds up to ROWS x WIDTH sums in registers while it walks down a block. It is LLVM's
+vector code, written out below and compiled for the processor at hand by llvmlite when the first
+matrix of its kind is packed (0.3 s). Weights are float32, bfloat16, float16 or int8 (one scale an
+output, symmetric, weight only); rows, sums and results are float32.
 
-A sum runs over the inputs in their order, CHUNK at a time, whatever the number of rows: so a row's result is the same, to the bit,
-in a batch of any shape.
+A sum runs over the inputs in their order, CHUNK at a time, whatever the number of rows. So a row's
+result is the same, to the bit, in a batch of any shape.
 """
 
 from __future__ import annotations
@@ -28,21 +30,26 @@ from flowspec.models.jit import LANES, Shared, compiled, part
 VECTORS = 2
 WIDTH = LANES * VECTORS
 ROWS = 6
-"""at a time: 6 x VECTORS sums leave registers for the weights, of 16"""
+"""A kernel takes so many rows at a time: of 16 registers, 6 x VECTORS sums leave some for the
+weights."""
 NARROW = 2
-"""rows, or fewer, that leave registers for two blocks at once, whose two streams of weights come faster than one"""
+"""So many rows, or fewer, leave registers for two blocks at once, whose two streams of weights come
+faster than one."""
 CHUNK = 64
-"""inputs after which the next rows take their turn: a block's piece of so many stays in the nearest cache"""
+"""After so many inputs the next rows take their turn: a block's piece of so many stays in the
+nearest cache."""
 AHEAD = 2048
-"""bytes that are fetched before they are needed"""
+"""Weights are fetched this many bytes before they are needed."""
 THREADED = 1 << 18
-"""weights, or more, that are worth waking other threads for"""
+"""A matrix of so many weights, or more, is worth waking other threads for."""
 KINDS = {torch.float32: "float", torch.bfloat16: "i16", torch.float16: "half", torch.int8: "i8"}
-"""of weights, and LLVM's type of a stored one"""
+"""This maps a kind of weights to LLVM's type of a stored one."""
 
 
 class PackedLinear(nn.Module):
-    """`nn.Linear` over packed weights: rows [.., inputs] float32 -> [.., outputs] float32."""
+    """A PackedLinear is an `nn.Linear` over packed weights.
+
+    It maps rows [.., inputs] to [.., outputs] float32."""
 
     packed: Tensor
     scale: Tensor | None
@@ -50,7 +57,9 @@ class PackedLinear(nn.Module):
     def __init__(
         self, weight: Tensor, bias: nn.Parameter | None = None, dtype: torch.dtype | None = None
     ):
-        """weight [outputs, inputs], kept as `dtype` (float32, bfloat16, float16 or int8; None: its own)."""
+        """Pack `weight` [outputs, inputs] and keep it as `dtype`.
+
+        `dtype` is float32, bfloat16, float16 or int8; None means the weight's own."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         scale = None
@@ -62,7 +71,7 @@ class PackedLinear(nn.Module):
         self._remember()
 
     def _remember(self) -> None:
-        """What each product asks for, where a module's attributes are found at once."""
+        """Keep what each product asks for where a module's attributes are found at once."""
         weights = self.packed
         self._product, self._worth_threads = _product(weights.dtype), weights.numel() >= THREADED
         self._held = weights, self.scale, weights.shape[0]
@@ -78,7 +87,7 @@ class PackedLinear(nn.Module):
         return out if x.dim() == 2 else out.reshape(*x.shape[:-1], self.out_features)
 
     def products(self, rows: Tensor) -> Tensor:
-        """float32 [n, inputs], each row in one piece -> [n, outputs]."""
+        """Return the products [n, outputs] of rows, float32 [n, inputs], each in one piece."""
         n, (weights, scale, blocks) = rows.shape[0], self._held
         out = torch.empty(n, blocks * WIDTH)
         if n:
@@ -97,18 +106,20 @@ class PackedLinear(nn.Module):
             out = out[:, : self.out_features]
         if scale is not None:
             out *= scale
-        if self.bias is not None:  # which may come after the weights
+        if self.bias is not None:  # it may come after the weights
             out += self.bias
         return out
 
     def weight(self) -> Tensor:
-        """[outputs, inputs], a copy; float32 of int8."""
+        """Return a copy of the weight [outputs, inputs]; it is float32 if int8 is kept."""
         weight = unpacked(self.packed, self.out_features)
         return weight if self.scale is None else weight * self.scale[:, None]
 
 
 def stacked(layers: list[PackedLinear]) -> PackedLinear:
-    """One layer whose outputs are those of the given ones, side by side. Each must have whole blocks of outputs."""
+    """Return one layer whose outputs are those of the given ones, side by side.
+
+    Each must have whole blocks of outputs."""
     assert all(layer.out_features % WIDTH == 0 for layer in layers), "a block of two matrices"
     whole = PackedLinear.__new__(PackedLinear)
     nn.Module.__init__(whole)
@@ -135,14 +146,18 @@ def stacked(layers: list[PackedLinear]) -> PackedLinear:
 
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [outputs, inputs] and float32 [outputs]: weight ~ int8 * scale, the largest of each output at 127."""
+    """Return an int8 matrix [outputs, inputs] and a float32 scale [outputs].
+
+    The weight is about int8 * scale; the largest of each output is at 127."""
     weight = weight.float()
     scale = weight.abs().amax(1).clamp_(min=1e-12) / 127
     return torch.round(weight / scale[:, None]).to(torch.int8), scale
 
 
 def packed(weight: Tensor) -> Tensor:
-    """[outputs, inputs] as [blocks, inputs, WIDTH], the last block filled up with zeros, in huge pages where there are any."""
+    """Return a weight [outputs, inputs] as [blocks, inputs, WIDTH].
+
+    The last block is filled up with zeros. The result lies in huge pages where there are any."""
     outputs, inputs = weight.shape
     blocks = -(-outputs // WIDTH)
     out = _memory(blocks * inputs * WIDTH, weight.dtype).view(blocks, inputs, WIDTH)
@@ -155,24 +170,27 @@ def packed(weight: Tensor) -> Tensor:
 
 
 def unpacked(weights: Tensor, outputs: int) -> Tensor:
-    """What `packed` was made of."""
+    """Return the weight [outputs, inputs] of which `packed` made these."""
     return weights.transpose(1, 2).reshape(-1, weights.shape[1])[:outputs]
 
 
 def _memory(count: int, dtype: torch.dtype) -> Tensor:
-    """Walking through a matrix in pages of 4 kB costs a tenth of the time."""
+    """Return room for `count` numbers, in huge pages if they are worth it and there are any.
+
+    To walk through a matrix in pages of 4 kB costs a tenth of the time."""
     if not hasattr(mmap, "MADV_HUGEPAGE") or count * dtype.itemsize < 1 << 21:
         return torch.empty(count, dtype=dtype)
-    area = mmap.mmap(
-        -1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    )  # shared memory has no huge pages
+    # the map is private: shared memory has no huge pages
+    area = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     area.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(area, dtype=dtype, count=count)
 
 
-# ---- the kernels -----------------------------------------------------------------------------------
+# ---- the kernels ---------------------------------------------------------------------------------
 class _Job(ctypes.Structure):
-    """What `product` reads: x [rows, inputs] with x_stride floats from row to row, y [rows, blocks * WIDTH]."""
+    """A job is what `product` reads.
+
+    x is [rows, inputs] with x_stride floats from row to row; y is [rows, blocks * WIDTH]."""
 
     _fields_ = (
         ("x", ctypes.c_void_p), ("rows", ctypes.c_int64), ("x_stride", ctypes.c_int64), ("w", ctypes.c_void_p),
@@ -182,13 +200,15 @@ class _Job(ctypes.Structure):
 
 @cache
 def _product(dtype: torch.dtype) -> Shared:
-    """y = x w^T over weights of this dtype, for the blocks [begin, end) of a job."""
+    """Return the function for y = x w^T over weights of this dtype.
+
+    It computes the blocks [begin, end) of a job."""
     return Shared(compiled(source(dtype)), "product")
 
 
-# ---- their code ------------------------------------------------------------------------------------
+# ---- their code ----------------------------------------------------------------------------------
 def source(dtype: torch.dtype) -> str:
-    """LLVM code of the kernels over weights of `dtype`."""
+    """Return the LLVM code of the kernels over weights of `dtype`."""
     shapes = [
         (rows, blocks)
         for rows in range(1, ROWS + 1)
@@ -211,10 +231,11 @@ declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 
 
 def _piece(dtype: torch.dtype, rows: int, blocks: int) -> str:
-    """y += x w^T for `rows` rows, n inputs and `blocks` blocks of weights; y = at the first inputs.
+    """Return the code of y += x w^T for `rows` rows, n inputs and `blocks` blocks of weights.
 
-    A turn of its loop takes one input: the weights of all outputs from memory, each row's value in all lanes, their products added to
-    the sums, which are the loop's variables."""
+    At the first inputs it is y = x w^T. A turn of its loop takes one input: it loads the weights of
+    all outputs from memory and each row's value in all lanes, and adds their products to the sums,
+    which are the loop's variables."""
     vec, sums = f"<{LANES} x float>", [(r, v) for r in range(rows) for v in range(blocks * VECTORS)]
     parameters = (
         "ptr %x, i64 %x_stride, ptr %w, i64 %block, ptr %y, i64 %y_stride, i64 %n, i1 %first"
@@ -246,7 +267,9 @@ def _piece(dtype: torch.dtype, rows: int, blocks: int) -> str:
 
 
 def _inputs(dtype: torch.dtype, rows: int, blocks: int) -> list[str]:
-    """Of input %i: its weights as %v0, %v1, ..., and each row's value in all lanes as %xv0, %xv1, ..."""
+    """Return the code that loads what belongs to input %i.
+
+    These are its weights as %v0, %v1, ..., and each row's value in all lanes as %xv0, %xv1, ..."""
     vec, code = f"<{LANES} x float>", [f"%at = mul i64 %i, {WIDTH * dtype.itemsize}"]
     for b in range(blocks):
         code += [f"%p{b} = getelementptr i8, ptr %w{b}, i64 %at"]
@@ -265,7 +288,7 @@ def _inputs(dtype: torch.dtype, rows: int, blocks: int) -> list[str]:
 
 
 def _load(dtype: torch.dtype, address: str, name: str) -> list[str]:
-    """%name = the vector of weights at an address, as float32."""
+    """Return the code of %name = the vector of weights at an address, as float32."""
     vec, align = f"<{LANES} x float>", dtype.itemsize
     stored, ints = f"<{LANES} x {KINDS[dtype]}>", f"<{LANES} x i32>"
     if dtype == torch.float32:
@@ -287,7 +310,10 @@ def _load(dtype: torch.dtype, address: str, name: str) -> list[str]:
 
 
 def _blocks(dtype: torch.dtype, shapes: list[tuple[int, int]]) -> str:
-    """Blocks [begin, end) of a job: for each block (or two), for each CHUNK of inputs, for each group of rows."""
+    """Return the code of `product`, which computes the blocks [begin, end) of a job.
+
+    It goes through each block (or two), in it through each CHUNK of inputs, and in that through
+    each group of rows."""
     number = {shape: k for k, shape in enumerate(shapes)}
     names = ("x", "rows", "x_stride", "w", "y", "y_stride", "inputs")
     fields = []
@@ -305,7 +331,8 @@ def _blocks(dtype: torch.dtype, shapes: list[tuple[int, int]]) -> str:
         f"case{k}:\ncall void @piece_{rows}_{blocks}({arguments})\nbr label %rows_next"
         for (rows, blocks), k in number.items()
     ]
-    # the number of a shape: of one block 2(r - 1) up to NARROW rows, then NARROW + r - 1; of two blocks one more
+    # The number of a shape of r rows and one block is 2(r - 1) up to NARROW rows, then
+    # NARROW + r - 1; with two blocks it is one more.
     return "\n".join([
         "define void @product(ptr %job, i64 %begin, i64 %end) {", "entry:", *fields,
         f"%block = mul i64 %inputs, {WIDTH * dtype.itemsize}",
@@ -324,7 +351,8 @@ def _blocks(dtype: torch.dtype, shapes: list[tuple[int, int]]) -> str:
         "br label %groups",
         "groups:", "%r = phi i64 [0, %chunks], [%r_next, %rows_next]", "%rest = sub i64 %rows, %r",
         f"%full = icmp uge i64 %rest, {2 * ROWS}", f"%small = icmp ule i64 %rest, {ROWS}",
-        "%up = add i64 %rest, 1", "%half = lshr i64 %up, 1",  # seven to eleven rows are shared evenly by two groups
+        # two groups share seven to eleven rows evenly
+        "%up = add i64 %rest, 1", "%half = lshr i64 %up, 1",
         f"%some = select i1 %full, i64 {ROWS}, i64 %half", "%g = select i1 %small, i64 %rest, i64 %some",
         "%xo = mul i64 %r, %x_stride", "%xr = getelementptr float, ptr %xk, i64 %xo",
         "%yro = mul i64 %r, %y_stride", "%yr = getelementptr float, ptr %yb, i64 %yro",

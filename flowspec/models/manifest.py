@@ -1,4 +1,8 @@
-"""`stages.yaml`: what a split wrote, rank by rank, and whether the files are still what it wrote. Needs no torch."""
+"""A manifest (`stages.yaml`) says what a split wrote, rank by rank.
+
+This module reads and writes it, and checks whether the files are still what the split wrote. It
+needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,9 @@ AGAIN = "run split_models.py again"
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file of the split: path relative to its root, size in bytes, sha256 in hex."""
+    """A FileEntry is a file of the split.
+
+    It has the path relative to the split's root, the size in bytes and the sha256 in hex."""
 
     file: str
     bytes: int
@@ -35,7 +41,9 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class RankEntry:
-    """What one rank reads: layers [a, b) in `file`, perhaps the head, and small files (config, tokenizer)."""
+    """A RankEntry is what one rank reads.
+
+    It has layers [a, b) in `file`, perhaps the head, and small files (config, tokenizer)."""
 
     rank: int
     role: str
@@ -57,7 +65,10 @@ class RankEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A split model. `ranks[0]` is the coordinator, `ranks[1:]` are the stages in order; `dtype` is the stored one by torch's name."""
+    """A manifest describes a split model.
+
+    `ranks[0]` is the coordinator, and `ranks[1:]` are the stages in order. `dtype` is the stored
+    one by torch's name."""
 
     model_type: str
     vocab_size: int
@@ -68,17 +79,18 @@ class Manifest:
     tied: bool
     ranks: tuple[RankEntry, ...]
     embedding: str | None = None
-    """which model was split (models/fingerprint.py); None: by a flowspec that did not tell"""
+    """This hash tells which model was split (models/fingerprint.py); None if the flowspec that
+    split it did not tell."""
     format: int = FORMAT
     root: Path = field(default=Path(), compare=False)
 
     @property
     def topology(self) -> Topology:
-        """Of a run of the split model."""
+        """Return the topology of a run of the split model."""
         return Topology.of_world(len(self.ranks))
 
     def folder(self, rank: int) -> Path:
-        """Where this rank's config.json lies, and on rank 0 the tokenizer."""
+        """Return the folder of this rank's config.json; rank 0's also has the tokenizer."""
         return (self.root / self.ranks[rank].file).parent
 
     def path(self, entry: FileEntry | RankEntry) -> Path:
@@ -86,7 +98,9 @@ class Manifest:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Manifest:
-        """Read stages.yaml (or the folder that holds it). UserError when it is missing, damaged or too new."""
+        """Read the manifest from stages.yaml, or from the folder that holds it.
+
+        Raise UserError if it is missing, damaged or too new."""
         path = Path(path)
         path = path / FILE_NAME if path.is_dir() else path
         return _parse(_read_yaml(path), path)
@@ -98,7 +112,7 @@ class Manifest:
         _replace_text(path, yaml.safe_dump(_plain(self), sort_keys=False, width=1000))
 
 
-# ---- YAML ------------------------------------------------------------------------------------------
+# ---- YAML ----------------------------------------------------------------------------------------
 def _plain(manifest: Manifest) -> dict:
     keys = (
         "format",
@@ -144,13 +158,15 @@ def _read_yaml(path: Path) -> dict:
 
 @dataclass(frozen=True)
 class _Fields:
-    """A mapping of the manifest and where it lies, to name in errors."""
+    """_Fields are a mapping of the manifest, and where it lies, for errors to name."""
 
     values: Any
     where: str
 
     def get(self, key: str, kind: type):
-        """The value of this key. UserError when it is missing or of another type (a bool is no int)."""
+        """Return the value of this key.
+
+        Raise UserError if it is missing, of another type (a bool is no int) or a negative int."""
         if not isinstance(self.values, dict) or key not in self.values:
             raise UserError(f"{self.where}: {key} is missing: {AGAIN}")
         value = self.values[key]
@@ -213,7 +229,9 @@ def _parse_rank(entry: _Fields) -> RankEntry:
 
 
 def _check_ranks(ranks: tuple[RankEntry, ...], num_layers: int, path: Path) -> None:
-    """Ranks count 0, 1, ... and their layers cover [0, num_layers) without a gap; rank 0 holds none."""
+    """Raise UserError unless the ranks count 0, 1, ... and cover the layers [0, num_layers).
+
+    The layers must have no gap, and rank 0 must hold none."""
     at = 0
     for i, rank in enumerate(ranks):
         if rank.rank != i or rank.role not in ROLES:
@@ -240,14 +258,16 @@ def _replace_text(path: Path, text: str) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
-# ---- files -----------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 def verify_files(
     manifest: Manifest, ranks: Iterable[int], *, lm_head: Iterable[int] | None = None
 ) -> None:
-    """Compare size and sha256 of all files of these ranks with the manifest; UserError names the first that differs.
+    """Compare the size and sha256 of all files of these ranks with the manifest.
 
-    `lm_head` are the ranks whose head will be loaded; None means every one. Hashes are kept in ROOT/.sha256.json by size
-    and time of change, so an unchanged file is read once; a folder that cannot be written is hashed anew each time.
+    `lm_head` are the ranks whose head will be loaded; None means every one. Hashes are kept in
+    ROOT/.sha256.json by size and time of change, so an unchanged file is read once; a folder that
+    cannot be written is hashed anew each time. Raise UserError, which names the first file that
+    differs.
     """
     heads = None if lm_head is None else set(lm_head)
     known = _read_cache(manifest.root)
@@ -267,7 +287,9 @@ def _files_of(rank: RankEntry, with_head: bool) -> list[FileEntry]:
 
 
 def _verify(root: Path, entry: FileEntry, known: object) -> list:
-    """The cache's line [bytes, mtime_ns, sha256] of a file that is as the manifest says."""
+    """Return the hash cache's line [bytes, mtime_ns, sha256] of a file.
+
+    Raise UserError unless the file is as the manifest says."""
     path = root / entry.file
     try:
         stat = path.stat()
@@ -309,6 +331,8 @@ def _read_cache(root: Path) -> dict:
 
 
 def _write_cache(root: Path, fresh: dict) -> None:
-    """Merge into what another process may have written meanwhile; the last rename wins, and a lost line is only hashed again."""
+    """Merge these lines into what another process may have written meanwhile.
+
+    The last rename wins; a file whose line is lost is only hashed again."""
     with contextlib.suppress(UserError):
         _replace_text(root / CACHE_NAME, json.dumps({**_read_cache(root), **fresh}))

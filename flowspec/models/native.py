@@ -1,7 +1,9 @@
-"""A decoder layer of the Llama kind on a CPU, for a few rows: transformers' layer with nothing between its products but our vector code.
+"""A NativeLayer is a decoder layer of the Llama kind on a CPU, for a few rows.
 
-It is made of transformers' own layer, which stays the description of the family (norms of queries and keys, biases) and is the oracle
-of its tests. For one row the layer as transformers computes it spends as long between the products as in them, if these are small.
+It is transformers' layer with nothing between its products but our vector code. It is made of
+transformers' own layer, which stays the description of the family (norms of queries and keys,
+biases) and is the oracle of its tests. For one row the layer as transformers computes it spends as
+long between the products as in them, if these are small.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from flowspec.models.kernels import WIDTH, PackedLinear, stacked
 
 
 def suits(layer: nn.Module, config: Any) -> bool:
-    """A layer whose matrices are packed, of whole vectors, with a gated MLP of silu."""
+    """Return whether a NativeLayer can be made of this layer.
+
+    Its matrices must be packed and of whole vectors, and its MLP must be gated by silu."""
     linears = [
         getattr(getattr(layer, part, None), name, None)
         for part, names in _MATRICES.items()
@@ -31,9 +35,8 @@ def suits(layer: nn.Module, config: Any) -> bool:
         for linear in linears
         if isinstance(linear, PackedLinear) and linear.out_features % WIDTH == 0
     ]
-    if (
-        len(packed) < len(linears) or packed[0].in_features != config.hidden_size
-    ):  # an EAGLE-3 layer's attention reads an embedding, too
+    # an EAGLE-3 layer's attention reads an embedding, too
+    if len(packed) < len(linears) or packed[0].in_features != config.hidden_size:
         return False
     return config.hidden_act == "silu" and all(map(vector.fits, widths))
 
@@ -49,7 +52,9 @@ def head_dim(config: Any) -> int:
 
 
 class NativeLayer(nn.Module):
-    """Called as transformers' layers are, with `Seen` as the mask: x [1, n, hidden] float32 -> the same."""
+    """A NativeLayer is called as transformers' layers are, with `Seen` as the mask.
+
+    It maps x, float32 [1, n, hidden], to the same shape."""
 
     def __init__(self, layer: Any, config: Any):
         super().__init__()
@@ -79,13 +84,8 @@ class NativeLayer(nn.Module):
             None if isinstance(norm, nn.Identity) else norm.weight
             for norm in (self.before, self.between)
         )
-        self._held = (
-            self.qkv,
-            self.out,
-            self.gate_up,
-            self.down,
-            *weights,
-        )  # where a module's attributes are found at once
+        # in a tuple a module's attributes are found at once
+        self._held = (self.qkv, self.out, self.gate_up, self.down, *weights)
 
     def forward(
         self,
@@ -121,20 +121,24 @@ class NativeLayer(nn.Module):
         return down.products(vector.gated(gate, up)).add_(middle)[None]
 
     def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        """Over the last dimension; None: as it is."""
+        """Return x normed over the last dimension; as it is if `weight` is None."""
         if weight is None:
             return x
         return vector.norm(x.reshape(-1, x.shape[-1]), weight, self.eps).view(x.shape)
 
 
 def _turned(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (arXiv 2104.09864) on rows [n, heads, width], by halves as in Llama; cos, sin: [n, 1, width], the first half of
-    sin with its sign turned."""
+    """Return rows [n, heads, width] with rotary positions (arXiv 2104.09864).
+
+    They are turned by halves as in Llama. `cos` and `sin` are [n, 1, width], with the sign of the
+    first half of `sin` changed."""
     half = rows.shape[2] // 2
     return (rows * cos).add_(torch.cat((rows[..., half:], rows[..., :half]), -1).mul_(sin))
 
 
 def turns(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """What `NativeLayer` takes, of what transformers' rotary embedding gives: [1, n, width] each."""
+    """Return the cos and sin that `NativeLayer` takes.
+
+    They are made of what transformers' rotary embedding gives, [1, n, width] each."""
     half = sin.shape[2] // 2
     return cos[0][:, None], torch.cat((-sin[0, :, :half], sin[0, :, half:]), 1)[:, None]

@@ -1,11 +1,13 @@
-"""Cut a Hugging Face checkpoint into one folder a rank.
+"""A split cuts a Hugging Face checkpoint into one folder for each rank.
 
     OUT/stages.yaml
     OUT/rank_00/   config, tokenizer, lm_head.safetensors, an empty model.safetensors
-    OUT/rank_NN/   config, model.safetensors: its layers; rank 1 also the embedding, the last one the final norm (and lm_head beside)
+    OUT/rank_NN/   config, model.safetensors with the rank's layers
 
-Tensors are copied in chunks under the names they have; nothing larger than a chunk is ever held. All is written into a
-folder beside OUT and renamed at the end, so a split that fails or is interrupted leaves OUT as it was.
+Rank 1's model.safetensors also has the embedding, and the last rank's has the final norm (with
+lm_head.safetensors beside it). Tensors are copied in chunks under the names they have; nothing
+larger than a chunk is ever held. All is written into a folder beside OUT, which is renamed at the
+end, so a split that fails or is interrupted leaves OUT as it was.
 """
 
 from __future__ import annotations
@@ -59,17 +61,19 @@ METADATA = {"format": "pt"}
 
 
 class Progress:
-    """Told what a split is doing; this one keeps it to itself."""
+    """A progress is told what a split is doing; this one shows nothing."""
 
     def line(self, text: str) -> None:
-        """A step is done."""
+        """Take in that a step is done, which `text` describes."""
 
     def percent(self, part: float) -> None:
-        """`part` of all bytes, 0 to 1, are written."""
+        """Take in that this share (0 to 1) of all bytes is written."""
 
 
 class Screen(Progress):
-    """Lines on stderr, and on a terminal a percentage that the next line overwrites."""
+    """A screen shows lines on stderr.
+
+    On a terminal it also shows a percentage, which the next line overwrites."""
 
     def __init__(self) -> None:
         self.terminal = sys.stderr.isatty()
@@ -85,7 +89,7 @@ class Screen(Progress):
             print(f"\r{self.shown:3d} %", end="", file=sys.stderr, flush=True)
 
 
-# ---- the split -------------------------------------------------------------------------------------
+# ---- the split -----------------------------------------------------------------------------------
 def split(
     model: str,
     stages: int,
@@ -95,7 +99,9 @@ def split(
     dtype: str = "auto",
     progress: Progress | None = None,
 ) -> Manifest:
-    """Cut `model` (folder or hub id) into `stages` stages under `output`; returns the manifest. UserError for bad input."""
+    """Cut `model` (a folder or hub id) into `stages` stages under `output`; return the manifest.
+
+    Raise UserError for bad input."""
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}, it must be one of auto, {', '.join(DTYPES)}")
     if stages < 1:
@@ -111,7 +117,7 @@ def split(
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint whose config and tensor names have been checked."""
+    """A source is a checkpoint whose config and tensors have been checked."""
 
     folder: Path
     config: dict
@@ -119,7 +125,10 @@ class Source:
 
     @classmethod
     def open(cls, folder: Path) -> Source:
-        """UserError for a config that cannot be read or is not supported, and for missing tensors."""
+        """Return the checkpoint of a folder as a source.
+
+        Raise UserError if its config cannot be read or is not supported, or if its tensors are
+        missing or do not fit the config."""
         config = read_config(folder)
         source = cls(folder, config, Checkpoint(folder))
         source._check_tensors()
@@ -131,7 +140,10 @@ class Source:
 
     @property
     def tied(self) -> bool:
-        """A checkpoint that holds both matrices means them, whatever its config says (so does transformers)."""
+        """Return whether the embedding is also the lm_head.
+
+        A checkpoint that holds both matrices means them, whatever its config says (transformers
+        takes it so, too)."""
         return (
             bool(self.config.get("tie_word_embeddings", False))
             and HEAD not in self.checkpoint.names
@@ -143,7 +155,7 @@ class Source:
 
     @property
     def dtype(self) -> str:
-        """That of most of its bytes, by torch's name."""
+        """Return the dtype of most of the checkpoint's bytes, by torch's name."""
         sizes: Counter[str] = Counter()
         for name in (EMBEDDING, *self.layer_names(0, self.num_layers), NORM, self.head):
             sizes[self.checkpoint.info(name).dtype] += self.checkpoint.info(name).nbytes
@@ -158,7 +170,9 @@ class Source:
         ]
 
     def unused(self) -> list[str]:
-        """Tensors the architecture does not have; old checkpoints carry rotary tables, which are computed."""
+        """Return the tensors that the architecture does not have.
+
+        The rotary tables of old checkpoints, which are computed, are not among them."""
         used = {EMBEDDING, NORM, HEAD, *self.layer_names(0, self.num_layers)}
         return [
             name
@@ -202,7 +216,7 @@ class Source:
 
 @dataclass
 class Job:
-    """One split under way: which tensors go where, and how many bytes are done."""
+    """A job is one split under way: which tensors go where, and how many bytes are done."""
 
     source: Source
     ranges: list[tuple[int, int]]
@@ -296,7 +310,7 @@ class Job:
         )
 
     def _config(self) -> bytes:
-        """config.json as it is, or with the dtype the tensors now have."""
+        """Return config.json as it is, or with the dtype that the tensors now have."""
         if self.dtype is None:
             return read_bytes(self.source.folder / CONFIG)
         rest = {key: value for key, value in self.source.config.items() if key != "torch_dtype"}
@@ -317,7 +331,9 @@ def rank_name(rank: int) -> str:
 
 
 def converted(file: TensorFile, name: str, dtype: str) -> Iterator[memoryview]:
-    """The tensor's bytes as another dtype, chunk by chunk. UserError where a finite value would become infinite."""
+    """Yield the tensor's bytes as another dtype, chunk by chunk.
+
+    Raise UserError where a finite value would become infinite."""
     import torch
 
     stored, wanted = torch_dtype(file.info(name).dtype), torch_dtype(dtype)
@@ -334,7 +350,9 @@ def converted(file: TensorFile, name: str, dtype: str) -> Iterator[memoryview]:
 
 
 def linked(folder: Path, entry: FileEntry, name: str) -> FileEntry:
-    """The same file under a second name: a hard link, or a copy where the file system has none."""
+    """Return the same file under a second name.
+
+    It is a hard link, or a copy where the file system has no hard links."""
     try:
         os.link(folder / entry.file, folder / name)
     except OSError:
@@ -351,7 +369,10 @@ def blocks(path: Path) -> Iterator[bytes]:
 def layer_ranges(
     num_layers: int, stages: int, layers: str | Sequence[int] | None = None
 ) -> list[tuple[int, int]]:
-    """Half-open layer ranges, one a stage: as asked ("8,8,8"), else near equal with the remainder on the later stages."""
+    """Return half-open layer ranges, one for each stage.
+
+    They are as `layers` asks ("8,8,8"), else near equal with the remainder on the later stages.
+    Raise UserError if they do not fit the model or the number of stages."""
     if stages > num_layers:
         raise UserError(f"--stages is {stages}, the model has only {num_layers} layers")
     counts = _even(num_layers, stages) if layers is None else _asked(layers)
@@ -383,7 +404,7 @@ def _asked(layers: str | Sequence[int]) -> list[int]:
         ) from None
 
 
-# ---- where it comes from ---------------------------------------------------------------------------
+# ---- where it comes from -------------------------------------------------------------------------
 def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -391,9 +412,11 @@ def read_bytes(path: Path) -> bytes:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-# ---- where it goes ---------------------------------------------------------------------------------
+# ---- where it goes -------------------------------------------------------------------------------
 def check_output(output: str | os.PathLike[str]) -> Path:
-    """The absolute folder to write. UserError when something other than an older split lies there."""
+    """Return the absolute folder to write.
+
+    Raise UserError if something other than an older split lies there."""
     target = Path(output).resolve()
     if target.exists() and not target.is_dir():
         raise UserError(f"--output {output} is a file")
@@ -416,9 +439,10 @@ def check_output(output: str | os.PathLike[str]) -> Path:
 
 @contextlib.contextmanager
 def staged_folder(target: Path, needed: int) -> Iterator[Path]:
-    """A folder beside `target` that takes its place at the end; on any failure it is deleted and `target` stays as it was.
+    """Yield a folder beside `target` that takes its place at the end.
 
-    `needed` bytes must be free. UserError when they are not, or when the place cannot be written.
+    On any failure the folder is deleted and `target` stays as it was. `needed` bytes must be free.
+    Raise UserError if they are not, or if the place cannot be written.
     """
     partial_folder = target.with_name(f"{target.name}.partial-{os.getpid()}")
     made: list[Path] = []
@@ -440,7 +464,7 @@ def staged_folder(target: Path, needed: int) -> Iterator[Path]:
 
 
 def _make_parents(folder: Path, made: list[Path]) -> None:
-    """Make the missing folders above, noting each in `made`."""
+    """Make `folder` and the missing folders above it, and note each in `made`."""
     for parent in (*reversed(folder.parents), folder):
         if not parent.exists():
             parent.mkdir()

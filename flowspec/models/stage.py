@@ -1,6 +1,7 @@
-"""A run of consecutive decoder layers of a transformers model, alone: the target's stages and the draft model.
+"""A stage is a run of consecutive decoder layers of a transformers model, alone.
 
-The layers, rotary embedding and norms are transformers' own classes; rows, positions and attention (attention.py) are ours.
+The target's stages and the draft model are such runs. The layers, rotary embedding and norms are
+transformers' own classes; rows, positions and attention (attention.py) are ours.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ ALWAYS: Needed = lambda: True  # noqa: E731
 
 
 class StageModel(nn.Module):
-    """Decoder layers [0, layers) of one rank, behind the embedding if `first`, before the final norm if `last`."""
+    """A StageModel is the decoder layers [0, layers) of one rank.
+
+    They are behind the embedding if `first`, and before the final norm if `last`."""
 
     def __init__(self, config: dict, layers: int, first: bool, last: bool):
         super().__init__()
@@ -58,16 +61,17 @@ class StageModel(nn.Module):
     def load(
         self, tensors: Iterable[tuple[str, Tensor]], device: str, source: str, dtype: torch.dtype
     ) -> StageModel:
-        """Take each tensor as it comes (the caller holds one at a time); UserError if some are missing or misshapen.
+        """Take each tensor as it comes (the caller holds one at a time) and return the model.
 
-        On a CPU that has kernels for `dtype` the matrices are packed as they come, and everything else is float32 (kernels.py)."""
+        On a CPU that has kernels for `dtype` the matrices are packed as they come, and everything
+        else is float32 (kernels.py). Raise UserError if tensors are missing or of another shape."""
         waiting = dict(self.named_parameters())
         packs = packs_weights(self.config.to_dict(), dtype, device)
         self.dtype = torch.float32 if packs else dtype
         for name, tensor in tensors:
             expected = waiting.pop(name, None)
             if expected is None:
-                continue  # what a layer of this family does not know, such as stored rotary frequencies
+                continue  # a layer of this family does not know it; say, stored rotary frequencies
             if expected.shape != tensor.shape:
                 raise UserError(
                     f"{source}: {name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected.shape)}"
@@ -94,19 +98,21 @@ class StageModel(nn.Module):
         return self
 
     def compute_alone(self) -> None:
-        """From now on a row of a tree has the same result, to the bit, whatever is in its batch or between its ancestors in the cache.
+        """Make the result of a tree's row the same, to the bit, whatever is around it, from now on.
 
-        Native layers are like that anyway; others take each row by itself, with keys and values laid out in the order of positions."""
+        That is what is in its batch or between its ancestors in the cache. Native layers are like
+        that anyway; others take each row by itself, with keys and values laid out in the order of
+        positions."""
         self.alone = not self.native
 
     @property
     def size(self) -> int:
-        """Bytes of the weights as they are held."""
+        """Return the bytes of the weights as they are held."""
         return sum(t.nbytes for t in (*self.parameters(), *self.buffers()))
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of the keys and values of a token in all layers."""
+        """Return the bytes of the keys and values of a token in all layers."""
         config = self.config
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         row = 2 * config.num_key_value_heads * head * self.dtype.itemsize
@@ -124,13 +130,12 @@ class StageModel(nn.Module):
         taps: Seq[int] = (),
         needed: Needed = ALWAYS,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Append n rows to the caches of their requests; their outputs [n, hidden] and their taps.
+        """Append n rows to the caches of their requests; return their outputs [n, hidden] and taps.
 
-        The taps are what enters these layers, side by side: [n, len(taps) * hidden]. None and
-        None once the rows are not `needed` (asked between layers).
-
-        rows: token ids int [n] for a first stage, else features [n, hidden], one request's after
-        the other's; parts: in the same order where they stand, what they see and their cache."""
+        The taps are what enters these layers, side by side: [n, len(taps) * hidden]. Both are None
+        once the rows are not `needed`, which is asked between layers. `rows` are token ids (int
+        [n]) for a first stage, else features [n, hidden], one request's after the other's. `parts`,
+        in the same order, say where the rows stand, what they see and which cache they have."""
         caches, device = Caches(parts), self.device
         rows = placed(rows, device)
         x = (self.embed_tokens(rows.long()) if self.embed_tokens is not None else rows).to(
@@ -166,9 +171,10 @@ class StageModel(nn.Module):
 
 
 def packs_weights(config: dict, dtype: torch.dtype, device: str) -> bool:
-    """Matrices of `dtype` are computed with by our own kernels there, their rows and sums float32; UserError where nothing else can.
+    """Return whether our own kernels compute with matrices of `dtype` on this device.
 
-    Experts come fused, which is no `nn.Linear`: with them only float32 can be both."""
+    Their rows and sums are float32. Experts come fused, which is no `nn.Linear`, so with experts
+    only float32 is possible. Raise UserError where the kernels cannot and nothing else can."""
     whole = dtype == torch.float32 or not config.get("num_local_experts")
     possible = device == "cpu" and jit.available() and dtype in kernels.KINDS and whole
     need(
@@ -179,22 +185,21 @@ def packs_weights(config: dict, dtype: torch.dtype, device: str) -> bool:
 
 
 class Tapped(NamedTuple):
-    """What entered some layers at consecutive tokens of the text."""
+    """A Tapped is what entered some layers at consecutive tokens of the text."""
 
     at: int
-    """position of the first"""
+    """The first token has this position."""
     rows: Tensor
-    """[n, layers * hidden]"""
+    """The rows are [n, layers * hidden]."""
 
 
 class Cached:
-    """The rows of one request in one model.
+    """A Cached holds the rows of one request in one model.
 
-    Which row holds what is the caller's to know (core/stage.py). Features are left on the model's
-    device, where they may still be computed, or wanted `to_host`: a forward then ends when they
-    are there.
-
-    taps: layers of this model (0 its first) whose inputs are wanted of every token that becomes text."""
+    The caller knows which row holds what (core/stage.py). Features are left on the model's device,
+    where they may still be being computed; if they are wanted `to_host`, a forward ends when they
+    are there. `taps` are the layers of this model (0 is its first) whose inputs are wanted at every
+    token that becomes text."""
 
     def __init__(self, model: StageModel, to_host: bool = False, taps: Seq[int] = ()):
         self.model, self.cache = model, RowCache()
@@ -202,29 +207,35 @@ class Cached:
         self._waiting = Waiting[Tensor]()
         self._entered: Tensor | None = None  # the taps of the last forward
         self.model_cpu = 0.0
-        """CPU seconds that the threads of its forwards spent in the model: of a forward with others
-        the share of its rows"""
+        """The threads of its forwards spent so many CPU seconds in the model. Of a forward with
+        other requests only the share of its rows counts."""
 
     def forward(
         self, rows: Tensor, admitted: Admitted, needed: Needed = ALWAYS, ids: Seq[int] | None = None
     ) -> Tensor | None:
-        """Put these rows alone through the model; see `forward_together` and `Share`."""
+        """Put these rows alone through the model; see `forward_together` and `Share`.
+
+        Return what `forward_together` returns."""
         return forward_together(rows, [Share(self, admitted, ids)], needed)
 
     def hold(self, entered: Tensor | None, ids: Seq[int] | None) -> None:
         """Keep what entered the taps in a forward until it is known which nodes became text.
 
-        entered: [n, taps * hidden]; None: there are no taps, or the forward was abandoned."""
+        `entered` is [n, taps * hidden]; None if there are no taps or the forward was abandoned."""
         self._entered = entered
         if ids is not None and entered is not None:
             self._waiting.hold(ids, entered)
 
     def entered(self, at: int) -> Tapped | None:
-        """The taps of the text's rows that went through last, the first of them at position `at`; None without taps."""
+        """Return the taps of the text's rows that went through last; None without taps.
+
+        The first of these rows is at position `at`."""
         return None if self._entered is None else Tapped(at, self._entered)
 
     def settle(self, at: int, text: Iterable[int], alive: Container[int]) -> Tapped | None:
-        """The taps of the nodes that became text, at the positions from `at` on, if there are any. What is not alive is forgotten."""
+        """Return the taps of the nodes that became text, at the positions from `at` on.
+
+        It is None if there are none. What is not alive is forgotten."""
         if not self.taps:
             return None
         rows = self._waiting.settle(text, alive)
@@ -232,39 +243,40 @@ class Cached:
 
 
 class Share(NamedTuple):
-    """What of a forward belongs to one request."""
+    """A share is what of a forward belongs to one request."""
 
     cached: Cached
     admitted: Admitted
     ids: Seq[int] | None
-    """the nodes of a tree that its rows are; None: rows of the text"""
+    """These nodes of a tree are its rows; None means that its rows are of the text."""
 
     @property
     def rows(self) -> int:
-        """So many they are."""
+        """Return how many rows the share has."""
         return len(self.admitted.kept)
 
     @property
     def whole(self) -> Part:
-        """All of it in one forward."""
+        """Return all of the share as one part of a forward."""
         return Part(self.admitted, self.cached.cache)
 
     @property
     def pieces(self) -> list[Part]:
-        """What a model that computes alone takes by itself: each row of a tree, or a chunk whole.
+        """Return the parts that a model that computes alone takes one by one.
 
-        (Chunks of the prompt are the same in every method.)"""
+        They are each row of a tree, or a whole chunk of the text. (Chunks of the prompt are the
+        same in every method.)"""
         if self.ids is None:
             return [self.whole]
         return [Part(self.admitted.only(k), self.cached.cache) for k in range(self.rows)]
 
 
 def forward_together(rows: Tensor, shares: Seq[Share], needed: Needed = ALWAYS) -> Tensor | None:
-    """Put rows of several requests through one model, together or, if it computes alone, not so.
+    """Put rows of several requests through one model, together unless it computes alone.
 
-    rows: tokens, or features [n, hidden], in the order of the shares, whose requests are all
-    different and all want their features in the same place. Features [n, hidden] of all rows, or
-    None once they are not `needed`: then, too, each cache is longer by its rows."""
+    `rows` are tokens, or features [n, hidden], in the order of the shares, whose requests are all
+    different and all want their features in the same place. Return the features [n, hidden] of all
+    rows, or None once they are not `needed`: then, too, each cache is longer by its rows."""
     begun, model, to_host = time.thread_time(), shares[0].cached.model, shares[0].cached.to_host
     taps = tuple(dict.fromkeys(k for share in shares for k in share.cached.taps))
     out, entered = (
@@ -286,7 +298,7 @@ def forward_together(rows: Tensor, shares: Seq[Share], needed: Needed = ALWAYS) 
 def _one_by_one(
     model: StageModel, rows: Tensor, parts: Seq[Part], taps: Seq[int], needed: Needed
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Put each part through in a forward of its own; all of them as `StageModel.forward` does."""
+    """Put each part through in a forward of its own; return what `StageModel.forward` does."""
     outs, entered = [], []
     for k, some in enumerate(split(rows, [part.rows for part in parts])):
         out, tapped = model(some, [parts[k]], taps, needed)
@@ -300,7 +312,9 @@ def _one_by_one(
 
 
 def _columns(entered: Tensor, held: tuple[int, ...], wanted: tuple[int, ...]) -> Tensor | None:
-    """Of what entered the layers `held`, [n, held * hidden], what entered those `wanted`."""
+    """Return what entered the layers `wanted`, out of what entered those `held`.
+
+    `entered` is [n, held * hidden]; None is returned if no layers are wanted."""
     if held == wanted:
         return entered
     of_layer = dict(zip(held, entered.chunk(len(held), 1), strict=True))
@@ -308,13 +322,15 @@ def _columns(entered: Tensor, held: tuple[int, ...], wanted: tuple[int, ...]) ->
 
 
 class Sequence:
-    """A drafter's request: the books and the cache, moved together."""
+    """A sequence is one request of a drafter: its books and its cache, moved together."""
 
     def __init__(self, model: StageModel):
         self.state, self._rows = StageState(), Cached(model)
 
     def prefill(self, rows: Tensor) -> Tensor:
-        """Rows of the text (tokens or features [n, hidden]) at its end, through the model: features [n, hidden]."""
+        """Put rows of the text, at its end, through the model; return their features [n, hidden].
+
+        The rows are tokens or features [n, hidden]."""
         out = self._rows.forward(rows, self.state.extend(len(rows)))
         assert out is not None
         return out
@@ -327,28 +343,28 @@ class Sequence:
         return made
 
     def prune(self, prune: Prune) -> None:
-        """Follow a decision."""
+        """Follow a decision in the books and the cache."""
         gather = self.state.prune(prune)
         if gather:
             self._rows.cache.gather(gather)
 
 
 class Ask(NamedTuple):
-    """What a drafter wants of one request.
+    """An ask is what a drafter wants of one request.
 
-    First m rows of committed tokens, at the positions from `at` on, and behind them n tree rows
+    It has m rows of committed tokens, at the positions from `at` on, and behind them n tree rows
     that are all worth it."""
 
     sequence: Sequence
     rows: Tensor
-    """tokens, or features [m + n, hidden]"""
+    """The rows are tokens, or features [m + n, hidden]."""
     at: int
     ids: list[int]
-    """of the tree rows, [n]"""
+    """These are the ids of the n tree rows."""
     parents: list[int]
 
     def admitted(self) -> Admitted:
-        """Enter the rows into the request's books."""
+        """Enter the rows into the request's books and return what the books admitted."""
         state, text = self.sequence.state, len(self.rows) - len(self.ids)
         admitted = state.extend(text, self.at).then(state.admit(self.ids, self.parents))
         assert len(admitted.kept) == len(self.rows), "a row that is not worth it"
@@ -358,7 +374,7 @@ class Ask(NamedTuple):
 def verify_together(asks: Seq[Ask]) -> list[tuple[np.ndarray, Tensor]]:
     """Answer what is asked of different requests of one model, in one forward.
 
-    Of each ask: positions [m + n] and features [m + n, hidden] of its rows."""
+    Return for each ask the positions [m + n] and the features [m + n, hidden] of its rows."""
     shares = [Share(ask.sequence._rows, ask.admitted(), None) for ask in asks]
     out = forward_together(joined([ask.rows for ask in asks]), shares)
     assert out is not None
@@ -367,27 +383,31 @@ def verify_together(asks: Seq[Ask]) -> list[tuple[np.ndarray, Tensor]]:
 
 
 class Head:
-    """lm_head: features [n, hidden] -> logits [n, vocabulary] in float32, or float64 if the weights are.
+    """A head is the lm_head, which makes features [n, hidden] into logits [n, vocabulary].
 
-    Products of half-precision numbers are exact in float32, and rounded back to half many logits would tie. Where there is no
-    kernel for that (kernels.py), half-precision weights are made float32 a piece at a time, which stays in the processor's cache."""
+    The logits are float32, or float64 if the weights are. Products of half-precision numbers are
+    exact in float32, and rounded back to half precision many logits would tie. Where there is no
+    kernel for that (kernels.py), half-precision weights are made float32 a piece at a time, which
+    stays in the processor's cache."""
 
     PIECE = 1 << 20
-    """elements"""
+    """A piece has at most so many elements, in whole rows, but at least one row."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype | None = None):
-        """weight [vocabulary, hidden], computed with as `dtype` (None: its own)."""
+        """Take `weight` [vocabulary, hidden] to compute with it as `dtype`.
+
+        None means the weight's own dtype."""
         dtype = dtype or weight.dtype
         self.vocabulary, self.device = len(weight), weight.device
         packs = self.device.type == "cpu" and dtype in kernels.KINDS and jit.available()
         self.alone = False
-        """each row by itself, so that its logits are the same in any batch"""
+        """Each row is computed by itself, so that its logits are the same in any batch."""
         self._packed = PackedLinear(weight, dtype=dtype) if packs else None
         self._weight = None if packs else weight
 
     @property
     def weight(self) -> Tensor:
-        """[vocabulary, hidden]; a copy where it is packed."""
+        """Return the weight [vocabulary, hidden]; it is a copy where the weight is packed."""
         if self._packed is None:
             assert self._weight is not None
             return self._weight
@@ -401,9 +421,8 @@ class Head:
             return torch.cat([self(row) for row in features.split(1)])
         features, weight = placed(features, self.device), self.weight
         if weight.dtype in (torch.float32, torch.float64):
-            return (
-                weight @ features.to(weight.dtype).T
-            ).T.contiguous()  # for few rows much quicker than the other way round
+            # for few rows this is much quicker than the other way round
+            return (weight @ features.to(weight.dtype).T).T.contiguous()
         features, logits = (
             features.float(),
             weight.new_empty(len(features), len(weight), dtype=torch.float32),
@@ -422,7 +441,10 @@ def load_stage(
     device: str,
     progress: Callable[[int], None] = lambda size: None,
 ) -> StageModel:
-    """The layers of one rank of a split model; `progress(bytes)` after each tensor, in bytes as computed with."""
+    """Return the layers of one rank of a split model.
+
+    `progress(bytes)` is called after each tensor with all bytes so far, counted in the dtype in
+    which they are read."""
     config, entry, ring = (
         read_config(manifest.folder(rank)),
         manifest.ranks[rank],
@@ -441,10 +463,12 @@ SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, PREFILL_ROWS)
 def rehearse(
     model: StageModel, head: Head | None = None, rows: Callable[[int], Tensor] | None = None
 ) -> None:
-    """Forwards of many sizes whose results nobody wants; `head` as well if it is given. A GPU loads each kernel when it is first used,
-    which takes many times what the kernel does: a ring that met this while it decodes would believe that its rows are dear.
+    """Run forwards of many sizes whose results nobody wants, through `head` as well if it is given.
 
-    rows(n): n rows of what the model takes; None: tokens for a first stage, else features."""
+    A GPU loads each kernel when it is first used, which takes many times as long as the kernel
+    runs: a ring that met this while it decodes would believe that its rows are dear. `rows(n)`
+    gives n rows that the model takes; None means tokens for a first stage, else features. On a CPU
+    nothing is run."""
     if model.device.type == "cpu":
         return
     width, first = model.config.hidden_size, model.embed_tokens is not None
@@ -461,7 +485,9 @@ def rehearse(
 
 
 def stored_as(dtype: torch.dtype) -> torch.dtype | None:
-    """What to read for computing with `dtype`: None, for what is made of the stored numbers, reads them as they are."""
+    """Return the dtype as which to read weights that are computed with as `dtype`.
+
+    None means that the numbers are read as they are stored; int8 is made of these."""
     return None if dtype == torch.int8 else dtype
 
 
@@ -476,7 +502,7 @@ def _counted(
 
 
 def load_head(manifest: Manifest, rank: int, dtype: torch.dtype, device: str) -> Head:
-    """The lm_head that lies beside rank 0 and beside the last stage."""
+    """Return the lm_head that lies beside this rank, which is rank 0 or the last stage."""
     entry = manifest.ranks[rank].lm_head
     assert entry is not None, f"the split has no head beside rank {rank}"
     return Head(TensorFile(manifest.path(entry)).read(HEAD, stored_as(dtype)).to(device), dtype)
@@ -488,7 +514,9 @@ def load_whole(
     device: str,
     progress: Callable[[int], None] = lambda size: None,
 ) -> tuple[StageModel, Head]:
-    """A whole checkpoint as one stage and its head: a draft model; `progress` as for `load_stage`."""
+    """Return a whole checkpoint as one stage and its head, which is a draft model.
+
+    `progress` is as for `load_stage`."""
     config, checkpoint = read_config(folder), Checkpoint(folder)
     family = family_of(config)
     model = StageModel(config, config["num_hidden_layers"], first=True, last=True)

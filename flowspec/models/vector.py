@@ -1,8 +1,9 @@
-"""What a decoder layer does between its matrix products, for a few rows on a CPU: norm, attention, activation, as LLVM code.
+"""This module is LLVM code for what a decoder layer does between its matrix products.
 
-As in kernels.py a row's result is the same, to the bit, in a batch of any shape: each row is computed by itself, vector after vector,
-and attention walks through the tokens in the order of their positions, wherever their rows lie in the cache. So what has been
-drafted around a token changes nothing, in any dtype.
+It computes norm, attention and activation for a few rows on a CPU. As in kernels.py a row's result
+is the same, to the bit, in a batch of any shape: each row is computed by itself, vector after
+vector, and attention walks through the tokens in the order of their positions, wherever their rows
+lie in the cache. So what has been drafted around a token changes nothing, in any dtype.
 """
 
 from __future__ import annotations
@@ -19,15 +20,19 @@ from torch import Tensor
 from flowspec.models.jit import LANES, Shared, compiled, part
 
 TILE = 64
-"""tokens whose keys, or values, all queries of a group read before the next are fetched"""
+"""All queries of a group read the keys, or values, of so many tokens before the next ones are
+fetched."""
 SCORES = 1 << 18
-"""of a group of heads at a time: more would leave the processor's nearer caches"""
+"""So many scores of a group of heads at most are computed at a time; more would leave the
+processor's nearer caches."""
 LOWEST = -1e30
-"""a score of no weight"""
+"""A score of this value has no weight."""
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight for rows x [n, width] (RMSNorm, arXiv 1910.07467); a new tensor."""
+    """Return x / sqrt(mean(x^2) + eps) * weight for rows x [n, width], in a new tensor.
+
+    This is RMSNorm (arXiv 1910.07467)."""
     n, width = x.shape
     out = torch.empty(n, width)
     _functions()["norm"](
@@ -39,7 +44,9 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up (SwiGLU, arXiv 2002.05202) for [n, width], each row by itself; into `gate`."""
+    """Return silu(gate) * up (SwiGLU, arXiv 2002.05202) for [n, width], each row by itself.
+
+    The result is written into `gate`."""
     n, width = gate.shape
     _functions()["gated"](
         _Gated(gate.data_ptr(), up.data_ptr(), width, gate.stride(0), up.stride(0)),
@@ -58,10 +65,12 @@ def attend(
     counts: Tensor,
     scaling: float,
 ) -> Tensor:
-    """Attention of n rows, each to the cache's rows [0, base) and then to those that its row of `slots` names; [n, heads, head_dim].
+    """Return the attention of n rows to a cache, [n, heads, head_dim].
 
-    query: [n, heads, head_dim]; keys, values: [kv_heads, length, head_dim] with a stride between heads; slots: int64 [n, most];
-    counts: int64 [n], how many of a row's slots count."""
+    Each row sees the cache's rows [0, base) and then those that its row of `slots` names. `query`
+    is [n, heads, head_dim]; `keys` and `values` are [kv_heads, length, head_dim] with a stride
+    between heads. `slots` is int64 [n, most]; `counts` (int64 [n]) is how many of a row's slots
+    count."""
     n, heads, width = query.shape
     kv_heads, most = keys.shape[0], slots.shape[1]
     span, share = -(-(base + most) // LANES) * LANES, heads // kv_heads
@@ -80,17 +89,19 @@ def attend(
 
 
 def fits(width: int) -> bool:
-    """Rows of this width are whole vectors."""
+    """Return whether rows of this width are whole vectors."""
     return width % LANES == 0
 
 
 def prepare(width: int) -> None:
-    """Compile what a layer with heads of this width will ask for, so that its first forward is like the others."""
+    """Compile what a layer with heads of this width will ask for.
+
+    So its first forward is like the others."""
     for name in ("norm", "gated", f"attend{width}"):
         _functions()[name]
 
 
-# ---- their arguments -------------------------------------------------------------------------------
+# ---- their arguments -----------------------------------------------------------------------------
 P, N, R = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
@@ -111,7 +122,7 @@ class _Attend(ctypes.Structure):
 
 
 class _Functions(dict):
-    """Compiled as they are asked for."""
+    """_Functions map a name to its function, which is compiled when it is first asked for."""
 
     def __missing__(self, name: str) -> Shared:
         code, threads = _Code(), ""
@@ -134,9 +145,11 @@ def _functions() -> _Functions:
     return _Functions()
 
 
-# ---- their code ------------------------------------------------------------------------------------
+# ---- their code ----------------------------------------------------------------------------------
 class _Code:
-    """`run(job, begin, end)` as it is written: llvmlite's builder with names for what is used here. Numbers are float32 or int64."""
+    """A _Code is `run(job, begin, end)` as it is written.
+
+    It is llvmlite's builder with names for what is used here. Numbers are float32 or int64."""
 
     def __init__(self) -> None:
         from llvmlite import ir
@@ -160,11 +173,11 @@ class _Code:
         return self.ir.Constant(self.int, value)
 
     def all(self, value: float) -> Any:
-        """A vector of one number."""
+        """Return a vector of one number in every lane."""
         return self.ir.Constant(self.vector, [value] * LANES)
 
     def spread(self, value: Any) -> Any:
-        """A float32 in every lane."""
+        """Return a vector of a float32 value in every lane."""
         one = self.b.insert_element(
             self.ir.Constant(self.vector, self.ir.Undefined),
             value,
@@ -173,7 +186,7 @@ class _Code:
         return self.b.shuffle_vector(one, one, self.ir.Constant(self.integers, [0] * LANES))
 
     def call(self, name: str, *values: Any) -> Any:
-        """An intrinsic over values of one type, such as fma."""
+        """Call an intrinsic, such as fma, with values of one type."""
         kind = values[0].type
         suffix = f"v{LANES}f32" if kind == self.vector else "f32"
         name = f"llvm.{name}.{suffix}"
@@ -185,7 +198,7 @@ class _Code:
         return self.b.call(known, values)
 
     def folded(self, operation: Any, vector: Any) -> Any:
-        """All lanes as one number: halves upon one another."""
+        """Return all lanes folded into one number, half upon half."""
         for half in (4, 2, 1):
             order = self.ir.Constant(self.integers, [(k + half) % LANES for k in range(LANES)])
             vector = operation(vector, self.b.shuffle_vector(vector, vector, order))
@@ -211,7 +224,7 @@ class _Code:
         self.b.store(value, pointer, align=4)
 
     def variable(self, value: Any) -> Any:
-        """A place that LLVM makes a register of."""
+        """Return a place that holds `value` and that LLVM turns into a register."""
         with self.b.goto_block(self.entry):
             place = self.b.alloca(value.type)
         self.b.store(value, place)
@@ -223,7 +236,7 @@ class _Code:
     # turns
     @contextmanager
     def turns(self, begin: Any, end: Any, step: int = 1) -> Iterator[Any]:
-        """The block under it for each number from `begin` on, below `end`."""
+        """Repeat the block under it for each number from `begin` on and below `end`, by `step`."""
         place = self.variable(begin)
         test, body, after = (self.b.append_basic_block() for _ in range(3))
         self.b.branch(test)
@@ -242,7 +255,9 @@ class _Code:
 
     # arithmetic
     def exp(self, x: Any) -> Any:
-        """e^x of a vector, for x from -87 to 88: 2^n 2^f with n whole and |f| <= 1/2, the latter by its Taylor polynomial of degree 7."""
+        """Return e^x of a vector, with x clamped to [-87, 88].
+
+        It is 2^n 2^f with n whole and |f| <= 1/2; 2^f is its Taylor polynomial of degree 7."""
         b, whole_numbers = self.b, lambda value: self.ir.Constant(self.integers, [value] * LANES)
         x = self.call("minnum", self.call("maxnum", x, self.all(-87.0)), self.all(88.0))
         t = b.fmul(x, self.all(1.4426950408889634))
@@ -297,14 +312,17 @@ def _write_gated(c: _Code) -> None:
 
 
 def _write_attend(c: _Code, width: int) -> None:
-    """Of key/value heads [begin, end): scores, by tiles of tokens and then of each row's own; their softmax; the weighted sum of values."""
+    """Write the attention of the key/value heads [begin, end).
+
+    These are the scores, by tiles of tokens and then of each row's own tokens, their softmax, and
+    the weighted sum of values."""
     with c.turns(c.begin, c.end) as group:
         _Attention(c, width, group).write()
     c.close()
 
 
 class _Attention:
-    """The code for one key/value head and the query heads that share it."""
+    """_Attention writes the code for one key/value head and the query heads that share it."""
 
     def __init__(self, c: _Code, width: int, group: Any):
         self.c, self.b, self.width, self.vectors = c, c.b, width, width // LANES
@@ -317,9 +335,8 @@ class _Attention:
     def write(self) -> None:
         c, b, f = self.c, self.b, self.f
         for begin, end in self._tiles():
-            eights = b.sub(
-                end, b.and_(b.sub(end, begin), c.n(LANES - 1))
-            )  # the tokens below it are whole vectors of scores
+            # the tokens below this one are whole vectors of scores
+            eights = b.sub(end, b.and_(b.sub(end, begin), c.n(LANES - 1)))
             with self._queries() as (_, query, _, scores):
                 q = self._vectors(query)
                 with c.turns(begin, eights, LANES) as token:
@@ -344,7 +361,9 @@ class _Attention:
 
     # turns
     def _tiles(self) -> Iterator[tuple[Any, Any]]:
-        """What follows is done for each TILE of the rows [0, base): the first of its tokens, and the one after its last."""
+        """Repeat what follows for each TILE of the cache's rows [0, base).
+
+        Yield the tile's first token and the one after its last."""
         c, b, base = self.c, self.b, self.f["base"]
         with c.turns(c.n(0), base, TILE) as begin:
             end = b.add(begin, c.n(TILE))
@@ -352,7 +371,9 @@ class _Attention:
 
     @contextmanager
     def _queries(self) -> Iterator[tuple[Any, Any, Any, Any]]:
-        """For each row and each of the query heads: the row, its query, its output, its scores."""
+        """Repeat what follows for each row and each of the query heads.
+
+        Yield the row, its query, its output and its scores."""
         c, b, f = self.c, self.b, self.f
         with (
             c.turns(c.n(0), f["rows"]) as row,
@@ -370,7 +391,7 @@ class _Attention:
 
     @contextmanager
     def _summed(self, out: Any) -> Iterator[list[Any]]:
-        """An output in registers, and back."""
+        """Take an output into registers and, after the block, write it back."""
         places = [self.c.variable(value) for value in self._vectors(out)]
         yield places
         self._set(out, [self.c.get(place) for place in places])
@@ -380,12 +401,12 @@ class _Attention:
         return self.c.load(self.c.at(self.f["counts"], row, self.c.int), self.c.int)
 
     def _slot(self, row: Any, place: Any) -> Any:
-        """The cache row of the place-th slot."""
+        """Return the cache row that this slot of a row names."""
         at = self.b.add(self.b.mul(row, self.f["most"]), place)
         return self.c.load(self.c.at(self.f["slots"], at, self.c.int), self.c.int)
 
     def _products(self, query: list[Any], token: Any) -> Any:
-        """q k of a token, still to be folded."""
+        """Return the products of a query and a token's key, still to be folded."""
         keys = self._vectors(self.c.at(self.keys, self.b.mul(token, self.c.n(self.width))))
         total = self.b.fmul(query[0], keys[0])
         for q, key in zip(query[1:], keys[1:], strict=True):
@@ -397,13 +418,16 @@ class _Attention:
         self.c.store(self.b.fmul(total, self.f["scaling"]), to)
 
     def _score_eight(self, query: list[Any], token: Any, to: Any) -> None:
-        """Of the tokens from this one on: halves upon one another as in `folded`, in the same order, but of two tokens at a time."""
+        """Write the scores of the LANES tokens from this one on.
+
+        They are folded half upon half in the same order as in `_Code.folded`, but two tokens at a
+        time."""
 
         def folded(first: int, count: int) -> Any:
             if count == 1:
                 return self._products(query, self.b.add(token, self.c.n(first)))
             left, right = folded(first, count // 2), folded(first + count // 2, count // 2)
-            part = LANES // count  # numbers of a token that are left
+            part = LANES // count  # so many numbers of a token are left
             near = [k for k in range(2 * LANES) if k % (2 * part) < part]
             halves = (
                 self.b.shuffle_vector(left, right, self._lanes([k + far for k in near]))
@@ -431,7 +455,7 @@ class _Attention:
 
 
 def _write_softmax(c: _Code, scores: Any, span: Any) -> None:
-    """e^(s - max) over their sum, in place."""
+    """Write the softmax of the scores, e^(s - max) over their sum, in place."""
     b = c.b
     most = c.variable(c.all(LOWEST))
     with c.turns(c.n(0), span, LANES) as k:

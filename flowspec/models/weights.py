@@ -1,8 +1,9 @@
-"""Safetensors files, read and written as streams.
+"""This module reads and writes safetensors files as streams.
 
-Nothing is mapped into memory, so file pages never count as this process's own: a rank holds the tensors it asked
-for and a copy holds one chunk. A file is an 8-byte little-endian header length, a JSON header
-`{name: {dtype, shape, data_offsets}}` and the raw bytes, row-major and little-endian.
+Nothing is mapped into memory, so file pages never count as this process's own: a rank holds the
+tensors for which it asked, and a copy holds one chunk. A file is an 8-byte little-endian header
+length, a JSON header `{name: {dtype, shape, data_offsets}}` and the raw bytes, row-major and
+little-endian.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK = 1 << 20  # bytes
-CONVERTED = (
-    1 << 15
-)  # elements; torch converts so few on one thread, and waking others on a busy machine costs milliseconds
+# elements; torch converts so few on one thread, and waking others on a busy machine costs
+# milliseconds
+CONVERTED = 1 << 15
 MAX_HEADER = 100_000_000
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -41,7 +42,9 @@ INTEGERS = frozenset({"I32", "I64"})
 
 
 class TensorInfo(NamedTuple):
-    """Where a tensor lies: its safetensors dtype, shape, and the bytes [start, end) of the file."""
+    """A TensorInfo says where a tensor lies.
+
+    It has the safetensors dtype, the shape, and the bytes [start, end) of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -54,7 +57,7 @@ class TensorInfo(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A tensor to write: `chunks()` starts a fresh iterator over its bytes."""
+    """An entry is a tensor to write; `chunks()` starts a fresh iterator over its bytes."""
 
     name: str
     dtype: str
@@ -67,15 +70,17 @@ class Entry(NamedTuple):
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a safetensors dtype name ("F16")."""
+    """Return the torch dtype of a safetensors dtype name ("F16")."""
     import torch
 
     return getattr(torch, TORCH_NAMES[name])
 
 
-# ---- reading ---------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 class TensorFile:
-    """One safetensors file; its header is read and checked once. UserError names the file when it is damaged."""
+    """A TensorFile is one safetensors file; its header is read and checked once.
+
+    If the file is damaged, a UserError names it."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
@@ -86,14 +91,14 @@ class TensorFile:
         return list(self._infos)
 
     def info(self, name: str) -> TensorInfo:
-        """UserError when the file has no such tensor."""
+        """Return where this tensor lies; raise UserError if the file has no such tensor."""
         try:
             return self._infos[name]
         except KeyError:
             raise UserError(f"{self.path} has no tensor {name}") from None
 
     def chunks(self, name: str, size: int = CHUNK) -> Iterator[bytes]:
-        """The tensor's bytes in pieces of at most `size`."""
+        """Yield the tensor's bytes in pieces of at most `size` bytes."""
         info = self.info(name)
         with _open(self.path) as file:
             file.seek(info.start)
@@ -106,7 +111,7 @@ class TensorFile:
                 yield piece
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The tensor in a buffer of its own; converted when `dtype` is given."""
+        """Return the tensor in a buffer of its own; it is converted if `dtype` is given."""
         import torch
 
         info = self.info(name)
@@ -115,7 +120,9 @@ class TensorFile:
         return out
 
     def read_into(self, name: str, out: torch.Tensor) -> None:
-        """Fill the contiguous `out`, of the tensor's size, converting piece by piece where the dtypes differ."""
+        """Fill the contiguous `out`, which has the tensor's size.
+
+        Where the dtypes differ, the tensor is converted piece by piece."""
         info = self.info(name)
         if not out.is_contiguous() or out.numel() != math.prod(info.shape):
             raise ValueError(f"{name} of shape {info.shape} does not fill {tuple(out.shape)}")
@@ -191,7 +198,9 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _info(entry: dict, data: int) -> TensorInfo:
-    """One header entry, its offsets made absolute (`data` is where tensor bytes begin). ValueError if they contradict its shape."""
+    """Return one header entry with its offsets made absolute; tensor bytes begin at `data`.
+
+    Raise ValueError if the offsets contradict the shape."""
     dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     if any(type(number) is not int or number < 0 for number in (*shape, start, end)):
         raise ValueError("shape or offsets")
@@ -200,19 +209,21 @@ def _info(entry: dict, data: int) -> TensorInfo:
     return TensorInfo(dtype, shape, data + start, data + end)
 
 
-# ---- a Hugging Face folder -------------------------------------------------------------------------
+# ---- a Hugging Face folder -----------------------------------------------------------------------
 INDEX = "model.safetensors.index.json"
 PICKLED = "pytorch_model.bin"
 
 
 def pickled(folder: Path) -> Path | None:
-    """The file of a folder whose weights are published in torch's own format only."""
+    """Return the file of a folder whose weights are in torch's own format only; else None."""
     path = folder / PICKLED
     return path if path.is_file() and not (folder / "model.safetensors").is_file() else None
 
 
 class Checkpoint:
-    """A folder with model.safetensors, or with an index and its shards. Shard headers are read when first needed."""
+    """A checkpoint is a folder with model.safetensors, or with an index and its shards.
+
+    Shard headers are read when first needed."""
 
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
@@ -224,7 +235,7 @@ class Checkpoint:
         return list(self._shard_of)
 
     def file(self, name: str) -> TensorFile:
-        """The file that holds this tensor. UserError when no shard does."""
+        """Return the file that holds this tensor; raise UserError if no shard does."""
         if name not in self._shard_of:
             raise UserError(f"{self.folder} has no tensor {name}")
         return self._open(self._shard_of[name])
@@ -267,22 +278,22 @@ def _no_checkpoint(folder: Path) -> str:
     return f"{folder} has no model.safetensors and no {INDEX}: give a folder with a Hugging Face checkpoint in safetensors"
 
 
-# ---- writing ---------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 def write_tensors(
     path: str | os.PathLike[str], entries: Sequence[Entry], metadata: dict[str, str] | None = None
 ) -> tuple[int, str]:
-    """Stream tensors into a safetensors file; returns (bytes, sha256 in hex).
+    """Stream tensors into a safetensors file; return (bytes, sha256 in hex).
 
-    The file appears whole or not at all: it is written beside, synced and renamed. UserError when the disk is full or not writable.
+    The file appears whole or not at all: it is written under another name, synced and renamed.
+    Raise UserError if the disk is full or not writable.
     """
-    entries = sorted(
-        entries, key=lambda entry: -DTYPE_BYTES[entry.dtype]
-    )  # wide types first keeps every offset aligned
+    # wide types come first, which keeps every offset aligned
+    entries = sorted(entries, key=lambda entry: -DTYPE_BYTES[entry.dtype])
     return write_file(path, _file_pieces(entries, metadata), file_bytes(entries, metadata))
 
 
 def file_bytes(entries: Iterable[Entry], metadata: dict[str, str] | None = None) -> int:
-    """Size of the file that `write_tensors` would write."""
+    """Return the size in bytes of the file that `write_tensors` would write."""
     entries = list(entries)
     return len(_header(entries, metadata)) + sum(entry.nbytes for entry in entries)
 
@@ -290,15 +301,16 @@ def file_bytes(entries: Iterable[Entry], metadata: dict[str, str] | None = None)
 def write_file(
     path: str | os.PathLike[str], pieces: Iterable[bytes | memoryview], total: int
 ) -> tuple[int, str]:
-    """Write the pieces (`total` bytes, for the message when space runs out) beside and rename; returns (bytes, sha256 in hex)."""
+    """Write the pieces under another name, then rename the file; return (bytes, sha256 in hex).
+
+    `total` is their size in bytes, for the message when space runs out."""
     path = Path(path)
     beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     digest, written = hashlib.sha256(), 0
     try:
         beside.unlink(missing_ok=True)
-        with open(
-            beside, "xb", buffering=0
-        ) as file:  # anew: a link that somebody laid is not followed
+        # the file is made anew, so that a link that somebody laid is not followed
+        with open(beside, "xb", buffering=0) as file:
             for piece in pieces:
                 _write_all(file, piece)
                 digest.update(piece)
@@ -315,7 +327,9 @@ def write_file(
 
 
 def _write_all(file, piece: bytes | memoryview) -> None:
-    """An unbuffered write may take less than it is given, most of all when the disk fills up."""
+    """Write the whole piece.
+
+    An unbuffered write may take less than it is given, most of all when the disk fills up."""
     view = memoryview(piece)
     while view:
         view = view[file.write(view) :]
