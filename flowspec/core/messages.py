@@ -27,7 +27,8 @@ KEPT = 20
 class Segment(NamedTuple):
     """A segment holds nodes of one request to verify, parents before children.
 
-    A root's parent is the last committed node (or -1). A run uses no number twice."""
+    A root's parent is the last committed node (or -1). Its number is that of the batch it leaves
+    in; a run uses none twice for a request."""
 
     number: int
     ids: tuple[int, ...]
@@ -52,8 +53,7 @@ class Piece(NamedTuple):
 class Batch(NamedTuple):
     """A batch holds segments of different requests that travel together.
 
-    It is one message on each hop and one forward in each stage. Its number is that of its first
-    segment."""
+    It is one message on each hop and one forward in each stage. Its segments share its number."""
 
     pieces: tuple[Piece, ...]
 

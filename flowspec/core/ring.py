@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
 from statistics import median
 from typing import NamedTuple
 
@@ -88,7 +87,7 @@ class Ring:
         """Begin anew behind `context` tokens: nobody waits for what is still in flight."""
         # number of a batch -> when it was sent, until the first stage starts on it
         self.waiting: dict[int, float] = {}
-        self._last: frozenset[int] = frozenset()  # numbers of the newest batch's segments
+        self._last = 0  # number of the newest batch
         self.free_at = -math.inf  # when the first stage becomes free
         self.context = context
         """The stages' KV caches hold so many committed tokens of a request (the mean of them)."""
@@ -96,9 +95,9 @@ class Ring:
         self._prices: Prices | None = None
         self._forwards: dict[int, float] = {}
 
-    def sent(self, numbers: Sequence[int], now: float) -> None:
-        """Record that a batch of segments of these numbers has left; the first is the batch's."""
-        self.waiting[numbers[0]], self._last = now, frozenset(numbers)
+    def sent(self, number: int, now: float) -> None:
+        """Record that batch `number` has left."""
+        self.waiting[number], self._last = now, number
 
     def started(self, event: Started, now: float) -> None:
         """Take in that the first stage has taken a batch off its queue."""
@@ -193,10 +192,10 @@ class Ring:
         self.free_at = min(self.free_at, now - self.known_hop)
 
     def returned(self, number: int, now: float) -> None:
-        """Take in that segment `number` came back."""
+        """Take in that a segment of batch `number` came back."""
         if self.waiting.pop(number, None) is not None:
             self.free_at = now
-        if number in self._last:  # and nothing has been sent since
+        if number == self._last:  # and nothing has been sent since
             self.free_at = min(self.free_at, now)
 
     @property

@@ -68,14 +68,18 @@ class Scheduler:
         self.learnt = learnt or Learnt()
         self.decodings: dict[int, Decoding] = {}
         """This maps the id of each request in the ring to it; who was longest without a turn is first."""
-        self._numbers = 0  # segments sent in this run
-        self._batch_of: dict[int, int] = {}  # number of a segment in flight -> its batch's
+        self._number = 0  # of the newest batch of this run
         self._drafting: list[Decoding] = []  # those with nodes in the drafter's present forward
         self._draft_begun = 0.0
 
     @property
     def ring(self) -> Ring:
         return self.learnt.ring
+
+    @property
+    def _shared(self) -> bool:
+        """Whether several requests are in the ring."""
+        return len(self.decodings) > 1
 
     def forget(self) -> None:
         """Forget what was learnt: the next request is like the first. None is in the ring."""
@@ -166,9 +170,7 @@ class Scheduler:
             if not (offers := self._offers(ready)):
                 break
             batch = self._batch(offers)
-            numbers = [piece.segment.number for piece in batch.pieces]
-            self.ring.sent(numbers, now)
-            self._batch_of = {**self._in_flight(), **dict.fromkeys(numbers, batch.number)}
+            self.ring.sent(batch.number, now)
             actions.append(batch)
         if room and len(ready) < len(room) and not math.isinf(self.ring.room_at):
             actions.append(Wake(self.ring.room_at))
@@ -179,8 +181,8 @@ class Scheduler:
 
         If several are in the ring, none may while as many batches are as the ring holds: whoever
         comes back then waits for another, and the two ride together from then on."""
-        if len(self.decodings) > 1:
-            batches = {*self._in_flight().values()}
+        if self._shared:
+            batches = {number for d in self.decodings.values() for number in d.out}
             if len(batches) >= self.ring.credits(self._topology):
                 return []
         return [d for d in self.decodings.values() if len(d.out) < d.policy.credits]
@@ -189,15 +191,8 @@ class Scheduler:
         """Return those of these requests whose segment would not leave before the first stage can take it.
 
         With several requests none leaves early, since what becomes ready meanwhile rides along."""
-        gated = [d for d in room if len(self.decodings) > 1 or d.policy.just_in_time]
-        if not gated or now >= self.ring.room_at:
-            return room
-        return [d for d in room if d not in gated]
-
-    def _in_flight(self) -> dict[int, int]:
-        """Return the batches of the segments in flight of which a node is alive, by their numbers."""
-        known = self._batch_of
-        return {n: known[n] for d in self.decodings.values() for n in d.out if n in known}
+        early = now < self.ring.room_at
+        return [d for d in room if not (early and (self._shared or d.policy.just_in_time))]
 
     def _offers(self, ready: list[Decoding]) -> list[_Offer]:
         """Ask each request in turn what it would send, until what is due fills a batch.
@@ -207,7 +202,7 @@ class Scheduler:
         for a longer one."""
         offers: list[_Offer] = []
         due = roots = 0
-        share = self._share() if len(self.decodings) > 1 else 1
+        share = self._share() if self._shared else 1
         for decoding in ready:
             if due >= self.ring.MOST:
                 break
@@ -215,7 +210,7 @@ class Scheduler:
                 if roots >= share:
                     continue
                 roots += 1
-            if len(self.decodings) > 1:
+            if self._shared:
                 self.decodings[decoding.request.id] = self.decodings.pop(decoding.request.id)
             if nodes := decoding.policy.segment(decoding.asked):
                 offers.append(_Offer.of(decoding, nodes))
@@ -231,6 +226,7 @@ class Scheduler:
 
     def _batch(self, offers: list[_Offer]) -> Batch:
         """Send what is due, and of the rest the likeliest while they gain more than they cost."""
+        self._number += 1
         due = sum(offer.due for offer in offers)
         extra = self._extra(offers, due)
         pieces = [self._piece(o, o.due + n) for o, n in zip(offers, extra, strict=True)]
@@ -245,7 +241,7 @@ class Scheduler:
         likeliest = np.argsort(-reaches, kind="stable")[: max(0, self.ring.MOST - due)]
         roots = sum(offer.nodes[0] is offer.decoding.tree.root for offer in offers)
         crowd = max(roots, len(self.decodings) / self._topology.stages)
-        crowd *= self.COMPANY if len(self.decodings) > 1 else 1.0
+        crowd *= self.COMPANY if self._shared else 1.0
         worth = self.ring.prices.worth(reaches[likeliest], due, crowd) if len(likeliest) else 0
         chosen = np.array([owners[k] for k in likeliest[:worth]], int)
         return np.bincount(chosen, minlength=len(offers)).tolist()
@@ -257,8 +253,7 @@ class Scheduler:
             decoding.policy.put_back(nodes[kept:])
         if not kept:
             return None
-        self._numbers += 1
-        return Piece(decoding.request.id, decoding.send(self._numbers, nodes[:kept]))
+        return Piece(decoding.request.id, decoding.send(self._number, nodes[:kept]))
 
     def validate(self) -> None:
         """Assert what must hold between events."""

@@ -83,7 +83,9 @@ def batch(batch: Batch, rows: Tensor | None = None) -> Message:
     that go from one stage to the next. It is None on the first hop, where the tokens are the
     rows."""
     segments = [segment for _, segment in batch.pieces]
-    ids, parents, tokens = ([i for own in column for i in own] for column in _columns(segments))
+    ids = [i for segment in segments for i in segment.ids]
+    parents = [i for segment in segments for i in segment.parents]
+    tokens = [i for segment in segments for i in segment.tokens]
     about = [[request, segment.number, len(segment.ids)] for request, segment in batch.pieces]
     if rows is None:
         nodes = torch.tensor([ids, parents], dtype=torch.int32)
@@ -157,14 +159,6 @@ def read_answers(message: Message) -> list[Answer]:
         answers.append(Answer(request, number, ids[own], tokens[own], gaps, positions, rows))
         first, read = first + n, read + (n if wanted else 0)
     return answers
-
-
-def _columns(segments: Sequence[Segment]) -> tuple[list[tuple[int, ...]], ...]:
-    return (
-        [segment.ids for segment in segments],
-        [segment.parents for segment in segments],
-        [segment.tokens for segment in segments],
-    )
 
 
 # ---- beside the ring -----------------------------------------------------------------------------

@@ -201,13 +201,13 @@ class Worker:
                 self._perform(action)
 
     def _forward(self, forward: Compute, lives: list[_Live], rows: Tensor) -> Tensor | None:
-        begun = time.thread_time()
+        before = sum(live.rows.model_cpu for live in lives)
         shares = [
             Share(live.rows, part.admitted, part.segment and part.segment.ids)
             for live, part in zip(lives, forward.parts, strict=True)
         ]
         out = forward_together(rows, shares, self._needed)
-        self._spent.apart += time.thread_time() - begun
+        self._spent.apart += sum(live.rows.model_cpu for live in lives) - before
         return out
 
     def _pass(

@@ -98,12 +98,12 @@ def test_the_slowest_stage_sets_the_pace():
     ring = Ring()
     ring.measured(Cost(1, Curve.line(0.1, 0.0), 0.0))
     ring.measured(Cost(2, Curve.line(0.3, 0.01), 0.0))
-    ring.sent((1,), 5.0)
+    ring.sent(1, 5.0)
     ring.started(Started(1, 10, 0.1, 0.0), 5.0)
     assert ring.free_at == pytest.approx(5.4), "the second stage needs 0.4 s for ten rows"
     ring.idle(5.2)
     assert ring.free_at == 5.2
-    ring.sent((2,), 5.2)
+    ring.sent(2, 5.2)
     ring.started(Started(2, 0, 0.0, 0.0), 5.25)
     assert ring.free_at == 5.25, "all of it was dead"
 

@@ -146,7 +146,7 @@ def test_what_forwards_cost_is_kept_from_request_to_request_until_it_is_forgotte
 
 def test_whatever_a_stage_says_of_its_wait_a_hop_takes_no_less_than_nothing():
     ring = Ring()
-    ring.sent((1,), 1.0)
+    ring.sent(1, 1.0)
     ring.started(Started(1, 1, 0.1, waited=5.0), 1.2)
     assert ring.known_hop == 0.0
 
@@ -163,7 +163,7 @@ def test_rows_of_a_prompt_are_not_wanted_once_their_request_is_over():
 def test_what_a_hop_takes_as_a_rule_is_no_matter_of_one_lucky_message():
     ring = Ring()
     for number, took in enumerate((0.2, 0.01, 0.3, 0.25, 0.2)):
-        ring.sent((number,), 0.0)
+        ring.sent(number, 0.0)
         ring.started(Started(number, 1, 0.1, waited=0.0), 2 * took)
     assert (ring.known_hop, ring.usual_hop) == (pytest.approx(0.01), pytest.approx(0.2))
 
