@@ -16,15 +16,12 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from flowspec.bench import report
-from flowspec.bench.compare import priced_alike
+from flowspec.bench.compare import WARM_UP_TOKENS, priced_alike
 from flowspec.bench.forecast import Forecaster, Models, emulated, obstacle
 from flowspec.engine import Engine
 from flowspec.errors import UserError
 from flowspec.files import add_line
 from flowspec.generation import Result
-
-WARM_UP_TOKENS = 8
-"""Before anything is measured, each method generates this many tokens of a request."""
 
 
 @dataclass(frozen=True, kw_only=True)

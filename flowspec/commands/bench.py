@@ -19,6 +19,7 @@ from flowspec.config import METHODS, Config
 from flowspec.core.policy import SWITCHES
 from flowspec.errors import need
 from flowspec.models.manifest import Manifest
+from flowspec.preflight import check_writable
 
 if TYPE_CHECKING:
     from flowspec.engine import Engine
@@ -142,6 +143,7 @@ def _check_load(options: argparse.Namespace, config: Config, manifest: Manifest)
         found = numbers(getattr(options, flag), int, f"--{flag}")
         need(min(found) >= 1, f"--{flag} is {getattr(options, flag)}: it must be at least 1")
     temperatures_of(options, config)
+    check_writable(options.output, "--output")
 
 
 def _lead_load(engine: Engine, options: argparse.Namespace, prompts: list[str]) -> int:

@@ -120,6 +120,7 @@ def test_a_wrong_word_is_refused_by_name(pair, refused, words, named):
         (["bench", "load", "--requests", "many"], "--requests"),
         (["bench", "load", "--repeats", "0"], "--repeats is 0"),
         (["bench", "laod"], "compare and load"),
+        (["bench", "load", "--output", "no/where/runs.jsonl"], "--output: cannot write"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
