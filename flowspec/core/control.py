@@ -136,7 +136,7 @@ class Controller:
     """Probing ends for good where it makes tokens take this many times as long as those before."""
     LEND = 2.0
     """Speculation may lose this many plain tokens beyond its share if the probes promise at least
-    twice what it was stopped at and at least HOPE's second value."""
+    HOPE's second value, at odds at least twice those at which speculation was stopped."""
     REST = (8, 128)
     """The first rest from speculation and the longest one last this many tokens."""
     CHANGED = 1.3
@@ -330,8 +330,12 @@ class Controller:
 
     @property
     def _better(self) -> bool:
-        """Tell whether a rest's probes promise clearly more than the attempt that was stopped."""
-        enough = max(self.HOPE[1], 2 * self._findings.doubted)
+        """Tell whether a rest's probes promise clearly more than the attempt that was stopped.
+
+        The odds p / (1 - p) have to be twice what they were: p itself can only double below a half,
+        and what was stopped at 0.45 would never be taken up again."""
+        doubted = self._findings.doubted
+        enough = max(self.HOPE[1], 2 * doubted / (1 + doubted))
         return self._promise >= enough and self._allowed > -self.LEND
 
     def _settle(self, stretch: Stretch, now: float) -> None:

@@ -261,15 +261,15 @@ def test_it_says_what_it_chose():
         assert part in text, text
 
 
-def opening(control, probe=0.1, promise=0.02, later=0.8, left=64):
-    """A text of so many tokens, 0.1 s each without speculation and 0.2 with it. Its first guesses are
+def opening(control, probe=0.1, promise=0.02, later=0.8, left=64, drafted=0.2):
+    """A text of so many tokens, 0.1 s each without speculation, `drafted` with it. Its first guesses are
     wrong, those after a rest are as right as `later` says. (now, tokens left) when speculation
     goes on, or after 20 tokens."""
     now, end = 0.0, left - 20
     control.decided(1, now, left, promise)
     while left > end and not (control.speculates and control._findings.rests):
         was, probes = control.speculates, control.probes
-        now, left = now + (0.2 if was else probe if probes else 0.1), left - 1
+        now, left = now + (drafted if was else probe if probes else 0.1), left - 1
         control.decided(1, now, left, promise if was else later if probes else None)
     return now, left
 
@@ -292,9 +292,10 @@ def test_a_text_that_could_afford_an_attempt_makes_none_while_probes_are_wrong()
 
 
 def test_guesses_that_were_right_before_are_no_reason_to_go_on():
-    control = ring(*[(0.05, 0.0)] * 2)
-    opening(control, promise=0.45)
-    assert not control.speculates, "speculation did not pay for another reason"
+    for promise, speculates in ((0.45, True), (0.7, False)):
+        control = ring(*[(0.05, 0.0)] * 2)
+        opening(control, promise=promise, drafted=0.13)
+        assert control.speculates == speculates, "at 0.7 it did not pay for another reason"
 
 
 def test_nothing_is_probed_where_probes_slow_plain_decoding():
