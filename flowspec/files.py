@@ -6,7 +6,8 @@ A result file is written beside its name and gets the name when it is whole.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
@@ -28,55 +29,86 @@ PARTIAL = ".partial"
 """The name of a result file that is not complete yet ends in this."""
 
 
-def beside_of(path: str | os.PathLike[str]) -> Path:
+def beside_of(path: str | os.PathLike[str], suffix: str = PARTIAL) -> Path:
     """Return where results are written before they get their name.
 
     A pipe or a device is written to as it is."""
     target = Path(path).resolve()
-    special = target.exists() and not target.is_file()
-    return target if special else target.with_name(target.name + PARTIAL)
+    return target if _special(target) else target.with_name(target.name + suffix)
 
 
-def claimed(path: str | os.PathLike[str]) -> Path:
+def _special(target: Path) -> bool:
+    return target.exists() and not target.is_file()
+
+
+def _claimed(path: str | os.PathLike[str], suffix: str = PARTIAL) -> Path:
     """Return `beside_of`, with an empty file of our own there, whatever had that name.
 
     A link that somebody laid there is not followed. Raise OSError if the file cannot be made."""
-    beside = beside_of(path)
-    if beside.name.endswith(PARTIAL):
+    beside = beside_of(path, suffix)
+    if not _special(beside):
         beside.unlink(missing_ok=True)
         os.close(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     return beside
 
 
-def settle(beside: Path) -> None:
-    """Give its name to a file that was written beside it and is whole."""
-    if beside.name.endswith(PARTIAL):
-        os.replace(beside, beside.with_name(beside.name.removesuffix(PARTIAL)))
+def _settle(beside: Path, path: str | os.PathLike[str]) -> None:
+    """Give the name `path` to a file that was written beside it and is whole."""
+    if not _special(beside):
+        os.replace(beside, Path(path).resolve())
 
 
-def add_line(file: TextIO, line: str, flag: str) -> None:
-    """Write a line (its end included) that is to survive an interruption.
+@contextmanager
+def kept_lines(path: str | os.PathLike[str] | None, flag: str) -> Iterator[Callable[[str], None]]:
+    """Yield a function that writes one line (without its end), which survives an interruption.
 
-    Raise UserError, which names the flag that the file came from, if the disk takes no more."""
+    The lines lie beside `path`, and become it when all are there; None writes nothing. Raise
+    UserError, which names the flag that the path came from, if the disk takes no more."""
+    if path is None:
+        yield lambda line: None
+        return
+    with _naming(f"{flag}: cannot write {path}"):
+        beside = _claimed(path)
+    with open(beside, "w") as file:
+        yield lambda line: _add_line(file, line + "\n", flag)
+    with _naming(f"{flag}: cannot write {path}"):
+        _settle(beside, path)
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Turn an OSError into a UserError that begins with `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: {error.strerror}") from None
+
+
+def _add_line(file: TextIO, line: str, flag: str) -> None:
     try:
         file.write(line)
         file.flush()
     except OSError as error:
         with suppress(OSError):  # the disk refuses what is buffered once more
             file.close()
-        raise UserError(
-            f"{flag}: cannot write {file.name}: {error.strerror}; what it holds so far is kept"
-        ) from None
+        told = f"cannot write {file.name}: {error.strerror}; what it holds so far is kept"
+        raise UserError(f"{flag}: {told}") from None
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield the path to write to; the file there becomes `path` afterwards.
+    """Yield the path to write to; the file there becomes `path` afterwards, whole or not at all.
 
-    Raise UserError if the disk or the folder does not allow it."""
-    try:
-        beside = claimed(path)
-        yield beside
-        settle(beside)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    Each process and thread has a file of its own, and the last one to be done wins. Raise UserError
+    if the disk or the folder does not allow it."""
+    suffix = f"{PARTIAL}-{os.getpid()}-{threading.get_ident()}"
+    with _naming(f"cannot write {path}"):
+        beside = _claimed(path, suffix)
+        try:
+            yield beside
+            _settle(beside, path)
+        except BaseException:
+            if not _special(beside):
+                with suppress(OSError):
+                    beside.unlink()
+            raise

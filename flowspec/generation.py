@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -71,6 +73,10 @@ class Result:
     temperature: float
     emulated: bool
     """This is True if the times are those of an emulated cluster."""
+
+    def line(self) -> str:
+        """Return the result as a line of JSON, without its end."""
+        return json.dumps(dataclasses.asdict(self))
 
 
 class Generation:

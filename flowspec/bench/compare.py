@@ -16,7 +16,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ from flowspec.core.request import Request
 from flowspec.draft.recorded import Tape
 from flowspec.engine import Engine
 from flowspec.errors import UserError
-from flowspec.files import BUILD, add_line, claimed, replacing
+from flowspec.files import BUILD, kept_lines, replacing
 from flowspec.generation import Result
 
 WARM_UP_TOKENS = 8
@@ -91,7 +91,11 @@ def compare(engine: Engine, prompts: Sequence[str], plan: Plan) -> bool:
     seed = 0
     chosen = _variants(config.policy, plan.methods, plan.without)
     measured = _runs(engine, prompts, chosen, plan.temperatures, plan.repeats, random.Random(seed))
-    runs = list(_kept(measured, _claimed(folder / "records.jsonl")))
+    runs = []
+    with kept_lines(folder / "records.jsonl", "--output") as write:
+        for run in measured:
+            runs.append(run)
+            write(report.line(_record(run, None)))
     forecasters = {
         coupled: _forecaster(config, coupled)
         for coupled in {config.policy.coupled, *(v.policy.coupled for v in chosen)}
@@ -180,21 +184,6 @@ def _run(
         timeline.summary(generation.spans),
         draft_ms,
     )
-
-
-def _claimed(path: Path) -> Path:
-    try:
-        return claimed(path)
-    except OSError as error:
-        raise UserError(f"--output: cannot write {path}: {error.strerror}") from None
-
-
-def _kept(runs: Iterable[Run], path: Path) -> Iterator[Run]:
-    """The runs, each written to a file as it comes, so that an interrupted comparison keeps what it has."""
-    with open(path, "w") as file:
-        for run in runs:
-            add_line(file, report.line(_record(run, None)), "--output")
-            yield run
 
 
 def _progress(done: int, total: int, seconds: float) -> None:

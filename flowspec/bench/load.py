@@ -19,8 +19,7 @@ from flowspec.bench import report
 from flowspec.bench.compare import WARM_UP_TOKENS, priced_alike
 from flowspec.bench.forecast import Forecaster, Models, emulated, obstacle
 from flowspec.engine import Engine
-from flowspec.errors import UserError
-from flowspec.files import add_line
+from flowspec.files import kept_lines
 from flowspec.generation import Result
 
 
@@ -87,12 +86,12 @@ def load(engine: Engine, prompts: Sequence[str], plan: Plan) -> bool:
 
     Return whether each request wrote the same text in every company and with every method."""
     runs, texts, same = [], dict[tuple[int, float, int], list[int]](), True
-    for run in _runs(engine, prompts, plan):
-        runs.append(run)
-        for key, result in zip(run.keys, run.results, strict=True):
-            same = same and texts.setdefault(key, result.token_ids) == result.token_ids
-        if plan.output:
-            _keep(run, plan.output)
+    with kept_lines(plan.output, "--output") as write:
+        for run in _runs(engine, prompts, plan):
+            runs.append(run)
+            for key, result in zip(run.keys, run.results, strict=True):
+                same = same and texts.setdefault(key, result.token_ids) == result.token_ids
+            write(json.dumps(run.record))
     config = engine.config
     simulated = {} if obstacle(config) else _simulated(engine, prompts, runs)
     about = f"{config.name}, {engine.topology.stages} stages"
@@ -130,14 +129,6 @@ def _run(engine: Engine, prompts: Sequence[str], cell: Cell, method: str, repeat
     stats = [generation.stats for generation in generations]
     seconds = max(s.last_token for s in stats) - min(s.begun for s in stats)
     return Run(cell, method, repeat, results, keys, seconds)
-
-
-def _keep(run: Run, path: Path) -> None:
-    try:
-        with open(path, "a") as file:
-            add_line(file, json.dumps(run.record) + "\n", "--output")
-    except OSError as error:
-        raise UserError(f"--output: cannot write {path}: {error.strerror}") from None
 
 
 def _simulated(

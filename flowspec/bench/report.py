@@ -431,11 +431,12 @@ def _pipes(grid: _Grid) -> str:
 def save(records: Sequence[Record], path: str | os.PathLike[str]) -> None:
     """Write JSON lines; raise UserError if they cannot be written."""
     with replacing(path) as beside:
-        beside.write_text("".join(map(line, records)))
+        beside.write_text("".join(line(record) + "\n" for record in records))
 
 
 def line(record: Record) -> str:
-    return json.dumps(dataclasses.asdict(record)) + "\n"
+    """Return a record as a line of JSON, without its end."""
+    return json.dumps(dataclasses.asdict(record))
 
 
 # ---- picture -------------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def _add_load_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperatures", metavar="X,X", help="(default: the configured temperature)"
     )
-    parser.add_argument("--output", metavar="FILE", help="add a JSON line a run to this file")
+    parser.add_argument("--output", metavar="FILE", help="write a JSON line a run to this file")
 
 
 def _check_load(options: argparse.Namespace, config: Config, manifest: Manifest) -> None:

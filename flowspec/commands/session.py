@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 from flowspec.engine import Engine
 from flowspec.errors import UserError
-from flowspec.files import add_line, claimed, settle
+from flowspec.files import kept_lines
 from flowspec.generation import Generation, Result
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
@@ -45,7 +42,7 @@ def run(
 
     With `explain`, also show what the policy chose. With `chat`, use the chat template, and hold a
     conversation if no prompt was given."""
-    with _json_lines(json_path) as write:
+    with kept_lines(json_path, "--json") as write:
         if chat and not prompts:
             converse(engine, stop, write, explain)
         for prompt in prompts:
@@ -57,7 +54,7 @@ def run(
                 print(prompt, end="", flush=True)
                 generation = engine.generate(prompt, stop=stop)
             result = stream(generation)
-            write(result)
+            write(result.line())
             print(table(result), file=sys.stderr, flush=True)
             _explain(generation, explain)
 
@@ -105,27 +102,9 @@ def table(result: Result) -> str:
     return "\n".join(f"  {name:<31} {value}" for name, value in rows)
 
 
-@contextmanager
-def _json_lines(path: str | None) -> Iterator[Callable[[Result], None]]:
-    """Yield a function that writes one result in each line.
-
-    The file is written beside and renamed when all are there."""
-    if path is None:
-        yield lambda result: None
-        return
-    beside = claimed(path)
-    with open(beside, "w") as file:
-
-        def write(result: Result) -> None:
-            add_line(file, json.dumps(dataclasses.asdict(result)) + "\n", "--json")
-
-        yield write
-    settle(beside)
-
-
 # ---- conversation --------------------------------------------------------------------------------
 def converse(
-    engine: Engine, stop: Sequence[str], write: Callable[[Result], None], explain: bool
+    engine: Engine, stop: Sequence[str], write: Callable[[str], None], explain: bool
 ) -> None:
     """Read a line, answer it and remember both; an empty line or the end of input ends this."""
     turns: list[dict[str, str]] = []
@@ -138,7 +117,7 @@ def converse(
         except UserError as error:  # the conversation outgrew the model
             print(f"flowspec: {error}", file=sys.stderr)
             return
-        write(result)
+        write(result.line())
         _explain(generation, explain)
         turns.append({"role": "assistant", "content": result.text})
 

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -20,6 +19,7 @@ import yaml
 
 from flowspec.core.topology import Topology
 from flowspec.errors import UserError
+from flowspec.files import replacing
 
 FORMAT = 1
 FILE_NAME = "stages.yaml"
@@ -109,7 +109,8 @@ class Manifest:
         """Write stages.yaml at this path (or into this folder), whole or not at all."""
         path = Path(path)
         path = path / FILE_NAME if path.is_dir() else path
-        _replace_text(path, yaml.safe_dump(_plain(self), sort_keys=False, width=1000))
+        with replacing(path) as beside:
+            beside.write_text(yaml.safe_dump(_plain(self), sort_keys=False, width=1000))
 
 
 # ---- YAML ----------------------------------------------------------------------------------------
@@ -247,17 +248,6 @@ def _check_ranks(ranks: tuple[RankEntry, ...], num_layers: int, path: Path) -> N
         raise UserError(f"{path}: the ranks hold {at} of {num_layers} layers: {AGAIN}")
 
 
-def _replace_text(path: Path, text: str) -> None:
-    beside = path.with_name(f"{path.name}.tmp-{os.getpid()}-{threading.get_ident()}")
-    try:
-        beside.write_text(text)
-        os.replace(beside, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-
-
 # ---- files ---------------------------------------------------------------------------------------
 def verify_files(
     manifest: Manifest, ranks: Iterable[int], *, lm_head: Iterable[int] | None = None
@@ -334,5 +324,5 @@ def _write_cache(root: Path, fresh: dict) -> None:
     """Merge these lines into what another process may have written meanwhile.
 
     The last rename wins; a file whose line is lost is only hashed again."""
-    with contextlib.suppress(UserError):
-        _replace_text(root / CACHE_NAME, json.dumps({**_read_cache(root), **fresh}))
+    with contextlib.suppress(UserError), replacing(root / CACHE_NAME) as beside:
+        beside.write_text(json.dumps({**_read_cache(root), **fresh}))

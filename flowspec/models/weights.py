@@ -8,7 +8,6 @@ little-endian.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from flowspec.errors import UserError
+from flowspec.files import replacing
 
 if TYPE_CHECKING:
     import torch
@@ -305,24 +305,16 @@ def write_file(
 
     `total` is their size in bytes, for the message when space runs out."""
     path = Path(path)
-    beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     digest, written = hashlib.sha256(), 0
-    try:
-        beside.unlink(missing_ok=True)
-        # the file is made anew, so that a link that somebody laid is not followed
-        with open(beside, "xb", buffering=0) as file:
-            for piece in pieces:
+    with replacing(path) as beside, open(beside, "wb", buffering=0) as file:
+        for piece in pieces:
+            try:
                 _write_all(file, piece)
-                digest.update(piece)
-                written += len(piece)
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        if isinstance(error, OSError):
-            raise _write_error(error, path, total - written) from None
-        raise
+            except OSError as error:
+                raise _write_error(error, path, total - written) from None
+            digest.update(piece)
+            written += len(piece)
+        os.fsync(file.fileno())
     return written, digest.hexdigest()
 
 

@@ -3,13 +3,14 @@
 import errno
 import json
 import os
+import threading
 from types import SimpleNamespace
 
 import pytest
 
-from flowspec import Engine, UserError
+from flowspec import Engine, UserError, files
 from flowspec.commands import session
-from flowspec.files import beside_of, replacing
+from flowspec.files import PARTIAL, beside_of, kept_lines, replacing
 from flowspec.models.weights import write_file
 from flowspec.preflight import check_writable
 
@@ -27,7 +28,7 @@ def test_results_get_their_name_when_all_are_there(pair, tmp_path, capsys):
 def test_a_full_disk_keeps_what_was_written(pair, tmp_path, monkeypatch):
     path = tmp_path / "out.jsonl"
     path.write_text("older")
-    real, calls = session.add_line, []
+    real, calls = files._add_line, []
 
     def refuse(line):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -42,7 +43,7 @@ def test_a_full_disk_keeps_what_was_written(pair, tmp_path, monkeypatch):
         )
 
     with Engine.from_config(pair.config(1)) as engine:
-        monkeypatch.setattr(session, "add_line", full)
+        monkeypatch.setattr(files, "_add_line", full)
         with pytest.raises(
             UserError, match="No space left on device; what it holds so far is kept"
         ):
@@ -81,14 +82,15 @@ def test_a_link_at_the_partial_name_is_not_followed(tmp_path):
     theirs.write_text("precious")
     for path, writes in (
         (mine, lambda: _replace(mine)),
-        (tmp_path / "weights", lambda: write_file(tmp_path / "weights", [b"new"], 3)),
+        (tmp_path / "lines", lambda: _keep(tmp_path / "lines")),
+        (tmp_path / "weights", lambda: write_file(tmp_path / "weights", [b"new\n"], 4)),
     ):
-        for ending in (".partial", f".tmp-{os.getpid()}"):
+        for ending in (PARTIAL, f"{PARTIAL}-{os.getpid()}-{threading.get_ident()}"):
             path.with_name(path.name + ending).symlink_to(theirs)
         writes()
-        assert (
-            theirs.read_text() == "precious" and path.read_text() == "new" and not path.is_symlink()
-        )
+        assert theirs.read_text() == "precious" and path.read_text() == "new\n"
+        assert not path.is_symlink()
+    beside_of(mine).unlink()
     beside_of(mine).symlink_to(tmp_path / "nothing yet")
     with pytest.raises(UserError, match="cannot write"):
         check_writable(str(mine))
@@ -97,4 +99,18 @@ def test_a_link_at_the_partial_name_is_not_followed(tmp_path):
 
 def _replace(path) -> None:
     with replacing(path) as beside:
-        beside.write_text("new")
+        beside.write_text("new\n")
+
+
+def _keep(path) -> None:
+    with kept_lines(path, "--json") as write:
+        write("new")
+
+
+def test_what_fails_leaves_the_older_file_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "table.md"
+    path.write_text("older")
+    with pytest.raises(ZeroDivisionError), replacing(path) as beside:
+        beside.write_text("half")
+        1 / 0  # noqa: B018
+    assert path.read_text() == "older" and [p.name for p in tmp_path.iterdir()] == ["table.md"]
