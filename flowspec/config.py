@@ -6,16 +6,11 @@ everything wrong with a configuration is said before anything heavy starts."""
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
-import types
-import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from flowspec.core.cost import Emulate
 from flowspec.core.policies import METHODS
@@ -24,6 +19,7 @@ from flowspec.core.request import Sampling
 from flowspec.core.topology import Topology
 from flowspec.draft.config import DrafterConfig
 from flowspec.errors import UserError, need
+from flowspec.schema import build, choice, parse, read_mapping
 
 DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 VERIFY_ON = ("auto", "coordinator", "last")
@@ -85,9 +81,9 @@ class Config:
 
     def __post_init__(self) -> None:
         later = f"{self.method} comes later; " if self.method in LATER else ""
-        _choice("method", self.method, METHODS, later)
-        _choice("dtype", self.dtype, DTYPES)
-        _choice("verify_on", self.verify_on, VERIFY_ON)
+        choice("method", self.method, METHODS, later)
+        choice("dtype", self.dtype, DTYPES)
+        choice("verify_on", self.verify_on, VERIFY_ON)
         need(len(self.drafters) > 0, "drafter is an empty list: name one at least, or kind: none")
         silent = [drafter.where for drafter in self.drafters if drafter.kind == "none"]
         need(
@@ -174,47 +170,12 @@ class Config:
         return devices[rank] if len(devices) > 1 else devices[0]
 
 
-class _Duplicate(yaml.MarkedYAMLError):
-    """A key stands twice in one mapping."""
-
-
-class _Loader(yaml.SafeLoader):
-    """This loader refuses what YAML forbids and PyYAML takes: a second value for a key."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise _Duplicate(
-                    problem=f"the key {key.value} is given twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _choice(name: str, value: str, allowed: tuple[str, ...], note: str = "") -> None:
-    near = difflib.get_close_matches(str(value), allowed, 1)
-    hint = f"did you mean {near[0]}? " if near and not note else ""
-    need(value in allowed, f"{name} is {value}: {note}{hint}choose one of {', '.join(allowed)}")
-
-
-def load_config(path: str | os.PathLike[str], overrides: typing.Iterable[str] = ()) -> Config:
+def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
     """Read a YAML file, apply `a.b=c` overrides (c is YAML) and check everything.
 
     Raise UserError, which names the key, if something is wrong."""
     path = Path(path)
-    try:
-        tree = yaml.load(path.read_text(), _Loader)
-    except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        at = getattr(error, "problem_mark", None)
-        what = f": {error.problem}" if isinstance(error, _Duplicate) else " is not valid YAML"
-        raise UserError(f"{path}{what}{f' (line {at.line + 1})' if at else ''}") from None
-    need(
-        isinstance(tree, dict),
-        f"{path} holds no configuration: it must be a YAML mapping with at least `stages`",
-    )
+    tree = read_mapping(path, "a YAML mapping with at least `stages`")
     for override in overrides:
         _apply(tree, override)
     return build(Config, tree, folder=path.resolve().parent, name=path.stem)
@@ -227,11 +188,9 @@ def _apply(tree: dict, override: str) -> None:
         f"{override!r} is not understood: overrides are written key=value, such as tree.budget=64",
     )
     try:
-        value = yaml.load(text, _Loader)
-    except _Duplicate as error:
-        raise UserError(f"{override!r}: {error.problem}") from None
-    except (yaml.YAMLError, ValueError):
-        raise UserError(f"{override!r}: the value is not valid YAML") from None
+        value = parse(text)
+    except ValueError as error:
+        raise UserError(f"{override!r}: {error}") from None
     *parents, leaf = key.split(".")
     for name in parents:
         inner = tree.get(name)
@@ -241,72 +200,3 @@ def _apply(tree: dict, override: str) -> None:
         )
         tree[name] = tree = dict(inner) if isinstance(inner, dict) else {}
     tree[leaf] = value
-
-
-def build(cls: type, values: Any, where: str = "", **internal: Any) -> Any:
-    """Return a dataclass made from plain values.
-
-    Raise UserError with the key's full name for an unknown key, a wrong type or a missing key."""
-    need(
-        isinstance(values, dict),
-        f"{where or 'the configuration'} must be a mapping, it is {values!r}",
-    )
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls) if not f.metadata.get("internal")}
-    made = dict(internal)
-    if "where" in hints:
-        made["where"] = where
-    for key, value in values.items():
-        name = f"{where}.{key}" if where else str(key)
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, 1)
-            hint = (
-                f"did you mean {name.removesuffix(str(key))}{near[0]}?"
-                if near
-                else f"known here: {', '.join(fields)}"
-            )
-            raise UserError(f"unknown key {name}: {hint}")
-        made[key] = _convert(hints[key], value, name)
-    for f in fields.values():
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        need(f.name in made or not required, f"{where}.{f.name}".lstrip(".") + " is missing")
-    return cls(**made)
-
-
-def _convert(hint: Any, value: Any, name: str) -> Any:
-    """Return `value` as the field's type.
-
-    A dataclass comes from a mapping, a tuple from a list, None from auto, and a float from an int
-    or from a text that is a number."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    inner = next((option for option in options if dataclasses.is_dataclass(option)), None)
-    if isinstance(inner, type) and not (len(options) > 1 and isinstance(value, list)):
-        return build(inner, {} if value is None else value, name)
-    if type(None) in options and (value is None or value == "auto"):
-        return None
-    for option in options:
-        if typing.get_origin(option) is tuple and isinstance(value, list):
-            return tuple(
-                _convert(typing.get_args(option)[0], item, f"{name}.{k}")
-                for k, item in enumerate(value)
-            )
-        if option is float and type(value) is int:
-            return float(value)
-        if option is float and isinstance(value, str) and (number := _number(value)) is not None:
-            return number  # YAML 1.1 takes 1e-1 for a text
-        if type(value) is option:
-            return value
-    wanted = " or ".join(
-        "a list"
-        if typing.get_origin(o)
-        else {type(None): "auto"}.get(o, getattr(o, "__name__", "?"))
-        for o in options
-    )
-    raise UserError(f"{name} is {value!r}: expected {wanted}")
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None

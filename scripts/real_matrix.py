@@ -32,11 +32,12 @@ from typing import Any, NamedTuple
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from flowspec.config import DTYPES, build
+from flowspec.config import DTYPES
 from flowspec.errors import UserError, need
 from flowspec.files import ROOT, replacing
 from flowspec.launcher import is_rank
 from flowspec.output import Parser, command
+from flowspec.schema import build
 
 METHODS = ("ar", "flowspec")
 AGREEMENT = {"good": 0.8, "weak": 0.3, "useless": 0.0}

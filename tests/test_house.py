@@ -19,7 +19,7 @@ SHIPPED = [
     ROOT / "split_models.py",
 ]
 LAYERS = [
-    {"core", "errors", "version", "files", "output", "trace"},
+    {"core", "errors", "version", "files", "output", "schema", "trace"},
     {"models", "sampling", "text", "comm", "sim"},
     {"draft"},
     {"runtime"},
@@ -34,6 +34,7 @@ SIDEWAYS = {  # (room, room of the same layer that it may import); everything el
     ("trace", "files"),
     ("files", "errors"),
     ("output", "errors"),
+    ("schema", "errors"),
     ("preflight", "config"),
     ("rank", "config"),
     ("rank", "preflight"),

@@ -11,15 +11,16 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
 from flowspec.core.topology import Topology
-from flowspec.errors import UserError
+from flowspec.errors import UserError, need
 from flowspec.files import replacing
+from flowspec.schema import build, read_mapping
 
 FORMAT = 1
 FILE_NAME = "stages.yaml"
@@ -38,6 +39,12 @@ class FileEntry:
     bytes: int
     sha256: str
 
+    def __post_init__(self) -> None:
+        path = PurePosixPath(self.file)
+        inside = not path.is_absolute() and ".." not in path.parts
+        need(inside, f"file {self.file} lies outside the folder")
+        need(self.bytes >= 0, f"{self.file} has bytes {self.bytes}")
+
 
 @dataclass(frozen=True)
 class RankEntry:
@@ -53,6 +60,9 @@ class RankEntry:
     sha256: str
     lm_head: FileEntry | None = None
     extra: tuple[FileEntry, ...] = ()
+
+    def __post_init__(self) -> None:
+        FileEntry(self.file, self.bytes, self.sha256)  # is checked as it is made
 
     @property
     def num_layers(self) -> int:
@@ -78,11 +88,16 @@ class Manifest:
     dtype: str
     tied: bool
     ranks: tuple[RankEntry, ...]
+    format: int
     embedding: str | None = None
     """This hash tells which model was split (models/fingerprint.py); None if the flowspec that
     split it did not tell."""
-    format: int = FORMAT
-    root: Path = field(default=Path(), compare=False)
+    root: Path = field(default=Path(), compare=False, metadata={"internal": True})
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "max_positions"):
+            need(getattr(self, name) > 0, f"{name} is {getattr(self, name)}")
+        _check_ranks(self.ranks, self.num_layers)
 
     @property
     def topology(self) -> Topology:
@@ -103,149 +118,49 @@ class Manifest:
         Raise UserError if it is missing, damaged or too new."""
         path = Path(path)
         path = path / FILE_NAME if path.is_dir() else path
-        return _parse(_read_yaml(path), path)
+        need(path.exists(), f"no {path}: split a model first (run split_models.py)")
+        values = read_mapping(path, f"the manifest of a split model: {AGAIN}")
+        version = values.get("format")
+        need(
+            type(version) is not int or version <= FORMAT,
+            f"{path} was made by a newer flowspec (format {version}, this one reads {FORMAT}): "
+            "upgrade flowspec or split again",
+        )
+        try:
+            return build(cls, values, root=path.parent)
+        except UserError as error:
+            raise UserError(f"{path}: {error}: {AGAIN}") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write stages.yaml at this path (or into this folder), whole or not at all."""
         path = Path(path)
         path = path / FILE_NAME if path.is_dir() else path
         with replacing(path) as beside:
-            beside.write_text(yaml.safe_dump(_plain(self), sort_keys=False, width=1000))
+            beside.write_text(yaml.safe_dump(self._plain(), sort_keys=False, width=1000))
+
+    def _plain(self) -> dict[str, Any]:
+        plain = {"format": self.format, **asdict(self)}
+        left_out = ["root"] if self.embedding else ["root", "embedding"]
+        return {key: value for key, value in plain.items() if key not in left_out}
 
 
-# ---- YAML ----------------------------------------------------------------------------------------
-def _plain(manifest: Manifest) -> dict:
-    keys = (
-        "format",
-        "model_type",
-        "vocab_size",
-        "hidden_size",
-        "num_layers",
-        "max_positions",
-        "dtype",
-        "tied",
-    )
-    told = {} if manifest.embedding is None else {"embedding": manifest.embedding}
-    return {
-        **{key: getattr(manifest, key) for key in keys},
-        **told,
-        "ranks": [_plain_rank(rank) for rank in manifest.ranks],
-    }
-
-
-def _plain_rank(rank: RankEntry) -> dict:
-    plain = {
-        **vars(rank),
-        "layers": list(rank.layers),
-        "extra": [dict(vars(entry)) for entry in rank.extra],
-    }
-    plain["lm_head"] = dict(vars(rank.lm_head)) if rank.lm_head else None
-    return plain
-
-
-def _read_yaml(path: Path) -> dict:
-    try:
-        loaded = yaml.safe_load(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"no {path}: split a model first (run split_models.py)") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError):
-        raise UserError(f"{path} is not valid YAML: {AGAIN}") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path} is not a manifest of a split model: {AGAIN}")
-    return loaded
-
-
-@dataclass(frozen=True)
-class _Fields:
-    """_Fields are a mapping of the manifest, and where it lies, for errors to name."""
-
-    values: Any
-    where: str
-
-    def get(self, key: str, kind: type):
-        """Return the value of this key.
-
-        Raise UserError if it is missing, of another type (a bool is no int) or a negative int."""
-        if not isinstance(self.values, dict) or key not in self.values:
-            raise UserError(f"{self.where}: {key} is missing: {AGAIN}")
-        value = self.values[key]
-        if type(value) is not kind or (type(value) is int and value < 0):
-            raise UserError(f"{self.where}: {key} is {value!r}: {AGAIN}")
-        return value
-
-    def file(self) -> tuple[str, int, str]:
-        name = self.get("file", str)
-        parts = PurePosixPath(name)
-        if parts.is_absolute() or ".." in parts.parts:
-            raise UserError(f"{self.where}: file {name} lies outside the folder: {AGAIN}")
-        return name, self.get("bytes", int), self.get("sha256", str)
-
-
-def _parse(loaded: dict, path: Path) -> Manifest:
-    top = _Fields(loaded, str(path))
-    version = top.get("format", int)
-    if version > FORMAT:
-        raise UserError(
-            f"{path} was made by a newer flowspec (format {version}, this one reads {FORMAT}): upgrade flowspec or split again"
-        )
-    if version < 1:
-        raise UserError(f"{path}: format is {version}: {AGAIN}")
-    numbers = {
-        key: top.get(key, int)
-        for key in ("vocab_size", "hidden_size", "num_layers", "max_positions")
-    }
-    ranks = tuple(
-        _parse_rank(_Fields(entry, f"{path}: rank {i}"))
-        for i, entry in enumerate(top.get("ranks", list))
-    )
-    _check_ranks(ranks, numbers["num_layers"], path)
-    names = {key: top.get(key, str) for key in ("model_type", "dtype")}
-    embedding = top.get("embedding", str) if "embedding" in loaded else None
-    return Manifest(
-        **names,
-        **numbers,
-        tied=top.get("tied", bool),
-        ranks=ranks,
-        embedding=embedding,
-        format=version,
-        root=path.parent,
-    )
-
-
-def _parse_rank(entry: _Fields) -> RankEntry:
-    layers = entry.get("layers", list)
-    if len(layers) != 2 or any(type(number) is not int for number in layers):
-        raise UserError(f"{entry.where}: layers is {layers!r}: {AGAIN}")
-    head = entry.values.get("lm_head")
-    extra = tuple(
-        FileEntry(*_Fields(each, f"{entry.where}: extra").file())
-        for each in entry.get("extra", list)
-    )
-    return RankEntry(
-        entry.get("rank", int), entry.get("role", str), (layers[0], layers[1]), *entry.file(),
-        lm_head=FileEntry(*_Fields(head, f"{entry.where}: lm_head").file()) if head is not None else None, extra=extra,
-    )  # fmt: skip
-
-
-def _check_ranks(ranks: tuple[RankEntry, ...], num_layers: int, path: Path) -> None:
+def _check_ranks(ranks: tuple[RankEntry, ...], num_layers: int) -> None:
     """Raise UserError unless the ranks count 0, 1, ... and cover the layers [0, num_layers).
 
     The layers must have no gap, and rank 0 must hold none."""
     at = 0
     for i, rank in enumerate(ranks):
-        if rank.rank != i or rank.role not in ROLES:
-            raise UserError(
-                f"{path}: rank {i} is described as rank {rank.rank}, {rank.role}: {AGAIN}"
-            )
-        if rank.layers[0] != (at if i else rank.layers[1]) or (i and rank.num_layers < 1):
-            raise UserError(
-                f"{path}: rank {i} has layers {list(rank.layers)}, they should follow on layer {at}: {AGAIN}"
-            )
-        at = rank.layers[1] if i else 0
-    if len(ranks) < 2 or at != num_layers:
-        raise UserError(f"{path}: the ranks hold {at} of {num_layers} layers: {AGAIN}")
+        need(
+            rank.rank == i and rank.role in ROLES,
+            f"rank {i} is described as rank {rank.rank}, {rank.role}",
+        )
+        first, end = rank.layers
+        need(
+            first == (at if i else end) and (i == 0 or rank.num_layers > 0),
+            f"rank {i} has layers {[first, end]}, they should follow on layer {at}",
+        )
+        at = end if i else 0
+    need(len(ranks) > 1 and at == num_layers, f"the ranks hold {at} of {num_layers} layers")
 
 
 # ---- files ---------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from flowspec.models.families import (
 )
 from flowspec.models.fingerprint import embedding_hash
 from flowspec.models.hub import COORDINATOR_FILES, MODEL_FILES, local_folder
-from flowspec.models.manifest import CACHE_NAME, FILE_NAME, FileEntry, Manifest, RankEntry
+from flowspec.models.manifest import CACHE_NAME, FILE_NAME, FORMAT, FileEntry, Manifest, RankEntry
 from flowspec.models.weights import (
     CHUNK,
     CONVERTED,
@@ -322,7 +322,7 @@ class Job:
             model_type=config["model_type"], vocab_size=config["vocab_size"], hidden_size=config["hidden_size"],
             num_layers=self.source.num_layers, max_positions=config["max_position_embeddings"],
             dtype=TORCH_NAMES[self.dtype] if self.dtype else self.source.dtype, tied=self.source.tied, ranks=ranks,
-            embedding=embedding_hash(self.source.checkpoint),
+            embedding=embedding_hash(self.source.checkpoint), format=FORMAT,
         )  # fmt: skip
 
 

@@ -134,8 +134,8 @@ def test_a_wrong_command_is_refused_by_name(capsys, argv, named):
     "text,named",
     [
         (None, "cannot read"),
-        (b"", "no configuration"),
-        (b"- 1\n- 2\n", "no configuration"),
+        (b"", "no mapping"),
+        (b"- 1\n- 2\n", "no mapping"),
         (b"stages: [1\nmethod: ar\n", "not valid YAML (line"),
         (b"stages: 'a\n\tb: {", "not valid YAML"),
         (b"\xff\xfe\x00stages", "not valid YAML"),

@@ -440,11 +440,14 @@ def test_the_manifest_round_trips(tmp_path, llama):
         (lambda m: m.update(ranks=m["ranks"][:1]), "the ranks hold 0 of 5"),
         (lambda m: m["ranks"][2].update(layers=[2, 3]), "should follow on layer 1"),
         (lambda m: m["ranks"][2].update(layers=3), "layers is 3"),
-        (lambda m: m["ranks"][1].pop("sha256"), "rank 1: sha256 is missing"),
+        (lambda m: m["ranks"][2].update(layers=[1, 2, 3]), "[1, 2, 3]: expected a list of 2"),
+        (lambda m: m["ranks"][2].update(bytes=-1), "has bytes -1"),
+        (lambda m: m.update(hidden=3), "unknown key hidden: did you mean hidden_size"),
+        (lambda m: m["ranks"][1].pop("sha256"), "ranks.1.sha256 is missing"),
         (lambda m: m["ranks"][1].update(file="../secret"), "lies outside"),
-        (lambda m: m["ranks"].__setitem__(1, "rank"), "layers is missing"),
+        (lambda m: m["ranks"].__setitem__(1, "rank"), "ranks.1 must be a mapping"),
         (lambda m: m["ranks"][1].update(extra="files"), "extra is 'files'"),
-        (lambda m: m["ranks"][1].update(extra=[5]), "extra: file is missing"),
+        (lambda m: m["ranks"][1].update(extra=[5]), "ranks.1.extra.0 must be a mapping"),
     ],
 )
 def test_a_manifest_that_is_not_right_is_refused(tmp_path, llama, change, said):
@@ -461,7 +464,7 @@ def test_a_manifest_that_is_not_right_is_refused(tmp_path, llama, change, said):
 @pytest.mark.parametrize("text", ["a: [", "just text", "", "\x00", "- 1"])
 def test_a_manifest_that_is_none_is_refused(tmp_path, text):
     (tmp_path / "stages.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"stages\.yaml is not"):
+    with pytest.raises(UserError, match=r"stages\.yaml: no.*must be the manifest of a split model: run"):
         Manifest.load(tmp_path)
 
 
