@@ -173,10 +173,11 @@ def layer_tensors(config: dict, layer: int, stored: set[str]) -> list[str]:
     family = family_of(config)
     prefix = f"model.layers.{layer}."
     fused = prefix + "mlp.experts.gate_up_proj" in stored
+    biased = family.model_type == "llama" and bool(config.get("mlp_bias"))
     mlp = (
         _expert_names(config, fused)
         if family.experts
-        else _projections("mlp", "gate up down", bool(config.get("mlp_bias")))
+        else _projections("mlp", "gate up down", biased)
     )
     return [
         prefix + name
