@@ -370,13 +370,20 @@ def _leads(worst: float) -> str:
     return f"where the token is the same, its lead differs by at most {worst:.0%} of what rounding may do"
 
 
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """Return the first index at which two texts' token ids differ, or None if they are the same."""
+    differs = (k for k, pair in enumerate(zip_longest(a, b)) if pair[0] != pair[1])
+    return next(differs, None)
+
+
 def parting(speculative: Sequence[Token], plain: Sequence[Token], start: int) -> Divergence | None:
     """Return where these continuations of `start` tokens part, or None."""
-    for at, pair in enumerate(zip_longest(speculative, plain)):
-        ours, theirs = (token and token.id for token in pair)
-        if ours != theirs:
-            return Divergence(start + at, ours, theirs, pair[1].gap if pair[1] else math.inf)
-    return None
+    at = first_difference([t.id for t in speculative], [t.id for t in plain])
+    if at is None:
+        return None
+    ours, theirs = (text[at] if at < len(text) else None for text in (speculative, plain))
+    gap = theirs.gap if theirs else math.inf
+    return Divergence(start + at, ours and ours.id, theirs and theirs.id, gap)
 
 
 def may_be_a_tie(engine: Engine, found: Divergence, replays: Collection[Replay]) -> bool:

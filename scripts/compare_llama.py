@@ -10,8 +10,8 @@ All sides continue the same prompts from the same token ids, at temperature 0:
   thread each; it drafts itself, in one thread
 - one, one draft 3, ...: a llama-server alone, with as many threads as there are stages
 
-`--also dtype=int8` adds flowspec's sides once more with that setting. All processes live from beginning to end, as in
-compare_transformers.py; the order of the sides is drawn anew for each prompt and repeat. Float32 sides must write the tokens
+`--also dtype=int8` adds flowspec's sides once more with that setting. All processes live from beginning to end
+and wait blocked for their turn; the order of the sides is drawn anew for each prompt and repeat. Float32 sides must write the tokens
 of `ar`; other precisions, their own plain decoding's where that is ours.
 
 A row's percentage is of what memory allows plain decoding: the bandwidth measured here with as many threads as read at a time
@@ -23,16 +23,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
+import logging
+import os
+import random
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
@@ -42,30 +47,26 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import compare_transformers
-from compare_transformers import (
-    PATIENCE,
-    RATES,
-    Ask,
-    Plan,
-    Run,
-    Server,
-    measure,
-    partings,
-    serve,
-    spread,
-)
 from write_gguf import Llama, write_gguf
 
+from flowspec.bench.rivals import PATIENCE, Ask, Rival, serve
 from flowspec.config import load_config
+from flowspec.engine import Engine
 from flowspec.errors import UserError
-from flowspec.files import ROOT
+from flowspec.files import ROOT, replacing
+from flowspec.lossless import first_difference, tolerance
 from flowspec.models.manifest import Manifest
 from flowspec.models.split import split
 from flowspec.output import Parser, command
 from flowspec.preflight import check_prompt, check_run, check_writable, read_prompts
+from flowspec.rank import serve as serve_stage
 from flowspec.text import Text, check_same_tokens, load_tokenizer
 
+CLOSE = tolerance("float32", layers=8, hidden=256)
+"""a lead below which rounding may choose: of the demo target, whose function inflated models compute"""
+WARM_UP_TOKENS = 8
+BUSY = {"FLOWSPEC_HEARTBEAT": os.environ.get("FLOWSPEC_HEARTBEAT", "0.5,30")}
+"""others compute on the same cores"""
 PACKAGE, VERSION = "llama_cpp_python", "0.3.36"
 SERVER, RPC_SERVER, QUANTIZE = "llama-server", "ggml-rpc-server", "llama-quantize"
 BINARIES = (SERVER, RPC_SERVER, QUANTIZE)
@@ -139,6 +140,166 @@ def step(folder: Path, what: str, command: Sequence[str]) -> None:
         code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out).returncode
     if code:
         raise UserError(f"--build could not {what} (exit code {code}): {log} says why")
+
+
+# ---- a ring, in processes of its own ---------------------------------------------------------------
+def ring(engine: Engine) -> Ask:
+    """Answers by the ring whose rank 0 this is."""
+
+    def answer(asked: dict) -> dict:
+        generation = engine.generate(
+            asked["tokens"],
+            method=asked["side"],
+            max_new_tokens=asked["new_tokens"],
+            temperature=0.0,
+        )
+        gaps = [token.gap for token in generation]
+        assert generation.result is not None
+        facts = dataclasses.asdict(generation.result)
+        del facts["text"]
+        return {
+            name: facts.pop(name) for name in ("token_ids", "prefill_seconds", "decode_seconds")
+        } | {"gaps": gaps, "facts": facts}
+
+    return answer
+
+
+def serve_ring(ranks: str, config: str, *overrides: str) -> None:
+    """torchrun, without its pages about a rank that fell."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.disable(logging.CRITICAL)
+    words = [
+        "--standalone",
+        "--local-addr=127.0.0.1",
+        f"--nproc-per-node={ranks}",
+        __file__,
+        "--rank",
+        config,
+        *overrides,
+    ]
+    try:
+        run.run(run.parse_args(words))
+    except SignalException:
+        sys.exit(1)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        sys.exit(f"flowspec: rank {rank} ended with exit code {failure.exitcode}")
+
+
+def serve_rank(config: str, *overrides: str) -> None:
+    """One rank of the ring; the first answers."""
+    if os.environ["RANK"] != "0":
+        return serve_stage(config, overrides)
+    with Engine.from_config(config, overrides) as engine:
+        engine.wait_until_loaded()
+        serve(ring(engine), {"threads": torch.get_num_threads(), "dtype": engine.dtype_name})
+
+
+# ---- runs ------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Run:
+    """One text of one side."""
+
+    prompt: int
+    repeat: int
+    turn: int
+    """its place in the drawn order of the sides"""
+    side: str
+    token_ids: list[int]
+    gaps: list[float] | None
+    """the target's lead of each token over the next best; transformers does not tell"""
+    prefill_seconds: float
+    """from the request to the first token"""
+    decode_seconds: float
+    """from there to the last"""
+    facts: dict
+
+    @property
+    def decode_rate(self) -> float | None:
+        """(tokens - 1) / decode_seconds; what comes together with the first token counts as decoded in no time."""
+        return (len(self.token_ids) - 1) / self.decode_seconds if self.decode_seconds > 0 else None
+
+    @property
+    def total_rate(self) -> float:
+        return len(self.token_ids) / (self.prefill_seconds + self.decode_seconds)
+
+    def record(self) -> dict:
+        times = {
+            name: getattr(self, name)
+            for name in ("prefill_seconds", "decode_seconds", "decode_rate", "total_rate")
+        }
+        where = {name: getattr(self, name) for name in ("prompt", "repeat", "turn", "side")}
+        return {**where, "new_tokens": len(self.token_ids), **times, "facts": self.facts}
+
+
+RATES = {"decode_rate": "tokens/s decoding", "total_rate": "tokens/s in all"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every side is asked for."""
+
+    prompts: list[tuple[int, ...]]
+    room: int
+    """positions of the model"""
+    new_tokens: int
+    repeats: int
+    seed: int
+    """of the orders"""
+
+    def asked(self, side: str, number: int, new_tokens: int | None = None) -> dict:
+        tokens = self.prompts[number]
+        wanted = min(new_tokens or self.new_tokens, self.room - len(tokens))
+        return {"side": side, "tokens": tokens, "new_tokens": wanted}
+
+
+def measure(plan: Plan, sides: dict[str, Ask], say: Callable[[str], None]) -> list[Run]:
+    """Every side on every prompt in every repeat, in a drawn order, after a short text of each that does not count."""
+    draw, runs = random.Random(plan.seed), []
+    for side, ask in sides.items():
+        ask(plan.asked(side, 0, WARM_UP_TOKENS))
+    for repeat, number in itertools.product(range(plan.repeats), range(len(plan.prompts))):
+        order = draw.sample(list(sides), len(sides))
+        now = [
+            Run(number, repeat, turn, side, **sides[side](plan.asked(side, number)))
+            for turn, side in enumerate(order)
+        ]
+        said = ", ".join(f"{run.side} {run.total_rate:.1f}" for run in now)
+        say(f"repeat {repeat + 1}, prompt {number + 1}: {said} tokens/s in all")
+        runs += now
+    return runs
+
+
+def spread(values: Iterable[float | None]) -> dict | None:
+    known = [value for value in values if value is not None]
+    return (
+        {
+            "median": statistics.median(known),
+            "min": min(known),
+            "max": max(known),
+            "count": len(known),
+        }
+        if known
+        else None
+    )
+
+
+def partings(runs: Sequence[Run]) -> list[dict]:
+    """Where runs part from their prompt's plain decoding (`ar`); a tie if its lead was less than CLOSE there."""
+    plain = {run.prompt: run for run in runs if run.side == "ar"}
+    found = []
+    for run in runs:
+        want = plain[run.prompt]
+        at = first_difference(run.token_ids, want.token_ids)
+        if at is not None:
+            gap = want.gaps[at] if want.gaps and at < len(want.gaps) else None
+            where = {"side": run.side, "prompt": run.prompt, "repeat": run.repeat}
+            tie = gap is not None and gap < CLOSE
+            found.append(where | {"new_token": at, "gap": gap, "tie": tie})
+    return found
 
 
 # ---- llama.cpp answering, in a process that holds its servers -----------------------------------------
@@ -463,7 +624,7 @@ def differing(runs: Sequence[Run], facts: dict[str, Facts]) -> list[dict]:
             for run in runs
             if run.side in group
         ]
-        found += [part | {"plain": plain} for part in partings(own, 0.0)]
+        found += [part | {"plain": plain} for part in partings(own)]
     return found
 
 
@@ -675,20 +836,20 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
         check_prompt(prompt, manifest, f"prompt {number}")
     write_models(args, target, theirs, tools, folder)
     bandwidths = {threads: bandwidth(threads) for threads in sorted({1, args.stages})}
-    plan = Plan(prompts, manifest.max_positions, args.new_tokens, args.repeats, 0.0, args.seed)
+    plan = Plan(prompts, manifest.max_positions, args.new_tokens, args.repeats, args.seed)
     with ExitStack() as stack:
-        servers: dict[str, Server] = {}
+        servers: dict[str, Rival] = {}
         asks: dict[str, Ask] = {}
         for ring, path in zip(ours, paths, strict=True):
             words = [
-                compare_transformers.__file__,
+                __file__,
                 "--serve-ring",
                 str(args.stages + 1),
                 str(path),
                 *ring.overrides,
             ]
             server = servers[f"the ring of {', '.join(ring.sides)}"] = stack.enter_context(
-                Server("the ring", words, 1)
+                Rival("the ring", words, 1, **BUSY)
             )
             asks |= {
                 side: renamed(server.ask, method)
@@ -704,7 +865,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
                 "sides": [*map(dataclasses.asdict, theirs)],
             }
             server = servers["llama.cpp"] = stack.enter_context(
-                Server("llama.cpp", [__file__, "--serve-llama", json.dumps(settings)], 1)
+                Rival("llama.cpp", [__file__, "--serve-llama", json.dumps(settings)], 1, **BUSY)
             )
             asks |= {side.name: server.ask for side in theirs}
             server.ready()
@@ -740,12 +901,17 @@ def main(argv: Sequence[str]) -> int:
         found = compare(args, Path(folder))
     show(found)
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+        with replacing(args.json) as beside:
+            beside.write_text(json.dumps(found, indent=1) + "\n")
     return 1 if any(not part["tie"] for part in found["partings"]) else 0
 
 
 if __name__ == "__main__":
     match sys.argv[1:]:
+        case ["--serve-ring", ranks, config, *overrides]:
+            serve_ring(ranks, config, *overrides)
+        case ["--rank", config, *overrides]:
+            serve_rank(config, *overrides)
         case ["--serve-llama", settings]:
             try:
                 serve_llama(settings)

@@ -28,7 +28,6 @@ Every new weight that may be anything is random, so that no kernel meets blocks 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import re
@@ -46,6 +45,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from flowspec.errors import UserError
 from flowspec.files import ROOT
+from flowspec.lossless import first_difference
 from flowspec.models.families import EMBEDDING, HEAD, NORM, rope_types
 from flowspec.models.split import (
     CONFIG,
@@ -505,7 +505,7 @@ def check(small: Path, big: Path, prompts: list[str]) -> bool:
     tokens = [tokenizer.encode(prompt).ids for prompt in prompts]
     texts = list(zip(greedy(small, tokens), greedy(big, tokens), strict=True))
     for number, ((want, leads), (got, _)) in enumerate(texts, 1):
-        at = next((i for i, (a, b) in enumerate(itertools.zip_longest(want, got)) if a != b), None)
+        at = first_difference(want, got)
         verdict = (
             f"identical ({len(want)} tokens)"
             if at is None

@@ -30,7 +30,7 @@ from flowspec.config import DTYPES
 from flowspec.core.policies import METHODS
 from flowspec.core.policy import SWITCHES, PolicyConfig, TreeConfig
 from flowspec.files import ROOT
-from flowspec.lossless import tolerance_of
+from flowspec.lossless import first_difference, tolerance_of
 from flowspec.models.cache import RowCache
 from flowspec.models.split import split
 from flowspec.preflight import read_prompts
@@ -70,9 +70,9 @@ class Proof:
     ) -> None:
         """`close`: a gap below which rounding may choose."""
         self.texts, self.tokens = self.texts + 1, self.tokens + len(want)
-        if got == want:
+        at = first_difference(got, want)
+        if at is None:
             return
-        at = next(i for i, (a, b) in enumerate(itertools.zip_longest(got, want)) if a != b)
         tie = at < len(gaps) and gaps[at] < close
         self.ties, self.bugs = self.ties + tie, self.bugs + (not tie)
         print(

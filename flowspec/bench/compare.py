@@ -23,16 +23,18 @@ from typing import Any, NamedTuple
 
 from flowspec.bench import report, timeline
 from flowspec.bench.forecast import Forecaster, Models, check_simulable, emulated, obstacle, rate
+from flowspec.bench.rivals import Ask
 from flowspec.config import METHODS, Config
 from flowspec.core.cost import Emulate
 from flowspec.core.costs import Costs, merged, read
 from flowspec.core.policy import PolicyConfig, TreeConfig
-from flowspec.core.request import Request
+from flowspec.core.request import Request, Sampling
 from flowspec.draft.recorded import Tape
 from flowspec.engine import Engine
 from flowspec.errors import UserError
 from flowspec.files import BUILD, kept_lines, replacing
 from flowspec.generation import Result
+from flowspec.lossless import Count, first_difference, tolerance_of
 
 WARM_UP_TOKENS = 8
 SWEEP = {
@@ -63,6 +65,8 @@ class Plan:
     repeats: int = 3
     sweep: bool = False
     """also each baseline's best tree settings, by simulation"""
+    rivals: Rivals | None = None
+    """also these"""
     output: Path | None = None
     """where tables, records and the chart go; None: BUILD/bench/NAME"""
     command: str = ""
@@ -80,6 +84,64 @@ class Run(NamedTuple):
     figures: timeline.Summary
     draft_ms: float | None
     """median length of the drafter's forwards"""
+    gaps: list[float]
+    """the target's lead of each token over the next best"""
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.result.token_ids
+
+    def record(self, simulated: float | None = None) -> report.Record:
+        return _record(self, simulated)
+
+
+class Beside(NamedTuple):
+    """One text of a rival."""
+
+    name: str
+    temperature: float
+    prompt: int
+    repeat: int
+    token_ids: list[int]
+    prefill_seconds: float
+    decode_seconds: float
+
+    def record(self) -> report.Record:
+        count = len(self.token_ids)
+        return report.Record(
+            method=self.name,
+            temperature=self.temperature,
+            prompt=self.prompt,
+            repeat=self.repeat,
+            new_tokens=count,
+            tokens_per_second=(count - 1) / self.decode_seconds if self.decode_seconds else None,
+            prefill_seconds=self.prefill_seconds,
+            tokens_sha=_hash(self.token_ids),
+        )
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """What continues the same texts beside the ring, by name, and how it is asked."""
+
+    names: Sequence[str]
+    ask: Ask
+    room: int
+    """A text has so many tokens at most, its prompt included."""
+
+    def run(
+        self, name: str, number: int, repeat: int, tokens: Sequence[int], sampling: Sampling
+    ) -> Beside:
+        asked = {
+            "side": name,
+            "tokens": list(tokens),
+            "new_tokens": min(sampling.max_new_tokens, self.room - len(tokens)),
+            "seed": sampling.seed or 0,
+            **{key: getattr(sampling, key) for key in ("temperature", "top_k", "top_p", "min_p")},
+        }
+        answer = self.ask(asked)
+        seconds = answer["prefill_seconds"], answer["decode_seconds"]
+        return Beside(name, sampling.temperature, number, repeat, answer["token_ids"], *seconds)
 
 
 def compare(engine: Engine, prompts: Sequence[str], plan: Plan) -> bool:
@@ -90,31 +152,54 @@ def compare(engine: Engine, prompts: Sequence[str], plan: Plan) -> bool:
     folder = _folder(plan.output or BUILD / "bench" / f"{config.name}_s{stages}")
     seed = 0
     chosen = _variants(config.policy, plan.methods, plan.without)
-    measured = _runs(engine, prompts, chosen, plan.temperatures, plan.repeats, random.Random(seed))
-    runs = []
+    runs: list[Run] = []
+    theirs: list[Beside] = []
     with kept_lines(folder / "records.jsonl", "--output") as write:
-        for run in measured:
-            runs.append(run)
-            write(report.line(_record(run, None)))
+        for run in _runs(engine, prompts, chosen, plan, random.Random(seed)):
+            if isinstance(run, Run):
+                runs.append(run)
+            else:
+                theirs.append(run)
+            write(report.line(run.record()))
     forecasters = {
         coupled: _forecaster(config, coupled)
         for coupled in {config.policy.coupled, *(v.policy.coupled for v in chosen)}
     }
     predicted = _predictions(runs, forecasters, stages)
-    records = [_record(run, predicted[_cell(run)]) for run in runs]
+    ours = [run.record(predicted[_cell(run)]) for run in runs]
+    records = [*ours, *(run.record() for run in theirs)]
     title = f"{config.name}, {stages} stages{', emulated times' if config.emulate.active else ''}"
     report.show(records, title)
     if plan.sweep:
         _sweep(
             forecasters[config.policy.coupled],
-            [r.method for r in records],
+            [r.method for r in ours],
             stages,
             plan.temperatures,
         )
-    different = report.identical(records)
+    different = report.identical(ours)
     print("\n".join(different) or "every method wrote the same tokens")
+    counts = partings(runs, theirs, tolerance_of(engine))
+    for name, count in counts.items():
+        print(f"{name}, greedy: {count}")
     _write(folder, records, title, _facts(engine, plan, seed))
-    return not different
+    return not different and not any(count.bugs for count in counts.values())
+
+
+def partings(runs: Sequence[Run], theirs: Sequence[Beside], close: float) -> dict[str, Count]:
+    """Return how many greedy texts of each rival are the ring's, part at a tie, or at a bug.
+
+    A tie is where the target led by less than `close`. Above temperature 0 rivals draw others."""
+    texts = {run.prompt: run for run in runs if run.result.temperature == 0}
+    counts: dict[str, Count] = {}
+    for other in theirs:
+        if other.temperature == 0:
+            own = texts[other.prompt]
+            at = first_difference(other.token_ids, own.token_ids)
+            ends = at == min(len(own.token_ids), len(other.token_ids))  # where the other goes on
+            bug = at is not None and (ends or own.gaps[at] >= close)
+            counts.setdefault(other.name, Count()).add(at is not None, bug)
+    return counts
 
 
 def _variants(
@@ -133,48 +218,48 @@ def _runs(
     engine: Engine,
     prompts: Sequence[str],
     chosen: list[Variant],
-    temperatures: Sequence[float],
-    repeats: int,
+    plan: Plan,
     order: random.Random,
-) -> Iterator[Run]:
-    for variant in chosen:
-        list(
-            engine.generate(
-                prompts[0],
-                method=variant.method,
-                policy=variant.policy,
-                max_new_tokens=WARM_UP_TOKENS,
-            )
-        )
+) -> Iterator[Run | Beside]:
+    short = dataclasses.replace(engine.config.sampling, max_new_tokens=WARM_UP_TOKENS)
+    tokens = [engine.text.encode(prompt) for prompt in prompts]
+    sides: list[Variant | str] = [*chosen, *(plan.rivals.names if plan.rivals else ())]
+
+    def run(side: Variant | str, k: int, repeat: int, sampling: Sampling) -> Run | Beside:
+        if isinstance(side, Variant):
+            return _run(engine, k + 1, repeat, prompts[k], side, sampling)
+        assert plan.rivals is not None
+        return plan.rivals.run(side, k + 1, repeat, tokens[k], sampling)
+
     engine.traced = True
-    total, done, began = (
-        len(prompts) * len(temperatures) * repeats * len(chosen),
-        0,
-        time.monotonic(),
-    )
-    for repeat in range(1, repeats + 1):
-        turns = list(itertools.product(range(len(prompts)), temperatures))
-        order.shuffle(turns)
-        for k, temperature in turns:
-            for variant in order.sample(chosen, len(chosen)):
-                yield _run(engine, k + 1, repeat, prompts[k], variant, temperature)
+    for side in sides:
+        run(side, 0, 0, short)
+    turns = list(itertools.product(range(len(prompts)), plan.temperatures))
+    total, done, began = len(turns) * plan.repeats * len(sides), 0, time.monotonic()
+    for repeat in range(1, plan.repeats + 1):
+        for k, temperature in order.sample(turns, len(turns)):
+            sampling = dataclasses.replace(engine.config.sampling, temperature=temperature)
+            for side in order.sample(sides, len(sides)):
+                yield run(side, k, repeat, sampling)
                 done += 1
                 _progress(done, total, time.monotonic() - began)
 
 
 def _run(
-    engine: Engine, number: int, repeat: int, prompt: str, variant: Variant, temperature: float
+    engine: Engine, number: int, repeat: int, prompt: str, variant: Variant, sampling: Sampling
 ) -> Run:
-    seed = engine.config.sampling.seed or 0
     engine.forget()  # each run is as the first of a ring: what one has learnt is no gift to the next
     generation = engine.generate(
-        prompt, method=variant.method, policy=variant.policy, temperature=temperature, seed=seed
+        prompt,
+        method=variant.method,
+        policy=variant.policy,
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        seed=sampling.seed or 0,
     )
-    for _ in generation:
-        pass
+    gaps = [token.gap for token in generation]
     assert generation.result is not None
     drafts = [1000 * (s.end - s.begin) for s in generation.spans if s.row == "draft"]
-    draft_ms = statistics.median(drafts) if drafts else None
     return Run(
         variant,
         number,
@@ -182,7 +267,8 @@ def _run(
         generation.request,
         generation.result,
         timeline.summary(generation.spans),
-        draft_ms,
+        statistics.median(drafts) if drafts else None,
+        gaps,
     )
 
 
@@ -216,8 +302,12 @@ def _record(run: Run, simulated: float | None) -> report.Record:
         forwarded_tokens=result.forwarded_tokens,
         simulated=simulated,
         costs=result.costs,
-        tokens_sha=hashlib.sha256(str(result.token_ids).encode()).hexdigest()[:16],
+        tokens_sha=_hash(result.token_ids),
     )
+
+
+def _hash(token_ids: Sequence[int]) -> str:
+    return hashlib.sha256(str(token_ids).encode()).hexdigest()[:16]
 
 
 # ---- simulated -------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -33,14 +33,19 @@ if TYPE_CHECKING:
 WIDTH = 140
 """The table of summaries needs this many columns, and has them where there is no terminal."""
 FULL = "flowspec"
-BASES = ("pipedec", "naive", "ar", FULL)
-"""Others are compared with these methods; with the last, only its own variants are."""
+RIVALS = ("transformers", "assisted")
+"""Other programs (bench/unsplit.py) go by these names."""
+BASES = ("pipedec", "naive", "ar", *RIVALS, FULL)
+"""Others are compared with these methods; with the last, only its own variants and rivals are."""
 Key = TypeVar("Key")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """A record is one measured generation, and a line of JSON."""
+    """A record is one measured generation, and a line of JSON.
+
+    Of a generation that no ring wrote (`bench compare --against`), the lists are empty, and what
+    else can only be known of a ring is None."""
 
     method: str
     temperature: float
@@ -52,23 +57,23 @@ class Record:
     tokens_per_second: float | None
     """It is None if the text has one token, and so no rate."""
     prefill_seconds: float
-    accepted_per_segment: float
+    accepted_per_segment: float | None = None
     """A returned segment brought so many new tokens, in the mean."""
-    utilisation: list[float]
+    utilisation: list[float] = field(default_factory=list)
     """Each stage 1..S computed for this share of the decode phase."""
-    bubbles: float
+    bubbles: float | None = None
     """This is 1 - mean utilisation."""
-    wasted: float
+    wasted: float | None = None
     """This share of the stages' forwards was spent on rows that never became text."""
-    dead_rows: float
+    dead_rows: float | None = None
     """This share of the computed rows had been refused before their forward began."""
-    bytes_per_token: list[float]
+    bytes_per_token: list[float] = field(default_factory=list)
     """Each sender 0..S sent so many bytes for each new token to the next rank of the ring."""
-    bookkeeping_ms: float
-    stage_overhead_ms: list[float]
-    drafted_tokens: int
-    forwarded_tokens: int
-    simulated: float | None
+    bookkeeping_ms: float | None = None
+    stage_overhead_ms: list[float] = field(default_factory=list)
+    drafted_tokens: int | None = None
+    forwarded_tokens: int | None = None
+    simulated: float | None = None
     """The simulation predicts these tokens/s for this prompt; None if it was not simulated."""
     tokens_sha: str
     """This is the hash of the token ids; it is equal for all methods at one prompt and
@@ -103,14 +108,14 @@ class Row:
     if no prompt has two."""
     over: dict[str, Spread | None]
     """This maps a method to the speed-up over it, over prompts and repeats."""
-    accepted_per_segment: float
+    accepted_per_segment: float | None
     """A returned segment brought so many new tokens. This value and all below but the last two are
     medians over the records."""
-    utilisation: float
+    utilisation: float | None
     """This is the mean utilisation of the stages."""
-    bubbles: float
-    wasted: float
-    dead_rows: float
+    bubbles: float | None
+    wasted: float | None
+    dead_rows: float | None
     bytes_per_token: list[float]
     """Each sender 0..S sent so many bytes for each new token."""
     simulated: float | None
@@ -126,7 +131,7 @@ def summarise(records: Sequence[Record]) -> list[Row]:
     Temperatures stand as they first appear, methods in the order of METHODS and then as they
     appear."""
     need(
-        len({len(r.bytes_per_token) for r in records}) < 2,
+        len({len(r.bytes_per_token) for r in records if r.bytes_per_token}) < 2,
         "the records are of rings of different sizes: summarise each size by itself",
     )
     rows = []
@@ -178,11 +183,11 @@ def _row(own: list[Record], methods: dict[str, list[Record]]) -> Row:
             base: _spread(ratio for values in found.values() for ratio in values)
             for base, found in over.items()
         },
-        accepted_per_segment=median(r.accepted_per_segment for r in own),
-        utilisation=median(mean(r.utilisation) for r in own),
-        bubbles=median(r.bubbles for r in own),
-        wasted=median(r.wasted for r in own),
-        dead_rows=median(r.dead_rows for r in own),
+        accepted_per_segment=_median(r.accepted_per_segment for r in own),
+        utilisation=_median(mean(r.utilisation) for r in own if r.utilisation),
+        bubbles=_median(r.bubbles for r in own),
+        wasted=_median(r.wasted for r in own),
+        dead_rows=_median(r.dead_rows for r in own),
         bytes_per_token=[
             median(link) for link in zip(*(r.bytes_per_token for r in own), strict=True)
         ],
@@ -214,8 +219,8 @@ def _paired(own: list[Record], base: list[Record]) -> dict[int, list[float]]:
     return _by_prompt(own, ratio)
 
 
-def _median(values: Iterable[float]) -> float | None:
-    found = list(values)
+def _median(values: Iterable[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
     return median(found) if found else None
 
 
@@ -296,12 +301,15 @@ _SPEED = (
     _Column("off", lambda row: _maybe(row.off, "+.0%")),
 )
 _WORK = (
-    _Column("accepted", lambda row: f"{row.accepted_per_segment:.2f}"),
-    _Column("busy", lambda row: f"{row.utilisation:.0%}"),
-    _Column("bubbles", lambda row: f"{row.bubbles:.0%}"),
-    _Column("wasted", lambda row: f"{row.wasted:.0%}"),
-    _Column("dead", lambda row: f"{row.dead_rows:.1%}"),
-    _Column("kB/token", lambda row: " ".join(f"{link / 1e3:.1f}" for link in row.bytes_per_token)),
+    _Column("accepted", lambda row: _maybe(row.accepted_per_segment, ".2f")),
+    _Column("busy", lambda row: _maybe(row.utilisation, ".0%")),
+    _Column("bubbles", lambda row: _maybe(row.bubbles, ".0%")),
+    _Column("wasted", lambda row: _maybe(row.wasted, ".0%")),
+    _Column("dead", lambda row: _maybe(row.dead_rows, ".1%")),
+    _Column(
+        "kB/token",
+        lambda row: " ".join(f"{link / 1e3:.1f}" for link in row.bytes_per_token) or _NONE,
+    ),
 )
 _ALL = _KEYS + _SPEED + _WORK
 _Grid = tuple[list[str], list[list[str]]]
@@ -348,11 +356,10 @@ def console() -> Console:
 
 
 def show(records: Sequence[Record], title: str, on: Console | None = None) -> None:
-    """Print the summaries (as two tables if 140 columns are too many) and every prompt's
-    tokens/s."""
+    """Print the summaries (as two tables if one is too wide) and every prompt's tokens/s."""
     on = on or console()
     rows = summarise(records)
-    if on.width < WIDTH:
+    if on.width < WIDTH or any(row.method in RIVALS for row in rows):
         on.print(_rich(_summaries(rows, _KEYS + _SPEED), title))
         on.print(_rich(_summaries(rows, _KEYS + _WORK), "where the work went", LEGEND))
     else:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +20,10 @@ from flowspec.config import METHODS, Config
 from flowspec.core.policy import SWITCHES
 from flowspec.errors import need
 from flowspec.models.manifest import Manifest
-from flowspec.preflight import check_writable
+from flowspec.preflight import check_reference, check_writable
 
 if TYPE_CHECKING:
+    from flowspec.bench.compare import Rivals
     from flowspec.engine import Engine
 
 ABOUT = """bench compare CONFIG: all methods on the same prompts, interleaved and in shuffled order, with what the simulator
@@ -60,6 +62,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where the tables, records and chart go (default: build/bench/NAME)",
     )
     parser.add_argument(
+        "--against",
+        metavar="transformers",
+        help="also the unsplit model by transformers' generate, alone and, where the drafter is a "
+        "model (lm), with it as assistant; on rank 0's machine, with a thread a stage",
+    )
+    parser.add_argument("--reference", metavar="DIR", help="the unsplit model, for --against")
+    parser.add_argument(
         "--sweep",
         action="store_true",
         help="also each baseline's best tree settings, by simulation",
@@ -89,22 +98,61 @@ def _check(options: argparse.Namespace, config: Config, manifest: Manifest) -> N
         config.sampling.max_new_tokens > 1,
         "sampling.max_new_tokens is 1: a rate takes 2 tokens at least",
     )
+    _check_rivals(options, config, manifest)
+
+
+def _check_rivals(options: argparse.Namespace, config: Config, manifest: Manifest) -> None:
+    asked = options.against is not None
+    need(
+        not asked or options.against == "transformers",
+        f"--against is {options.against}: it knows transformers",
+    )
+    need(
+        asked == (options.reference is not None),
+        "--against transformers and --reference DIR (the model that was split) go together",
+    )
+    if asked:
+        need(not config.emulate.active, "--against: emulated times compare with no real ones")
+        check_reference(options.reference, manifest, config.dtype)
+
+
+@contextmanager
+def _rivals(engine: Engine, options: argparse.Namespace) -> Iterator[Rivals | None]:
+    """Yield what --against asks for, loaded and waiting."""
+    if options.against is None:
+        yield None
+        return
+    import torch
+
+    from flowspec.bench.compare import Rivals
+    from flowspec.bench.report import RIVALS
+    from flowspec.bench.rivals import Rival
+
+    config, threads = engine.config, engine.topology.stages * torch.get_num_threads()
+    drafts = [d.checkpoint(config.folder) for d in config.drafters if d.kind == "lm"]
+    words = [options.reference, str(drafts[0]) if drafts else "", str(threads), engine.dtype_name]
+    words = ["-m", "flowspec.bench.unsplit", *words]
+    with Rival("transformers", words, threads) as rival:
+        rival.ready()
+        yield Rivals(RIVALS[: 1 + bool(drafts)], rival.ask, engine.manifest.max_positions)
 
 
 def _lead(engine: Engine, options: argparse.Namespace, prompts: list[str]) -> int:
     from flowspec.bench.compare import Plan, compare
     from flowspec.runtime.process import report
 
-    plan = Plan(
-        methods=methods(options.methods, METHODS),
-        without=_without(options),
-        temperatures=temperatures_of(options, engine.config),
-        repeats=int(options.repeats),
-        sweep=options.sweep,
-        output=Path(options.output) if options.output else None,
-        command=" ".join(["python -m flowspec bench compare", *options.given]),
-    )
-    same = compare(engine, prompts, plan)
+    with _rivals(engine, options) as rivals:
+        plan = Plan(
+            methods=methods(options.methods, METHODS),
+            without=_without(options),
+            temperatures=temperatures_of(options, engine.config),
+            repeats=int(options.repeats),
+            sweep=options.sweep,
+            rivals=rivals,
+            output=Path(options.output) if options.output else None,
+            command=" ".join(["python -m flowspec bench compare", *options.given]),
+        )
+        same = compare(engine, prompts, plan)
     if not same:
         report("methods wrote different tokens: see above", 1)
     return 0 if same else 1

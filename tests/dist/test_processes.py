@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from flowspec import __version__
+from flowspec.bench.report import RIVALS
 from flowspec.core.policies import METHODS
 from flowspec.engine import Engine
 from flowspec.trace import read
@@ -136,11 +137,12 @@ def test_the_timeline_of_a_run_has_all_ranks_and_requests(greedy):
 
 @pytest.mark.slow
 def test_methods_are_compared_over_processes(pair, command, tmp_path):
-    words = ["--prompt", PROMPTS[0], "--max-new-tokens", 8, "--repeats", 1, "--output", tmp_path / "out", "emulate.stage_ms=5"]
+    words = ["--prompt", PROMPTS[0], "--max-new-tokens", 8, "--repeats", 1, "--output", tmp_path / "out"]
+    words += ["--against", "transformers", "--reference", pair.target]
     run = command("bench", "compare", pair.config(2), *words, start=("-m", "flowspec"))
     assert run.end() == 0, run.err
-    assert "every method wrote the same tokens" in run.out
-    assert {json.loads(line)["method"] for line in (tmp_path / "out" / "records.jsonl").open()} == set(METHODS)
+    assert "every method wrote the same tokens" in run.out and "assisted, greedy: 1 of 1 identical" in run.out
+    assert {json.loads(line)["method"] for line in (tmp_path / "out" / "records.jsonl").open()} == {*METHODS, *RIVALS}
     wrong = command("bench", "campare", pair.config(2), start=("-m", "flowspec"))
     assert wrong.end() == 2 and "bench compare CONFIG" in wrong.err
 

@@ -24,7 +24,6 @@ def script(name: str):
     return sys.modules[name]
 
 
-script("compare_transformers")
 write_gguf = script("write_gguf")
 compare = script("compare_llama")
 
