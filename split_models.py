@@ -1,4 +1,5 @@
-"""Cut a Hugging Face checkpoint into one folder a rank: python split_models.py --model DIR_OR_HUB_ID --stages N --output OUT."""
+"""Cut a Hugging Face checkpoint into one folder a rank: python split_models.py --model
+DIR_OR_HUB_ID --stages N --output OUT."""
 
 import sys
 

@@ -93,7 +93,8 @@ class Config:
         both = {"eagle", "eagle3"} <= {drafter.kind for drafter in self.drafters}
         need(
             not both,
-            "drafter lists an eagle and an eagle3 head: they read different features of the target, keep one of the two",
+            "drafter lists an eagle and an eagle3 head: they read different features of the "
+            "target, keep one of the two",
         )
         for device in [self.device] if isinstance(self.device, str) else self.device:
             need(
@@ -196,7 +197,8 @@ def _apply(tree: dict, override: str) -> None:
         inner = tree.get(name)
         need(
             not isinstance(inner, list),
-            f"{override!r}: {name} is a list, which can only be given anew as a whole: {name}=[..., ...]",
+            f"{override!r}: {name} is a list, which can only be given anew as a whole: "
+            f"{name}=[..., ...]",
         )
         tree[name] = tree = dict(inner) if isinstance(inner, dict) else {}
     tree[leaf] = value

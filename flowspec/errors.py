@@ -1,15 +1,19 @@
-"""Errors whose text is meant for the person at the keyboard. Pure."""
+"""The text of these errors is meant for the person at the keyboard. Pure."""
 
 
 class UserError(Exception):
-    """Bad input: printed as one line, exit code 2, no traceback. Names the field or file and what to do."""
+    """This is bad input. It is printed as one line, with exit code 2 and no traceback.
+
+    The line names the field or the file, and what to do."""
 
 
 class RankLost(Exception):
-    """A peer died or hung: the run cannot go on. Names the rank and what is known of the reason."""
+    """A peer died or hung, so the run cannot go on.
+
+    It names the rank, and what is known of the reason."""
 
 
 def need(ok: bool, message: str) -> None:
-    """Raise UserError(message) unless ok: the one way a bad setting is reported."""
+    """Raise UserError(message) unless ok. All bad settings are reported in this way."""
     if not ok:
         raise UserError(message)

@@ -242,7 +242,10 @@ class Replay:
             what = f"has another lead of {ours}, {first.apart:.2e} apart"
         kind = "a numeric tie" if first.tie else "a bug"
         more = f" (and {len(self.doubts) - 1} more)" if len(self.doubts) > 1 else ""
-        return f"position {first.position} {what} where rounding may do {first.allowed:.2e}, so {kind}{more}"
+        return (
+            f"position {first.position} {what} where rounding may do {first.allowed:.2e}, so "
+            f"{kind}{more}"
+        )
 
 
 def replay(
@@ -306,7 +309,10 @@ class Count:
 
     def __str__(self) -> str:
         same = self.all - self.ties - self.bugs
-        return f"{same} of {self.all} identical, {self.ties} parted at a numeric tie, {self.bugs} at a bug"
+        return (
+            f"{same} of {self.all} identical, {self.ties} parted at a numeric tie, "
+            f"{self.bugs} at a bug"
+        )
 
 
 def verify(
@@ -324,7 +330,8 @@ def verify(
     plain = method == "ar" and reference is None
     need(
         not plain,
-        "verify compares a method with plain decoding: choose another method than ar, or give --reference DIR",
+        "verify compares a method with plain decoding: choose another method than ar, or give "
+        "--reference DIR",
     )
     itself, unsplit, worst = Count(), Count(), 0.0
     for number, prompt in enumerate(prompts, 1):
@@ -351,7 +358,8 @@ def verify(
             words = {name: replayed.verdict(engine) for name, replayed in replays.items()}
             for each in dict.fromkeys(words.values()):  # of both texts most often the same
                 said.append(
-                    f"{', '.join(n for n in words if words[n] == each)} and the unsplit model: {each}"
+                    f"{', '.join(n for n in words if words[n] == each)} and the unsplit model: "
+                    f"{each}"
                 )
             print(f"prompt {number}, {describe(setting)}: {'; '.join(said)}", flush=True)
     if method != "ar":
@@ -363,11 +371,17 @@ def verify(
 def _alone(itself: Count) -> str:
     """Return what verify has shown without a reference."""
     finding = "speculation changed the text" if itself.bugs else "speculation changes nothing"
-    return f"compared: the ring with itself: {finding}; give --reference DIR to compare with the unsplit model"
+    return (
+        f"compared: the ring with itself: {finding}; give --reference DIR to compare with the "
+        "unsplit model"
+    )
 
 
 def _leads(worst: float) -> str:
-    return f"where the token is the same, its lead differs by at most {worst:.0%} of what rounding may do"
+    return (
+        f"where the token is the same, its lead differs by at most {worst:.0%} of what "
+        "rounding may do"
+    )
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
@@ -406,7 +420,10 @@ def verdict(engine: Engine, found: Divergence | None, count: int, tie: bool) -> 
         return f"identical ({count} tokens)"
     a, b = (_named(engine, token) for token in (found.speculative, found.plain))
     kind = "a numeric tie" if tie else "a bug"
-    return f"differs at position {found.position}: {a} with speculation, {b} without; top-2 gap {found.gap:.2e}, so {kind}"
+    return (
+        f"differs at position {found.position}: {a} with speculation, {b} without; top-2 gap "
+        f"{found.gap:.2e}, so {kind}"
+    )
 
 
 def _named(engine: Engine, token: int | None) -> str:

@@ -1,4 +1,4 @@
-"""Everything about a run that can be known before torch is imported or a rank is started."""
+"""What can be known about a run is checked here, before torch is imported or a rank is started."""
 
 from __future__ import annotations
 
@@ -27,13 +27,15 @@ MODEL_FACTS = {
     "num_layers": "num_hidden_layers",
     "max_positions": "max_position_embeddings",
 }
-"""what the manifest says of the model -> where its config.json does"""
+"""This maps what the manifest says of the model to where its config.json says it."""
 
 
 def check_run(config: Config, ranks: Sequence[int] | None = None) -> Manifest:
-    """The manifest of the split model, after checking it and all that the configuration names. UserError says what is wrong.
+    """Return the manifest of the split model, after checking it and all that the configuration
+    names.
 
-    `ranks` are those whose files lie on this machine; None: all of them."""
+    `ranks` are those whose files lie on this machine; None means all. Raise UserError, which says
+    what is wrong."""
     manifest = Manifest.load(config.stages_path)
     topology = manifest.topology
     devices = 1 if isinstance(config.device, str) else len(config.device)
@@ -52,7 +54,9 @@ def check_run(config: Config, ranks: Sequence[int] | None = None) -> Manifest:
 
 
 def check_same_model(manifest: Manifest, config: dict, where: str, advice: str) -> None:
-    """UserError, by field, unless the manifest is one of the model that this config.json (it lies at `where`) describes."""
+    """Raise UserError, by field, unless the manifest is one of the model of this config.json.
+
+    The config.json lies at `where`."""
     for field, key in MODEL_FACTS.items():
         said, found = getattr(manifest, field), config[key]
         need(
@@ -62,13 +66,15 @@ def check_same_model(manifest: Manifest, config: dict, where: str, advice: str) 
 
 
 def check_reference(reference: str, manifest: Manifest, dtype: str) -> Source:
-    """The unsplit model. UserError unless it is a whole checkpoint and, as far as can be known, the one that was split.
+    """Return the unsplit model, for a run that computes in `dtype`.
 
-    dtype: the run's."""
+    Raise UserError unless it is a whole checkpoint and, as far as can be known, the one that was
+    split."""
     option, advice = "--reference", "give the model that was split"
     need(
         dtype != "int8",
-        f"{option}: the unsplit model has no int8 weights; without it the ring is compared with itself",
+        f"{option}: the unsplit model has no int8 weights; without it the ring is compared with "
+        "itself",
     )
     folder = local_folder(reference, option, MODEL_FILES)
     try:
@@ -79,7 +85,8 @@ def check_reference(reference: str, manifest: Manifest, dtype: str) -> Source:
     same = manifest.embedding is None or manifest.embedding == embedding_hash(source.checkpoint)
     need(
         same,
-        f"{option}: {folder} has another embedding than the model that {manifest.root / FILE_NAME} is a split of: {advice}",
+        f"{option}: {folder} has another embedding than the model that "
+        f"{manifest.root / FILE_NAME} is a split of: {advice}",
     )
     return source
 
@@ -94,26 +101,29 @@ def check_drafter(drafter: DrafterConfig, folder: Path, manifest: Manifest) -> N
     head = EAGLE_FC in Checkpoint(path).names
     need(
         not head,
-        f"{drafter.where}.path: {path} is an EAGLE head, no draft model: set {drafter.where}.kind: eagle (or eagle3)",
+        f"{drafter.where}.path: {path} is an EAGLE head, no draft model: set "
+        f"{drafter.where}.kind: eagle (or eagle3)",
     )
     read_config(path)
     check_same_tokens(Text(manifest.folder(0)).tokenizer, load_tokenizer(path), str(path))
 
 
 def check_prompt(tokens: Sequence[int], manifest: Manifest, name: str = "the prompt") -> None:
-    """A prompt needs a token, and room for one more in the model."""
+    """Raise UserError unless the prompt has a token, and the model room for one more."""
     need(len(tokens) > 0, f"{name} is empty: give at least one token of text")
     limit = manifest.max_positions
     strange = [t for t in tokens if not 0 <= t < manifest.vocab_size]
     need(not strange, f"{name} holds token {strange[:1]}; the vocabulary has {manifest.vocab_size}")
     need(
         len(tokens) < limit,
-        f"{name} has {len(tokens)} tokens; the model takes {limit} in all, so at most {limit - 1} of prompt",
+        f"{name} has {len(tokens)} tokens; the model takes {limit} in all, so at most "
+        f"{limit - 1} of prompt",
     )
 
 
 def check_writable(path: str | None, name: str = "--json") -> None:
-    """What `name` asks for can be written beside `path` and renamed to it."""
+    """Raise UserError unless what `name` asks for can be written beside `path` and renamed to
+    it."""
     if path is None:
         return
     need(not Path(path).is_dir(), f"{name}: {path} is a folder")
@@ -128,7 +138,10 @@ def check_writable(path: str | None, name: str = "--json") -> None:
 
 
 def read_prompts(path: str) -> list[str]:
-    """Prompts of a file: .txt holds one a line, .jsonl an object with `prompt` a line."""
+    """Return the prompts of a file: .txt holds one in a line, .jsonl an object with `prompt` in a
+    line.
+
+    Raise UserError if it cannot be read, or holds something else."""
     file = Path(path)
     need(
         file.suffix in (".txt", ".jsonl"),

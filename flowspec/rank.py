@@ -1,4 +1,6 @@
-"""What it takes to be a rank, and all that a stage (ranks 1..S) is. Rank 0 is engine.py."""
+"""This module has what it takes to be a rank, and all that a stage (ranks 1..S) is.
+
+Rank 0 is engine.py."""
 
 from __future__ import annotations
 
@@ -25,16 +27,18 @@ from flowspec.runtime.worker import Worker
 
 
 class Member(NamedTuple):
-    """This process, once it has joined its run."""
+    """A member is this process, once it has joined its run."""
 
     manifest: Manifest
     transport: Transport
     leave: Callable[[], None]
-    """to be called when the transport is closed"""
+    """This is to be called once the transport is closed."""
 
 
 def join(config: Config) -> Member:
-    """Join the other ranks of a torchrun world. UserError says what is wrong, RankLost who did not come."""
+    """Join the other ranks of a torchrun world.
+
+    Raise UserError, which says what is wrong, or RankLost, which says who did not come."""
     from flowspec.runtime.agreement import facts_of
     from flowspec.runtime.process import check_world, end_process, join_run
 
@@ -52,7 +56,9 @@ def join(config: Config) -> Member:
 
 
 def serve(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> None:
-    """Be this process's stage in a torchrun world until rank 0 ends the run; arguments as for `Engine.from_config`."""
+    """Be this process's stage in a torchrun world until rank 0 ends the run.
+
+    The arguments are those of `Engine.from_config`."""
     serve_as(load_config(path, overrides))
 
 
@@ -65,7 +71,9 @@ def serve_as(config: Config) -> None:
 
 
 def warm_up(config: Config, manifest: Manifest, rank: int) -> None:
-    """Import the model's code and wake the GPU before there are heartbeats to miss: it takes seconds, and holds the interpreter's lock."""
+    """Import the model's code and wake the GPU before there are heartbeats to miss.
+
+    This takes seconds, and holds the interpreter's lock."""
     device = checked_device(config, rank)
     if device != "cpu":
         one = torch.ones(1, 1, device=device)
@@ -79,18 +87,23 @@ def warm_up(config: Config, manifest: Manifest, rank: int) -> None:
 
 
 def wire_limits(config: Config, manifest: Manifest) -> Limits:
-    """What messages of a run with this configuration can hold."""
+    """Return what messages of a run with this configuration can hold."""
     tree = max(Continuous.CROWD, config.tree.budget or 0, config.tree.segment or 0)
     return wire.limits(tree, manifest.hidden_size, manifest.num_layers, manifest.max_positions)
 
 
 def set_threads(config: Config, ranks_here: int) -> None:
-    """CPU threads of a rank: as configured, or an equal share of the cores (torchrun alone would leave one)."""
+    """Set this rank's CPU threads: as configured, or an equal share of the cores.
+
+    torchrun alone would leave it one."""
     torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // ranks_here))
 
 
 def checked_device(config: Config, rank: int) -> str:
-    """cpu, or cuda:N: without a number the ranks of a host take its GPUs in turn, and share them if there are fewer."""
+    """Return this rank's device: cpu, or cuda:N.
+
+    Without a number, the ranks of a host take its GPUs in turn, and share them if there are fewer.
+    Raise UserError if there is no such GPU."""
     device = config.device_of(rank)
     if device == "cpu":
         return device
@@ -99,13 +112,17 @@ def checked_device(config: Config, rank: int) -> str:
     index = int(number) if number else int(os.environ.get("LOCAL_RANK", rank)) % count
     need(
         index < count,
-        f"device is {device}, but torch sees {count} GPUs on rank {rank}, so cuda:{count - 1} is the last",
+        f"device is {device}, but torch sees {count} GPUs on rank {rank}, so cuda:{count - 1} is "
+        "the last",
     )
     return f"cuda:{index}"
 
 
 def compute_dtype(config: Config, manifest: Manifest, rank: int) -> torch.dtype:
-    """auto: float32 on a CPU (exact, and no slower on small models), the stored dtype elsewhere."""
+    """Return the dtype in which a rank computes.
+
+    `auto` is float32 on a CPU (exact, and no slower on small models) and the stored dtype
+    elsewhere."""
     name = config.dtype
     if name == "auto":
         name = "float32" if config.device_of(rank) == "cpu" else manifest.dtype
@@ -113,7 +130,7 @@ def compute_dtype(config: Config, manifest: Manifest, rank: int) -> torch.dtype:
 
 
 def dtype_name(config: Config, manifest: Manifest, rank: int) -> str:
-    """The computing dtype of a rank, such as float32."""
+    """Return the computing dtype of a rank by its name, such as float32."""
     return str(compute_dtype(config, manifest, rank)).removeprefix("torch.")
 
 
@@ -152,13 +169,13 @@ def work(config: Config, manifest: Manifest, transport: Transport) -> None:
 
 
 SHARE = 0.8
-"""of what is free, for the caches if that is auto"""
+"""If `cache_mb` is auto, the caches get this share of what is free."""
 MANY = 10**12
-"""tokens, where nobody says what is free"""
+"""If nobody says what is free, the caches hold this many tokens."""
 
 
 def cache_rows(config: Config, manifest: Manifest, model: StageModel) -> int:
-    """How many tokens' keys and values this stage has memory for."""
+    """Return for how many tokens' keys and values this stage has memory."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", manifest.topology.world_size))
     free = SHARE * free_bytes(model.device) / (here if model.device.type == "cpu" else 1)
     room = free if config.cache_mb is None else config.cache_mb * 1e6
@@ -166,7 +183,7 @@ def cache_rows(config: Config, manifest: Manifest, model: StageModel) -> int:
 
 
 def work_as_thread(config: Config, manifest: Manifest, end: Transport, first: Transport) -> None:
-    """A stage as a thread; what goes wrong in it is raised where rank 0 waits."""
+    """Be a stage in a thread; what goes wrong in it is raised where rank 0 waits."""
     end = shaped(end, config.emulate)
     try:
         work(config, manifest, end)

@@ -34,7 +34,8 @@ def check_same_tokens(target: Tokenizer, draft: Tokenizer, where: str) -> None:
     if differs:
         worst = min(differs, key=lambda t: (ours.get(t, theirs.get(t)), t))
         raise UserError(
-            f"drafter.path: {where} has another vocabulary than the target ({len(differs)} tokens differ, such as {worst!r}: "
+            f"drafter.path: {where} has another vocabulary than the target ({len(differs)} "
+            f"tokens differ, such as {worst!r}: "
             f"{ours.get(worst)} in the target, {theirs.get(worst)} in the draft)"
         )
 

@@ -1,4 +1,5 @@
-"""Real compute in pairs: flowspec and its plain pipeline against llama.cpp, over its RPC servers and in one process.
+"""Real compute in pairs: flowspec and its plain pipeline against llama.cpp, over its RPC servers
+and in one process.
 
     python scripts/inflate.py --model demo/target --output build/big1 --size-gb 1 --dtype float32
     python scripts/compare_llama.py --model build/big1 --draft demo/draft --build build/llama
@@ -6,17 +7,20 @@
 All sides continue the same prompts from the same token ids, at temperature 0:
 
 - ar, flowspec lm (and flowspec eagle, with --eagle): a rank a stage, a process and one thread each
-- rpc, rpc draft 3, rpc draft 8, rpc q8_0: a llama-server whose layers lie in equal parts on one RPC server a stage, of one
+- rpc, rpc draft 3, rpc draft 8, rpc q8_0: a llama-server whose layers lie in equal parts on one RPC
+  server a stage, of one
   thread each; it drafts itself, in one thread
 - one, one draft 3, ...: a llama-server alone, with as many threads as there are stages
 
-`--also dtype=int8` adds flowspec's sides once more with that setting. All processes live from beginning to end
-and wait blocked for their turn; the order of the sides is drawn anew for each prompt and repeat. Float32 sides must write the tokens
-of `ar`; other precisions, their own plain decoding's where that is ours.
+`--also dtype=int8` adds flowspec's sides once more with that setting. All processes live from
+beginning to end and wait blocked for their turn; the order of the sides is drawn anew for each
+prompt and repeat. Float32 sides must write the tokens of `ar`; other precisions, their own plain
+decoding's where that is ours.
 
-A row's percentage is of what memory allows plain decoding: the bandwidth measured here with as many threads as read at a time
-(1 in a ring or over RPC, where one stage computes after the other), over the bytes of weights that a token needs. Speculation
-may pass 100 %. llama.cpp is built by --build out of the source that the package llama-cpp-python carries, or is found by --llama.
+A row's percentage is of what memory allows plain decoding: the bandwidth measured here with as many
+threads as read at a time (1 in a ring or over RPC, where one stage computes after the other), over
+the bytes of weights that a token needs. Speculation may pass 100 %. llama.cpp is built by --build
+out of the source that the package llama-cpp-python carries, or is found by --llama.
 """
 
 from __future__ import annotations
@@ -63,7 +67,8 @@ from flowspec.rank import serve as serve_stage
 from flowspec.text import Text, check_same_tokens, load_tokenizer
 
 CLOSE = tolerance("float32", layers=8, hidden=256)
-"""a lead below which rounding may choose: of the demo target, whose function inflated models compute"""
+"""a lead below which rounding may choose: of the demo target, whose function inflated models
+compute"""
 WARM_UP_TOKENS = 8
 BUSY = {"FLOWSPEC_HEARTBEAT": os.environ.get("FLOWSPEC_HEARTBEAT", "0.5,30")}
 """others compute on the same cores"""
@@ -83,26 +88,30 @@ READ_BYTES, READS = 1 << 29, 7
 """of the bandwidth test: far more than any cache holds, the best of so many"""
 
 
-# ---- llama.cpp's binaries ---------------------------------------------------------------------------
+# ---- llama.cpp's binaries
+# ---------------------------------------------------------------------------
 def binaries(folder: Path) -> Path:
     """`folder` has them; UserError names what it lacks."""
     lacking = [name for name in BINARIES if not (folder / name).is_file()]
     if lacking:
         raise UserError(
-            f"--llama {folder} has no {', '.join(lacking)}: name the folder of llama.cpp's binaries, or use --build"
+            f"--llama {folder} has no {', '.join(lacking)}: name the folder of llama.cpp's "
+            "binaries, or use --build"
         )
     return folder
 
 
 def build(folder: Path) -> Path:
-    """Where the binaries are after building them under `folder`; what is there already stays. UserError when it does not work out."""
+    """Where the binaries are after building them under `folder`; what is there already stays.
+    UserError when it does not work out."""
     made = folder / "build" / "bin"
     if all((made / name).is_file() for name in BINARIES):
         return made
     for tools in (("cmake",), ("c++", "g++", "clang++")):
         if not any(map(shutil.which, tools)):
             raise UserError(
-                f"--build needs {tools[0]}, which is not installed: install it, or name a folder of binaries by --llama"
+                f"--build needs {tools[0]}, which is not installed: install it, or name a folder "
+                "of binaries by --llama"
             )
     folder.mkdir(parents=True, exist_ok=True)
     package = folder / f"{PACKAGE}-{VERSION}.tar.gz"
@@ -142,7 +151,8 @@ def step(folder: Path, what: str, command: Sequence[str]) -> None:
         raise UserError(f"--build could not {what} (exit code {code}): {log} says why")
 
 
-# ---- a ring, in processes of its own ---------------------------------------------------------------
+# ---- a ring, in processes of its own
+# ---------------------------------------------------------------
 def ring(engine: Engine) -> Ask:
     """Answers by the ring whose rank 0 this is."""
 
@@ -198,7 +208,8 @@ def serve_rank(config: str, *overrides: str) -> None:
         serve(ring(engine), {"threads": torch.get_num_threads(), "dtype": engine.dtype_name})
 
 
-# ---- runs ------------------------------------------------------------------------------------------
+# ---- runs
+# ------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Run:
     """One text of one side."""
@@ -219,7 +230,8 @@ class Run:
 
     @property
     def decode_rate(self) -> float | None:
-        """(tokens - 1) / decode_seconds; what comes together with the first token counts as decoded in no time."""
+        """(tokens - 1) / decode_seconds; what comes together with the first token counts as decoded
+        in no time."""
         return (len(self.token_ids) - 1) / self.decode_seconds if self.decode_seconds > 0 else None
 
     @property
@@ -257,7 +269,8 @@ class Plan:
 
 
 def measure(plan: Plan, sides: dict[str, Ask], say: Callable[[str], None]) -> list[Run]:
-    """Every side on every prompt in every repeat, in a drawn order, after a short text of each that does not count."""
+    """Every side on every prompt in every repeat, in a drawn order, after a short text of each that
+    does not count."""
     draw, runs = random.Random(plan.seed), []
     for side, ask in sides.items():
         ask(plan.asked(side, 0, WARM_UP_TOKENS))
@@ -288,7 +301,8 @@ def spread(values: Iterable[float | None]) -> dict | None:
 
 
 def partings(runs: Sequence[Run]) -> list[dict]:
-    """Where runs part from their prompt's plain decoding (`ar`); a tie if its lead was less than CLOSE there."""
+    """Where runs part from their prompt's plain decoding (`ar`); a tie if its lead was less than
+    CLOSE there."""
     plain = {run.prompt: run for run in runs if run.side == "ar"}
     found = []
     for run in runs:
@@ -302,7 +316,8 @@ def partings(runs: Sequence[Run]) -> list[dict]:
     return found
 
 
-# ---- llama.cpp answering, in a process that holds its servers -----------------------------------------
+# ---- llama.cpp answering, in a process that holds its servers
+# -----------------------------------------
 @dataclass(frozen=True)
 class Side:
     """One way to run llama.cpp."""
@@ -489,7 +504,8 @@ def completion(port: int, asked: dict) -> dict:
 
 
 def serve_llama(settings: str) -> None:
-    """Starts every side's processes, answers for all of them, and ends them when nothing can be asked any more."""
+    """Starts every side's processes, answers for all of them, and ends them when nothing can be
+    asked any more."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     found = json.loads(settings)
     folder, models = Path(found["binaries"]), Path(found["models"])
@@ -511,7 +527,8 @@ def serve_llama(settings: str) -> None:
         serve(lambda asked: completion(ports[asked["side"]], asked), {"sides": list(ports)})
 
 
-# ---- ours -------------------------------------------------------------------------------------------
+# ---- ours
+# -------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Ring:
     """A ring to start and the sides that it runs."""
@@ -548,7 +565,8 @@ def configured(ring: Ring, path: Path) -> tuple[str, Manifest]:
     return config.dtype, check_run(config)
 
 
-# ---- what memory allows -----------------------------------------------------------------------------
+# ---- what memory allows
+# -----------------------------------------------------------------------------
 def bandwidth(threads: int) -> float:
     """Bytes a second that so many threads read of memory, at best."""
     before = torch.get_num_threads()
@@ -562,7 +580,8 @@ def bandwidth(threads: int) -> float:
     return READ_BYTES / min(seconds)
 
 
-# ---- what they say ----------------------------------------------------------------------------------
+# ---- what they say
+# ----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Facts:
     """What is known of a side before it runs."""
@@ -587,7 +606,8 @@ def over(runs: Sequence[Run], rate: str, side: str, other: str) -> dict | None:
 
 
 def rivals(rates: dict[str, dict]) -> dict[str, str]:
-    """What is divided by: llama.cpp's plain decoding over RPC, the best of its drafts there, and its int8 there."""
+    """What is divided by: llama.cpp's plain decoding over RPC, the best of its drafts there, and
+    its int8 there."""
     drafts = [side for side in rates if side.startswith("rpc draft")]
     best = max(drafts, key=lambda side: rates[side]["decode_rate"]["median"], default="")
     return {"rpc": "rpc", "best rpc draft": best, "rpc q8_0": "rpc q8_0"}
@@ -596,7 +616,8 @@ def rivals(rates: dict[str, dict]) -> dict[str, str]:
 def summary(
     runs: Sequence[Run], facts: dict[str, Facts], bandwidths: dict[int, float]
 ) -> dict[str, dict]:
-    """Of each side: its rates, its share of what memory allows plain decoding, and its ratios to its rivals."""
+    """Of each side: its rates, its share of what memory allows plain decoding, and its ratios to
+    its rivals."""
     found: dict[str, dict] = {}
     for side in facts:
         found[side] = {
@@ -635,7 +656,8 @@ def table(sides: dict[str, dict]) -> str:
         return (
             "-"
             if value is None
-            else f"{value['median']:.{digits}f} ({value['min']:.{digits}f}..{value['max']:.{digits}f})"
+            else f"{value['median']:.{digits}f} "
+            f"({value['min']:.{digits}f}..{value['max']:.{digits}f})"
         )
 
     names = list(next(iter(sides.values()))["over"])
@@ -666,9 +688,13 @@ def show(found: dict) -> None:
     )
     print(f"{len(found['runs'])} runs; medians (least..most):\n{table(found['sides'])}")
     for part in found["partings"]:
-        where = f"{part['side']} (prompt {part['prompt'] + 1}, repeat {part['repeat'] + 1}) parts from {part['plain']}"
+        where = (
+            f"{part['side']} (prompt {part['prompt'] + 1}, repeat {part['repeat'] + 1}) "
+            f"parts from {part['plain']}"
+        )
         print(
-            f"{where} at new token {part['new_token']}, top-2 gap {part['gap']}: {'a numeric tie' if part['tie'] else 'A BUG'}"
+            f"{where} at new token {part['new_token']}, top-2 gap {part['gap']}: "
+            f"{'a numeric tie' if part['tie'] else 'A BUG'}"
         )
     if not found["partings"]:
         print("tokens: the same wherever they must be")
@@ -683,7 +709,8 @@ def show(found: dict) -> None:
     )
 
 
-# ---- command line -----------------------------------------------------------------------------------
+# ---- command line
+# -----------------------------------------------------------------------------------
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     each = Parser(
         prog="compare_llama.py",
@@ -793,7 +820,8 @@ def write_models(
         )
         if done.returncode:
             raise UserError(
-                f"{QUANTIZE} cannot make {precision} of {args.model}: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"
+                f"{QUANTIZE} cannot make {precision} of {args.model}: "
+                f"{(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"
             )
 
 
@@ -895,7 +923,8 @@ def renamed(ask: Ask, method: str) -> Ask:
 
 @command
 def main(argv: Sequence[str]) -> int:
-    """Exit code: 0, 1 when tokens differ or a process is lost, 2 for bad input, 130 when interrupted."""
+    """Exit code: 0, 1 when tokens differ or a process is lost, 2 for bad input, 130 when
+    interrupted."""
     args = arguments(argv)
     with tempfile.TemporaryDirectory(prefix="flowspec-") as folder:
         found = compare(args, Path(folder))

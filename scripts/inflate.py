@@ -1,28 +1,41 @@
 """Grow a Llama checkpoint into a far larger one that computes the same function.
 
     python scripts/inflate.py --model demo/target --output /tmp/big --size-gb 2 --check
-    python scripts/inflate.py --model demo/target --output /tmp/big --check          # of one that is there already
-    python scripts/inflate.py --model demo/target --output /tmp/real --hidden 4096 --layers 12 --heads 32/8 --head-dim 128 \\
+    python scripts/inflate.py --model demo/target --output /tmp/big --check          # of one that
+    is there already
+    python scripts/inflate.py --model demo/target --output /tmp/real --hidden 4096 --layers 12
+    --heads 32/8 --head-dim 128 \\
         --vocab 128256 --positions 16384
 
-The big model costs what its size costs, in arithmetic, memory and transport, and still writes the small model's text, so
-a benchmark sees real acceptance. What makes it the same function:
+The big model costs what its size costs, in arithmetic, memory and transport, and still writes the
+small model's text, so a benchmark sees real acceptance. What makes it the same function:
 
-- width k: the residual stream holds k copies of the small one. A mean square over copies is the mean square of one, so
-  norms, their weights repeated, need no other epsilon and no rounding. Matrices that read the stream read the first copy
+- width k: the residual stream holds k copies of the small one. A mean square over copies is the
+  mean square of one, so
+  norms, their weights repeated, need no other epsilon and no rounding. Matrices that read the
+  stream read the first copy
   (other columns zero), matrices that write it write every copy (rows repeated).
-- heads: a small head's query, key and value become those of one of the big heads, in whatever groups these are, as long as there
-  are enough; the new ones are random, and o_proj ignores them (zero columns). Likewise neurons and down_proj.
-- head size: m times as large, dimension i is i * m of its half, which turns by the same angle; q_proj's rows grow by sqrt(m), since
-  scores are divided by sqrt(head size), and its new ones are zero. Exact where m is a power of 4, others are refused.
-- head: the final norm keeps the first copy only (other weights zero), which serves tied and untied heads alike.
+- heads: a small head's query, key and value become those of one of the big heads, in whatever
+  groups these are, as long as there
+  are enough; the new ones are random, and o_proj ignores them (zero columns). Likewise neurons and
+  down_proj.
+- head size: m times as large, dimension i is i * m of its half, which turns by the same angle;
+  q_proj's rows grow by sqrt(m), since
+  scores are divided by sqrt(head size), and its new ones are zero. Exact where m is a power of 4,
+  others are refused.
+- head: the final norm keeps the first copy only (other weights zero), which serves tied and untied
+  heads alike.
 - depth: layers are appended whose o_proj and down_proj are zero.
-- positions: nothing changes but the limit; where the rotary embedding depends on it, that is refused.
-- vocabulary: see `Constant`. What the new tokens need is a place in the stream, so there are fewer copies than the width holds, the
-  rest is zero, and norms' weights shrink by sqrt(copies / k): by half where k is a multiple of 4, else by what is rounded as stored
+- positions: nothing changes but the limit; where the rotary embedding depends on it, that is
+  refused.
+- vocabulary: see `Constant`. What the new tokens need is a place in the stream, so there are fewer
+  copies than the width holds, the
+  rest is zero, and norms' weights shrink by sqrt(copies / k): by half where k is a multiple of 4,
+  else by what is rounded as stored
   (3e-8 of it in float32, 2e-4 in float16, so near ties of the text may fall otherwise).
 
-Every new weight that may be anything is random, so that no kernel meets blocks of zeros it could skip.
+Every new weight that may be anything is random, so that no kernel meets blocks of zeros it could
+skip.
 """
 
 from __future__ import annotations
@@ -148,7 +161,8 @@ class Wanted:
     head_dim: int | None = None
 
     def shape(self, small: Shape) -> Shape:
-        """UserError, by the option's name, for a shape that cannot compute the small model's function."""
+        """UserError, by the option's name, for a shape that cannot compute the small model's
+        function."""
         hidden, layers = self.hidden or small.hidden, self.layers or small.layers
         if hidden % small.hidden or hidden < small.hidden:
             raise UserError(
@@ -174,26 +188,31 @@ class Wanted:
                 raise UserError(f"--{name} {value}: the model has {getattr(small, name)} already")
         if heads % kv_heads or kv_heads < small.kv_heads or big.group < small.group:
             raise UserError(
-                f"--heads {heads}/{kv_heads}: the model's {small.heads}/{small.kv_heads} do not fit into these groups"
+                f"--heads {heads}/{kv_heads}: the model's {small.heads}/{small.kv_heads} do not "
+                "fit into these groups"
             )
         times = big.head_dim / small.head_dim
         if times < 1 or not math.log(times, 4).is_integer():
             raise UserError(
-                f"--head-dim {big.head_dim}: it must be the model's {small.head_dim} times a power of 4"
+                f"--head-dim {big.head_dim}: it must be the model's {small.head_dim} times a "
+                "power of 4"
             )
         if big.vocab > small.vocab and k == 1:
             raise UserError(
-                f"--vocab {big.vocab}: new tokens need a wider stream, give --hidden {2 * small.hidden} or more"
+                f"--vocab {big.vocab}: new tokens need a wider stream, give --hidden "
+                f"{2 * small.hidden} or more"
             )
         return big
 
     def _grown(self, small: Shape, weights: int) -> Shape:
-        """The shape of about so many weights: first wide (while twice the layers would still fit), then deep, the rest in the MLP."""
+        """The shape of about so many weights: first wide (while twice the layers would still fit),
+        then deep, the rest in the MLP."""
         k = 2 if self.vocab and self.vocab > small.vocab else 1
         wide = self._wide(small, k)
         if weights < wide.weights:
             raise UserError(
-                f"--size-gb: the least is a model of {wide.weights} weights, {weights} were asked for"
+                f"--size-gb: the least is a model of {wide.weights} weights, {weights} were "
+                "asked for"
             )
         while replace(self._wide(small, k + 1), layers=2 * small.layers).weights <= weights:
             k += 1
@@ -207,13 +226,15 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Constant:
-    """The last place of the stream, which is the same for every token of the small model, and what makes new tokens lose by it.
+    """The last place of the stream, which is the same for every token of the small model, and what
+    makes new tokens lose by it.
 
-    The embedding holds `value` there, nothing writes it, and what it adds to a mean square is taken off the norms' epsilon. Behind
-    the final norm it is KEPT * value / rms, rms being the stream's. New tokens' rows of the head have LOSING there, so their
-    logits are about LOSING * KEPT * value / rms: for a value of 2^-5 minus 1,000 and less at any rms up to 1,000, far below all
-    others, also under noise and without filters. The others' rows have 0, or in a tied head `value` itself, which adds the same
-    KEPT * value^2 / rms, about 1 / rms, to all of them."""
+    The embedding holds `value` there, nothing writes it, and what it adds to a mean square is taken
+    off the norms' epsilon. Behind the final norm it is KEPT * value / rms, rms being the stream's.
+    New tokens' rows of the head have LOSING there, so their logits are about LOSING * KEPT * value
+    / rms: for a value of 2^-5 minus 1,000 and less at any rms up to 1,000, far below all others,
+    also under noise and without filters. The others' rows have 0, or in a tied head `value` itself,
+    which adds the same KEPT * value^2 / rms, about 1 / rms, to all of them."""
 
     value: float
     KEPT: ClassVar = 2.0**10
@@ -225,7 +246,8 @@ class Constant:
         return cls(2.0 ** math.floor(math.log2(square / 2) / 2))
 
 
-# ---- tensors ---------------------------------------------------------------------------------------
+# ---- tensors
+# ---------------------------------------------------------------------------------------
 def random_matrix(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Normal noise that depends on the tensor's name alone."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -251,7 +273,8 @@ class Inflation:
 
     @property
     def shrink(self) -> float:
-        """The norms' weights by this much: the stream's rms is as much smaller than the small one's."""
+        """The norms' weights by this much: the stream's rms is as much smaller than the small
+        one's."""
         return math.sqrt(self.copies * self.small.hidden / self.big.hidden)
 
     @property
@@ -370,13 +393,15 @@ class Inflation:
     # ---- where small heads lie in the big ones
     @property
     def _heads(self) -> torch.Tensor:
-        """The big query head of each small one, int64 [heads]; the first key-value heads are the small ones."""
+        """The big query head of each small one, int64 [heads]; the first key-value heads are the
+        small ones."""
         old = torch.arange(self.small.heads)
         return old // self.small.group * self.big.group + old % self.small.group
 
     @property
     def _turned(self) -> torch.Tensor:
-        """The dimension of a big head that turns as each of a small one's does, int64 [head_dim]: the pairs are i and i + half."""
+        """The dimension of a big head that turns as each of a small one's does, int64 [head_dim]:
+        the pairs are i and i + half."""
         half, times = self.small.head_dim // 2, self.big.head_dim // self.small.head_dim
         first = torch.arange(half) * times
         return torch.cat([first, first + self.big.head_dim // 2])
@@ -406,7 +431,8 @@ class Inflation:
         yield self.tensor(name, shape).to(dtype).view(-1).view(torch.uint8).numpy().data
 
 
-# ---- files -----------------------------------------------------------------------------------------
+# ---- files
+# -----------------------------------------------------------------------------------------
 def shards(entries: list[Entry], limit: int) -> list[list[Entry]]:
     """Consecutive entries of at most `limit` bytes together, a larger tensor alone."""
     parts: list[list[Entry]] = [[]]
@@ -473,10 +499,12 @@ def inflate(
     return big
 
 
-# ---- check -----------------------------------------------------------------------------------------
+# ---- check
+# -----------------------------------------------------------------------------------------
 @torch.inference_mode()
 def greedy(folder: Path, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
-    """Of each prompt transformers' greedy tokens, computed in float32, and the lead of each over the next best logit."""
+    """Of each prompt transformers' greedy tokens, computed in float32, and the lead of each over
+    the next best logit."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -498,7 +526,8 @@ def greedy(folder: Path, prompts: list[list[int]]) -> list[tuple[list[int], list
 
 
 def check(small: Path, big: Path, prompts: list[str]) -> bool:
-    """Say of each prompt whether both models continue it alike, or where they part; one model is in memory at a time."""
+    """Say of each prompt whether both models continue it alike, or where they part; one model is in
+    memory at a time."""
     for folder in (small, big):
         Source.open(folder)  # a UserError for what is no checkpoint
     tokenizer = load_tokenizer(small)
@@ -526,7 +555,8 @@ def parting(tokenizer, want: list[int], got: list[int], leads: list[float], at: 
     )
 
 
-# ---- command line ----------------------------------------------------------------------------------
+# ---- command line
+# ----------------------------------------------------------------------------------
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     each = Parser(
         prog="inflate.py",
@@ -602,14 +632,18 @@ def run(args: argparse.Namespace) -> int:
     wanted = wanted_of(args)
     if wanted is None and not args.check:
         raise UserError(
-            "--size-gb is missing: how large is the model to be? (Or give --hidden, --layers, --vocab ...)"
+            "--size-gb is missing: how large is the model to be? (Or give --hidden, --layers, "
+            "--vocab ...)"
         )
     if wanted is not None:
         big = inflate(args.model, args.output, wanted, args.dtype)
         stored, computed = (
             big.weights * getattr(torch, name).itemsize / 1e6 for name in (args.dtype, "float32")
         )
-        sizes = f"{stored:.0f} MB as stored ({args.dtype}), {computed:.0f} MB as computed with on a CPU (float32)"
+        sizes = (
+            f"{stored:.0f} MB as stored ({args.dtype}), {computed:.0f} MB as computed with "
+            "on a CPU (float32)"
+        )
         print(f"{args.output}: {big.weights / 1e6:.0f} M weights, {sizes}, {big}", file=sys.stderr)
     if args.check:
         prompts = read_prompts(str(ROOT / "demo" / "prompts.jsonl"))[:CHECKED_PROMPTS]
@@ -619,7 +653,8 @@ def run(args: argparse.Namespace) -> int:
 
 @command
 def main(argv: Sequence[str]) -> int:
-    """Exit code: 0, 1 when --check finds another text, 2 for bad input (one line on stderr), 130 when interrupted."""
+    """Exit code: 0, 1 when --check finds another text, 2 for bad input (one line on stderr), 130
+    when interrupted."""
     return run(arguments(argv))
 
 

@@ -1,14 +1,19 @@
-"""Prove on the demo models that every method writes the same text: long, run by hand before a release.
+"""Prove on the demo models that every method writes the same text: long, run by hand before a
+release.
 
-    python scripts/prove_identity.py                     # 20 prompts of 128 tokens; about 20 minutes on two cores
+    python scripts/prove_identity.py                     # 20 prompts of 128 tokens; about 20
+    minutes on two cores
 
-For 1, 2, 3, 4 and 6 stages (uneven where that is possible), each drafter, and on each prompt another tree (1 to 200
-nodes), segment (1 to 64 rows) and set of policy switches, on stages and links that take some (emulated)
-time: greedy text of every method against transformers' generate (where weights are float32); sampled text (temperature 0.8, top-p 0.9,
-three seeds) of all methods against each other. All ranks are threads of this process.
+For 1, 2, 3, 4 and 6 stages (uneven where that is possible), each drafter, and on each prompt
+another tree (1 to 200 nodes), segment (1 to 64 rows) and set of policy switches, on stages and
+links that take some (emulated) time: greedy text of every method against transformers' generate
+(where weights are float32); sampled text (temperature 0.8, top-p 0.9, three seeds) of all methods
+against each other. All ranks are threads of this process.
 
-Beside it: --dtype and --device (anything but float32 on a CPU runs with `deterministic: true`, all methods against each other),
---growth N (caches with N rows to spare, so that they grow in the midst of abandoned forwards), --context N (prompts begin with N tokens
+Beside it: --dtype and --device (anything but float32 on a CPU runs with `deterministic: true`, all
+methods against each other),
+--growth N (caches with N rows to spare, so that they grow in the midst of abandoned forwards),
+  --context N (prompts begin with N tokens
 of other text; a model with room for them is made by scripts/inflate.py --positions, for --model).
 """
 
@@ -76,7 +81,8 @@ class Proof:
         tie = at < len(gaps) and gaps[at] < close
         self.ties, self.bugs = self.ties + tie, self.bugs + (not tie)
         print(
-            f"{'tie' if tie else 'BUG'}: {what} parts at new token {at}, top-2 gap {gaps[at] if at < len(gaps) else None}",
+            f"{'tie' if tie else 'BUG'}: {what} parts at new token {at}, top-2 gap "
+            f"{gaps[at] if at < len(gaps) else None}",
             flush=True,
         )
 
@@ -160,7 +166,10 @@ def main() -> int:
         if whole
         else None
     )
-    settings = f"emulate: {TIMES}\nthreads: 1\ndevice: {args.device}\ndtype: {args.dtype}\ndeterministic: {'false' if whole else 'true'}\n"
+    settings = (
+        f"emulate: {TIMES}\nthreads: 1\ndevice: {args.device}\ndtype: "
+        f"{args.dtype}\ndeterministic: {'false' if whole else 'true'}\n"
+    )
     proof, draw = Proof(), random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         for stages, (drafter, kind) in itertools.product(args.stages, DRAFTERS.items()):
@@ -184,11 +193,13 @@ def main() -> int:
                     f"S={stages} {drafter}",
                 )
             print(
-                f"S={stages} {drafter}: {proof.texts} texts so far, {proof.bugs} bugs, {time.monotonic() - begun:.0f} s",
+                f"S={stages} {drafter}: {proof.texts} texts so far, {proof.bugs} bugs, "
+                f"{time.monotonic() - begun:.0f} s",
                 flush=True,
             )
     same = proof.texts - proof.ties - proof.bugs
-    print(f"{proof.texts} texts, {proof.tokens} tokens ({args.dtype}, tree seed {args.seed}): {same} identical, "
+    print(f"{proof.texts} texts, {proof.tokens} tokens ({args.dtype}, tree seed {args.seed}): "
+          f"{same} identical, "
           f"{proof.ties} parted at a tie, {proof.bugs} bugs")  # fmt: skip
     return 1 if proof.bugs else 0
 

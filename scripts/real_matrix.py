@@ -1,13 +1,17 @@
-"""Is speculation ever slower than plain decoding? Real shapes, real compute, every combination of a few axes, in pairs.
+"""Is speculation ever slower than plain decoding? Real shapes, real compute, every combination of a
+few axes, in pairs.
 
     python scripts/real_matrix.py configs/real/full.yaml
 
-A cell is a context length, vocabulary, dtype, drafter, number of stages and temperature. Its pairs are a run by `flowspec` and one by
-`ar` of the same prompt in the same ring, in random order. The models are the demo's, inflated (scripts/inflate.py, scripts/weaken.py) into
-build/real/ on first use; a ring of processes is started once for all cells of a target, drafter, dtype and number of stages.
+A cell is a context length, vocabulary, dtype, drafter, number of stages and temperature. Its pairs
+are a run by `flowspec` and one by `ar` of the same prompt in the same ring, in random order. The
+models are the demo's, inflated (scripts/inflate.py, scripts/weaken.py) into build/real/ on first
+use; a ring of processes is started once for all cells of a target, drafter, dtype and number of
+stages.
 
-Each run is a line of OUTPUT/runs.jsonl as soon as it is done, and what is there is not run again: interrupt it and start it anew, or
-start it with more axes or more pairs. The tables, of all that is there, are printed and written to OUTPUT/table.md.
+Each run is a line of OUTPUT/runs.jsonl as soon as it is done, and what is there is not run again:
+interrupt it and start it anew, or start it with more axes or more pairs. The tables, of all that is
+there, are printed and written to OUTPUT/table.md.
 """
 
 from __future__ import annotations
@@ -41,7 +45,8 @@ from flowspec.schema import build
 
 METHODS = ("ar", "flowspec")
 AGREEMENT = {"good": 0.8, "weak": 0.3, "useless": 0.0}
-"""drafter -> how often its first choice is the target's, on its own text; each is the demo target itself, with noise in its lm_head"""
+"""drafter -> how often its first choice is the target's, on its own text; each is the demo target
+itself, with noise in its lm_head"""
 LIMIT = 0.97
 """a cell whose median ratio is below this is listed"""
 WARM_UP_TOKENS = 8
@@ -197,7 +202,8 @@ def missing(matrix: Matrix, runs: Iterable[Run]) -> list[tuple[Cell, int]]:
     ]
 
 
-# ---- models ----------------------------------------------------------------------------------------
+# ---- models
+# ----------------------------------------------------------------------------------------
 class Models:
     """Folders under build/real/, each made on first use and whole as soon as it has its name."""
 
@@ -215,7 +221,8 @@ class Models:
         )
 
     def draft(self, ring: Ring) -> Path:
-        """With the target's vocabulary and positions: its lm_head costs what a draft model's costs at that vocabulary."""
+        """With the target's vocabulary and positions: its lm_head costs what a draft model's costs
+        at that vocabulary."""
         demo, name = (
             ROOT / "demo" / "target",
             f"draft_{ring.drafter}_v{ring.vocabulary}_p{self._model.positions}",
@@ -271,7 +278,8 @@ def _run(words: Sequence[object], quiet: bool = False, **environment: str) -> No
         )
 
 
-# ---- as the launcher -------------------------------------------------------------------------------
+# ---- as the launcher
+# -------------------------------------------------------------------------------
 def measure(matrix: Matrix, output: Path) -> None:
     """Start each ring that has something to measure."""
     models, path = Models(ROOT / "build" / "real", matrix.model), output / "runs.jsonl"
@@ -303,13 +311,15 @@ def measure(matrix: Matrix, output: Path) -> None:
             MASTER_ADDR="127.0.0.1",
         )
         print(
-            f"ring {number} of {len(rings)} ({', '.join(map(str, ring))}): {time.monotonic() - begun:.0f} s",
+            f"ring {number} of {len(rings)} ({', '.join(map(str, ring))}): "
+            f"{time.monotonic() - begun:.0f} s",
             file=sys.stderr,
             flush=True,
         )
 
 
-# ---- as a rank -------------------------------------------------------------------------------------
+# ---- as a rank
+# -------------------------------------------------------------------------------------
 def rank(output: Path) -> None:
     """A rank of the ring that ring.yaml describes; rank 0 runs the pairs of ring.json."""
     from flowspec.config import load_config
@@ -369,7 +379,8 @@ def prompt(encode, pair: int, tokens: int) -> list[int]:
     raise AssertionError("a cycle has no end")
 
 
-# ---- tables ----------------------------------------------------------------------------------------
+# ---- tables
+# ----------------------------------------------------------------------------------------
 class Outcome(NamedTuple):
     """Of a cell: medians over its pairs."""
 
@@ -384,7 +395,8 @@ class Outcome(NamedTuple):
 
 
 def outcomes(runs: Iterable[Run]) -> dict[Cell, Outcome]:
-    """Of the cells that have a pair, in the order of their axes; a run that was made twice counts by its last."""
+    """Of the cells that have a pair, in the order of their axes; a run that was made twice counts
+    by its last."""
     by_cell: dict[Cell, dict[int, dict[str, Run]]] = {}
     for run in runs:
         by_cell.setdefault(run.cell, {}).setdefault(run.pair, {})[run.method] = run
@@ -444,7 +456,8 @@ def markdown(found: dict[Cell, Outcome]) -> str:
         for key, line in lines.items()
     ]
     parts = [
-        "Tokens/s of flowspec over those of ar, medians of pairs; milliseconds a token while decoding.", _table(head, rows),
+        "Tokens/s of flowspec over those of ar, medians of pairs; milliseconds a token while "
+        "decoding.", _table(head, rows),
         f"Cells below {LIMIT}: {len(slow)} of {len(found)}" + "".join(f"\n{line}" for line in slow),
         "Milliseconds a token against the context, ar / flowspec.", _table([*head[:5], *map(str, contexts)], by_context),
     ]  # fmt: skip
@@ -461,7 +474,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 @command
 def main(argv: Sequence[str]) -> int:
-    """Exit code: 0, 2 for bad input or a ring that failed (one line on stderr), 130 when interrupted."""
+    """Exit code: 0, 2 for bad input or a ring that failed (one line on stderr), 130 when
+    interrupted."""
     options = _arguments(argv)
     if is_rank():
         rank(options.rank)

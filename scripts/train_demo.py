@@ -1,12 +1,16 @@
-"""Train the demo models: a byte-level BPE tokenizer, a small Llama target and a draft distilled from it.
+"""Train the demo models: a byte-level BPE tokenizer, a small Llama target and a draft distilled
+from it.
 
-    python scripts/train_demo.py --out demo                 # everything, about two hours on two cores
-    python scripts/train_demo.py --out demo --only draft    # one step again: tokenizer, target, draft or card
+    python scripts/train_demo.py --out demo                 # everything, about two hours on two
+    cores
+    python scripts/train_demo.py --out demo --only draft    # one step again: tokenizer, target,
+    draft or card
 
-The text is the Python standard library's own sources as installed beside the interpreter; nothing of
-it is stored. One file in twenty is held out for validation. The draft learns the target's
+The text is the Python standard library's own sources as installed beside the interpreter; nothing
+of it is stored. One file in twenty is held out for validation. The draft learns the target's
 distributions (cross entropy against its soft outputs), because how often the two agree is what
-speculation lives on. Every step writes beside and renames, so an interrupted run keeps the last save.
+speculation lives on. Every step writes beside and renames, so an interrupted run keeps the last
+save.
 """
 
 import argparse
@@ -35,9 +39,11 @@ SHAPES = {
 }  # fmt: skip
 
 
-# ---- text ------------------------------------------------------------------------------------------
+# ---- text
+# ------------------------------------------------------------------------------------------
 def sources() -> tuple[list[str], list[str]]:
-    """(training files, held-out files): every .py of the standard library but tables and other people's packages."""
+    """(training files, held-out files): every .py of the standard library but tables and other
+    people's packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "dist-packages", "encodings", "pydoc_data", "data", "__pycache__"}
     train, held = [], []
@@ -53,7 +59,8 @@ def sources() -> tuple[list[str], list[str]]:
 def tokens_of(
     tokenizer: Tokenizer, files: list[str], seed: int, mark: int | None = None
 ) -> torch.Tensor:
-    """All files in random order as one row of tokens. `mark` stands before each; None: END, or nothing where that is unknown."""
+    """All files in random order as one row of tokens. `mark` stands before each; None: END, or
+    nothing where that is unknown."""
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
     mark = tokenizer.token_to_id(END) if mark is None else mark
     out: list[int] = []
@@ -80,7 +87,8 @@ def train_tokenizer(out: Path, files: list[str]) -> None:
         (out / role / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 
-# ---- optimiser -------------------------------------------------------------------------------------
+# ---- optimiser
+# -------------------------------------------------------------------------------------
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised by five Newton-Schulz steps (Jordan et al. 2024).
 
@@ -110,7 +118,8 @@ class Muon(torch.optim.Optimizer):
                 )  # update RMS 0.2, as AdamW's
 
 
-# ---- training --------------------------------------------------------------------------------------
+# ---- training
+# --------------------------------------------------------------------------------------
 def new_model(role: str) -> LlamaForCausalLM:
     torch.manual_seed(0)
     common = dict(
@@ -173,7 +182,8 @@ def train(
             spent = time.time() - begun
             rate = (step + 1) * batch * CONTEXT / spent
             print(
-                f"{role} step {step + 1}/{steps} loss {mean:.3f} {rate:.0f} tok/s {spent / 60:.1f} min",
+                f"{role} step {step + 1}/{steps} loss {mean:.3f} {rate:.0f} tok/s "
+                f"{spent / 60:.1f} min",
                 flush=True,
             )
         if (step + 1) % 1000 == 0 or step + 1 == steps:
@@ -196,7 +206,8 @@ def loss_of(model, teacher, ids: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits, soft)
 
 
-# ---- the card --------------------------------------------------------------------------------------
+# ---- the card
+# --------------------------------------------------------------------------------------
 def note(out: Path, role: str, **facts) -> None:
     path = out / "training.json"
     known = json.loads(path.read_text()) if path.exists() else {}
@@ -205,7 +216,8 @@ def note(out: Path, role: str, **facts) -> None:
 
 @torch.no_grad()
 def measure(out: Path, held: torch.Tensor, rows: int = 120) -> dict:
-    """Validation loss (nats a token) of both and how often the draft's first choice is the target's, on held-out text."""
+    """Validation loss (nats a token) of both and how often the draft's first choice is the
+    target's, on held-out text."""
     target, draft = load(out / "target").eval(), load(out / "draft").eval()
     total = dict(target=0.0, draft=0.0, agree=0, right=0, count=0)
     starts = torch.linspace(0, len(held) - CONTEXT - 2, rows).long().tolist()
@@ -224,7 +236,8 @@ def measure(out: Path, held: torch.Tensor, rows: int = 120) -> dict:
 
 
 def about_head(folder: Path) -> list[str]:
-    """Lines of the card on the EAGLE head, which scripts/train_eagle.py makes and measures; none without one."""
+    """Lines of the card on the EAGLE head, which scripts/train_eagle.py makes and measures; none
+    without one."""
     if not folder.exists():
         return []
     facts = json.loads((folder / "training.json").read_text())
@@ -233,10 +246,14 @@ def about_head(folder: Path) -> list[str]:
         sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values()),
     )
     return [
-        f"- EAGLE head: {size:,} parameters (a layer of the target's width; it uses the target's embedding and lm_head),",
-        f"  {facts['steps']} steps, {facts['tokens']:,} tokens, {facts['minutes']} minutes on two shared cores. Held out: its first choice",
-        f"  is the target's at **{held['first_choice_agreement']:.1%}** of positions, one of its best four at {held['in_top_4']:.1%},",
-        f"  and one level deeper, on a feature that it guessed itself, the first again at {held['first_choice_one_deeper']:.1%}.",
+        f"- EAGLE head: {size:,} parameters (a layer of the target's width; it uses the target's "
+        "embedding and lm_head),",
+        f"  {facts['steps']} steps, {facts['tokens']:,} tokens, {facts['minutes']} minutes on "
+        "two shared cores. Held out: its first choice",
+        f"  is the target's at **{held['first_choice_agreement']:.1%}** of positions, one of its "
+        f"best four at {held['in_top_4']:.1%},",
+        "  and one level deeper, on a feature that it guessed itself, the first again at "
+        f"{held['first_choice_one_deeper']:.1%}.",
         "  Its config.json names the target by a hash of the embedding.",
     ]
 
@@ -250,13 +267,18 @@ def write_card(out: Path, files: list[str], data: torch.Tensor, held: torch.Tens
     lines = [
         "# The demo models",
         "",
-        "A Llama-shaped target, a draft model a fraction of its size and an EAGLE head, small enough to ship. Both write",
-        "Python-like text; neither knows anything else, and neither is meant for more than showing and testing",
+        "A Llama-shaped target, a draft model a fraction of its size and an EAGLE head, small "
+        "enough to ship. Both write",
+        "Python-like text; neither knows anything else, and neither is meant for more than "
+        "showing and testing",
         "flowspec without a download.",
         "",
-        f"- Text: the sources of the Python {platform.python_version()} standard library as installed ({len(files)} files,",
-        f"  {len(data):,} tokens; {len(held):,} more held out, one file in twenty by the hash of its name). None of it is stored here.",
-        f"- Tokenizer: byte-level BPE, {VOCAB} entries, one special token `{END}` (start and end of a text).",
+        f"- Text: the sources of the Python {platform.python_version()} standard library as "
+        f"installed ({len(files)} files,",
+        f"  {len(data):,} tokens; {len(held):,} more held out, one file in twenty by the hash of "
+        "its name). None of it is stored here.",
+        f"- Tokenizer: byte-level BPE, {VOCAB} entries, one special token `{END}` (start and end "
+        "of a text).",
     ]
     for role in SHAPES:
         t, shape = known[role], SHAPES[role]
@@ -265,23 +287,32 @@ def write_card(out: Path, files: list[str], data: torch.Tensor, held: torch.Tens
             if role == "target"
             else "cross entropy against the target's distributions"
         )
-        size_of = f"{params[role]:,} parameters ({shape['num_hidden_layers']} layers, width {shape['hidden_size']})"
+        size_of = (
+            f"{params[role]:,} parameters ({shape['num_hidden_layers']} layers, width "
+            f"{shape['hidden_size']})"
+        )
         lines.append(f"- {role.capitalize()}: {size_of}, {how},")
         lines.append(
-            f"  {t['steps']} steps, {t['tokens']:,} tokens, {t['minutes']} minutes on two shared cores."
+            f"  {t['steps']} steps, {t['tokens']:,} tokens, {t['minutes']} minutes on two shared "
+            "cores."
         )
     lines += [
-        f"- Held out ({facts['positions']:,} positions): target loss {facts['target_loss']} nats a token, its first choice right at",
-        f"  {facts['target_accuracy']:.1%}; draft loss {facts['draft_loss']}; the draft's first choice is the target's at",
+        f"- Held out ({facts['positions']:,} positions): target loss {facts['target_loss']} nats "
+        "a token, its first choice right at",
+        f"  {facts['target_accuracy']:.1%}; draft loss {facts['draft_loss']}; the draft's first "
+        "choice is the target's at",
         f"  **{facts['first_choice_agreement']:.1%}** of positions.",
         *about_head(out / "eagle"),
         f"- Files: safetensors in float16, {size:.1f} MB in all.",
         "",
-        "Made by `python scripts/train_demo.py --out demo` (one run, one seed: no spread is known), the head by `python",
-        "scripts/train_eagle.py --target demo/target --out demo/eagle --minutes 62 --lr 1e-2 --ce-weight 0.5 --bfloat16`. The figures",
+        "Made by `python scripts/train_demo.py --out demo` (one run, one seed: no spread is "
+        "known), the head by `python",
+        "scripts/train_eagle.py --target demo/target --out demo/eagle --minutes 62 --lr 1e-2 "
+        "--ce-weight 0.5 --bfloat16`. The figures",
         "are in `training.json`; `--only card` measures the first two models again.",
         "",
-        "Licence: the weights are ours, Apache-2.0; the text they were trained on is under the PSF licence.",
+        "Licence: the weights are ours, Apache-2.0; the text they were trained on is under the "
+        "PSF licence.",
     ]  # fmt: skip
     (out / "README.md").write_text("\n".join(lines) + "\n")
 

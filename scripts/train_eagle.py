@@ -1,15 +1,18 @@
-"""Train an EAGLE-1 head for a target: one decoder layer that guesses the target's next feature (arXiv 2401.15077).
+"""Train an EAGLE-1 head for a target: one decoder layer that guesses the target's next feature
+(arXiv 2401.15077).
 
     python scripts/train_eagle.py --target demo/target --out demo/eagle --minutes 60
     python scripts/train_eagle.py --target DIR --out HEAD --text book.txt notes/ --steps 5000
 
-The target is any local checkpoint of a supported family; the text is any files or folders of .txt, .md and .py, by default the
-Python standard library's own sources. A twentieth is held out. The loss is the papers': smooth L1 between predicted and true
-features, plus a share of the cross entropy between the distributions that the target's lm_head makes of them. In use, the features
-that go in below the root are the head's own guesses: so they carry noise here, and with --levels above 1 guesses go in
-again, as many levels deep (110 steps for the demo target: first choice one level deeper .15, .23, .25 with 1, 2, 3 levels;
-at the root .26, .26, .27). --levels 1 is the paper's recipe. Interrupt it at any time: what was learnt is kept in
-OUT (config.json and model.safetensors, float16) and in OUT.state.pt, from which --resume goes on. config.json tells by a hash of the
+The target is any local checkpoint of a supported family; the text is any files or folders of .txt,
+.md and .py, by default the Python standard library's own sources. A twentieth is held out. The loss
+is the papers': smooth L1 between predicted and true features, plus a share of the cross entropy
+between the distributions that the target's lm_head makes of them. In use, the features that go in
+below the root are the head's own guesses: so they carry noise here, and with --levels above 1
+guesses go in again, as many levels deep (110 steps for the demo target: first choice one level
+deeper .15, .23, .25 with 1, 2, 3 levels; at the root .26, .26, .27). --levels 1 is the paper's
+recipe. Interrupt it at any time: what was learnt is kept in OUT (config.json and model.safetensors,
+float16) and in OUT.state.pt, from which --resume goes on. config.json tells by a hash of the
 target's embedding which target the head was made for, so that a run with another one refuses it.
 """
 
@@ -65,7 +68,8 @@ class Target:
 
 
 class Eagle(nn.Module):
-    """fc and a decoder layer like the target's, without the norm before attention; named as published heads are."""
+    """fc and a decoder layer like the target's, without the norm before attention; named as
+    published heads are."""
 
     def __init__(self, config):
         super().__init__()
@@ -81,7 +85,8 @@ class Eagle(nn.Module):
         self.fc = nn.Linear(2 * hidden, hidden, bias=False)
 
     def forward(self, embedded: Tensor, features: Tensor) -> Tensor:
-        """The features predicted at n tokens [batch, n, hidden], from their embeddings and the features before them."""
+        """The features predicted at n tokens [batch, n, hidden], from their embeddings and the
+        features before them."""
         return self.whole(
             inputs_embeds=self.fc(torch.cat([embedded, features], -1)), use_cache=False
         ).last_hidden_state
@@ -91,9 +96,11 @@ class Eagle(nn.Module):
         return {name.removeprefix("whole."): tensor for name, tensor in self.state_dict().items()}
 
 
-# ---- text ------------------------------------------------------------------------------------------
+# ---- text
+# ------------------------------------------------------------------------------------------
 def texts(paths: list[Path]) -> tuple[list[str], list[str]]:
-    """(to learn from, held out): a file in twenty by the hash of its name; of a few files, the last twentieth of each."""
+    """(to learn from, held out): a file in twenty by the hash of its name; of a few files, the last
+    twentieth of each."""
     if not paths:
         return sources()
     files = [
@@ -123,9 +130,11 @@ def first_token(config) -> int | None:
     )
 
 
-# ---- learning --------------------------------------------------------------------------------------
+# ---- learning
+# --------------------------------------------------------------------------------------
 def loss_of(eagle: Eagle, target: Target, ids: Tensor, args: argparse.Namespace) -> Tensor:
-    """Of tokens [batch, n], the mean over --levels: first the target's features with noise go in, then what was predicted from them."""
+    """Of tokens [batch, n], the mean over --levels: first the target's features with noise go in,
+    then what was predicted from them."""
     features, embedded = target.features(ids), target.embedding(ids[:, 1:])
     before, after = features[:, :-1], features[:, 1:]
     soft = target.logits(after).softmax(-1)
@@ -144,8 +153,9 @@ def loss_of(eagle: Eagle, target: Target, ids: Tensor, args: argparse.Namespace)
 def measure(
     eagle: Eagle, target: Target, held: Tensor, context: int, rows: int = 60
 ) -> dict[str, float]:
-    """On held-out text: how often the head's first choice is the target's, how often the target's is among its best 4 and 16, and
-    the first again one level deeper, where the feature that goes in is the head's own guess."""
+    """On held-out text: how often the head's first choice is the target's, how often the target's
+    is among its best 4 and 16, and the first again one level deeper, where the feature that goes in
+    is the head's own guess."""
     found = dict.fromkeys(
         ("first_choice_agreement", "in_top_4", "in_top_16", "first_choice_one_deeper"), 0.0
     )
@@ -202,7 +212,8 @@ class Training:
         self.steps, self.seconds = state["steps"], state["seconds"]
 
     def save(self, embedding: Tensor | None, **facts) -> None:
-        """The head as published, `facts` in training.json, and the state; each written beside and renamed."""
+        """The head as published, `facts` in training.json, and the state; each written beside and
+        renamed."""
         self.out.mkdir(parents=True, exist_ok=True)
         tensors = self.eagle.published() | (
             {} if embedding is None else {"embed_tokens.weight": embedding}
@@ -260,7 +271,8 @@ def train(
         mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
         if training.steps % 50 == 0:
             print(
-                f"step {training.steps} loss {mean:.4f} {training.seconds / 60:.1f} min, {progress:.0%}",
+                f"step {training.steps} loss {mean:.4f} {training.seconds / 60:.1f} min, "
+                f"{progress:.0%}",
                 flush=True,
             )
         if time.monotonic() - saved > SAVE_EVERY:
@@ -349,7 +361,8 @@ def main() -> None:
     )
     if min(len(data), len(held)) <= args.context:
         sys.exit(
-            f"{len(data)} tokens to learn from and {len(held)} held out: too few for --context {args.context}"
+            f"{len(data)} tokens to learn from and {len(held)} held out: too few for --context "
+            f"{args.context}"
         )
     print(f"{len(data):,} tokens to learn from, {len(held):,} held out", flush=True)
     torch.manual_seed(0)

@@ -1,16 +1,22 @@
-"""Make a draft model that agrees with a target as often as asked, for benchmarks with good and bad drafters.
+"""Make a draft model that agrees with a target as often as asked, for benchmarks with good and bad
+drafters.
 
     python scripts/weaken.py --draft demo/draft --target demo/target --agree 0.3 --output build/weak
-    python scripts/weaken.py --draft demo/target --target demo/target --agree 0.8 --vocab 32000 --positions 16384 --output build/good
+    python scripts/weaken.py --draft demo/target --target demo/target --agree 0.8 --vocab 32000
+    --positions 16384 --output build/good
 
-Agreement: how often the draft's first choice is the target's, at each token of the target's own greedy continuations of the demo prompts.
-The draft's lm_head becomes a mixture of its own and of noise of the same size, so that logits stay as large as they were and the
-draft as sure of itself; how much noise is found by bisection. The output has a head of its own (untied); all else is the draft's.
+Agreement: how often the draft's first choice is the target's, at each token of the target's own
+greedy continuations of the demo prompts. The draft's lm_head becomes a mixture of its own and of
+noise of the same size, so that logits stay as large as they were and the draft as sure of itself;
+how much noise is found by bisection. The output has a head of its own (untied); all else is the
+draft's.
 
-With --vocab it gets tokens that lose against all others, for a target that was inflated to that vocabulary (scripts/inflate.py), with
---positions room for longer texts. New tokens need a place of the stream that is always the same: the stream becomes PLACES wider,
-and norms are scaled by what that adds to their width. (inflate.py keeps the function exactly and doubles the stream for it; a draft
-model may differ in the last digits, and should stay small.)
+With --vocab it gets tokens that lose against all others, for a target that was inflated to that
+vocabulary (scripts/inflate.py), with
+--positions room for longer texts. New tokens need a place of the stream that is always the same:
+  the stream becomes PLACES wider,
+and norms are scaled by what that adds to their width. (inflate.py keeps the function exactly and
+doubles the stream for it; a draft model may differ in the last digits, and should stay small.)
 """
 
 from __future__ import annotations
@@ -37,7 +43,8 @@ STEPS = 24
 CLOSE = 0.01
 """an agreement so near the wanted one will do"""
 PLACES = 32
-"""by which a stream with room for a constant is wider: one is the constant, the others keep whole vectors (zeros)"""
+"""by which a stream with room for a constant is wider: one is the constant, the others keep whole
+vectors (zeros)"""
 CONSTANT = 1e-3
 """it, as a share of the embedding's size"""
 LOST = 30.0
@@ -46,7 +53,8 @@ LOST = 30.0
 
 @torch.inference_mode()
 def seen(draft, target, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Of every token of the target's continuations the draft's features before it [n, hidden], and the token [n]."""
+    """Of every token of the target's continuations the draft's features before it [n, hidden], and
+    the token [n]."""
     features, chosen = [], []
     for prompt in prompts:
         ids = torch.tensor([prompt])
@@ -66,7 +74,8 @@ def mixed(head: Tensor, noise: float) -> Tensor:
 
 @torch.inference_mode()
 def rms(model, prompts: list[list[int]]) -> float:
-    """The largest root mean square of what enters the final norm at the tokens of the prompts, twice over to be safe."""
+    """The largest root mean square of what enters the final norm at the tokens of the prompts,
+    twice over to be safe."""
     seen: list[float] = []
     hook = model.model.norm.register_forward_pre_hook(
         lambda _, inputs: seen.append(inputs[0].square().mean(-1).sqrt().max().item())
@@ -82,7 +91,8 @@ def agreement(head: Tensor, features: Tensor, chosen: Tensor) -> float:
 
 
 def weakened(head: Tensor, features: Tensor, chosen: Tensor, wanted: float) -> tuple[Tensor, float]:
-    """The head that agrees so often, and how often it really does. UserError when the draft is no better itself."""
+    """The head that agrees so often, and how often it really does. UserError when the draft is no
+    better itself."""
     own = agreement(head, features, chosen)
     if own < wanted - CLOSE:
         raise UserError(f"--agree {wanted:g}: the draft agrees at {own:.2f} as it is")
@@ -98,7 +108,8 @@ def weakened(head: Tensor, features: Tensor, chosen: Tensor, wanted: float) -> t
 
 @torch.inference_mode()
 def with_room(small, vocabulary: int, positions: int, largest: float):
-    """A Llama of the same function but for rounding, with more tokens and positions. `largest`: rms of a stream before the final norm."""
+    """A Llama of the same function but for rounding, with more tokens and positions. `largest`: rms
+    of a stream before the final norm."""
     config = copy.deepcopy(small.config)
     width = config.hidden_size
     config.head_dim = config.head_dim or width // config.num_attention_heads

@@ -2,8 +2,9 @@
 
     python scripts/write_gguf.py --model demo/target --output build/target.gguf
 
-The vocabulary holds numbers instead of texts: prompts go to llama.cpp as token ids, and ids come back. So any tokenizer
-will do, and a draft model fits its target exactly when ids mean the same to both.
+The vocabulary holds numbers instead of texts: prompts go to llama.cpp as token ids, and ids come
+back. So any tokenizer will do, and a draft model fits its target exactly when ids mean the same to
+both.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ from flowspec.models.weights import Checkpoint
 from flowspec.output import Parser, command
 from flowspec.text import Text
 
-MISSING = "writing GGUF needs the package gguf: install it with .venv/bin/pip install -r requirements_llama.txt"
+MISSING = (
+    "writing GGUF needs the package gguf: install it with .venv/bin/pip install -r "
+    "requirements_llama.txt"
+)
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
 NAMES = {EMBEDDING: "token_embd.weight", NORM: "output_norm.weight", HEAD: "output.weight"}
 LAYER_NAMES = {
@@ -48,7 +52,8 @@ def gguf_name(name: str) -> str:
 def interleaved(weight: Tensor, heads: int) -> Tensor:
     """Rows of a query or key projection [heads * size, in] in llama.cpp's order.
 
-    Rotary embedding turns pairs: (i, i + size / 2) of a head in Hugging Face's files, (2 i, 2 i + 1) in llama.cpp's."""
+    Rotary embedding turns pairs: (i, i + size / 2) of a head in Hugging Face's files, (2 i, 2 i +
+    1) in llama.cpp's."""
     rows, columns = weight.shape
     return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
 
@@ -77,7 +82,8 @@ class Llama:
         names = [name for name in source.checkpoint.names if name != HEAD or not source.tied]
         if not plain or not all(name in NAMES or _known(name) for name in names):
             raise UserError(
-                f"{folder}: only a Llama without biases and without scaled rotary positions can be written as GGUF"
+                f"{folder}: only a Llama without biases and without scaled rotary positions can "
+                "be written as GGUF"
             )
         return cls(config, source.checkpoint, names, tuple(sorted(Text(folder).eos)))
 
@@ -91,7 +97,8 @@ class Llama:
 
     @property
     def read_weights(self) -> int:
-        """Weights that a forward of one token reads: all but the embedding, of which it reads a row, unless it is the head too."""
+        """Weights that a forward of one token reads: all but the embedding, of which it reads a
+        row, unless it is the head too."""
         read = [name for name in self.names if name != EMBEDDING or HEAD not in self.names]
         return sum(math.prod(self.checkpoint.info(name).shape) for name in read)
 

@@ -1,9 +1,9 @@
-"""`python -m flowspec bench compare CONFIG`: methods on the same prompts in one call, measured, with the simulator beside.
+"""Methods are measured on the same prompts in one call, with the simulator's prediction beside.
 
-Each repeat takes the prompts in a new random order and, for each, the methods in a random order, so that whatever else the
-machines do falls on all of them alike; speed-ups are ratios of pairs (same prompt, same repeat). Nothing that a
-method learns outlives its request: the measured costs of the stages start afresh.
-"""
+Each repeat takes the prompts in a new random order, and for each of them the methods in a random
+order, so that whatever else the machines do falls on all of them alike. Speed-ups are ratios of
+pairs (same prompt, same repeat). Nothing that a method learns outlives its request: the measured
+costs of the stages start afresh."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ SWEEP = {
     "pruned": {"budget": (16, 32, 80, 160), "depth": (3, 4, 6, 8)},
     "pipedec": {"segment": (4, 8, 16, 32)},
 }
-"""settings of `tree` that --sweep tries for each baseline"""
+"""These are the settings of `tree` that --sweep tries for each baseline."""
 
 
 class Variant(NamedTuple):
-    """What is compared: a method, with switches."""
+    """A variant is what is compared: a method, with switches."""
 
     name: str
     method: str
@@ -56,25 +56,25 @@ class Variant(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What to compare."""
+    """A plan says what to compare."""
 
     methods: Sequence[str] = METHODS
     without: Sequence[str] = ()
-    """also flowspec with each of these switches off alone"""
+    """flowspec is also run with each of these switches off alone."""
     temperatures: Sequence[float]
     repeats: int = 3
     sweep: bool = False
-    """also each baseline's best tree settings, by simulation"""
+    """Each baseline's best tree settings are also looked for, by simulation."""
     rivals: Rivals | None = None
-    """also these"""
+    """These are run, too."""
     output: Path | None = None
-    """where tables, records and the chart go; None: BUILD/bench/NAME"""
+    """Tables, records and the chart go to this folder; None means BUILD/bench/NAME."""
     command: str = ""
-    """by which it was asked for"""
+    """This command asked for the comparison."""
 
 
 class Run(NamedTuple):
-    """One generation of the comparison."""
+    """A run is one generation of the comparison."""
 
     variant: Variant
     prompt: int
@@ -83,9 +83,9 @@ class Run(NamedTuple):
     result: Result
     figures: timeline.Summary
     draft_ms: float | None
-    """median length of the drafter's forwards"""
+    """This is the median time of the drafter's forwards."""
     gaps: list[float]
-    """the target's lead of each token over the next best"""
+    """These are the target's leads of each token over the next best."""
 
     @property
     def token_ids(self) -> list[int]:
@@ -96,7 +96,7 @@ class Run(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """One text of a rival."""
+    """This is one text of a rival."""
 
     name: str
     temperature: float
@@ -122,7 +122,8 @@ class Beside(NamedTuple):
 
 @dataclass(frozen=True)
 class Rivals:
-    """What continues the same texts beside the ring, by name, and how it is asked."""
+    """Rivals continue the same texts beside the ring; this holds their names, and how to ask
+    them."""
 
     names: Sequence[str]
     ask: Ask
@@ -145,7 +146,7 @@ class Rivals:
 
 
 def compare(engine: Engine, prompts: Sequence[str], plan: Plan) -> bool:
-    """Run, predict, print, write; False if two methods wrote different tokens."""
+    """Run, predict, print and write; return False if two methods wrote different tokens."""
     config, stages = engine.config, engine.topology.stages
     if plan.sweep:
         check_simulable(config)
@@ -205,7 +206,7 @@ def partings(runs: Sequence[Run], theirs: Sequence[Beside], close: float) -> dic
 def _variants(
     policy: PolicyConfig, methods: Sequence[str], without: Sequence[str]
 ) -> list[Variant]:
-    """The methods, and flowspec with each of these switches off alone."""
+    """Return the methods, and flowspec with each of these switches off alone."""
     lesser = [
         Variant(f"flowspec - {name}", "flowspec", dataclasses.replace(policy, **{name: False}))
         for name in without
@@ -213,7 +214,8 @@ def _variants(
     return [Variant(method, method, policy) for method in methods] + lesser
 
 
-# ---- measured --------------------------------------------------------------------------------------
+# ---- measured
+# --------------------------------------------------------------------------------------
 def _runs(
     engine: Engine,
     prompts: Sequence[str],
@@ -248,7 +250,8 @@ def _runs(
 def _run(
     engine: Engine, number: int, repeat: int, prompt: str, variant: Variant, sampling: Sampling
 ) -> Run:
-    engine.forget()  # each run is as the first of a ring: what one has learnt is no gift to the next
+    # each run is as the first of a ring: what one has learnt is no gift to the next
+    engine.forget()
     generation = engine.generate(
         prompt,
         method=variant.method,
@@ -273,7 +276,7 @@ def _run(
 
 
 def _progress(done: int, total: int, seconds: float) -> None:
-    """On a terminal a line that counts, elsewhere ten lines in all."""
+    """Show a line that counts on a terminal, and ten lines in all elsewhere."""
     live = sys.stderr.isatty()
     if live or done == total or done % max(1, total // 10) == 0:
         end = "\r" if live and done < total else "\n"
@@ -310,12 +313,15 @@ def _hash(token_ids: Sequence[int]) -> str:
     return hashlib.sha256(str(token_ids).encode()).hexdigest()[:16]
 
 
-# ---- simulated -------------------------------------------------------------------------------------
+# ---- simulated
+# -------------------------------------------------------------------------------------
 Cell = tuple[Variant, float, int]
 
 
 def _forecaster(config: Config, coupled: bool) -> Forecaster:
-    """For all variants with or without the noise in their drafts: it loads the models once."""
+    """Return what predicts all variants with, or without, the noise in their drafts.
+
+    It loads the models once."""
     return Forecaster(
         dataclasses.replace(config, policy=dataclasses.replace(config.policy, coupled=coupled)),
         Models.of(config),
@@ -323,15 +329,18 @@ def _forecaster(config: Config, coupled: bool) -> Forecaster:
 
 
 def _cell(run: Run) -> Cell:
-    """What was compared, the temperature, the prompt."""
+    """Return what was compared, the temperature, and the prompt."""
     return run.variant, run.result.temperature, run.prompt
 
 
 def _predictions(
     runs: Sequence[Run], forecasters: Mapping[bool, Forecaster], stages: int
 ) -> dict[Cell, float | None]:
-    """Tokens/s in virtual time, with the costs that the configuration emulates, and those measured in these very runs where
-    it emulates none. None where there can be no simulation. `forecasters`: by policy.coupled, on which drafts depend."""
+    """Return the tokens/s of each cell in virtual time.
+
+    Costs are those that the configuration emulates, or where it emulates none those measured in
+    these very runs. The value is None where there can be no simulation. `forecasters` are by
+    policy.coupled, on which drafts depend."""
     predicted: dict[Cell, float | None] = {}
     for run in runs:
         cell, forecaster = _cell(run), forecasters[run.variant.policy.coupled]
@@ -349,7 +358,10 @@ def _predictions(
 
 
 def priced(emulate: Emulate, runs: Sequence[Run]) -> tuple[Emulate, Costs | None]:
-    """What the runs' like costs: as emulated (a drafter that is not, as measured), or all as measured where no stage is emulated."""
+    """Return what runs like these cost.
+
+    That is as emulated (with a drafter that is not emulated as measured), or all as measured where
+    no stage is emulated."""
     priced, costs = priced_alike(emulate, [run.result for run in runs])
     drafts = [run.draft_ms for run in runs if run.draft_ms is not None]
     if costs is None and priced.draft_ms == 0 and drafts:
@@ -358,7 +370,7 @@ def priced(emulate: Emulate, runs: Sequence[Run]) -> tuple[Emulate, Costs | None
 
 
 def priced_alike(emulate: Emulate, results: Sequence[Result]) -> tuple[Emulate, Costs | None]:
-    """As emulated, or where no stage is emulated as these results measured it."""
+    """Return costs as emulated, or where no stage is emulated as these results measured them."""
     if emulate.stage_ms == 0 and emulate.token_ms == 0:
         return emulate, merged([read(result.costs, "this run") for result in results])
     return emulate, None
@@ -367,7 +379,7 @@ def priced_alike(emulate: Emulate, results: Sequence[Result]) -> tuple[Emulate, 
 def _sweep(
     forecaster: Forecaster, chosen: Sequence[str], stages: int, temperatures: Sequence[float]
 ) -> None:
-    """Print each baseline's best tree settings at each temperature; simulated."""
+    """Print each baseline's best tree settings at each temperature, by simulation."""
     for temperature in temperatures:
         tapes = [
             t for t in forecaster.tapes.values() if t.request.sampling.temperature == temperature
@@ -399,7 +411,8 @@ def _simulated(
     return rate(forecaster.run(tape, method, stages, config=config) for tape in tapes)
 
 
-# ---- written ---------------------------------------------------------------------------------------
+# ---- written
+# ---------------------------------------------------------------------------------------
 def _facts(engine: Engine, plan: Plan, seed: int) -> dict[str, Any]:
     import torch
 

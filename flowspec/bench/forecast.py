@@ -91,7 +91,10 @@ def obstacle(config: Config) -> str | None:
     Features of the text take the whole target, and those of layers are on no virtual wire."""
     late = next((drafter.where for drafter in config.drafters if drafter.kind == "eagle3"), None)
     if late:
-        return f"{late}.kind is eagle3: it cannot be simulated, since the simulator does not carry the features of layers"
+        return (
+            f"{late}.kind is eagle3: it cannot be simulated, since the simulator does not "
+            "carry the features of layers"
+        )
     manifest = Manifest.load(config.stages_path)
     needed = [manifest.path(entry) for entry in manifest.ranks[1:]] if config.reads_features else []
     file = next((path for path in needed if not path.exists()), None)

@@ -265,10 +265,13 @@ class _Column(NamedTuple):
 _NONE = "-"
 PROMPTS = "tokens/s of each prompt (and over ar)"
 LEGEND = (
-    "Each run knows nothing of those before it. tokens/s: median of the prompts' medians (least..most). "
+    "Each run knows nothing of those before it. tokens/s: median of the prompts' medians "
+    "(least..most). "
     "noise: the largest spread over the repeats of a prompt. "
-    "vs: paired speed-ups, median (least..most) over prompts and repeats. sim.: simulated tokens/s; off: measured against that. "
-    "accepted: tokens per segment. busy: the stages' mean. wasted: share of the forwards whose rows never became text. "
+    "vs: paired speed-ups, median (least..most) over prompts and repeats. sim.: simulated "
+    "tokens/s; off: measured against that. "
+    "accepted: tokens per segment. busy: the stages' mean. wasted: share of the forwards whose "
+    "rows never became text. "
     "dead: rows refused before their forward began. kB/token: sent by rank 0, 1, ..."
 )
 

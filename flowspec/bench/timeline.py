@@ -183,8 +183,10 @@ def verdict(spans: Sequence[Span], facts: dict[str, Any]) -> str:
     waiting = f"{figures.wire:.0%} waiting for the wire, {figures.draft:.0%} for the draft"
     return "\n".join(
         (
-            f"stages computed {100 - bubbles}% of the time, {bubbles}% were bubbles ({waiting}){_mark(facts)}",
-            f"of what they computed, {accepted}% of the rows became text, {100 - accepted - dead}% were refused later, "
+            f"stages computed {100 - bubbles}% of the time, {bubbles}% were bubbles "
+            f"({waiting}){_mark(facts)}",
+            f"of what they computed, {accepted}% of the rows became text, "
+            f"{100 - accepted - dead}% were refused later, "
             f"{dead}% were dead before they began",
             _largest_loss(figures, facts),
         )
@@ -213,7 +215,8 @@ def _largest_loss(figures: Summary, facts: dict[str, Any]) -> str:
         (
             figures.fruitless,
             "segments of which nothing became text",
-            "a smaller tree (tree.budget) or smaller segments (tree.segment), or a drafter that guesses better",
+            "a smaller tree (tree.budget) or smaller segments (tree.segment), or a drafter that "
+            "guesses better",
         ),
         (
             figures.bubbles - figures.wire - figures.draft,
@@ -227,7 +230,10 @@ def _largest_loss(figures: Summary, facts: dict[str, Any]) -> str:
 
 # ---- sketch --------------------------------------------------------------------------------------
 _GLYPHS = {"accepted": "#", "pruned": "x", "stale": "!", "prefill": "=", "draft": "d"}
-_LEGEND = "# became text  x refused later  ! dead before it began  = prefill  d draft  . idle  (numbers: segments)"
+_LEGEND = (
+    "# became text  x refused later  ! dead before it began  = prefill  d draft  . idle  "
+    "(numbers: segments)"
+)
 _MARGIN = 9
 
 

@@ -99,7 +99,8 @@ def decode(header: Tensor, payload: Tensor, limits: Limits) -> Message:
     most = limits[kind]
     if about > most.facts or len(payload) - at > most.tensors:
         raise ValueError(
-            f"a {kind} message of {about} + {len(payload) - at} bytes: {most.facts} + {most.tensors} is the most"
+            f"a {kind} message of {about} + {len(payload) - at} bytes: {most.facts} + "
+            f"{most.tensors} is the most"
         )
     tensors = []
     for spec in specs:
@@ -122,7 +123,8 @@ def _facts(text: bytes) -> tuple[str, dict[str, Any], list[Any]]:
     about = about if isinstance(about, dict) else {}
     if about.get("version") != VERSION:
         raise ValueError(
-            f"a peer speaks version {str(about.get('version'))[:20]} of the wire format, this is version {VERSION}"
+            f"a peer speaks version {str(about.get('version'))[:20]} of the wire format, this is "
+            f"version {VERSION}"
         )
     kind, meta, specs = (about.get(name) for name in ("kind", "meta", "tensors"))
     if not (isinstance(kind, str) and isinstance(meta, dict) and isinstance(specs, list)):

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from flowspec.bench.compare import Rivals
     from flowspec.engine import Engine
 
-ABOUT = """bench compare CONFIG: all methods on the same prompts, interleaved and in shuffled order, with what the simulator
-predicts beside what was measured."""
+ABOUT = """bench compare CONFIG: all methods on the same prompts, interleaved and in shuffled order,
+with what the simulator predicts beside what was measured."""
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -158,8 +158,9 @@ def _lead(engine: Engine, options: argparse.Namespace, prompts: list[str]) -> in
     return 0 if same else 1
 
 
-LOAD = """bench load CONFIG: several requests at a time, with each method: tokens per second of all together, what the simulator
-predicts, and how long a first token takes. Each text must be the same in any company."""
+LOAD = """bench load CONFIG: several requests at a time, with each method: tokens per second of all
+together, what the simulator predicts, and how long a first token takes. Each text must be the same
+in any company."""
 
 
 def _add_load_arguments(parser: argparse.ArgumentParser) -> None:
@@ -167,7 +168,8 @@ def _add_load_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         default="ar,flowspec",
         metavar="M,M",
-        help=f"of {' '.join(METHODS)}; the first is what others are compared with (default: ar,flowspec)",
+        help=f"of {' '.join(METHODS)}; the first is what others are compared with (default: "
+        "ar,flowspec)",
     )
     parser.add_argument(
         "--requests",

@@ -133,7 +133,8 @@ def _serve(command: RingCommand, options: argparse.Namespace) -> int:
     engine.close()  # not after a failure: then nobody is to be told that all is well
     if config.trace:
         print(
-            f"timeline: {config.trace_path} (python -m flowspec trace FILE, or https://ui.perfetto.dev)",
+            f"timeline: {config.trace_path} (python -m flowspec trace FILE, or "
+            "https://ui.perfetto.dev)",
             file=sys.stderr,
         )
     return code

@@ -95,7 +95,8 @@ def table(result: Result) -> str:
         ("stage utilisation", busy),
         (
             "drafted / forwarded / accepted",
-            f"{result.drafted_tokens} / {result.forwarded_tokens} / {result.accepted_tokens} tokens",
+            f"{result.drafted_tokens} / {result.forwarded_tokens} / {result.accepted_tokens} "
+            "tokens",
         ),
         ("seed", f"{result.seed}" if result.temperature else "none needed (greedy)"),
     ]

@@ -44,8 +44,9 @@ from flowspec.output import Parser
 from flowspec.preflight import check_writable
 from flowspec.sim.world import Outcome
 
-ABOUT = """The text and the drafts are the model pair's own, made by a real run without emulation the first time and kept in --drafts FILE
-(with it, later simulations need no model); or made up with --synthetic. Every figure printed here is simulated."""
+ABOUT = """The text and the drafts are the model pair's own, made by a real run without emulation
+the first time and kept in --drafts FILE (with it, later simulations need no model); or made up with
+--synthetic. Every figure printed here is simulated."""
 
 
 def _parser() -> Parser:
@@ -121,12 +122,16 @@ def main(argv: Sequence[str]) -> int:
     if options.drafts:
         forecaster.save(Path(options.drafts))
         if not (options.synthetic or is_taped(config)):
-            about = f"{config.drafter_kinds} is asked live, in each run; {options.drafts} holds the target's texts alone"
+            about = (
+                f"{config.drafter_kinds} is asked live, in each run; {options.drafts} holds "
+                "the target's texts alone"
+            )
             print(f"note: {about}", file=sys.stderr)
     _show(options, cells, chosen, results)
     if forecaster.lacked:
         print(
-            f"note: {forecaster.lacked} drafts are not in {options.drafts} and were left out; run it where the models are",
+            f"note: {forecaster.lacked} drafts are not in {options.drafts} and were left out; "
+            "run it where the models are",
             file=sys.stderr,
         )
     return 0
@@ -179,12 +184,14 @@ def _check(cell: Cell, config: Config, path: str | None, costs: dict[str, Costs]
     same = cell.config.policy.coupled == config.policy.coupled or not is_taped(config)
     need(
         same,
-        "--vary: drafts are remembered with the target's noise or without; run another simulation for policy.coupled",
+        "--vary: drafts are remembered with the target's noise or without; run another "
+        "simulation for policy.coupled",
     )
     need(
         costs is not None
         or all(emulate.stage_seconds(stage, 1) > 0 for stage in Topology(cell.stages).stage_ranks),
-        "simulate needs the devices' times: give emulate.stage_ms, as configs/devices/ do, above 0 for each stage, or --costs FILE",
+        "simulate needs the devices' times: give emulate.stage_ms, as configs/devices/ do, above "
+        "0 for each stage, or --costs FILE",
     )
     for found in costs.values() if costs else ():
         need(

@@ -16,9 +16,11 @@ from flowspec.preflight import check_reference
 if TYPE_CHECKING:
     from flowspec.engine import Engine
 
-ABOUT = """Replay prompts with the configured method and with plain decoding, greedy and sampled, and say whether the tokens are
-identical; at a divergence: where, which tokens, how close the target's choice was, and so whether it is a numeric tie or a bug. That
-compares the ring with itself. With --reference DIR the texts are also compared, token by token, with what the unsplit model says."""
+ABOUT = """Replay prompts with the configured method and with plain decoding, greedy and sampled,
+and say whether the tokens are identical; at a divergence: where, which tokens, how close the
+target's choice was, and so whether it is a numeric tie or a bug. That compares the ring with
+itself. With --reference DIR the texts are also compared, token by token, with what the unsplit
+model says."""
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

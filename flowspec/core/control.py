@@ -230,9 +230,10 @@ class Controller:
         """Take in a commit of `tokens` tokens, with `left` still to come; this may switch the mode.
 
         `in_flight` segments of the request are still on their way. Times say something of a mode
-        only while no other request is in the ring. `promise` is the probability that recent drafts gave to the target's choices. It is None
-        before a draft was judged: until then (while a drafter reads the prompt, say) speculation
-        was not really tried, and the commit does not count."""
+        only while no other request is in the ring. `promise` is the probability that recent drafts
+        gave to the target's choices. It is None before a draft was judged: until then (while a
+        drafter reads the prompt, say) speculation was not really tried, and the commit does not
+        count."""
         self._in_flight = in_flight
         if self._ring.requests > 1:
             self._shared(tokens, now)

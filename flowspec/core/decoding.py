@@ -1,4 +1,5 @@
-"""One request in the ring: the committed text, the tree of guesses below its last token, and what of it is on its way.
+"""One request in the ring: the committed text, the tree of guesses below its last token, and what
+of it is on its way.
 
 This module is pure (no torch, clock or I/O). The truth of a request lives here: whatever its policy
 drafts and sends, and whatever comes late or never, a token is committed only because the target
@@ -25,7 +26,8 @@ from flowspec.core.tree import Node, TokenTree
 
 
 class Decoding:
-    """A decoding is told what the drafter and the target said of its nodes, and makes text of it."""
+    """A decoding is told what the drafter and the target said of its nodes, and makes text of
+    it."""
 
     def __init__(self, request: Request, policy: Policy, learnt: Learnt, drafts: bool = True):
         """`learnt` is what the run's requests have found out; it goes on learning. `drafts` is

@@ -48,7 +48,8 @@ class Prices(NamedTuple):
 
 
 class Ring:
-    """A ring holds what rank 0 knows of the costs (in seconds) and of what waits at the first stage.
+    """A ring holds what rank 0 knows of the costs (in seconds) and of what waits at the first
+    stage.
 
     It outlives requests; `begin` forgets what is in flight."""
 

@@ -1,8 +1,8 @@
 """Rank 0's mind: events in, actions out, for all requests in the ring.
 
-This module is pure: it knows no tensor, device, clock, thread or transport. Each request decides for
-itself what is text (core/decoding.py); here is decided what the ring and the drafter do next: who
-rides in the next batch, and whose nodes are in the drafter's next forward.
+This module is pure: it knows no tensor, device, clock, thread or transport. Each request decides
+for itself what is text (core/decoding.py); here is decided what the ring and the drafter do next:
+who rides in the next batch, and whose nodes are in the drafter's next forward.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class Scheduler:
         self._topology = topology
         self.learnt = learnt or Learnt()
         self.decodings: dict[int, Decoding] = {}
-        """This maps the id of each request in the ring to it; who was longest without a turn is first."""
+        """This maps the id of each request in the ring to it; who was longest without a turn is
+        first."""
         self._number = 0  # of the newest batch of this run
         self._drafting: list[Decoding] = []  # those with nodes in the drafter's present forward
         self._draft_begun = 0.0
@@ -188,7 +189,8 @@ class Scheduler:
         return [d for d in self.decodings.values() if len(d.out) < d.policy.credits]
 
     def _ready(self, room: list[Decoding], now: float) -> list[Decoding]:
-        """Return those of these requests whose segment would not leave before the first stage can take it.
+        """Return those of these requests whose segment would not leave before the first stage can
+        take it.
 
         With several requests none leaves early, since what becomes ready meanwhile rides along."""
         early = now < self.ring.room_at

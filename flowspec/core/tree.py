@@ -1,10 +1,13 @@
-"""The token tree on rank 0: parents and tokens are the facts, everything else is derived. Pure."""
+"""The token tree on rank 0: parents and tokens are its facts, everything else is derived. Pure."""
 
 from __future__ import annotations
 
 
 class Node:
-    """One drafted token. `score` is the log of its probability to be accepted, absolute; differences count."""
+    """A node is one drafted token.
+
+    `score` is the log of the probability that it will be accepted. It is not relative to the root,
+    so only differences count."""
 
     __slots__ = ("children", "expanded", "id", "parent", "position", "score", "sent", "token")
 
@@ -22,7 +25,8 @@ class Node:
 
 
 class TokenTree:
-    """A rooted tree with ids that are never used twice. The root's parent is the last committed node."""
+    """This is a tree whose ids are never used twice. Its root's parent is the last committed
+    node."""
 
     def __init__(self, token: int, position: int):
         self._last = 0
@@ -40,7 +44,9 @@ class TokenTree:
         return node.position - self.root.position
 
     def add(self, parent: Node, token: int, score: float) -> Node:
-        """The child of `parent` with this token, made if it is absent (then its score is the one given)."""
+        """Return the child of `parent` with this token.
+
+        It is made, with this score, if it is absent."""
         child = parent.children.get(token)
         if child is None:
             self._last += 1
@@ -51,7 +57,10 @@ class TokenTree:
         return child
 
     def reroot(self, root: Node) -> None:
-        """Keep `root` and its descendants. Costs what dies, not what lives, so a node costs only once."""
+        """Keep `root` and its descendants.
+
+        The work is in proportion to what dies, not to what lives, so each node costs it only
+        once."""
         stack = [self.root]
         while stack:
             node = stack.pop()
@@ -61,13 +70,14 @@ class TokenTree:
         self.root = root
 
     def restart(self, anchor: int, token: int, position: int) -> None:
-        """Keep nothing: a new root below the committed node `anchor`."""
+        """Keep nothing: make a new root below the committed node `anchor`."""
         self._last += 1
         self.root = Node(self._last, anchor, token, position, 0.0)
         self.nodes = {self.root.id: self.root}
 
     def validate(self) -> None:
-        """Assert the invariants: every node hangs below the root, ids grow downwards, sent sets are closed upwards."""
+        """Assert the invariants: every node hangs below the root, ids grow downwards, and what was
+        sent has sent parents."""
         reached = 1
         for node in self.nodes.values():
             if not node.children:

@@ -64,7 +64,8 @@ class DrafterConfig:
     def __post_init__(self) -> None:
         need(
             bool(self.kind) or self.path is None,
-            f"{self.where}.kind is missing beside {self.where}.path: name one of {', '.join(KINDS)}",
+            f"{self.where}.kind is missing beside {self.where}.path: name one of "
+            f"{', '.join(KINDS)}",
         )
         object.__setattr__(self, "kind", self.kind or "none")
         near = difflib.get_close_matches(self.kind, KINDS, 1)

@@ -1,14 +1,15 @@
-"""EAGLE heads in the published layouts: one decoder layer that guesses the target's next feature.
+"""An EAGLE head is one decoder layer that guesses the target's next feature (published layouts).
 
-EAGLE-1/2 (arXiv 2401.15077): the target's feature at t is its last hidden state behind the final norm. A row is the token at
-t + 1 beside it, made one again by fc; what comes out stands for the feature at t + 1, and the target's own lm_head makes
-logits of it.
+EAGLE-1/2 (arXiv 2401.15077): the target's feature at position t is its last hidden state, behind
+the final norm. A row is the token at t + 1 beside that feature; fc makes one vector of the two.
+What comes out stands for the feature at t + 1, and the target's own lm_head makes logits of it.
 
-EAGLE-3 (arXiv 2503.01840): the target's feature at t is fc of what enters three of its layers, side by side: decoder layers 2, L // 2
-and L - 3 of L (so the published code and the servers that run these heads). A row is the token's embedding beside it, and the layer's
-attention reads both, each normed; the feature alone is the residual stream. What comes out stands for fc's output at t + 1. A norm and
-an lm_head of its own make logits over the head's own vocabulary: token k there is the target's token k + d2t[k].
-"""
+EAGLE-3 (arXiv 2503.01840): the target's feature at t is fc of what enters three of its layers, side
+by side: decoder layers 2, L // 2 and L - 3 of L (as in the published code and in the servers that
+run these heads). A row is the token's embedding beside that feature. The layer's attention reads
+both, each behind a norm; the feature alone is the residual stream. What comes out stands for fc's
+output at t + 1. A norm and an lm_head of its own make logits over the head's own vocabulary, whose
+token k is the target's token k + d2t[k]."""
 
 from __future__ import annotations
 
@@ -45,23 +46,27 @@ LAYER, LAYER_3 = "layers.0.", "midlayer."
 
 @dataclass(frozen=True)
 class EagleHead:
-    """An EAGLE-1/2 head; an EAGLE-3 head if it reads `layers` of the target."""
+    """This is an EAGLE-1/2 head, or an EAGLE-3 head if it reads `layers` of the target."""
 
     embedding: Tensor
-    """[vocabulary, hidden]"""
+    """The shape is [vocabulary, hidden]."""
     fc: Tensor
-    """[hidden, 2 * hidden]; EAGLE-3: [hidden, 3 * the target's hidden]"""
+    """The shape is [hidden, 2 * hidden], or for EAGLE-3 [hidden, 3 * the target's hidden]."""
     bias: Tensor | None
     layer: StageModel
     lm_head: Head
     norm: nn.Module
-    """before lm_head"""
+    """This norm stands before lm_head."""
     layers: tuple[int, ...] = ()
     names: Tensor | None = None
-    """int64 [own vocabulary]: what the target calls its tokens; None: the same"""
+    """int64 [own vocabulary]: the target's ids of the head's tokens; None means that they are the
+    same."""
 
     def place(self, features: Tensor | None) -> Tensor:
-        """The target's features [n, width] where, as what and in what size this head computes: [n, hidden]. None: a row of zeros."""
+        """Return the target's features [n, width] where, as what and in what size the head
+        computes: [n, hidden].
+
+        None stands for a row of zeros."""
         if features is None:
             return self.fc.new_zeros(1, len(self.fc))
         features = placed(features, self.fc.device).to(self.fc.dtype)
@@ -69,25 +74,29 @@ class EagleHead:
 
     @torch.inference_mode()
     def rows(self, tokens: Tensor, features: Tensor) -> Tensor:
-        """What the layer takes: tokens [n] beside the placed or predicted features [n, hidden] of the tokens before them.
+        """Return what the layer takes: tokens [n] beside features [n, hidden] of the tokens before
+        them.
 
-        A token that only the target's padding has is read as the last one."""
+        The features are placed or predicted ones. A token that only the target's padding has is
+        read as the last one."""
         tokens = placed(tokens.clamp(max=len(self.embedding) - 1), self.embedding.device)
         both = torch.cat([self.embedding[tokens], features], -1)
         return both if self.layers else F.linear(both, self.fc, self.bias)
 
     def silence(self, n: int) -> Tensor:
-        """n rows of what the layer takes, of token 0 and no features."""
+        """Return n rows of what the layer takes: token 0 and no features."""
         return self.rows(torch.zeros(n, dtype=torch.long), self.fc.new_zeros(n, len(self.fc)))
 
     @torch.inference_mode()
     def logits(self, features: Tensor) -> Tensor:
-        """[n, own vocabulary] of predicted features [n, hidden]."""
+        """Return logits [n, own vocabulary] of predicted features [n, hidden]."""
         return self.lm_head(self.norm(features))
 
 
 class Beside(nn.Module):
-    """EAGLE-3's layer, made of a decoder layer's parts: an embedding beside a feature [.., 2 * hidden] goes in, a feature comes out."""
+    """This is EAGLE-3's layer, made of a decoder layer's parts.
+
+    An embedding beside a feature [.., 2 * hidden] goes in, and a feature comes out."""
 
     def __init__(self, layer: Any, norm: nn.Module):
         super().__init__()
@@ -116,8 +125,10 @@ class Beside(nn.Module):
 def load_eagle(
     kind: str, folder: Path, manifest: Manifest, head: Head | None, dtype: torch.dtype, device: str
 ) -> EagleHead:
-    """The `eagle` or `eagle3` head in `folder` for the target of `manifest`, whose lm_head is `head` (None if it is not here, which
-    suits EAGLE-3). UserError names what does not fit."""
+    """Return the `eagle` or `eagle3` head in `folder`, for the target of `manifest`.
+
+    `head` is the target's lm_head; it is None if it is not here, which suits EAGLE-3. Raise
+    UserError, which names what does not fit."""
     tensors, config = _read(folder, dtype), read_config(folder)
     doubt = doubtful(folder, config, manifest)
     if doubt:
@@ -157,10 +168,15 @@ def load_eagle(
 
 
 def doubtful(folder: Path, config: dict, manifest: Manifest) -> str | None:
-    """Why it cannot be said that this head was made for this target; None where it can. (What is known not to be is refused before:
-    models/heads.py.) Published heads tell no hash, but most carry the target's embedding."""
+    """Return why it cannot be said that this head was made for this target; None where it can.
+
+    What is known not to be is refused before (models/heads.py). Published heads tell no hash, but
+    most carry the target's embedding."""
     if manifest.embedding is None:
-        return "the split does not tell which model it was made from, so the head cannot be compared with it: split the model again"
+        return (
+            "the split does not tell which model it was made from, so the head cannot be "
+            "compared with it: split the model again"
+        )
     if told_by(config, folder / CONFIG):
         return None
     if pickled(folder) or EAGLE_EMBEDDING not in (checkpoint := Checkpoint(folder)).names:
@@ -170,12 +186,13 @@ def doubtful(folder: Path, config: dict, manifest: Manifest) -> str | None:
 
 
 def _names(offsets: Tensor, vocabulary: int, folder: Path) -> Tensor:
-    """The target's ids of the head's tokens, on the CPU, from d2t [own vocabulary] there."""
+    """Return the target's ids of the head's tokens, on the CPU, from d2t [own vocabulary] there."""
     names = torch.arange(len(offsets)) + offsets.long()
     strange = names[(names < 0) | (names >= vocabulary)]
     if len(strange):
         raise UserError(
-            f"{folder}: {EAGLE_NAMES} names token {int(strange[0])}, the target's vocabulary has {vocabulary}"
+            f"{folder}: {EAGLE_NAMES} names token {int(strange[0])}, the target's vocabulary has "
+            f"{vocabulary}"
         )
     return names
 
@@ -183,19 +200,23 @@ def _names(offsets: Tensor, vocabulary: int, folder: Path) -> Tensor:
 def target_embedding(
     folder: Path, manifest: Manifest, head: Head | None, dtype: torch.dtype, device: str
 ) -> Tensor:
-    """The target's embedding [vocabulary, hidden]: its lm_head if they are tied and it is here, else out of the first stage's file."""
+    """Return the target's embedding [vocabulary, hidden].
+
+    It is the target's lm_head if the two are tied and that is here; else it is read from the first
+    stage's file."""
     if manifest.tied and head is not None:
         return head.weight.to(dtype)
     path = manifest.path(manifest.ranks[1])
     if not path.exists():
         raise UserError(
-            f"{folder} has no {EAGLE_EMBEDDING}, so the target's is needed: copy {path} to rank 0's machine"
+            f"{folder} has no {EAGLE_EMBEDDING}, so the target's is needed: copy {path} to rank "
+            "0's machine"
         )
     return TensorFile(path).read(EMBEDDING, dtype).to(device)
 
 
 def _read(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The head's weights by name, and its integers as they are."""
+    """Return the head's weights by name, and its integers as they are."""
     path = pickled(folder)
     if path is None:
         checkpoint = Checkpoint(folder)
@@ -226,8 +247,10 @@ def decoder_layer(
     dtype: torch.dtype,
     beside: bool = False,
 ) -> StageModel:
-    """The decoder layer, of EAGLE-3 if `beside`. Files tell which biases a head has; EAGLE-1/2 heads as published leave out the norm
-    before attention."""
+    """Return the decoder layer, which is that of EAGLE-3 if `beside`.
+
+    Files tell which biases a head has. EAGLE-1/2 heads as published leave out the norm before
+    attention."""
     config = {**config, "num_hidden_layers": 1}
     stored = LAYER_3 if beside else LAYER
     own = {
@@ -259,6 +282,7 @@ def _taken(
         raise UserError(f"{folder} has no tensor {name}: it is no head of kind {kind}")
     if tensors[name].shape != shape:
         raise UserError(
-            f"{folder}: {name} has shape {tuple(tensors[name].shape)}, a head of kind {kind} with this config.json has {shape}"
+            f"{folder}: {name} has shape {tuple(tensors[name].shape)}, a head of kind {kind} "
+            f"with this config.json has {shape}"
         )
     return tensors[name]

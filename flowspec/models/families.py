@@ -1,4 +1,5 @@
-"""The model families that can be split into stages: their classes, their tensor names, and who is refused."""
+"""The model families that can be split into stages: their classes, their tensor names, and what of
+them is refused."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 class Classes(NamedTuple):
-    """The transformers classes a stage is made of."""
+    """These are the transformers classes of which a stage is made."""
 
     config: Any
     layer: Any
@@ -41,7 +42,9 @@ class Classes(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """One `model_type`. `window_default` is what transformers assumes when config.json has no `sliding_window`."""
+    """A family is one `model_type` of config.json.
+
+    `window_default` is what transformers assumes if config.json has no `sliding_window`."""
 
     model_type: str
     prefix: str
@@ -54,7 +57,7 @@ class Family:
         return f"transformers.models.{self.model_type}.modeling_{self.model_type}"
 
     def classes(self) -> Classes:
-        """Imports transformers."""
+        """Return the family's classes; this imports transformers."""
         module = importlib.import_module(self.module)
         return Classes(
             *(
@@ -77,7 +80,9 @@ CONFIG = "config.json"
 
 
 def read_config(folder: Path) -> dict:
-    """config.json of a checkpoint or a stage. UserError when it cannot be read, or its model would not be computed right."""
+    """Return the config.json of a checkpoint or a stage.
+
+    Raise UserError if it cannot be read, or if its model would not be computed right."""
     path = folder / CONFIG
     try:
         config = json.loads(path.read_bytes())
@@ -94,9 +99,10 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-# ---- who is refused --------------------------------------------------------------------------------
+# ---- who is refused
+# --------------------------------------------------------------------------------
 def check_config(config: dict) -> None:
-    """UserError, by name, for a config.json whose model would not be computed right."""
+    """Raise UserError, by name, for a config.json whose model would not be computed right."""
     family = family_of(config)
     for key in REQUIRED:
         if type(config.get(key)) is not int or config[key] < 1:
@@ -107,20 +113,23 @@ def check_config(config: dict) -> None:
     for kind in rope_types(config):
         if kind in LENGTH_DEPENDENT_ROPE:
             raise UserError(
-                f"config.json: rope type {kind} changes with the length of the text and is not supported"
+                f"config.json: rope type {kind} changes with the length of the text and is not "
+                "supported"
             )
     if config.get("quantization_config"):
         raise UserError(
-            "config.json: quantization_config: quantized checkpoints are not supported, give the unquantized one"
+            "config.json: quantization_config: quantized checkpoints are not supported, give the "
+            "unquantized one"
         )
 
 
 def family_of(config: dict) -> Family:
-    """UserError when the config's model_type is not supported."""
+    """Return the family of a config; raise UserError if its model_type is not supported."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
-            f"config.json: model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}"
+            f"config.json: model_type {kind!r} is not supported; supported are "
+            f"{', '.join(FAMILIES)}"
         )
     return FAMILIES[kind]
 
@@ -129,7 +138,8 @@ def _check_window(family: Family, config: dict) -> None:
     other = {kind for kind in config.get("layer_types") or () if kind != "full_attention"}
     if other:
         raise UserError(
-            f"config.json: layer_types holds {', '.join(sorted(map(str, other)))}; only full_attention is supported"
+            f"config.json: layer_types holds {', '.join(sorted(map(str, other)))}; only "
+            "full_attention is supported"
         )
     if family.window_switch:
         if config.get("use_sliding_window"):
@@ -145,12 +155,15 @@ def _check_window(family: Family, config: dict) -> None:
             else " by default (the key is missing; null switches it off)"
         )
         raise UserError(
-            f"config.json: sliding_window is {window}{absent}; sliding-window attention is not supported"
+            f"config.json: sliding_window is {window}{absent}; sliding-window attention is not "
+            "supported"
         )
 
 
 def rope_types(config: dict) -> Iterator[str]:
-    """Every rope type named by the old `rope_scaling` or the new `rope_parameters`, the latter perhaps one per kind of layer."""
+    """Yield every rope type that the old `rope_scaling` or the new `rope_parameters` names.
+
+    The latter may name one for each kind of layer."""
     for key in ("rope_scaling", "rope_parameters"):
         outer = config.get(key)
         if isinstance(outer, dict):
@@ -158,18 +171,22 @@ def rope_types(config: dict) -> Iterator[str]:
                 yield str(each.get("rope_type", each.get("type", "default")))
 
 
-# ---- tensor names ----------------------------------------------------------------------------------
+# ---- tensor names
+# ----------------------------------------------------------------------------------
 LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 def layer_of(name: str) -> int | None:
-    """`model.layers.7.mlp.up_proj.weight` -> 7; None for a tensor of no layer."""
+    """Return the layer of a tensor (7 for `model.layers.7.mlp.up_proj.weight`), or None if it has
+    none."""
     match = LAYER_NAME.fullmatch(name)
     return int(match[1]) if match else None
 
 
 def layer_tensors(config: dict, layer: int, stored: set[str]) -> list[str]:
-    """Names of every tensor that decoder layer must have; of Mixtral's two layouts the one that `stored` uses."""
+    """Return the names of all tensors that this decoder layer must have.
+
+    Of Mixtral's two layouts they are those of the one that `stored` uses."""
     family = family_of(config)
     prefix = f"model.layers.{layer}."
     fused = prefix + "mlp.experts.gate_up_proj" in stored
@@ -219,17 +236,19 @@ def _expert_names(config: dict, fused: bool) -> list[str]:
     return ["block_sparse_moe.gate.weight", *each]
 
 
-# ---- loading ---------------------------------------------------------------------------------------
+# ---- loading
+# ---------------------------------------------------------------------------------------
 EXPERT_NAME = re.compile(r"(layers\.\d+\.)block_sparse_moe\.experts\.(\d+)\.w([123])\.weight")
 
 
 def module_tensors(
     file: TensorFile, family: Family, first_layer: int, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name inside the stage, tensor) for every tensor of a stage's file, one in memory at a time.
+    """Yield (name inside the stage, tensor) for every tensor of a stage's file, one in memory at a
+    time.
 
-    Names lose `model.` and layers count from `first_layer`: `layers.0.self_attn.q_proj.weight`. Mixtral's experts come fused.
-    """
+    Names lose `model.`, and layers count from `first_layer`: `layers.0.self_attn.q_proj.weight`.
+    Mixtral's experts come fused."""
     experts: dict[str, list[str]] = {}
     for name in file.names:
         local = _local_name(name, first_layer)
@@ -253,7 +272,8 @@ def _local_name(name: str, first_layer: int) -> str:
 def _fused(
     file: TensorFile, names: list[str], parts: tuple[str, ...], dtype: torch.dtype | None
 ) -> torch.Tensor:
-    """[experts, sum of rows, columns]: the named matrices of each expert above one another, filled in place."""
+    """Return [experts, sum of rows, columns]: the named matrices of each expert above one
+    another."""
     import torch
 
     from flowspec.models.weights import torch_dtype

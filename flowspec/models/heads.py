@@ -1,4 +1,5 @@
-"""Files of EAGLE heads: what they must hold, and whether one was made for a target. No weight is read here, and no torch imported.
+"""Files of EAGLE heads: what they must hold, and whether one was made for a target. No weight is
+read here, and no torch imported.
 
 models/eagle.py computes with them.
 """
@@ -21,7 +22,8 @@ READS = "eagle_aux_hidden_state_layer_ids"
 
 
 def eagle_shapes(kind: str, config: dict, target_hidden: int) -> dict[str, tuple[int, ...]]:
-    """What an `eagle` or `eagle3` head of this config.json must hold beside its decoder layer, and of which shapes."""
+    """What an `eagle` or `eagle3` head of this config.json must hold beside its decoder layer, and
+    of which shapes."""
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     if kind == "eagle":
         return {EAGLE_FC: (hidden, 2 * hidden)}
@@ -36,12 +38,14 @@ def eagle_shapes(kind: str, config: dict, target_hidden: int) -> dict[str, tuple
 
 
 def eagle3_layers(num_layers: int) -> tuple[int, ...]:
-    """The target's layers whose inputs an EAGLE-3 head reads, as where the published ones were trained: a low, a middle, a high one."""
+    """The target's layers whose inputs an EAGLE-3 head reads, as where the published ones were
+    trained: a low, a middle, a high one."""
     return (2, num_layers // 2, num_layers - 3)
 
 
 def check_head(kind: str, folder: Path, manifest: Manifest, setting: str) -> None:
-    """What can be known of an EAGLE head without reading its weights: that it is one of this kind, of this target's sizes."""
+    """What can be known of an EAGLE head without reading its weights: that it is one of this kind,
+    of this target's sizes."""
     config, where = read_config(folder), f"{setting}: {folder / CONFIG}"
     size = (
         "target_hidden_size"
@@ -65,7 +69,8 @@ def check_head(kind: str, folder: Path, manifest: Manifest, setting: str) -> Non
         found = checkpoint.info(name).shape
         need(
             found == shape,
-            f"{setting}: {folder}: {name} has shape {list(found)}, for kind {kind} it must be {list(shape)}",
+            f"{setting}: {folder}: {name} has shape {list(found)}, for kind {kind} it must be "
+            f"{list(shape)}",
         )
 
 
@@ -77,12 +82,14 @@ def _check_eagle1(config: dict, where: str, manifest: Manifest) -> None:
     )
     need(
         layers == 1,
-        f"{where}: num_hidden_layers is {layers}, an EAGLE head has 1 (a draft model is drafter.kind: lm)",
+        f"{where}: num_hidden_layers is {layers}, an EAGLE head has 1 (a draft model is "
+        "drafter.kind: lm)",
     )
 
 
 def _check_eagle3(config: dict, where: str, manifest: Manifest) -> None:
-    """Heads that compute or read something else are refused by name. (num_hidden_layers says nothing: some give the target's.)"""
+    """Heads that compute or read something else are refused by name. (num_hidden_layers says
+    nothing: some give the target's.)"""
     for key in VARIANTS:
         need(not config.get(key), f"{where}: {key}: this variant of EAGLE-3 is not supported")
     layers, about = list(eagle3_layers(manifest.num_layers)), config.get("eagle_config") or {}
@@ -99,5 +106,6 @@ def _check_eagle3(config: dict, where: str, manifest: Manifest) -> None:
     usual = reads in (layers, [k - 1 for k in layers])
     need(
         usual,
-        f"{where}: {READS} is {reads}; only what enters layers {layers} of this target is supported",
+        f"{where}: {READS} is {reads}; only what enters layers {layers} of this target is "
+        "supported",
     )

@@ -58,7 +58,8 @@ def _from_hub(name: str, option: str, files: tuple[str, ...]) -> Path:
     # the hub's client raises dozens of kinds, some from the HTTP library below it
     except Exception as error:
         raise UserError(
-            f"{option} {name}: no such folder, and the Hugging Face hub did not give it: {_first_line(error)}"
+            f"{option} {name}: no such folder, and the Hugging Face hub did not give it: "
+            f"{_first_line(error)}"
         ) from None
 
 

@@ -353,7 +353,8 @@ def _blocks(dtype: torch.dtype, shapes: list[tuple[int, int]]) -> str:
         f"%full = icmp uge i64 %rest, {2 * ROWS}", f"%small = icmp ule i64 %rest, {ROWS}",
         # two groups share seven to eleven rows evenly
         "%up = add i64 %rest, 1", "%half = lshr i64 %up, 1",
-        f"%some = select i1 %full, i64 {ROWS}, i64 %half", "%g = select i1 %small, i64 %rest, i64 %some",
+        f"%some = select i1 %full, i64 {ROWS}, i64 %half", "%g = select i1 %small, i64 %rest, "
+                                                           "i64 %some",
         "%xo = mul i64 %r, %x_stride", "%xr = getelementptr float, ptr %xk, i64 %xo",
         "%yro = mul i64 %r, %y_stride", "%yr = getelementptr float, ptr %yb, i64 %yro",
         f"%few = icmp ule i64 %g, {NARROW}", "%before = sub i64 %g, 1", "%twice = shl i64 %before, 1",

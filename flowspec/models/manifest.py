@@ -200,7 +200,8 @@ def _verify(root: Path, entry: FileEntry, known: object) -> list:
         stat = path.stat()
         if stat.st_size != entry.bytes:
             raise UserError(
-                f"{path} has {stat.st_size} bytes instead of {entry.bytes}: copy it again or {AGAIN}"
+                f"{path} has {stat.st_size} bytes instead of {entry.bytes}: copy it again or "
+                f"{AGAIN}"
             )
         line = [stat.st_size, stat.st_mtime_ns]
         digest = (

@@ -192,7 +192,8 @@ class Source:
         for name in wanted:
             if self.checkpoint.info(name).dtype not in FLOATS:
                 raise UserError(
-                    f"{self.folder}: {name} is stored as {self.checkpoint.info(name).dtype}; only {', '.join(sorted(FLOATS))} are supported"
+                    f"{self.folder}: {name} is stored as {self.checkpoint.info(name).dtype}; "
+                    f"only {', '.join(sorted(FLOATS))} are supported"
                 )
         self._check_shapes()
 
@@ -205,12 +206,14 @@ class Source:
         ):
             if self.checkpoint.info(name).shape != shape:
                 raise UserError(
-                    f"{self.folder}: {name} has shape {list(self.checkpoint.info(name).shape)}, config.json says {list(shape)}"
+                    f"{self.folder}: {name} has shape {list(self.checkpoint.info(name).shape)}, "
+                    f"config.json says {list(shape)}"
                 )
         deepest = max((layer_of(name) or 0 for name in self.checkpoint.names), default=0)
         if deepest >= self.num_layers:
             raise UserError(
-                f"{self.folder} has weights of layer {deepest}, config.json says num_hidden_layers {self.num_layers}"
+                f"{self.folder} has weights of layer {deepest}, config.json says "
+                f"num_hidden_layers {self.num_layers}"
             )
 
 
@@ -240,7 +243,8 @@ class Job:
         unused = self.source.unused()
         if unused:
             self.progress.line(
-                f"left out {len(unused)} tensors that the architecture does not have ({unused[0]}, ...)"
+                f"left out {len(unused)} tensors that the architecture does not have "
+                f"({unused[0]}, ...)"
             )
         for rank in range(len(self.ranges) + 1):
             (folder / rank_name(rank)).mkdir()
@@ -344,7 +348,8 @@ def converted(file: TensorFile, name: str, dtype: str) -> Iterator[memoryview]:
             before.isfinite(), after.isfinite()
         ):
             raise UserError(
-                f"{file.path}: {name} has values too large for {TORCH_NAMES[dtype]}: choose another --dtype"
+                f"{file.path}: {name} has values too large for {TORCH_NAMES[dtype]}: choose "
+                "another --dtype"
             )
         yield after.view(torch.uint8).numpy().data
 
@@ -384,7 +389,8 @@ def layer_ranges(
         )
     if sum(counts) != num_layers:
         raise UserError(
-            f"--layers {','.join(map(str, counts))} adds up to {sum(counts)}, the model has {num_layers} layers"
+            f"--layers {','.join(map(str, counts))} adds up to {sum(counts)}, the model has "
+            f"{num_layers} layers"
         )
     ends = list(accumulate(counts, initial=0))
     return list(pairwise(ends))
@@ -432,7 +438,8 @@ def check_output(output: str | os.PathLike[str]) -> Path:
     ]
     if foreign:
         raise UserError(
-            f"--output {output} holds an older split and also {foreign[0]}: move that away, the folder will be replaced"
+            f"--output {output} holds an older split and also {foreign[0]}: move that away, the "
+            "folder will be replaced"
         )
     return target
 
@@ -475,7 +482,8 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"no space left in {folder}: {needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free"
+            f"no space left in {folder}: {needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB "
+            "are free"
         )
 
 

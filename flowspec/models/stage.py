@@ -74,7 +74,8 @@ class StageModel(nn.Module):
                 continue  # a layer of this family does not know it; say, stored rotary frequencies
             if expected.shape != tensor.shape:
                 raise UserError(
-                    f"{source}: {name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected.shape)}"
+                    f"{source}: {name} has shape {tuple(tensor.shape)}, config.json asks for "
+                    f"{tuple(expected.shape)}"
                 )
             path, _, leaf = name.rpartition(".")
             module = self.get_submodule(path)

@@ -265,7 +265,8 @@ def _shards_of_index(folder: Path) -> dict[str, str]:
         raise UserError(f"{folder / INDEX} cannot be read: copy or download it again") from None
     if absent:
         raise UserError(
-            f"{folder} lacks {len(absent)} of {len(shards)} shards ({', '.join(absent[:3])}): download them again"
+            f"{folder} lacks {len(absent)} of {len(shards)} shards ({', '.join(absent[:3])}): "
+            "download them again"
         )
     return shard_of
 
@@ -274,8 +275,14 @@ def _no_checkpoint(folder: Path) -> str:
     if not folder.is_dir():
         return f"no folder {folder}"
     if any(folder.glob("*.bin")) or any(folder.glob("*.pth")) or any(folder.glob("*.pt")):
-        return f"{folder} has its weights in pickled files only: convert them (transformers: save_pretrained writes safetensors)"
-    return f"{folder} has no model.safetensors and no {INDEX}: give a folder with a Hugging Face checkpoint in safetensors"
+        return (
+            f"{folder} has its weights in pickled files only: convert them (transformers: "
+            "save_pretrained writes safetensors)"
+        )
+    return (
+        f"{folder} has no model.safetensors and no {INDEX}: give a folder with a Hugging Face "
+        "checkpoint in safetensors"
+    )
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -330,7 +337,8 @@ def _write_all(file, piece: bytes | memoryview) -> None:
 def _write_error(error: OSError, path: Path, missing: int) -> UserError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
-            f"no space left in {path.parent}: {path.name} needs about {max(1, -(-missing // 10**6))} MB more"
+            f"no space left in {path.parent}: {path.name} needs about "
+            f"{max(1, -(-missing // 10**6))} MB more"
         )
     return UserError(f"cannot write {path}: {error.strerror}")
 

@@ -1,4 +1,5 @@
-"""The drafter runs in its own thread, so that drafting and verification never wait for each other."""
+"""The drafter runs in its own thread, so that drafting and verification never wait for each
+other."""
 
 from __future__ import annotations
 
@@ -117,7 +118,8 @@ class DraftThread:
             self.learn(request, whole)
 
     def learn(self, request: int, features: Tensor) -> None:
-        """Take in the features [n, width] of the next tokens of the text; the prompt's come first."""
+        """Take in the features [n, width] of the next tokens of the text; the prompt's come
+        first."""
         reading = self._requests[request]
         prompt, rest = features[: reading.awaited], features[reading.awaited :]
         if reading.awaited:
@@ -137,7 +139,8 @@ class DraftThread:
     def commit(self, request: int, commit: Commit, features: Tensor | None) -> None:
         """Tell the drafter of a commit, with the target's features [len(commit.path), hidden].
 
-        `features` is None if the drafter does not read them, or if they come by `layer_features`."""
+        `features` is None if the drafter does not read them, or if they come by
+        `layer_features`."""
         reading = self._requests[request]
         self._do(reading, lambda: _session(reading).commit(commit, features))
 

@@ -93,7 +93,8 @@ class Stats:
     explanation: list[str] = field(default_factory=list)
     """These lines say what the policy chose, and why."""
     spans: list[Span] = field(default_factory=list)
-    """These spans say what all ranks did, on rank 0's clock; empty unless the request was traced."""
+    """These spans say what all ranks did, on rank 0's clock; empty unless the request was
+    traced."""
 
 
 class _Submit(NamedTuple):
@@ -128,13 +129,15 @@ class Ask:
 
     @property
     def rows(self) -> int:
-        """Rows that a stage's cache may need for it: the text, the tree, what of it died, and room to grow."""
+        """Rows that a stage's cache may need for it: the text, the tree, what of it died, and room
+        to grow."""
         text = self.request.prompt_length + self.request.sampling.max_new_tokens
         return RowCache.room(text + self.policy.budget + StageState.COMPACT + Ring.MOST)
 
 
 class Answer:
-    """The answer to an ask: `tokens` as they are committed, and `stats`, complete once they have ended."""
+    """The answer to an ask: `tokens` as they are committed, and `stats`, complete once they have
+    ended."""
 
     def __init__(self, driver: Driver, request: int):
         self.tokens: Stream[Committed] = Stream()
@@ -167,7 +170,8 @@ class _Live:
         self.before = 0.0
         """The shared bookkeeping of the run was this when the request began."""
         self.pongs: dict[int, list[tuple[float, float]]] = {}
-        """This maps a rank to (seconds of a round trip, its clock minus ours) of a traced request."""
+        """This maps a rank to (seconds of a round trip, its clock minus ours) of a traced
+        request."""
 
     @property
     def reported(self) -> bool:
@@ -222,8 +226,10 @@ class Driver:
         for rank, rows in sorted(self._room.items()):
             need(
                 ask.rows <= rows,
-                f"the request may need a cache of {ask.rows} tokens, rank {rank} has memory for {rows}: "
-                "give a shorter prompt, fewer sampling.max_new_tokens, a smaller tree.budget, or more cache_mb",
+                f"the request may need a cache of {ask.rows} tokens, rank {rank} has memory for "
+                f"{rows}: "
+                "give a shorter prompt, fewer sampling.max_new_tokens, a smaller tree.budget, or "
+                "more cache_mb",
             )
 
     def submit(self, ask: Ask) -> Answer:
@@ -487,7 +493,8 @@ class Driver:
             self._perform(self._scheduler.cancel(request, self._clock.now()))
 
     def _over(self, live: _Live) -> None:
-        """Tell the stages to forget a request; its rows on the way are dropped where they arrive."""
+        """Tell the stages to forget a request; its rows on the way are dropped where they
+        arrive."""
         request, decoding, stats = live.request.id, live.decoding, live.stats
         self._ending[request] = self._live.pop(request)
         if self._draft:

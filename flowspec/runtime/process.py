@@ -1,4 +1,5 @@
-"""A rank as a process of a torchrun world: joining the run, and leaving it by name when something breaks."""
+"""A rank is a process of a torchrun world: it joins the run, and leaves it by name if something
+breaks."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ from flowspec.runtime.agreement import Facts, agree
 log = logging.getLogger(__name__)
 
 REPORT = "FLOWSPEC_REPORT"
-"""file in which ranks leave their last words for the launcher; without it they go to stderr"""
+"""Ranks leave their last words for the launcher in this file; without it they go to stderr."""
 _last_words = threading.Lock()
 
 
@@ -43,12 +44,15 @@ def own_name() -> str:
 
 
 def launched() -> bool:
-    """Somebody waits for the ranks' last words, and will print the first."""
+    """Return whether somebody waits for the ranks' last words, and will print the first."""
     return REPORT in os.environ
 
 
 def report(line: str, code: int, speak: bool = True, aloud: bool = False) -> None:
-    """Leave one line for the launcher to print; say it here if there is no launcher and `speak`, or in any case if `aloud`. Never fails."""
+    """Leave one line for the launcher to print. This never fails.
+
+    The line is printed here if there is no launcher and `speak` is true, and in any case if `aloud`
+    is."""
     path = os.environ.get(REPORT)
     if path:
         try:
@@ -70,26 +74,31 @@ def leave(code: int) -> NoReturn:
 
 
 def check_world(topology: Topology, one_clock: bool) -> None:
-    """UserError when torchrun started another number of ranks than the model was split for, or on several machines what needs one clock."""
+    """Raise UserError if torchrun started what cannot be a run of this model.
+
+    That is another number of ranks than the model was split for, or ranks on several machines where
+    one clock is needed."""
     started, world_size = int(os.environ["WORLD_SIZE"]), topology.world_size
     need(
         started == world_size,
-        f"wrong world size: the model is split for {world_size} ranks (rank 0 and {topology.stages} stages), torchrun started {started}",
+        f"wrong world size: the model is split for {world_size} ranks (rank 0 and "
+        f"{topology.stages} stages), torchrun started {started}",
     )
     here = int(os.environ.get("LOCAL_WORLD_SIZE", started))
     need(
         here == started or not one_clock,
-        f"emulate.link_ms, link_mbps: all ranks must be on one machine, {started - here} of {started} are not",
+        f"emulate.link_ms, link_mbps: all ranks must be on one machine, {started - here} of "
+        f"{started} are not",
     )
 
 
 class Loss(NamedTuple):
-    """A rank is lost, or the launcher (-1)."""
+    """A loss is what became of a rank that does not answer, or of the launcher (-1)."""
 
     rank: int
     reason: str
     hung: bool
-    """It stood still; else its links broke."""
+    """This is true if the rank stood still; else its links broke."""
 
 
 def join_run(
@@ -99,11 +108,11 @@ def join_run(
     emulate: Emulate,
     at_loss: Callable[[Heartbeat, Loss], None],
 ) -> tuple[GlooTransport, Callable[[], None]]:
-    """Connect to the other ranks; the transport, and what to call after it was closed.
+    """Connect to the other ranks; return the transport, and what to call once it was closed.
 
-    `at_loss` is called in a thread of its own when a rank is lost, in this run or on the way into
-    it. RankLost when one of them does not come in time, UserError when they do not run what this one runs: `facts`, as
-    runtime/agreement.py compares them."""
+    `at_loss` is called in a thread of its own if a rank is lost, in this run or on the way into it.
+    Raise RankLost if one of them does not come in time, and UserError if they do not run what this
+    one runs: `facts`, which runtime/agreement.py compares."""
     need(
         {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys(),
         "MASTER_ADDR and MASTER_PORT say where ranks meet: start them by torchrun",
@@ -148,12 +157,14 @@ def join_run(
 
 
 def address() -> str:
-    """Where the ranks of this run meet: torch's store."""
+    """Return the address at which the ranks of this run meet: that of torch's store."""
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
 def _stores(rank: int, world_size: int) -> tuple[dist.Store, dist.Store]:
-    """Two connections to the run's store: torchrun's, or without one rank 0's."""
+    """Return two connections to the run's store.
+
+    It is torchrun's, or without one rank 0's."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     one, two = (
@@ -168,18 +179,23 @@ CONNECTING = "connecting to the other ranks"
 
 
 def _unconnected(heartbeat: Heartbeat, pulses: list[Pulse], me: int) -> str:
-    """Which ranks are not connected to all others."""
+    """Return the ranks that are not connected to all others."""
     names = (
         rank_name(r, heartbeat.host(r))
         for r, pulse in enumerate(pulses)
         if pulse.doing == CONNECTING or r == me
     )
-    return f"not all ranks that met at {address()} could connect to each other: {', '.join(names)} still try"
+    return (
+        f"not all ranks that met at {address()} could connect to each other: "
+        f"{', '.join(names)} still try"
+    )
 
 
 class _Connecting:
-    """A context that must be over in time, else the process is, with a word about what it waited for. A thread of its own sees to that:
-    the calls that connect know no limit, or one that kills links later. What they raise becomes RankLost, with the same words."""
+    """A context that must be over in time; otherwise the process ends, and says what it waited for.
+
+    A thread of its own sees to that: the calls that connect know no limit, or one that kills links
+    later. What they raise becomes RankLost, with the same words."""
 
     def __init__(self, seconds: float):
         self.to: Callable[[], str] = lambda: (
@@ -195,7 +211,8 @@ class _Connecting:
     def _give_up(self) -> None:
         with _last_words:
             report(
-                f"{self.to()} within {self._seconds:g} s (FLOWSPEC_CONNECT=SECONDS gives more time)",
+                f"{self.to()} within {self._seconds:g} s (FLOWSPEC_CONNECT=SECONDS gives more "
+                "time)",
                 1,
             )
             leave(1)
@@ -211,7 +228,10 @@ class _Connecting:
 
 
 def _seconds_to_connect() -> float:
-    """FLOWSPEC_CONNECT: for hosts that are started by hand, or check large files first."""
+    """Return the seconds in which all ranks must be connected.
+
+    The variable FLOWSPEC_CONNECT gives more to hosts that are started by hand, or that check large
+    files first."""
     text = os.environ.get("FLOWSPEC_CONNECT", "60")
     found = re.fullmatch(r"\d+(\.\d+)?", text)
     need(
@@ -222,7 +242,10 @@ def _seconds_to_connect() -> float:
 
 
 def _pace() -> dict[str, float]:
-    """FLOWSPEC_HEARTBEAT=every,limit[,still] in seconds, for links, boxes or disks that need more patience than the default."""
+    """Return the pace of heartbeats.
+
+    The variable FLOWSPEC_HEARTBEAT=every,limit[,still], in seconds, is for links, boxes or disks
+    that need more patience than the default."""
     text = os.environ.get("FLOWSPEC_HEARTBEAT")
     if not text:
         return {}
@@ -235,24 +258,32 @@ def _pace() -> dict[str, float]:
     ok = 0 < every < limit < math.inf and still > 0
     need(
         ok,
-        f"FLOWSPEC_HEARTBEAT is {text!r}: it must be two or three numbers of seconds, such as 0.5,3 or 0.5,3,{STILL:g}",
+        f"FLOWSPEC_HEARTBEAT is {text!r}: it must be two or three numbers of seconds, such as "
+        f"0.5,3 or 0.5,3,{STILL:g}",
     )
     return {"every": every, "limit": limit, "still": still}
 
 
 def end_process(heartbeat: Heartbeat, loss: Loss) -> NoReturn:
-    """A rank is lost, so the run is: say which and why, end a hung process on this machine, go, come what may."""
+    """End this process because a rank is lost, come what may.
+
+    Say which rank, and why, and end a process of it that hangs on this machine."""
     rank, reason, hung = loss
     if not hung:
         time.sleep(
             1.0
-        )  # a local death is torchrun's to report: it knows the signal, and ends us before this is over
+            # a local death is torchrun's to report: it knows the signal, and ends us before this is
+            # over
+        )
     try:
         with _last_words:
             if rank < 0:  # nobody may be left to print what is reported
                 report(f"{own_name()} leaves: {reason}", 1, aloud=True)
             else:
-                line = f"{rank_name(rank, heartbeat.host(rank))} {'hung' if hung else 'died'}: {reason}"
+                line = (
+                    f"{rank_name(rank, heartbeat.host(rank))} {'hung' if hung else 'died'}: "
+                    f"{reason}"
+                )
                 report(line, 1, speak=int(os.environ["RANK"]) == (1 if rank == 0 else 0))
                 if hung:
                     heartbeat.kill_if_here(rank)

@@ -1,4 +1,5 @@
-"""A stream hands over what one thread makes to a reader in another, who may wait or be a coroutine."""
+"""A stream hands over what one thread makes to a reader in another, who may wait or be a
+coroutine."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class Stream(Generic[T]):
             self._wake()
 
     def end(self, error: BaseException | None = None) -> None:
-        """Nothing comes any more; `error` is raised for the reader behind what came. The first counts."""
+        """Nothing comes any more; `error` is raised for the reader behind what came. The first
+        counts."""
         with self._ready:
             self._end = self._end or error or Ended()
             self._wake()

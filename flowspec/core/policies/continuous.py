@@ -1,4 +1,6 @@
-"""Never a pause: the likeliest nodes leave as soon as the first stage can take them (FlowSpec, event-driven; POLICY section 6). Pure."""
+"""This policy never pauses: the likeliest nodes leave as soon as the first stage can take them.
+
+It is FlowSpec, driven by events; docs/policy.md has its formulas. Pure."""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from flowspec.core.tree import Node, TokenTree
 
 
 class Candidates:
-    """A node's children as the drafter proposed them last, best first; those before `next` have been looked at."""
+    """Candidates are a node's children as the drafter proposed them last, best first.
+
+    Those before `next` have been looked at."""
 
     __slots__ = ("next", "offsets", "tokens")
 
@@ -30,20 +34,22 @@ class Candidates:
 
 
 class Continuous(Attached):
-    """The event-driven policy: a persistent tree, the likeliest unsent nodes leave just in time, as many segments as the ring holds."""
+    """The event-driven policy keeps one tree, and as many segments in flight as the ring holds.
+
+    The likeliest unsent nodes leave just in time."""
 
     ROWS = 10
-    """nodes in a drafter forward"""
+    """A drafter forward has this many nodes."""
     REFRESHED = 5
-    """of them, at most, drafted before and drafted again"""
+    """At most this many of them were drafted before, and are drafted again."""
     ALIVE = math.log(0.05)
-    """the least log-probability to be reached of a node that is drafted again"""
+    """A node is drafted again if it is reached with at least this log-probability."""
     MOVE = 0.1
-    """a change of score that is worth moving a subtree for"""
+    """The scores of a subtree move if they change by at least this much."""
     PATIENCE = 2.0
-    """how many times its delay a draft must be worth for a new root to wait for it"""
+    """A new root waits for a draft that is worth this many times the delay."""
     CROWD = 600
-    """nodes of the tree when the budget is auto"""
+    """If the budget is auto, the tree has this many nodes."""
 
     def __init__(
         self, config: TreeConfig, topology: Topology, switches: PolicyConfig, features: bool
@@ -81,7 +87,8 @@ class Continuous(Attached):
         self.drafting = (
             self.tree.root.score
         )  # the best node that the drafter is asked for the first time
-        # Heaps of (-score, id), absolute: moving the root reorders nothing. An entry that is not its node's present score is
+        # Heaps of (-score, id), absolute: moving the root reorders nothing. An entry that is not
+        # its node's present score is
         # dropped where it comes up; so is that of a dead node.
         self.unsent = [(-self.tree.root.score, self.tree.root.id)]
         self.unexpanded = list(self.unsent)
@@ -131,8 +138,10 @@ class Continuous(Attached):
         self._grow()
 
     def _refreshed(self, node: Node, found: Candidates) -> None:
-        """Its children get the scores they have by the new list, and are to be drafted again themselves, unless a newer wave
-        is on its way to them. A child that is in the list no more is not likelier than its last."""
+        """Give the node's children the scores that they have by its new list.
+
+        They are to be drafted again themselves, unless a newer wave is on its way to them. A child
+        that is in the list no more is not likelier than the last one in it."""
         spreads = node.id in self.asked_again
         offsets, last = dict(zip(found.tokens, found.offsets, strict=True)), found.offsets[-1]
         for token, child in node.children.items():
@@ -164,7 +173,9 @@ class Continuous(Attached):
             heapq.heappush(self.tail, (-(node.score + found.offsets[found.next]), node.id))
 
     def draft(self) -> list[Node]:
-        """What is to be drafted again, then the likeliest unexpanded nodes, while P >= theta / 4 and the budget has room."""
+        """Return what is to be drafted again, then the likeliest unexpanded nodes.
+
+        These are expanded while P >= theta / 4 and the budget has room."""
         if not self.control.speculates:
             root = self.tree.root
             return [root] if self.control.probes and not root.expanded else []
@@ -189,7 +200,8 @@ class Continuous(Attached):
         return batch
 
     def _stale(self) -> list[Node]:
-        """The best of the wave: the root, whose features are known now, then the nodes below those that were drafted again."""
+        """Return the best nodes of the wave: the root, whose features are known now, then those
+        below the nodes that were drafted again."""
         batch: list[Node] = []
         useless = self.tree.root.position + self.levels_left()
         while (
@@ -204,7 +216,9 @@ class Continuous(Attached):
         return batch
 
     def segment(self, drafting: bool) -> list[Node]:
-        """The root if it is unsent, then the likeliest unsent nodes while P >= theta, up to the rows of a segment."""
+        """Return the root if it is unsent, then the likeliest unsent nodes while P >= theta.
+
+        They are no more than the rows of a segment."""
         batch: list[Node] = []
         nodes, root, least = self.tree.nodes, self.tree.root, self._score_of(self.control.theta)
         if drafting and not root.sent and self.control.speculates and self._worth_waiting():
@@ -229,9 +243,11 @@ class Continuous(Attached):
             heapq.heappush(self.unsent, (-node.score, node.id))
 
     def _worth_waiting(self) -> bool:
-        """Hold a new root back for the draft under way? Its children would be verified with it rather than a forward later, which
-        saves a forward (`base`) with the probability that one of them is right, less what they add to this one; everything waits
-        for the draft."""
+        """Return whether to hold a new root back for the draft under way.
+
+        Its children would be verified with it rather than a forward later. That saves a forward
+        (`base`) with the probability that one of them is right, less what they add to this one; but
+        everything waits for the draft."""
         reach = math.exp(min(0.0, self.drafting - self.tree.root.score)) * self.promise
         more = float(self.ring.times[2]) - self.ring.base
         return 0 < self.PATIENCE * self.ring.draft < reach * self.ring.base - more
@@ -243,14 +259,16 @@ class Continuous(Attached):
         return True
 
     def _score_of(self, reach: float) -> float:
-        """The score of a node whose probability to be accepted, given the present root, is `reach`."""
+        """Return the score of a node that is accepted with probability `reach`, given the present
+        root."""
         return self.tree.root.score + math.log(reach)
 
     def _grow(self) -> None:
-        """Make candidates into nodes, likeliest first, while P >= theta / 4 and the budget has room.
+        """Make candidates into nodes, likeliest first, while P >= theta / 4 and the budget has
+        room.
 
-        The same bound as for expanding: what is below it would be neither drafted nor sent until the root moves, and then
-        this is asked again."""
+        The bound is that of expanding: what is below it would be neither drafted nor sent until the
+        root moves, and then this is asked again."""
         tree, tail, most = self.tree, self.tail, -self._score_of(self.control.theta / 4)
         while tail and len(tree.nodes) < self.budget and tail[0][0] <= most:
             key, id = heapq.heappop(tail)
