@@ -629,7 +629,7 @@ def test_a_stage_gets_what_transformers_own_layers_hold(tmp_path, kind, config, 
     assert seen == expected.keys()
 
 
-TINY = {
+LEAST = {
     "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
     "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 8,
     "num_local_experts": 2, "sliding_window": None,
@@ -640,7 +640,7 @@ TINY = {
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_layer_has_the_tensors_that_transformers_gives_it(model_type, biased):
     """The tables spare a split, and the check before a run, 4 s and 300 MB for transformers."""
-    config = {**TINY, "model_type": model_type, "attention_bias": biased, "mlp_bias": biased}
+    config = {**LEAST, "model_type": model_type, "attention_bias": biased, "mlp_bias": biased}
     fused = {"model.layers.0.mlp.experts.gate_up_proj"}  # tells Mixtral's new layout from its old
     known = {name.removeprefix("model.") for name in layer_tensors(config, 0, fused)}
     module = StageModel(config, 1, first=False, last=False)
