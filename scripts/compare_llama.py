@@ -480,7 +480,7 @@ def request(port: int, method: str, path: str, body: dict | None = None) -> tupl
 
 
 def completion(port: int, asked: dict) -> dict:
-    """One text, in the terms of compare_transformers.Ask."""
+    """One text, in the terms of flowspec.bench.rivals.Ask."""
     body = {
         "prompt": asked["tokens"],
         "n_predict": asked["new_tokens"],

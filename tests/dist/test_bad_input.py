@@ -439,6 +439,7 @@ def ring_words(pair):
     return ["run", pair.config(1), "--prompt", "for", "--max-new-tokens", "4"]
 
 
+@pytest.mark.slow
 def test_output_that_nobody_reads_ends_a_command_quietly(pair, unread):
     assert said(["--help"], unread) == (141, "")
     code, err = said(ring_words(pair), unread)
@@ -446,6 +447,7 @@ def test_output_that_nobody_reads_ends_a_command_quietly(pair, unread):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.slow
 def test_output_that_takes_no_more_is_one_line(pair):
     line = "flowspec: cannot write the output: No space left on device\n"
     with open("/dev/full", "w") as full:

@@ -219,6 +219,7 @@ def test_drafts_of_another_pair_are_refused(pair, tmp_path, capsys):
 
 
 # ---- bench compare ---------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_a_comparison_writes_its_records_table_and_chart(pair, tmp_path, capsys):
     plan = Plan(
         temperatures=[0.0, 0.9],

@@ -151,7 +151,9 @@ def forward(some, given, needed):
     return [None] * len(some) if out is None else out.split([len(rows) for rows, *_ in given])
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))]
+)
 def test_a_forward_of_several_requests_is_that_of_each(model, cache_step, seed):
     """Text beside trees, other taps, moves of rows in between, forwards that nobody needs."""
     print("seed", seed)
