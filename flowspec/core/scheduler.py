@@ -8,6 +8,7 @@ who rides in the next batch, and whose nodes are in the drafter's next forward.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -56,11 +57,8 @@ class Scheduler:
     """`handle(event, now) -> actions`; `now` is any clock in seconds that does not go back."""
 
     UNEQUAL = 1 / 8
-    """Roots beyond a batch's equal share may add this share of a forward to it."""
-
-    COMPANY = 1.3
-    """In company a speculative row must save so many times what it costs: batches that take longer
-    than others leave stages idle behind them (found by simulation, docs/architecture.md)."""
+    """Batches that take longer than others leave stages idle behind them. In company, rows may make
+    a batch longer than its equals by this share of a forward."""
 
     def __init__(self, topology: Topology, learnt: Learnt | None = None):
         """`learnt` is what the run has found out so far; it goes on learning."""
@@ -221,10 +219,26 @@ class Scheduler:
 
     def _share(self) -> int:
         """Return how many roots a batch may take: an equal share, and what costs hardly more."""
-        equal, prices = len(self.decodings) / self.ring.credits(self._topology), self.ring.prices
-        least = min(math.ceil(equal), self.ring.MOST)
-        longest = prices.more[least] + self.UNEQUAL * prices.forward
+        return self._as_long_as(math.ceil(len(self.decodings) / self.ring.credits(self._topology)))
+
+    def _as_long_as(self, rows: int) -> int:
+        """Return how many rows take hardly longer than so many."""
+        prices = self.ring.prices
+        longest = prices.more[min(rows, self.ring.MOST)] + self.UNEQUAL * prices.forward
         return int(np.searchsorted(prices.more, longest, side="right")) - 1
+
+    def _most(self) -> int:
+        """Return the most rows of a batch.
+
+        Beside others, it is to take hardly longer than the longest of them, or at most a row more:
+        so batches grow slowly, and together."""
+        if not self._shared or self.ring.credits(self._topology) == 1:
+            return self.ring.MOST
+        rows: Counter[int] = Counter()  # of each batch in flight
+        for decoding in self.decodings.values():
+            rows.update({number: len(ids) for number, ids in decoding.out.items()})
+        longest = max([self._share(), *rows.values()])
+        return max(longest + 1, self._as_long_as(longest))
 
     def _batch(self, offers: list[_Offer]) -> Batch:
         """Send what is due, and of the rest the likeliest while they gain more than they cost."""
@@ -240,10 +254,9 @@ class Scheduler:
             return [0] * len(offers)
         owners = [k for k, offer in enumerate(offers) for _ in offer.reaches[offer.due :]]
         reaches = np.array([reach for offer in offers for reach in offer.reaches[offer.due :]])
-        likeliest = np.argsort(-reaches, kind="stable")[: max(0, self.ring.MOST - due)]
+        likeliest = np.argsort(-reaches, kind="stable")[: max(0, self._most() - due)]
         roots = sum(offer.nodes[0] is offer.decoding.tree.root for offer in offers)
         crowd = max(roots, len(self.decodings) / self._topology.stages)
-        crowd *= self.COMPANY if self._shared else 1.0
         worth = self.ring.prices.worth(reaches[likeliest], due, crowd) if len(likeliest) else 0
         chosen = np.array([owners[k] for k in likeliest[:worth]], int)
         return np.bincount(chosen, minlength=len(offers)).tolist()

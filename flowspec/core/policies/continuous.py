@@ -247,7 +247,10 @@ class Continuous(Attached):
 
         Its children would be verified with it rather than a forward later. That saves a forward
         (`base`) with the probability that one of them is right, less what they add to this one; but
-        everything waits for the draft."""
+        everything waits for the draft. In company the others would leave without it, and a root
+        that misses a batch waits for the next."""
+        if self.ring.requests > 1:
+            return False
         reach = math.exp(min(0.0, self.drafting - self.tree.root.score)) * self.promise
         more = float(self.ring.times[2]) - self.ring.base
         return 0 < self.PATIENCE * self.ring.draft < reach * self.ring.base - more
