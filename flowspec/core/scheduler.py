@@ -57,8 +57,10 @@ class Scheduler:
     """`handle(event, now) -> actions`; `now` is any clock in seconds that does not go back."""
 
     UNEQUAL = 1 / 8
-    """Batches that take longer than others leave stages idle behind them. In company, rows may make
-    a batch longer than its equals by this share of a forward."""
+    """Roots beyond a batch's equal share may add this share of a forward to it."""
+    GROWTH = 3 / 4
+    """Batches that take longer than others leave stages idle behind them, so they grow slowly: from
+    one round of the ring to the next by at most this share of a forward, or a row a batch."""
 
     def __init__(self, topology: Topology, learnt: Learnt | None = None):
         """`learnt` is what the run has found out so far; it goes on learning."""
@@ -219,26 +221,29 @@ class Scheduler:
 
     def _share(self) -> int:
         """Return how many roots a batch may take: an equal share, and what costs hardly more."""
-        return self._as_long_as(math.ceil(len(self.decodings) / self.ring.credits(self._topology)))
+        return self._as_long_as(self._equal, self.UNEQUAL)
 
-    def _as_long_as(self, rows: int) -> int:
-        """Return how many rows take hardly longer than so many."""
+    @property
+    def _equal(self) -> int:
+        """Return the roots of a batch if each of those that the ring holds has as many."""
+        return math.ceil(len(self.decodings) / self.ring.credits(self._topology))
+
+    def _as_long_as(self, rows: int, more: float) -> int:
+        """Return how many rows take as long as so many, and at most `more` of a forward longer."""
         prices = self.ring.prices
-        longest = prices.more[min(rows, self.ring.MOST)] + self.UNEQUAL * prices.forward
+        longest = prices.more[min(rows, self.ring.MOST)] + more * prices.forward
         return int(np.searchsorted(prices.more, longest, side="right")) - 1
 
     def _most(self) -> int:
-        """Return the most rows of a batch.
-
-        Beside others, it is to take hardly longer than the longest of them, or at most a row more:
-        so batches grow slowly, and together."""
-        if not self._shared or self.ring.credits(self._topology) == 1:
+        """Return the most rows of a batch that has others before or behind it."""
+        credits = self.ring.credits(self._topology)
+        if credits == 1:
             return self.ring.MOST
         rows: Counter[int] = Counter()  # of each batch in flight
         for decoding in self.decodings.values():
             rows.update({number: len(ids) for number, ids in decoding.out.items()})
-        longest = max([self._share(), *rows.values()])
-        return max(longest + 1, self._as_long_as(longest))
+        longest = max([self._equal, *rows.values()])
+        return max(longest + 1, self._as_long_as(longest, self.GROWTH / credits))
 
     def _batch(self, offers: list[_Offer]) -> Batch:
         """Send what is due, and of the rest the likeliest while they gain more than they cost."""

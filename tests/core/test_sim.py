@@ -567,6 +567,12 @@ def test_in_company_speculation_is_no_loss_where_rows_are_dear(requests, stages)
     assert together("flowspec", requests, GOOD, DEAR, stages) > 0.98 * plain
 
 
+def test_batches_that_grow_slowly_keep_all_stages_of_one_request_busy(monkeypatch):
+    grown = together("flowspec", 1, GOOD, DEAR, 4)
+    monkeypatch.setattr(Scheduler, "_most", lambda self: self.ring.MOST)
+    assert grown > 1.05 * together("flowspec", 1, GOOD, DEAR, 4)
+
+
 @pytest.mark.parametrize("mutant", ["a root waits for a draft", "a batch has any length"])
 def test_without_either_rule_of_company_speculation_loses(monkeypatch, mutant):
     if mutant == "a root waits for a draft":
