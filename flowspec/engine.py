@@ -41,7 +41,7 @@ from flowspec.rank import (
 )
 from flowspec.runtime import wire
 from flowspec.runtime.drafting import DraftThread
-from flowspec.runtime.driver import Ask, Driver, Stats
+from flowspec.runtime.driver import Driver, Stats, Submission
 from flowspec.runtime.waiting import receive
 from flowspec.text import Text, TextStream
 from flowspec.trace import Span
@@ -174,11 +174,11 @@ class Engine:
         features = self._draft is not None and self._draft.features
         chosen = make_policy(config.method, config.tree, config.policy, self.topology, features)
         stops = [stop] if isinstance(stop, str) else list(stop)
-        ask = Ask(request, chosen, config.policy, self.traced)
-        self._driver.check(ask)
+        submission = Submission(request, chosen, config.policy, self.traced)
+        self._driver.check(submission)
         generation = Generation(
             request,
-            self._driver.submit(ask),
+            self._driver.submit(submission),
             TextStream(self.text.tokenizer, stops, request.prompt),
             functools.partial(self._finished, config),
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from flowspec.core.request import Request
-from flowspec.runtime.driver import Answer, Committed, Stats
+from flowspec.runtime.driver import Committed, Stats, Ticket
 from flowspec.runtime.stream import Ended
 from flowspec.text import TextStream
 from flowspec.trace import Span
@@ -88,13 +88,13 @@ class Generation:
     def __init__(
         self,
         request: Request,
-        answer: Answer,
+        ticket: Ticket,
         stream: TextStream,
         finished: Callable[[Generation], Result],
     ):
         """`stream` makes text of tokens; `finished` is called once, when all is known."""
         self.request = request
-        self._answer, self._stream, self._finished = answer, stream, finished
+        self._answer, self._stream, self._finished = ticket, stream, finished
         self.token_ids: list[int] = []
         self.accepted = 0
         """So many of them the draft had sent before the target picked them."""

@@ -126,7 +126,7 @@ class Target:
         """Return the features behind the final norm, [len(tokens), hidden]."""
         rows = torch.tensor(tokens, dtype=torch.int32)
         for part in self._parts:
-            rows = stage.Sequence(part).prefill(rows)
+            rows = stage.CachedText(part).prefill(rows)
         return rows
 
 

@@ -1,4 +1,4 @@
-"""Figures, a verdict of three lines, a sketch and a picture (PNG) are made of a timeline here.
+"""Figures, a in_words of three lines, a sketch and a picture (PNG) are made of a timeline here.
 
 The sketch is for the terminal. This works on the spans of a run and of a simulation alike
 (flowspec/trace.py). Times are in seconds unless a name says otherwise; a `window` is a pair of
@@ -163,7 +163,7 @@ def _bytes_from(rank: int, spans: Sequence[Span]) -> int:
     )
 
 
-# ---- verdict -------------------------------------------------------------------------------------
+# ---- in words ------------------------------------------------------------------------------------
 _FILL = (
     "a deeper tree (tree.depth, tree.budget) or smaller segments (tree.segment), or fewer stages"
 )
@@ -171,7 +171,7 @@ _FLOWSPEC = "method: flowspec, which does not wait for the end of a round"
 _ROUNDS = {"ar", "serial", "naive", "pruned"}
 
 
-def verdict(spans: Sequence[Span], facts: dict[str, Any]) -> str:
+def in_words(spans: Sequence[Span], facts: dict[str, Any]) -> str:
     """Return three lines for a person.
 
     They say where the time went, what became of the rows, and what the largest loss is and what to
@@ -384,7 +384,7 @@ def draw(
         pad=22,
     )
     axes.text(
-        0, 1.015, verdict(spans, facts).splitlines()[0], transform=axes.transAxes, fontsize=9.5
+        0, 1.015, in_words(spans, facts).splitlines()[0], transform=axes.transAxes, fontsize=9.5
     )
     _frame(axes, lanes)
     for lane in lanes:

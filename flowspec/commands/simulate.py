@@ -258,7 +258,7 @@ def _show(
     facts = {"method": chosen[-1], "stages": cells[-1].stages, "simulated": True}
     if len(results) == 1 or options.png or options.trace_file:
         print("\n".join(timeline.sketch(outcome.spans)))
-        print(timeline.verdict(outcome.spans, facts))
+        print(timeline.in_words(outcome.spans, facts))
     if options.trace_file:
         trace.write(options.trace_file, outcome.spans, facts)
     if options.png:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flowspec.bench.timeline import MISSING, SHOWN, can_draw, draw, verdict, window
+from flowspec.bench.timeline import MISSING, SHOWN, can_draw, draw, in_words, window
 from flowspec.output import Parser
 from flowspec.trace import read
 
@@ -37,10 +37,10 @@ def _parser() -> Parser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the verdict and draw the picture; raise UserError for bad input."""
+    """Print the in_words and draw the picture; raise UserError for bad input."""
     options = _parser().parse_args(argv)
     spans, facts = read(options.file)
-    print(verdict(spans, facts))
+    print(in_words(spans, facts))
     if options.png is None and not can_draw():
         print(f"no picture: {MISSING}", file=sys.stderr)
         return 0

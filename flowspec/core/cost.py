@@ -18,7 +18,7 @@ from flowspec.core.messages import PREFILL_ROWS, Cost
 from flowspec.errors import need
 
 
-class Line:
+class LineFit:
     """A line is a least-squares fit of seconds over rows (or context tokens).
 
     Older observations weigh less, by a factor `forget` for each newer one."""
@@ -90,7 +90,7 @@ class _Bin:
     def __init__(self) -> None:
         # (rows, context, seconds)
         self.latest: deque[tuple[int, float, float]] = deque(maxlen=self.LATEST)
-        self.by_context = Line(forget=1.0)
+        self.by_context = LineFit(forget=1.0)
         self.all: dict[int, deque[tuple[int, float, float]]] = {}
 
     def add(self, rows: int, context: float, seconds: float) -> None:
@@ -263,7 +263,7 @@ class Meter:
     rows."""
 
     def __init__(self) -> None:
-        self.forward, self._hop = RowCost(), Line()
+        self.forward, self._hop = RowCost(), LineFit()
         self._forwards = 0
         self._first: float | None = None  # seconds of the first hop
 

@@ -58,9 +58,11 @@ class Scheduler:
 
     UNEQUAL = 1 / 8
     """Roots beyond a batch's equal share may add this share of a forward to it."""
-    GROWTH = 3 / 4
+    GROWTH = (3 / 2, 3 / 4)
     """Batches that take longer than others leave stages idle behind them, so they grow slowly: from
-    one round of the ring to the next by at most this share of a forward, or a row a batch."""
+    one round of the ring to the next by at most this share of a forward, or a row a batch. The
+    first is for a request alone, which loses a round if it sends too little; in company others
+    fill the stages."""
 
     def __init__(self, topology: Topology, learnt: Learnt | None = None):
         """`learnt` is what the run has found out so far; it goes on learning."""
@@ -243,7 +245,8 @@ class Scheduler:
         for decoding in self.decodings.values():
             rows.update({number: len(ids) for number, ids in decoding.out.items()})
         longest = max([self._equal, *rows.values()])
-        return max(longest + 1, self._as_long_as(longest, self.GROWTH / credits))
+        growth = self.GROWTH[self._shared] / credits
+        return max(longest + 1, self._as_long_as(longest, growth))
 
     def _batch(self, offers: list[_Offer]) -> Batch:
         """Send what is due, and of the rest the likeliest while they gain more than they cost."""

@@ -117,7 +117,7 @@ class Ngrams:
         return None
 
 
-class List(NamedTuple):
+class Proposed(NamedTuple):
     """A list is what was proposed after one node, kept until the target has chosen."""
 
     tokens: np.ndarray
@@ -157,7 +157,7 @@ class Scorer:
 
     def __init__(self, calibrate: bool, ngrams: bool):
         self._learns, self._uses_ngrams = calibrate, ngrams
-        self._lists: dict[int, List] = {}  # by node id
+        self._lists: dict[int, Proposed] = {}  # by node id
         self._judged = 0  # positions that `promise` rests on
         self.promise = None if calibrate else self.UNKNOWN
         """This is the probability that recent lists gave to the target's choices (a running mean);
@@ -215,7 +215,7 @@ class Scorer:
                 strict=True,
             )
             self._lists.update(
-                (node.id, List(*facts)) for node, facts in zip(nodes, lists, strict=True)
+                (node.id, Proposed(*facts)) for node, facts in zip(nodes, lists, strict=True)
             )
         return scored
 

@@ -39,13 +39,13 @@ class Admitted(NamedTuple):
     """The cache has this many rows, the new ones included."""
 
     @property
-    def hidden(self) -> np.ndarray:
+    def unseen(self) -> np.ndarray:
         """Return which of the cache rows from `base` on each row must not see, bool [n, length -
         base]."""
-        hidden = np.ones((len(self.kept), self.length - self.base), dtype=bool)
-        for row, seen in zip(hidden, self.behind, strict=True):
+        unseen = np.ones((len(self.kept), self.length - self.base), dtype=bool)
+        for row, seen in zip(unseen, self.behind, strict=True):
             row[np.array(seen, dtype=np.int64) - self.base] = False
-        return hidden
+        return unseen
 
     def sees(self, k: int) -> list[int]:
         """Return the cache rows that the k-th row sees, in the order of positions."""

@@ -89,7 +89,7 @@ class EagleSession(RowsSession):
         known = len(self._truth) > len(self._text) or self._lineage.anchor in self._predicted
         return max(self._known, self._with_row) < len(self._text) or not known
 
-    def ask(self, nodes: Sequence[DraftNode]) -> stage.Ask:
+    def ask(self, nodes: Sequence[DraftNode]) -> stage.DraftRows:
         """Compute what the nodes stand on; return the text's rows that are due, then the nodes."""
         while self._behind():
             ask = self._rows([])
@@ -97,7 +97,7 @@ class EagleSession(RowsSession):
             self.took([], predicted)
         return self._rows(nodes)
 
-    def _rows(self, nodes: Sequence[DraftNode]) -> stage.Ask:
+    def _rows(self, nodes: Sequence[DraftNode]) -> stage.DraftRows:
         """Return the rows of the text that are due, and the nodes behind them.
 
         If none is due and there are no nodes, return the text's next missing row, made of a
@@ -110,7 +110,9 @@ class EagleSession(RowsSession):
         )
         at = self._settled + (0 if due or nodes else missing)
         self._asked, self._due = text, due
-        return stage.Ask(self._sequence, rows, at, [n.id for n in nodes], [n.parent for n in nodes])
+        return stage.DraftRows(
+            self._sequence, rows, at, [n.id for n in nodes], [n.parent for n in nodes]
+        )
 
     def took(self, nodes: Sequence[DraftNode], features: Tensor) -> None:
         self._predicted.update(zip((n.id for n in [*self._asked, *nodes]), features, strict=True))

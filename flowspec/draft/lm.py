@@ -33,7 +33,7 @@ class LmSession(RowsSession):
         path, held = self._follow(commit)
         self._missing += [n.token for n in path[held:]]
 
-    def ask(self, nodes: Sequence[DraftNode]) -> stage.Ask:
+    def ask(self, nodes: Sequence[DraftNode]) -> stage.DraftRows:
         """Return the text's tokens that have no row yet, and the nodes behind the last of them.
 
         If they are more than one chunk, the chunks before the last are prefilled here."""
@@ -43,7 +43,9 @@ class LmSession(RowsSession):
         self._missing = []
         rows = torch.cat([text, self._tokens([n.token for n in nodes])])
         at = self._sequence.state.context
-        return stage.Ask(self._sequence, rows, at, [n.id for n in nodes], [n.parent for n in nodes])
+        return stage.DraftRows(
+            self._sequence, rows, at, [n.id for n in nodes], [n.parent for n in nodes]
+        )
 
     def _tokens(self, tokens: Sequence[int]) -> Tensor:
         """Return the tokens, int64; one that only the target has becomes the draft model's last.

@@ -32,7 +32,7 @@ class RowsSession(Session, ABC):
     def __init__(self, model: stage.StageModel, request: Request, noise: Noise | None):
         self.temperature = request.sampling.temperature or 1.0
         self.noise = noise
-        self._sequence = stage.Sequence(model)
+        self._sequence = stage.CachedText(model)
         self._lineage = Lineage.of(request)
         self._version = 0
 
@@ -42,7 +42,7 @@ class RowsSession(Session, ABC):
         return [nodes[k] for k in state.worth([n.id for n in nodes], [n.parent for n in nodes])]
 
     @abstractmethod
-    def ask(self, nodes: Sequence[DraftNode]) -> stage.Ask:
+    def ask(self, nodes: Sequence[DraftNode]) -> stage.DraftRows:
         """Return the rows of a forward: those of the text that are missing, then the nodes.
 
         The nodes are all worth it (see `worth`)."""

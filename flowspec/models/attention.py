@@ -37,9 +37,9 @@ class Seen:
         """Attention lays keys and values out in the order of positions."""
 
     @cached_property
-    def hidden(self) -> Tensor:
+    def unseen(self) -> Tensor:
         """Return which cache rows from base on each row must not see, bool [n, length - base]."""
-        return placed(torch.from_numpy(self._admitted.hidden), self._device)
+        return placed(torch.from_numpy(self._admitted.unseen), self._device)
 
     @cached_property
     def order(self) -> Tensor:
@@ -97,26 +97,26 @@ def _attend_one(query: Tensor, keys: Tensor, values: Tensor, seen: Seen, scaling
         return vector.attend(rows, keys, values, seen.base, *seen.slots, scaling)
     if seen.in_order:
         return _attend(
-            query, keys[:, seen.order], values[:, seen.order], seen.hidden[:, :0], scaling
+            query, keys[:, seen.order], values[:, seen.order], seen.unseen[:, :0], scaling
         )
-    hidden, size = seen.hidden, max(1, SCORES // (len(query) * keys.shape[1]))
+    unseen, size = seen.unseen, max(1, SCORES // (len(query) * keys.shape[1]))
     parts = [slice(start, start + size) for start in range(0, n, size)]
     return torch.cat(
-        [_attend(query[:, part], keys, values, hidden[part], scaling) for part in parts]
+        [_attend(query[:, part], keys, values, unseen[part], scaling) for part in parts]
     )
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, scaling: float) -> Tensor:
+def _attend(query: Tensor, keys: Tensor, values: Tensor, unseen: Tensor, scaling: float) -> Tensor:
     """Do the same for rows on any device.
 
-    `hidden` (bool [n, t]) tells which of the last t rows of the cache each row must not see."""
+    `unseen` (bool [n, t]) tells which of the last t rows of the cache each row must not see."""
     heads, n, width = query.shape
     groups, length, _ = keys.shape
     stacked = (query * scaling).reshape(groups, heads // groups * n, width)
     scores = torch.bmm(stacked, keys.transpose(1, 2))
-    masked = scores.view(heads, n, length)[:, :, length - hidden.shape[1] :]
+    masked = scores.view(heads, n, length)[:, :, length - unseen.shape[1] :]
     # the fill is finite, so that a dead row that sees nothing stays a number
-    masked.masked_fill_(hidden, torch.finfo(scores.dtype).min)
+    masked.masked_fill_(unseen, torch.finfo(scores.dtype).min)
     softmaxed = torch.float64 if scores.dtype == torch.float64 else torch.float32
     weights = torch.softmax(scores, -1, dtype=softmaxed).to(values.dtype)
     return torch.bmm(weights, values).view(heads, n, width).transpose(0, 1)

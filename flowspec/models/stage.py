@@ -7,8 +7,7 @@ transformers' own classes; rows, positions and attention (attention.py) are ours
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Iterable, Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,8 +126,8 @@ class StageModel(nn.Module):
     def forward(
         self,
         rows: Tensor,
-        parts: Seq[Part],
-        taps: Seq[int] = (),
+        parts: Sequence[Part],
+        taps: Sequence[int] = (),
         needed: Needed = ALWAYS,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Append n rows to the caches of their requests; return their outputs [n, hidden] and taps.
@@ -202,7 +201,7 @@ class Cached:
     are there. `taps` are the layers of this model (0 is its first) whose inputs are wanted at every
     token that becomes text."""
 
-    def __init__(self, model: StageModel, to_host: bool = False, taps: Seq[int] = ()):
+    def __init__(self, model: StageModel, to_host: bool = False, taps: Sequence[int] = ()):
         self.model, self.cache = model, RowCache()
         self.to_host, self.taps = to_host, tuple(taps)
         self._waiting = Waiting[Tensor]()
@@ -212,14 +211,18 @@ class Cached:
         other requests only the share of its rows counts."""
 
     def forward(
-        self, rows: Tensor, admitted: Admitted, needed: Needed = ALWAYS, ids: Seq[int] | None = None
+        self,
+        rows: Tensor,
+        admitted: Admitted,
+        needed: Needed = ALWAYS,
+        ids: Sequence[int] | None = None,
     ) -> Tensor | None:
         """Put these rows alone through the model; see `forward_together` and `Share`.
 
         Return what `forward_together` returns."""
         return forward_together(rows, [Share(self, admitted, ids)], needed)
 
-    def hold(self, entered: Tensor | None, ids: Seq[int] | None) -> None:
+    def hold(self, entered: Tensor | None, ids: Sequence[int] | None) -> None:
         """Keep what entered the taps in a forward until it is known which nodes became text.
 
         `entered` is [n, taps * hidden]; None if there are no taps or the forward was abandoned."""
@@ -248,7 +251,7 @@ class Share(NamedTuple):
 
     cached: Cached
     admitted: Admitted
-    ids: Seq[int] | None
+    ids: Sequence[int] | None
     """These nodes of a tree are its rows; None means that its rows are of the text."""
 
     @property
@@ -272,7 +275,9 @@ class Share(NamedTuple):
         return [Part(self.admitted.only(k), self.cached.cache) for k in range(self.rows)]
 
 
-def forward_together(rows: Tensor, shares: Seq[Share], needed: Needed = ALWAYS) -> Tensor | None:
+def forward_together(
+    rows: Tensor, shares: Sequence[Share], needed: Needed = ALWAYS
+) -> Tensor | None:
     """Put rows of several requests through one model, together unless it computes alone.
 
     `rows` are tokens, or features [n, hidden], in the order of the shares, whose requests are all
@@ -297,7 +302,7 @@ def forward_together(rows: Tensor, shares: Seq[Share], needed: Needed = ALWAYS) 
 
 
 def _one_by_one(
-    model: StageModel, rows: Tensor, parts: Seq[Part], taps: Seq[int], needed: Needed
+    model: StageModel, rows: Tensor, parts: Sequence[Part], taps: Sequence[int], needed: Needed
 ) -> tuple[Tensor | None, Tensor | None]:
     """Put each part through in a forward of its own; return what `StageModel.forward` does."""
     outs, entered = [], []
@@ -322,8 +327,8 @@ def _columns(entered: Tensor, held: tuple[int, ...], wanted: tuple[int, ...]) ->
     return torch.cat([of_layer[k] for k in wanted], 1) if wanted else None
 
 
-class Sequence:
-    """A sequence is one request of a drafter: its books and its cache, moved together."""
+class CachedText:
+    """A cached text is one request of a drafter: its books and its cache, moved together."""
 
     def __init__(self, model: StageModel):
         self.state, self._rows = StageState(), Cached(model)
@@ -336,13 +341,6 @@ class Sequence:
         assert out is not None
         return out
 
-    def extend_and_verify(
-        self, rows: Tensor, at: int, ids: list[int], parents: list[int]
-    ) -> tuple[np.ndarray, Tensor]:
-        """Put these rows alone through the model, in one forward; see `Ask`."""
-        [made] = verify_together([Ask(self, rows, at, ids, parents)])
-        return made
-
     def prune(self, prune: Prune) -> None:
         """Follow a decision in the books and the cache."""
         gather = self.state.prune(prune)
@@ -350,13 +348,13 @@ class Sequence:
             self._rows.cache.gather(gather)
 
 
-class Ask(NamedTuple):
-    """An ask is what a drafter wants of one request.
+class DraftRows(NamedTuple):
+    """Draft rows are what a drafter wants of one request.
 
-    It has m rows of committed tokens, at the positions from `at` on, and behind them n tree rows
+    They are m rows of committed tokens, at the positions from `at` on, and behind them n tree rows
     that are all worth it."""
 
-    sequence: Sequence
+    text: CachedText
     rows: Tensor
     """The rows are tokens, or features [m + n, hidden]."""
     at: int
@@ -366,17 +364,17 @@ class Ask(NamedTuple):
 
     def admitted(self) -> Admitted:
         """Enter the rows into the request's books and return what the books admitted."""
-        state, text = self.sequence.state, len(self.rows) - len(self.ids)
+        state, text = self.text.state, len(self.rows) - len(self.ids)
         admitted = state.extend(text, self.at).then(state.admit(self.ids, self.parents))
         assert len(admitted.kept) == len(self.rows), "a row that is not worth it"
         return admitted
 
 
-def verify_together(asks: Seq[Ask]) -> list[tuple[np.ndarray, Tensor]]:
+def verify_together(asks: Sequence[DraftRows]) -> list[tuple[np.ndarray, Tensor]]:
     """Answer what is asked of different requests of one model, in one forward.
 
     Return for each ask the positions [m + n] and the features [m + n, hidden] of its rows."""
-    shares = [Share(ask.sequence._rows, ask.admitted(), None) for ask in asks]
+    shares = [Share(ask.text._rows, ask.admitted(), None) for ask in asks]
     out = forward_together(joined([ask.rows for ask in asks]), shares)
     assert out is not None
     made = split(out, [share.rows for share in shares])

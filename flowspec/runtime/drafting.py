@@ -16,7 +16,7 @@ from flowspec.core.cost import RowCost
 from flowspec.core.messages import Answered, Commit, Draft, DraftNode, Read
 from flowspec.core.request import Request
 from flowspec.draft.base import Drafter, Noise, Session
-from flowspec.runtime.tracing import Log
+from flowspec.runtime.tracing import SpanLog
 
 Job = Callable[[], None]
 
@@ -56,7 +56,7 @@ class Joined:
 class _Reading:
     """A request in the draft thread."""
 
-    def __init__(self, layers: Sequence[int], awaited: int, log: Log):
+    def __init__(self, layers: Sequence[int], awaited: int, log: SpanLog):
         self.log = log
         self.prompt: list[Tensor] = []
         self.awaited = awaited
@@ -96,7 +96,7 @@ class DraftThread:
         self.cost = RowCost()
         """This is the measured cost of the drafter's forwards over nodes."""
 
-    def begin(self, request: Request, noise: Noise | None, log: Log) -> None:
+    def begin(self, request: Request, noise: Noise | None, log: SpanLog) -> None:
         """Read the prompt, at once or when its features have arrived; `Read` comes when it is done.
 
         Commits wait for it. `noise` couples the drafter to the target's sampling noise; None means
@@ -183,7 +183,7 @@ class DraftThread:
         requests = [request for request, _, _ in asks]
         self._inbox.put(Local(Answered(tuple(zip(requests, drafted, strict=True)))))
 
-    def _at_least(self, logs: Sequence[Log], work: Callable):
+    def _at_least(self, logs: Sequence[SpanLog], work: Callable):
         """Return the result of `work()` and its seconds, stretched to the emulated least."""
         begun = self._clock.now()
         result = work()

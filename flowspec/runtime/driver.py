@@ -47,7 +47,7 @@ from flowspec.runtime import wire
 from flowspec.runtime.drafting import DraftThread, Local
 from flowspec.runtime.picking import Picks
 from flowspec.runtime.stream import Stream
-from flowspec.runtime.tracing import Log, merged
+from flowspec.runtime.tracing import SpanLog, merged
 from flowspec.runtime.waiting import receive
 from flowspec.sampling import NoiseRows, Pick, noise_for
 from flowspec.trace import Fates, Span
@@ -118,26 +118,28 @@ class _Close(NamedTuple):
 
 
 @dataclass
-class Ask:
-    """What is asked of the driver: a request, and how it is served."""
+class Submission:
+    """A submission is a request, and how it is served."""
 
     request: Request
     policy: Policy
     switches: PolicyConfig
     trace: bool = False
-    """note what all ranks do"""
+    """If it is True, all ranks note what they do."""
 
     @property
     def rows(self) -> int:
-        """Rows that a stage's cache may need for it: the text, the tree, what of it died, and room
-        to grow."""
+        """Return the rows of a stage's cache that it may need.
+
+        They hold the text, the tree, what of it died, and room to grow."""
         text = self.request.prompt_length + self.request.sampling.max_new_tokens
         return RowCache.room(text + self.policy.budget + StageState.COMPACT + Ring.MOST)
 
 
-class Answer:
-    """The answer to an ask: `tokens` as they are committed, and `stats`, complete once they have
-    ended."""
+class Ticket:
+    """A ticket is held by whoever submitted a request.
+
+    It has `tokens` as they are committed, and `stats`, complete once they have ended."""
 
     def __init__(self, driver: Driver, request: int):
         self.tokens: Stream[Committed] = Stream()
@@ -156,10 +158,13 @@ class Answer:
 class _Live:
     """A request in the ring, from rank 0's side."""
 
-    def __init__(self, ask: Ask, answer: Answer, drafts: bool, hidden_scale: float):
-        self.ask, self.request = ask, ask.request
-        self.tokens, self.stats = answer.tokens, answer.stats
-        self.log, self.fates = Log(ask.trace, ask.request.id, hidden_scale), Fates()
+    def __init__(self, submission: Submission, ticket: Ticket, drafts: bool, hidden_scale: float):
+        self.submission, self.request = submission, submission.request
+        self.tokens, self.stats = ticket.tokens, ticket.stats
+        self.log, self.fates = (
+            SpanLog(submission.trace, submission.request.id, hidden_scale),
+            Fates(),
+        )
         self.drafts = drafts
         self.decoding: Decoding
         self.noise: NoiseRows | None = None
@@ -221,35 +226,35 @@ class Driver:
         """Take in that a stage has memory for the keys and values of so many tokens."""
         self._room[rank] = rows
 
-    def check(self, ask: Ask) -> None:
+    def check(self, submission: Submission) -> None:
         """UserError if some stage can never hold what is asked for."""
         for rank, rows in sorted(self._room.items()):
             need(
-                ask.rows <= rows,
-                f"the request may need a cache of {ask.rows} tokens, rank {rank} has memory for "
+                submission.rows <= rows,
+                f"the request may need a cache of {submission.rows} tokens, rank {rank} has memory for "
                 f"{rows}: "
                 "give a shorter prompt, fewer sampling.max_new_tokens, a smaller tree.budget, or "
                 "more cache_mb",
             )
 
-    def submit(self, ask: Ask) -> Answer:
-        """Begin with a request; the answer is filled while others do something else.
+    def submit(self, submission: Submission) -> Ticket:
+        """Begin with a request; the ticket is filled while others do something else.
 
         If the run breaks, its stream raises the error that broke it."""
-        answer, drafts = (
-            Answer(self, ask.request.id),
-            self._draft is not None and ask.policy.drafts,
+        ticket, drafts = (
+            Ticket(self, submission.request.id),
+            self._draft is not None and submission.policy.drafts,
         )
         with self._lock:
             self._streams = [stream for stream in self._streams if not stream.ended]
-            self._streams.append(answer.tokens)
+            self._streams.append(ticket.tokens)
             if self._error:
-                answer.tokens.end(self._error)
+                ticket.tokens.end(self._error)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="driver", daemon=True)
                 self._thread.start()
-        self._transport.inbox.put(_Submit(_Live(ask, answer, drafts, self._hidden_scale)))
-        return answer
+        self._transport.inbox.put(_Submit(_Live(submission, ticket, drafts, self._hidden_scale)))
+        return ticket
 
     def forget(self) -> None:
         """Make the next request like the first of the run: nothing that was learnt is kept.
@@ -328,9 +333,9 @@ class Driver:
     def _admit(self) -> None:
         """Begin with those that wait, in their order, as far as the stages have room."""
         room = min(self._room.values(), default=math.inf)
-        held = sum(live.ask.rows for live in (*self._live.values(), *self._ending.values()))
-        while self._waiting and held + self._waiting[0].ask.rows <= room:
-            held += self._waiting[0].ask.rows
+        held = sum(live.submission.rows for live in (*self._live.values(), *self._ending.values()))
+        while self._waiting and held + self._waiting[0].submission.rows <= room:
+            held += self._waiting[0].submission.rows
             self._begin(self._waiting.popleft())
 
     def _begin(self, live: _Live) -> None:
@@ -340,7 +345,9 @@ class Driver:
         live.noise = noise_for(request.sampling, self._vocabulary)
         features, layers = draft is not None and draft.features, draft.layers if draft else ()
         self._transport.send_next(
-            wire.start(request, live.log.on, features, layers, live.ask.switches, self._fresh)
+            wire.start(
+                request, live.log.on, features, layers, live.submission.switches, self._fresh
+            )
         )
         if self._fresh and self._draft:
             self._draft.forget()
@@ -349,11 +356,11 @@ class Driver:
         for chunk in prompt.split(PREFILL_ROWS) if len(prompt) else ():
             self._transport.send_next(wire.prefill(request.id, chunk))
         if draft:
-            coupled = live.ask.switches.coupled
+            coupled = live.submission.switches.coupled
             noise = noise_for(request.sampling, self._vocabulary) if coupled else None
             draft.begin(request, noise, live.log)
         learnt = self._scheduler.learnt
-        live.decoding = Decoding(request, live.ask.policy, learnt, live.drafts)
+        live.decoding = Decoding(request, live.submission.policy, learnt, live.drafts)
         self._step(live.decoding)
 
     def _step(self, event: Event | Decoding) -> None:

@@ -12,7 +12,7 @@ from flowspec.core.messages import Segment
 from flowspec.trace import Fates, Span, untangled
 
 
-class Log:
+class SpanLog:
     """A log holds the spans of one rank for one request, by that rank's clock.
 
     If it is off, nothing is kept."""

@@ -44,7 +44,7 @@ from flowspec.core.request import Sampling
 from flowspec.models.stage import Cached, Head, Share, StageModel, Tapped, forward_together
 from flowspec.runtime import wire
 from flowspec.runtime.picking import Picks
-from flowspec.runtime.tracing import Log
+from flowspec.runtime.tracing import SpanLog
 from flowspec.sampling import NoiseRows, Pick, noise_for
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class _Live:
     rows: Cached
     sampling: Sampling
     noise: NoiseRows | None
-    log: Log
+    log: SpanLog
     layers: list[int]
     """Rank 0's drafter reads what enters these layers of the stage at tokens of the text."""
     features: bool
@@ -141,7 +141,7 @@ class Worker:
         if self.machine.books(request):
             sampling = wire.read_sampling(message)
             noise = noise_for(sampling, self.head.vocabulary) if self.head else None
-            notes = Log(about["trace"], request, self.emulate.hidden_scale)
+            notes = SpanLog(about["trace"], request, self.emulate.hidden_scale)
             layers = [
                 k for k in about["layers"] if 0 <= k - self.first_layer < len(self.model.layers)
             ]

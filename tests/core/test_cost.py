@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from flowspec.core.cost import Line, Meter, RowCost
+from flowspec.core.cost import LineFit, Meter, RowCost
 from flowspec.core.costs import Costs, merged, read
 from flowspec.core.curve import Curve
 from flowspec.errors import UserError
@@ -46,7 +46,7 @@ def test_the_first_forward_says_how_fast_it_is_and_no_row_is_free_yet(seconds):
 
 def test_what_may_be_chance_is_not_charged_to_links():
     """Delays of a busy machine, the same for any number of rows."""
-    line, rng = Line(), random.Random(3)
+    line, rng = LineFit(), random.Random(3)
     for _ in range(200):
         line.observe(rng.randint(1, 6), 0.001 + rng.expovariate(1 / 0.004))
         assert line.slope < 0.001

@@ -69,7 +69,7 @@ def test_what_a_forward_saw_is_forgotten_with_it():
     seen = Seen(state.extend(3).only(2), torch.device("cpu"))
     assert (
         seen.slots[1].tolist() == [3]
-        and seen.hidden.shape == (1, 3)
+        and seen.unseen.shape == (1, 3)
         and seen.order.tolist() == [0, 1, 2]
     )
     forgotten = weakref.ref(seen)

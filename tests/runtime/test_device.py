@@ -18,7 +18,7 @@ from flowspec.core.stage import StageState
 from flowspec.models.device import on_host, placed
 from flowspec.models.eagle import load_eagle
 from flowspec.models.manifest import Manifest
-from flowspec.models.stage import Cached, Head, Sequence, Share, forward_together, load_stage
+from flowspec.models.stage import Cached, CachedText, Head, Share, forward_together, load_stage
 from flowspec.rank import checked_device, warm_up
 from flowspec.runtime import wire
 from flowspec.runtime.worker import Worker
@@ -145,7 +145,7 @@ def test_an_eagle_head_touches_nothing_on_the_host(deep, kind, name, width):
     with OneDevice():
         rows = eagle.rows(torch.tensor([1, 2]), eagle.place(torch.zeros(2, width)))
         assert (rows.device, rows.dtype) == (META, torch.float16)
-        assert eagle.logits(Sequence(eagle.layer).prefill(rows)).device == META
+        assert eagle.logits(CachedText(eagle.layer).prefill(rows)).device == META
 
 
 class Ring(InprocTransport):

@@ -10,7 +10,7 @@ from flowspec.core.messages import KEPT, Commit, DraftNode
 from flowspec.core.request import Request, Sampling
 from flowspec.draft.lm import PREFILL_ROWS, LmDrafter
 from flowspec.draft.ngram import NgramDrafter, NgramSession
-from flowspec.models.stage import Sequence, load_whole
+from flowspec.models.stage import CachedText, load_whole
 from flowspec.sampling import NoiseRows
 from tests.alone import Alone
 
@@ -30,7 +30,7 @@ def from_scratch(whole, tokens):
     """The drafter's log-probabilities after these tokens, computed without any cache."""
     model, head = whole
     return torch.log_softmax(
-        head(Sequence(model).prefill(torch.tensor(tokens)))[-1, :320].float(), -1
+        head(CachedText(model).prefill(torch.tensor(tokens)))[-1, :320].float(), -1
     )
 
 

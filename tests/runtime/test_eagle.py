@@ -28,10 +28,10 @@ from flowspec.models.families import check_config
 from flowspec.models.heads import check_head
 from flowspec.models.hub import HUB_ID
 from flowspec.models.manifest import Manifest
-from flowspec.models.stage import Head, Sequence, load_head, load_stage
+from flowspec.models.stage import CachedText, Head, load_head, load_stage
 from flowspec.runtime import driver, wire
 from flowspec.runtime.drafting import DraftThread, Joined, Local
-from flowspec.runtime.tracing import Log
+from flowspec.runtime.tracing import SpanLog
 from flowspec.sampling import NoiseRows
 from tests.alone import Alone
 from tests.conftest import KNOWN, eagle3, features_given
@@ -78,7 +78,7 @@ def head(pair, tmp_path):
 # ---- loading ---------------------------------------------------------------------------------------
 def predicted(eagle, tokens, features):
     """What the head predicts at each of these tokens, [n, hidden], without a tree."""
-    return Sequence(eagle.layer).prefill(eagle.rows(torch.tensor(tokens), features))
+    return CachedText(eagle.layer).prefill(eagle.rows(torch.tensor(tokens), features))
 
 
 @torch.no_grad()
@@ -714,7 +714,7 @@ def ended(thread) -> None:
 def test_features_of_layers_go_to_the_prompt_first_and_then_to_what_was_committed():
     drafter = Noting(False, layers=(0,))
     thread = DraftThread(drafter, inbox := Inbox())
-    thread.begin(request(), None, Log(False, 1))
+    thread.begin(request(), None, SpanLog(False, 1))
     thread.commit(1, SimpleNamespace(), None)
     thread.layer_features(1, [0], 0, torch.zeros(2, HIDDEN))
     assert drafter.heard == []
@@ -729,11 +729,11 @@ def test_a_prompt_is_read_once_its_features_are_there_if_they_are_wanted(wanted)
     drafter = Noting(wanted)
     thread = DraftThread(drafter, inbox := Inbox())
     rows = torch.zeros(1, HIDDEN)
-    thread.begin(request(), None, Log(False, 1))
+    thread.begin(request(), None, SpanLog(False, 1))
     if wanted:
         thread.learn(1, torch.zeros(2, HIDDEN))
         thread.end(1)  # before all of them are here
-        thread.begin(request(), None, Log(False, 1))
+        thread.begin(request(), None, SpanLog(False, 1))
     thread.commit(1, SimpleNamespace(), rows if wanted else None)
     if wanted:
         thread.learn(1, torch.zeros(2, HIDDEN))
@@ -752,8 +752,8 @@ def test_a_prompt_is_read_once_its_features_are_there_if_they_are_wanted(wanted)
 def test_a_request_whose_features_are_awaited_does_not_hold_up_another():
     drafter = Noting(True)
     thread = DraftThread(drafter, inbox := Inbox())
-    thread.begin(request(), None, Log(False, 1))
-    thread.begin(dataclasses.replace(request(), id=2), None, Log(False, 2))
+    thread.begin(request(), None, SpanLog(False, 1))
+    thread.begin(dataclasses.replace(request(), id=2), None, SpanLog(False, 2))
     thread.learn(2, torch.zeros(3, HIDDEN))
     assert inbox.get(10) == Local(Read(2))
     thread.learn(1, torch.zeros(3, HIDDEN))
@@ -765,7 +765,11 @@ def test_a_request_whose_features_are_awaited_does_not_hold_up_another():
 
 
 def test_a_draft_that_outlives_its_request_is_noted_as_its_own():
-    logs, drafting, over = [Log(True, 1), Log(True, 2)], threading.Event(), threading.Event()
+    logs, drafting, over = (
+        [SpanLog(True, 1), SpanLog(True, 2)],
+        threading.Event(),
+        threading.Event(),
+    )
     drafter, answer = Noting(False), [Drafted.pack((), ())]
     drafter.propose = lambda asks: (drafting.set() or over.wait(10)) and answer
     thread = DraftThread(drafter, Inbox())

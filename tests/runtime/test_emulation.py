@@ -35,7 +35,7 @@ from flowspec.models.stage import ALWAYS, StageModel, load_stage
 from flowspec.runtime import wire
 from flowspec.runtime.drafting import DraftThread, Local
 from flowspec.runtime.driver import Driver
-from flowspec.runtime.tracing import Log
+from flowspec.runtime.tracing import SpanLog
 from flowspec.runtime.worker import Worker
 from tests.clock import VirtualClock
 
@@ -200,7 +200,7 @@ class Checks:
             inbox = Inbox(clock := VirtualClock())
             thread, log, begun = (
                 DraftThread(Drafter(clock, itself), inbox, least=0.010),
-                Log(True, 1),
+                SpanLog(True, 1),
                 clock.now(),
             )
             thread.begin(REQUEST, None, log)

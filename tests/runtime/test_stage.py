@@ -18,7 +18,7 @@ from flowspec.core.stage import StageState
 from flowspec.models.manifest import Manifest
 from flowspec.models.stage import (
     Cached,
-    Sequence,
+    CachedText,
     Share,
     forward_together,
     load_head,
@@ -254,7 +254,7 @@ def test_a_draft_model_is_a_whole_checkpoint(family):
         pytest.skip("one file a layer group: covered by the stages")
     whole, head = load_whole(folder, torch.float32, "cpu")
     close(
-        head(Sequence(whole).prefill(torch.tensor([3, 1, 4, 1, 5]))),
+        head(CachedText(whole).prefill(torch.tensor([3, 1, 4, 1, 5]))),
         reference(model, [3, 1, 4, 1, 5]),
     )
 
@@ -267,4 +267,4 @@ def test_states_with_no_rows(family):
         [7], [6], torch.tensor([3])
     )  # neither the root nor below a row
     assert kept == [] and len(rows) == 0 and positions.shape == (0,)
-    assert isinstance(sequence.state.admit([], []).hidden, np.ndarray)
+    assert isinstance(sequence.state.admit([], []).unseen, np.ndarray)

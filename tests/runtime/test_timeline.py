@@ -8,7 +8,7 @@ import pytest
 
 from flowspec import UserError
 from flowspec.bench import timeline
-from flowspec.bench.timeline import draw, sketch, summary, verdict
+from flowspec.bench.timeline import draw, in_words, sketch, summary
 from flowspec.commands.trace import main
 from flowspec.trace import Fates, Span, read, write
 
@@ -184,9 +184,9 @@ def test_a_timeline_without_decoding_has_no_figures():
         summary([other(1, "compute", "prefill", 0, 1)])
 
 
-# ---- verdict ---------------------------------------------------------------------------------------
+# ---- in_words ---------------------------------------------------------------------------------------
 def test_the_verdict_says_where_the_time_went_what_became_of_the_rows_and_what_to_try():
-    assert verdict(example(), FACTS).splitlines() == [
+    assert in_words(example(), FACTS).splitlines() == [
         "stages computed 30% of the time, 70% were bubbles (35% waiting for the wire, 5% for the draft)",
         "of what they computed, 29% of the rows became text, 21% were refused later, 50% were dead before they began",
         "the largest loss: waiting for the wire, 35% of the stages' time; "
@@ -198,8 +198,10 @@ def test_the_verdict_says_where_the_time_went_what_became_of_the_rows_and_what_t
     "key,mark", [("emulated", " (emulated times)"), ("simulated", " (simulated)")]
 )
 def test_the_verdict_says_when_the_clock_was_not_the_machine_s(key, mark):
-    assert verdict(example(), FACTS | {key: True}).splitlines()[0].endswith("for the draft)" + mark)
-    assert mark not in verdict(example(), FACTS | {key: False})
+    assert (
+        in_words(example(), FACTS | {key: True}).splitlines()[0].endswith("for the draft)" + mark)
+    )
+    assert mark not in in_words(example(), FACTS | {key: False})
 
 
 def forward(begin: float, end: float, segment: int) -> Span:
@@ -232,7 +234,7 @@ def forward(begin: float, end: float, segment: int) -> Span:
     ],
 )
 def test_the_largest_loss_is_named_with_what_to_try(method, spans, words):
-    assert words in verdict(spans, {"method": method}).splitlines()[2]
+    assert words in in_words(spans, {"method": method}).splitlines()[2]
 
 
 # ---- sketch ----------------------------------------------------------------------------------------
@@ -294,7 +296,7 @@ def file(tmp_path):
 def test_the_command_prints_the_verdict_and_draws_beside_the_file(matplotlib, file, capsys):
     assert main([str(file)]) == 0
     assert capsys.readouterr() == (
-        verdict(example(), FACTS) + "\n",
+        in_words(example(), FACTS) + "\n",
         f"drawn: {file.with_suffix('.png')}\n",
     )
     assert size_of(file.with_suffix(".png")) == (1400, 600)
@@ -314,7 +316,7 @@ def test_without_matplotlib_the_verdict_is_all_unless_a_picture_was_asked_for(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main([str(file)]) == 0
     assert capsys.readouterr() == (
-        verdict(example(), FACTS) + "\n",
+        in_words(example(), FACTS) + "\n",
         f"no picture: {timeline.MISSING}\n",
     )
     with pytest.raises(UserError, match=r"pip install -r requirements_plots\.txt"):

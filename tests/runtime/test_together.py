@@ -12,10 +12,10 @@ from flowspec.models.eagle import load_eagle
 from flowspec.models.manifest import Manifest
 from flowspec.models.stage import (
     ALWAYS,
-    Ask,
     Cached,
+    CachedText,
+    DraftRows,
     Head,
-    Sequence,
     Share,
     forward_together,
     load_whole,
@@ -183,7 +183,7 @@ def test_a_forward_of_several_requests_is_that_of_each(model, cache_step, seed):
 def test_what_several_drafts_ask_is_what_each_asks(model, seed):
     print("seed", seed)
     (model, same), rng = model, random.Random(seed)
-    together, alone = ([Sequence(model) for _ in range(3)] for _ in range(2))
+    together, alone = ([CachedText(model) for _ in range(3)] for _ in range(2))
     new = [0] * 3
     for pair in zip(together, alone, strict=True):
         prompt = tokens(rng, rng.randint(1, 90))
@@ -197,9 +197,11 @@ def test_what_several_drafts_ask_is_what_each_asks(model, seed):
             new[k] += len(ids) + 1
             rows = tokens(rng, rng.randint(0, 3) + len(ids))
             asked.append((rows, at, ids, parents))
-        made = verify_together([Ask(together[k], *a) for k, a in zip(some, asked, strict=True)])
+        made = verify_together(
+            [DraftRows(together[k], *a) for k, a in zip(some, asked, strict=True)]
+        )
         for k, ask, (positions, out) in zip(some, asked, made, strict=True):
-            where, expected = alone[k].extend_and_verify(*ask)
+            [(where, expected)] = verify_together([DraftRows(alone[k], *ask)])
             assert (positions == where).all()
             same(out, expected)
             prune = decided(rng, together[k].state, version, new[k])
@@ -213,16 +215,16 @@ def test_heads_of_eagle_serve_several_requests(deep, kind, name):
     manifest = Manifest.load(deep.split(2))
     eagle = load_eagle(kind, getattr(deep, name), manifest, head, torch.float32, "cpu")
     torch.manual_seed(5)
-    together, alone = ([Sequence(eagle.layer) for _ in range(2)] for _ in range(2))
+    together, alone = ([CachedText(eagle.layer) for _ in range(2)] for _ in range(2))
     asked = []
     for k, n in enumerate((4, 30)):
         rows = eagle.rows(torch.arange(n), torch.randn(n, 48))
         for sequence in (together[k], alone[k]):
             sequence.prefill(rows[:-3])
         asked.append((rows[-3:], n - 3, [0, 1], [-1, 0]))
-    made = verify_together([Ask(together[k], *ask) for k, ask in enumerate(asked)])
+    made = verify_together([DraftRows(together[k], *ask) for k, ask in enumerate(asked)])
     for k, (positions, out) in enumerate(made):
-        where, expected = alone[k].extend_and_verify(*asked[k])
+        [(where, expected)] = verify_together([DraftRows(alone[k], *asked[k])])
         assert positions.tolist() == where.tolist()
         close(out, expected)
 

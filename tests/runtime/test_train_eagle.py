@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from flowspec.models.eagle import load_eagle
 from flowspec.models.fingerprint import CARD
 from flowspec.models.manifest import Manifest
-from flowspec.models.stage import Head, Sequence
+from flowspec.models.stage import CachedText, Head
 from scripts import train_eagle
 from tests.conftest import TEXT
 
@@ -68,7 +68,7 @@ def test_the_head_predicts_as_it_did_in_training(pair, train):
     head = load_eagle(
         "eagle", out, Manifest.load(pair.split(1)), Head(torch.zeros(320, 48)), torch.float32, "cpu"
     )
-    got = Sequence(head.layer).prefill(head.rows(ids[0, 1:], features[0, :-1]))
+    got = CachedText(head.layer).prefill(head.rows(ids[0, 1:], features[0, :-1]))
     torch.testing.assert_close(got, want, rtol=0.01, atol=0.01)  # the file is in half precision
 
 
