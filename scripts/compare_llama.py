@@ -67,11 +67,11 @@ from flowspec.rank import serve as serve_stage
 from flowspec.text import Text, check_same_tokens, load_tokenizer
 
 CLOSE = tolerance("float32", layers=8, hidden=256)
-"""a lead below which rounding may choose: of the demo target, whose function inflated models
-compute"""
+"""Rounding may choose where the lead is below this. It is that of the demo target, whose function
+inflated models compute."""
 WARM_UP_TOKENS = 8
 BUSY = {"FLOWSPEC_HEARTBEAT": os.environ.get("FLOWSPEC_HEARTBEAT", "0.5,30")}
-"""others compute on the same cores"""
+"""Others compute on the same cores, so ranks are given more time to answer."""
 PACKAGE, VERSION = "llama_cpp_python", "0.3.36"
 SERVER, RPC_SERVER, QUANTIZE = "llama-server", "ggml-rpc-server", "llama-quantize"
 BINARIES = (SERVER, RPC_SERVER, QUANTIZE)
@@ -80,18 +80,19 @@ CMAKE = (
     "LLAMA_BUILD_EXAMPLES=OFF", "LLAMA_BUILD_APP=OFF", "LLAMA_USE_PREBUILT_UI=OFF",
 )  # fmt: skip
 WEIGHT_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int8": 1.0, "q8_0": 34 / 32}
-"""q8_0 has a float16 scale for every 32 weights"""
+"""q8_0 has a float16 scale for every 32 weights."""
 LOADING, ANSWERING = 120.0, 600.0
-"""seconds that llama.cpp may take to be ready, and to answer"""
+"""llama.cpp may take so many seconds to be ready, and to answer."""
 HOST = "127.0.0.1"
 READ_BYTES, READS = 1 << 29, 7
-"""of the bandwidth test: far more than any cache holds, the best of so many"""
+"""The bandwidth test reads so many bytes, far more than any cache holds; the best of so many reads
+counts."""
 
 
 # ---- llama.cpp's binaries
 # ---------------------------------------------------------------------------
 def binaries(folder: Path) -> Path:
-    """`folder` has them; UserError names what it lacks."""
+    """Return the folder, which has all binaries; raise UserError, which names what it lacks."""
     lacking = [name for name in BINARIES if not (folder / name).is_file()]
     if lacking:
         raise UserError(
@@ -102,8 +103,9 @@ def binaries(folder: Path) -> Path:
 
 
 def build(folder: Path) -> Path:
-    """Where the binaries are after building them under `folder`; what is there already stays.
-    UserError when it does not work out."""
+    """Build the binaries under `folder` and return where they are.
+
+    What is there already stays. Raise UserError if it does not work out."""
     made = folder / "build" / "bin"
     if all((made / name).is_file() for name in BINARIES):
         return made
@@ -142,7 +144,7 @@ def build(folder: Path) -> Path:
 
 
 def step(folder: Path, what: str, command: Sequence[str]) -> None:
-    """Run it, its words in a file of the folder; UserError when it fails."""
+    """Run a command and keep its words in a file of the folder; raise UserError if it fails."""
     print(f"{what} ...", file=sys.stderr, flush=True)
     log = folder / "build.log"
     with log.open("ab") as out:
@@ -154,7 +156,7 @@ def step(folder: Path, what: str, command: Sequence[str]) -> None:
 # ---- a ring, in processes of its own
 # ---------------------------------------------------------------
 def ring(engine: Engine) -> Ask:
-    """Answers by the ring whose rank 0 this is."""
+    """Return what answers by the ring whose rank 0 this is."""
 
     def answer(asked: dict) -> dict:
         generation = engine.generate(
@@ -175,7 +177,7 @@ def ring(engine: Engine) -> Ask:
 
 
 def serve_ring(ranks: str, config: str, *overrides: str) -> None:
-    """torchrun, without its pages about a rank that fell."""
+    """Run torchrun, without its pages about a rank that fell."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -200,7 +202,7 @@ def serve_ring(ranks: str, config: str, *overrides: str) -> None:
 
 
 def serve_rank(config: str, *overrides: str) -> None:
-    """One rank of the ring; the first answers."""
+    """Be one rank of the ring; the first answers."""
     if os.environ["RANK"] != "0":
         return serve_stage(config, overrides)
     with Engine.from_config(config, overrides) as engine:
@@ -212,26 +214,27 @@ def serve_rank(config: str, *overrides: str) -> None:
 # ------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Run:
-    """One text of one side."""
+    """This is one text of one side."""
 
     prompt: int
     repeat: int
     turn: int
-    """its place in the drawn order of the sides"""
+    """This is its place in the drawn order of the sides."""
     side: str
     token_ids: list[int]
     gaps: list[float] | None
-    """the target's lead of each token over the next best; transformers does not tell"""
+    """These are the target's leads of each token over the next best; only a ring tells them."""
     prefill_seconds: float
-    """from the request to the first token"""
+    """It took so long from the request to the first token."""
     decode_seconds: float
-    """from there to the last"""
+    """It took so long from there to the last token."""
     facts: dict
 
     @property
     def decode_rate(self) -> float | None:
-        """(tokens - 1) / decode_seconds; what comes together with the first token counts as decoded
-        in no time."""
+        """Return (tokens - 1) / decode_seconds.
+
+        What comes together with the first token counts as decoded in no time."""
         return (len(self.token_ids) - 1) / self.decode_seconds if self.decode_seconds > 0 else None
 
     @property
@@ -252,15 +255,15 @@ RATES = {"decode_rate": "tokens/s decoding", "total_rate": "tokens/s in all"}
 
 @dataclass(frozen=True)
 class Plan:
-    """What every side is asked for."""
+    """A plan is what every side is asked for."""
 
     prompts: list[tuple[int, ...]]
     room: int
-    """positions of the model"""
+    """The model has so many positions."""
     new_tokens: int
     repeats: int
     seed: int
-    """of the orders"""
+    """This seed draws the orders."""
 
     def asked(self, side: str, number: int, new_tokens: int | None = None) -> dict:
         tokens = self.prompts[number]
@@ -269,8 +272,9 @@ class Plan:
 
 
 def measure(plan: Plan, sides: dict[str, Ask], say: Callable[[str], None]) -> list[Run]:
-    """Every side on every prompt in every repeat, in a drawn order, after a short text of each that
-    does not count."""
+    """Run every side on every prompt in every repeat, in a drawn order.
+
+    A short text of each, which does not count, comes first."""
     draw, runs = random.Random(plan.seed), []
     for side, ask in sides.items():
         ask(plan.asked(side, 0, WARM_UP_TOKENS))
@@ -301,8 +305,9 @@ def spread(values: Iterable[float | None]) -> dict | None:
 
 
 def partings(runs: Sequence[Run]) -> list[dict]:
-    """Where runs part from their prompt's plain decoding (`ar`); a tie if its lead was less than
-    CLOSE there."""
+    """Return where runs part from their prompt's plain decoding (`ar`).
+
+    It is a tie if the lead of `ar` was less than CLOSE there."""
     plain = {run.prompt: run for run in runs if run.side == "ar"}
     found = []
     for run in runs:
@@ -320,15 +325,15 @@ def partings(runs: Sequence[Run]) -> list[dict]:
 # -----------------------------------------
 @dataclass(frozen=True)
 class Side:
-    """One way to run llama.cpp."""
+    """A side is one way to run llama.cpp."""
 
     stages: int
-    """RPC servers; 0: none, it computes itself"""
+    """It has so many RPC servers; with 0 it computes itself."""
     threads: int
-    """of each RPC server, or of itself"""
+    """Each RPC server has so many threads, or the side itself."""
     precision: str
     drafted: int = 0
-    """tokens a round"""
+    """So many tokens are drafted in a round."""
 
     @property
     def name(self) -> str:
@@ -343,7 +348,7 @@ class Side:
 
 
 def llama_sides(stages: int) -> list[Side]:
-    """Over RPC and in one process, with as many threads in all."""
+    """Return the sides over RPC and in one process, with as many threads in all."""
     kinds = (("float32", 0), ("float32", 3), ("float32", 8), ("q8_0", 0), ("q8_0", 8))
     return [
         Side(servers, threads, *kind)
@@ -353,7 +358,7 @@ def llama_sides(stages: int) -> list[Side]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Of loopback."""
+    """Return free ports of loopback."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -364,7 +369,9 @@ def free_ports(count: int) -> list[int]:
 def commands(
     side: Side, folder: Path, models: Path, room: int, ports: Sequence[int]
 ) -> list[list[str]]:
-    """The RPC servers and, last of all, the llama-server of `side`, one a port."""
+    """Return the commands of the RPC servers and, last of all, of the llama-server of `side`.
+
+    Each has a port."""
     *remote, own = map(str, ports)
     servers = [
         [str(folder / RPC_SERVER), "--host", HOST, "--port", port, "--threads", str(side.threads)]
@@ -420,7 +427,7 @@ def commands(
 
 
 def start(stack: ExitStack, command: Sequence[str], log: Path) -> subprocess.Popen:
-    """A process that ends with the stack."""
+    """Start a process that ends with the stack."""
 
     def end() -> None:
         process.terminate()
@@ -437,7 +444,7 @@ def start(stack: ExitStack, command: Sequence[str], log: Path) -> subprocess.Pop
 
 
 def wait_for(process: subprocess.Popen, answers: Callable[[], bool], what: str, log: Path) -> None:
-    """Until it answers; SystemExit when it ended or takes too long."""
+    """Wait until it answers; raise SystemExit if it ended or takes too long."""
     until = time.monotonic() + LOADING
     while not answers():
         if process.poll() is not None or time.monotonic() > until:
@@ -464,7 +471,9 @@ def healthy(port: int) -> bool:
 
 
 def request(port: int, method: str, path: str, body: dict | None = None) -> tuple[int, dict]:
-    """Status and answer of a llama-server; OSError or HTTPException when there is none."""
+    """Return status and answer of a llama-server.
+
+    Raise OSError or HTTPException if there is none."""
     connection = HTTPConnection(HOST, port, timeout=ANSWERING)
     try:
         connection.request(
@@ -480,7 +489,7 @@ def request(port: int, method: str, path: str, body: dict | None = None) -> tupl
 
 
 def completion(port: int, asked: dict) -> dict:
-    """One text, in the terms of flowspec.bench.rivals.Ask."""
+    """Return one text, in the terms of flowspec.bench.rivals.Ask."""
     body = {
         "prompt": asked["tokens"],
         "n_predict": asked["new_tokens"],
@@ -504,8 +513,8 @@ def completion(port: int, asked: dict) -> dict:
 
 
 def serve_llama(settings: str) -> None:
-    """Starts every side's processes, answers for all of them, and ends them when nothing can be
-    asked any more."""
+    """Start every side's processes, answer for all of them, and end them when nothing can be asked
+    any more."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     found = json.loads(settings)
     folder, models = Path(found["binaries"]), Path(found["models"])
@@ -531,18 +540,18 @@ def serve_llama(settings: str) -> None:
 # -------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Ring:
-    """A ring to start and the sides that it runs."""
+    """A ring is what to start, and the sides that it runs."""
 
     drafter: dict
     overrides: tuple[str, ...]
     sides: dict[str, str]
-    """name -> method"""
+    """This maps the name of a side to its method."""
 
 
 def rings(
     draft: Path, eagle: Path | None, overrides: Sequence[str], variants: Sequence[str]
 ) -> list[Ring]:
-    """One a drafter and variant (the first is the plain one)."""
+    """Return a ring for each drafter and variant; the first is the plain one."""
     found = []
     for variant in ("", *variants):
         ending, settings = f" {variant}".rstrip(), (*overrides, *variant.split())
@@ -557,7 +566,7 @@ def rings(
 
 
 def configured(ring: Ring, path: Path) -> tuple[str, Manifest]:
-    """Write its configuration; its dtype and the split's manifest, after checking both."""
+    """Write a ring's configuration; return its dtype and the split's manifest, both checked."""
     path.write_text(
         json.dumps({"stages": "split", "drafter": ring.drafter, "threads": 1, "dtype": "float32"})
     )  # JSON is YAML
@@ -568,7 +577,7 @@ def configured(ring: Ring, path: Path) -> tuple[str, Manifest]:
 # ---- what memory allows
 # -----------------------------------------------------------------------------
 def bandwidth(threads: int) -> float:
-    """Bytes a second that so many threads read of memory, at best."""
+    """Return the bytes a second that so many threads read of memory, at best."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     values, seconds = torch.ones(READ_BYTES // 4), []
@@ -584,18 +593,18 @@ def bandwidth(threads: int) -> float:
 # ----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a side before it runs."""
+    """Facts are what is known of a side before it runs."""
 
     bytes_a_token: float
-    """of weights that plain decoding reads"""
+    """Plain decoding reads so many bytes of weights."""
     readers: int
-    """threads that read them at a time"""
+    """So many threads read them at a time."""
     plain: str | None
-    """the side whose tokens it must write"""
+    """It must write the tokens of this side."""
 
 
 def over(runs: Sequence[Run], rate: str, side: str, other: str) -> dict | None:
-    """How many times as fast `side` was, in the pairs of the same prompt and repeat."""
+    """Return how many times as fast `side` was, in the pairs of the same prompt and repeat."""
     theirs = {(run.prompt, run.repeat): getattr(run, rate) for run in runs if run.side == other}
     mine = [
         (getattr(run, rate), theirs.get((run.prompt, run.repeat)))
@@ -606,8 +615,8 @@ def over(runs: Sequence[Run], rate: str, side: str, other: str) -> dict | None:
 
 
 def rivals(rates: dict[str, dict]) -> dict[str, str]:
-    """What is divided by: llama.cpp's plain decoding over RPC, the best of its drafts there, and
-    its int8 there."""
+    """Return by what is divided: llama.cpp's plain decoding over RPC, the best of its drafts there,
+    and its int8 there."""
     drafts = [side for side in rates if side.startswith("rpc draft")]
     best = max(drafts, key=lambda side: rates[side]["decode_rate"]["median"], default="")
     return {"rpc": "rpc", "best rpc draft": best, "rpc q8_0": "rpc q8_0"}
@@ -616,8 +625,8 @@ def rivals(rates: dict[str, dict]) -> dict[str, str]:
 def summary(
     runs: Sequence[Run], facts: dict[str, Facts], bandwidths: dict[int, float]
 ) -> dict[str, dict]:
-    """Of each side: its rates, its share of what memory allows plain decoding, and its ratios to
-    its rivals."""
+    """Return for each side its rates, its share of what memory allows plain decoding, and its
+    ratios to its rivals."""
     found: dict[str, dict] = {}
     for side in facts:
         found[side] = {
@@ -636,7 +645,7 @@ def summary(
 
 
 def differing(runs: Sequence[Run], facts: dict[str, Facts]) -> list[dict]:
-    """Where runs part from the side whose tokens they must write."""
+    """Return where runs part from the side whose tokens they must write."""
     found = []
     for plain in sorted({about.plain for about in facts.values() if about.plain}):
         group = [side for side, about in facts.items() if about.plain == plain]
@@ -650,7 +659,7 @@ def differing(runs: Sequence[Run], facts: dict[str, Facts]) -> list[dict]:
 
 
 def table(sides: dict[str, dict]) -> str:
-    """A line a side; medians (least to most)."""
+    """Return a table with a line for each side; values are medians (least to most)."""
 
     def cell(value: dict | None, digits: int) -> str:
         return (
@@ -794,7 +803,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def chosen(wanted: str | None, known: Sequence[str]) -> list[str]:
-    """Of the known sides those that --sides names; UserError for others."""
+    """Return those of the known sides that --sides names; raise UserError for others."""
     names = known if wanted is None else [name.strip() for name in wanted.split(",")]
     for name in names:
         if name not in known:
@@ -805,7 +814,7 @@ def chosen(wanted: str | None, known: Sequence[str]) -> list[str]:
 def write_models(
     args: argparse.Namespace, target: Llama, sides: Sequence[Side], tools: Path, models: Path
 ) -> None:
-    """What the sides load."""
+    """Write what the sides load."""
     write_gguf(target, models / "target-float32.gguf")
     if any(side.drafted for side in sides):
         check_same_tokens(load_tokenizer(args.model), load_tokenizer(args.draft), str(args.draft))
@@ -917,13 +926,13 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
 
 
 def renamed(ask: Ask, method: str) -> Ask:
-    """Asks a ring for the method behind a side's name."""
+    """Return what asks a ring for the method behind a side's name."""
     return lambda asked: ask({**asked, "side": method})
 
 
 @command
 def main(argv: Sequence[str]) -> int:
-    """Exit code: 0, 1 when tokens differ or a process is lost, 2 for bad input, 130 when
+    """Return the exit code: 0, 1 if tokens differ or a process is lost, 2 for bad input, 130 if
     interrupted."""
     args = arguments(argv)
     with tempfile.TemporaryDirectory(prefix="flowspec-") as folder:

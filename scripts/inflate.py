@@ -83,7 +83,7 @@ CHECKED_PROMPTS, CHECKED_TOKENS = 4, 32
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a Llama that matter here."""
+    """A shape holds the sizes of a Llama that matter here."""
 
     vocab: int
     hidden: int
@@ -116,12 +116,12 @@ class Shape:
 
     @property
     def group(self) -> int:
-        """Query heads that share a key and a value head."""
+        """Return the query heads that share a key and a value head."""
         return self.heads // self.kv_heads
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
-        """[out, in] of each projection of a layer, by its name inside the layer."""
+        """Return [out, in] of each projection of a layer, by its name inside the layer."""
         query, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         attention = {
             "q_proj": (query, self.hidden),
@@ -149,7 +149,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked for; None: as the rest makes it."""
+    """This is what is asked for; None means as the rest makes it."""
 
     weights: int | None = None
     hidden: int | None = None
@@ -157,11 +157,13 @@ class Wanted:
     vocab: int | None = None
     positions: int | None = None
     heads: tuple[int, int] | None = None
-    """query and key-value heads"""
+    """These are the query and the key-value heads."""
     head_dim: int | None = None
 
     def shape(self, small: Shape) -> Shape:
-        """UserError, by the option's name, for a shape that cannot compute the small model's
+        """Return the whole shape.
+
+        Raise UserError, by the option's name, for one that cannot compute the small model's
         function."""
         hidden, layers = self.hidden or small.hidden, self.layers or small.layers
         if hidden % small.hidden or hidden < small.hidden:
@@ -205,8 +207,10 @@ class Wanted:
         return big
 
     def _grown(self, small: Shape, weights: int) -> Shape:
-        """The shape of about so many weights: first wide (while twice the layers would still fit),
-        then deep, the rest in the MLP."""
+        """Return the shape of about so many weights.
+
+        It grows first in width (while twice the layers would still fit), then in depth, and the
+        rest goes into the MLP."""
         k = 2 if self.vocab and self.vocab > small.vocab else 1
         wide = self._wide(small, k)
         if weights < wide.weights:
@@ -226,10 +230,10 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Constant:
-    """The last place of the stream, which is the same for every token of the small model, and what
-    makes new tokens lose by it.
+    """The constant is the last place of the stream, which is the same for every token of the small
+    model. New tokens lose by it.
 
-    The embedding holds `value` there, nothing writes it, and what it adds to a mean square is taken
+    The embedding holds `value` there and nothing writes it; what it adds to a mean square is taken
     off the norms' epsilon. Behind the final norm it is KEPT * value / rms, rms being the stream's.
     New tokens' rows of the head have LOSING there, so their logits are about LOSING * KEPT * value
     / rms: for a value of 2^-5 minus 1,000 and less at any rms up to 1,000, far below all others,
@@ -242,21 +246,22 @@ class Constant:
 
     @classmethod
     def below(cls, square: float) -> Constant:
-        """A power of two whose square is at most half of `square`."""
+        """Return a power of two whose square is at most half of `square`."""
         return cls(2.0 ** math.floor(math.log2(square / 2) / 2))
 
 
 # ---- tensors
 # ---------------------------------------------------------------------------------------
 def random_matrix(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Normal noise that depends on the tensor's name alone."""
+    """Return normal noise that depends on the tensor's name alone."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     return torch.randn(shape, generator=generator).mul_(SPREAD)
 
 
 @dataclass(frozen=True)
 class Inflation:
-    """The small checkpoint and the two shapes; makes each tensor of the big one in float32."""
+    """An inflation holds the small checkpoint and the two shapes, and makes each tensor of the big
+    one in float32."""
 
     checkpoint: Checkpoint
     small: Shape
@@ -265,7 +270,9 @@ class Inflation:
 
     @property
     def copies(self) -> int:
-        """Of the small stream in the big one. New tokens need a place beside them."""
+        """Return how many copies of the small stream the big one has.
+
+        New tokens need a place beside them."""
         k = self.big.hidden // self.small.hidden
         if self.constant is None:
             return k
@@ -273,8 +280,8 @@ class Inflation:
 
     @property
     def shrink(self) -> float:
-        """The norms' weights by this much: the stream's rms is as much smaller than the small
-        one's."""
+        """Return by how much the norms' weights are smaller: the stream's rms is as much smaller
+        than the small one's."""
         return math.sqrt(self.copies * self.small.hidden / self.big.hidden)
 
     @property
@@ -287,12 +294,12 @@ class Inflation:
 
     @property
     def epsilon(self) -> float:
-        """Of the big model's norms."""
+        """Return the epsilon of the big model's norms."""
         used = self.constant.value**2 if self.constant else 0.0
         return (self.small_epsilon * self.copies * self.small.hidden - used) / self.big.hidden
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the big model, in the order of a forward."""
+        """Return every tensor of the big model, in the order of a forward."""
         big = self.big
         names: dict[str, tuple[int, ...]] = {EMBEDDING: (big.vocab, big.hidden)}
         for layer in range(big.layers):
@@ -322,7 +329,7 @@ class Inflation:
         return self._attention_reader(name, kind, old, shape)
 
     def _old(self, name: str) -> torch.Tensor | None:
-        """The small model's tensor; None in the layers it does not have."""
+        """Return the small model's tensor; None in the layers that it does not have."""
         return (
             self.checkpoint.file(name).read(name, torch.float32)
             if name in self.checkpoint.names
@@ -339,7 +346,7 @@ class Inflation:
         return self._losing(new) if self.big.tied else new
 
     def _losing(self, head: torch.Tensor) -> torch.Tensor:
-        """With rows of new tokens that never win."""
+        """Return the head with rows of new tokens that never win."""
         head[self.small.vocab :, -1] = Constant.LOSING
         return head
 
@@ -364,7 +371,8 @@ class Inflation:
         places: torch.Tensor | slice,
         shape: tuple[int, ...],
     ) -> torch.Tensor:
-        """Old rows, at their places, see the first copy of the stream; new rows are random."""
+        """Return old rows, at their places, that see the first copy of the stream; new rows are
+        random."""
         new = random_matrix(name, shape)
         if old is not None:
             new[places] = torch.cat([old, torch.zeros(len(old), shape[1] - old.shape[1])], 1)
@@ -373,7 +381,8 @@ class Inflation:
     def _attention_reader(
         self, name: str, kind: str, old: torch.Tensor | None, shape: tuple[int, ...]
     ) -> torch.Tensor:
-        """As `_reader`; what is new in a head that is in use must not add to its scores."""
+        """Return what `_reader` does; what is new in a head that is in use must not add to its
+        scores."""
         new = self._reader(name, old, self._places(kind), shape)
         if kind == "q_proj" and old is not None:
             rows = new.view(self.big.heads, self.big.head_dim, -1)
@@ -384,7 +393,8 @@ class Inflation:
     def _writer(
         self, old: torch.Tensor | None, places: torch.Tensor | slice, shape: tuple[int, ...]
     ) -> torch.Tensor:
-        """Every copy of the stream gets what the old columns give; new columns are ignored."""
+        """Return a matrix that gives every copy of the stream what the old columns give; new
+        columns are ignored."""
         new = torch.zeros(shape)
         if old is not None:
             new[: self.copies * len(old), places] = old.repeat(self.copies, 1)
@@ -393,15 +403,18 @@ class Inflation:
     # ---- where small heads lie in the big ones
     @property
     def _heads(self) -> torch.Tensor:
-        """The big query head of each small one, int64 [heads]; the first key-value heads are the
-        small ones."""
+        """Return the big query head of each small one, int64 [heads].
+
+        The first key-value heads are the small ones."""
         old = torch.arange(self.small.heads)
         return old // self.small.group * self.big.group + old % self.small.group
 
     @property
     def _turned(self) -> torch.Tensor:
-        """The dimension of a big head that turns as each of a small one's does, int64 [head_dim]:
-        the pairs are i and i + half."""
+        """Return the dimension of a big head that turns as each of a small one's does, int64
+        [head_dim].
+
+        The pairs are i and i + half."""
         half, times = self.small.head_dim // 2, self.big.head_dim // self.small.head_dim
         first = torch.arange(half) * times
         return torch.cat([first, first + self.big.head_dim // 2])
@@ -413,7 +426,8 @@ class Inflation:
         return unused.nonzero()[:, 0]
 
     def _places(self, kind: str) -> torch.Tensor | slice:
-        """Of an old matrix the rows (o_proj, down_proj: the columns) in the new one."""
+        """Return where the rows of an old matrix (of o_proj and down_proj the columns) are in the
+        new one."""
         if kind in ("gate_proj", "up_proj", "down_proj"):
             return slice(self.small.neurons)
         heads = self._heads if kind in ("q_proj", "o_proj") else torch.arange(self.small.kv_heads)
@@ -434,7 +448,7 @@ class Inflation:
 # ---- files
 # -----------------------------------------------------------------------------------------
 def shards(entries: list[Entry], limit: int) -> list[list[Entry]]:
-    """Consecutive entries of at most `limit` bytes together, a larger tensor alone."""
+    """Yield consecutive entries of at most `limit` bytes together, and a larger tensor alone."""
     parts: list[list[Entry]] = [[]]
     for entry in entries:
         if parts[-1] and sum(each.nbytes for each in parts[-1]) + entry.nbytes > limit:
@@ -474,7 +488,7 @@ def big_config(config: dict, inflation: Inflation, dtype: str) -> dict:
 def inflate(
     model: Path, output: Path, wanted: Wanted, dtype: str, shard_bytes: int = SHARD_BYTES
 ) -> Shape:
-    """Write the big checkpoint and return its shape. UserError for bad input."""
+    """Write the big checkpoint and return its shape; raise UserError for bad input."""
     source = Source.open(model)
     config = source.config
     if config["model_type"] != "llama" or config.get("attention_bias") or config.get("mlp_bias"):
@@ -503,8 +517,8 @@ def inflate(
 # -----------------------------------------------------------------------------------------
 @torch.inference_mode()
 def greedy(folder: Path, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
-    """Of each prompt transformers' greedy tokens, computed in float32, and the lead of each over
-    the next best logit."""
+    """Return transformers' greedy tokens of each prompt, computed in float32, and the lead of each
+    over the next best logit."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -526,8 +540,9 @@ def greedy(folder: Path, prompts: list[list[int]]) -> list[tuple[list[int], list
 
 
 def check(small: Path, big: Path, prompts: list[str]) -> bool:
-    """Say of each prompt whether both models continue it alike, or where they part; one model is in
-    memory at a time."""
+    """Say of each prompt whether both models continue it alike, or where they part.
+
+    One model is in memory at a time."""
     for folder in (small, big):
         Source.open(folder)  # a UserError for what is no checkpoint
     tokenizer = load_tokenizer(small)
@@ -605,7 +620,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def wanted_of(args: argparse.Namespace) -> Wanted | None:
-    """None when nothing is asked for."""
+    """Return what is asked for, or None if that is nothing."""
     sizes = {
         name: getattr(args, name) for name in ("hidden", "layers", "vocab", "positions", "head_dim")
     }
@@ -653,8 +668,8 @@ def run(args: argparse.Namespace) -> int:
 
 @command
 def main(argv: Sequence[str]) -> int:
-    """Exit code: 0, 1 when --check finds another text, 2 for bad input (one line on stderr), 130
-    when interrupted."""
+    """Return the exit code: 0, 1 if --check finds another text, 2 for bad input (one line on
+    stderr), 130 if interrupted."""
     return run(arguments(argv))
 
 

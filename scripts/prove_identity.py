@@ -65,7 +65,8 @@ def random_switches(draw: random.Random) -> PolicyConfig:
 
 
 class Proof:
-    """Counts of texts compared, identical, parted at a tie, parted otherwise."""
+    """A proof counts texts that were compared, that are identical, that part at a tie, and that
+    part otherwise."""
 
     def __init__(self) -> None:
         self.texts = self.tokens = self.ties = self.bugs = 0
@@ -73,7 +74,7 @@ class Proof:
     def compare(
         self, what: str, got: list[int], want: list[int], gaps: list[float], close: float
     ) -> None:
-        """`close`: a gap below which rounding may choose."""
+        """Compare two texts; rounding may choose where the gap is below `close`."""
         self.texts, self.tokens = self.texts + 1, self.tokens + len(want)
         at = first_difference(got, want)
         if at is None:

@@ -45,10 +45,10 @@ from flowspec.schema import build
 
 METHODS = ("ar", "flowspec")
 AGREEMENT = {"good": 0.8, "weak": 0.3, "useless": 0.0}
-"""drafter -> how often its first choice is the target's, on its own text; each is the demo target
-itself, with noise in its lm_head"""
+"""This maps a drafter to how often its first choice is the target's, on the target's own text. Each
+is the demo target itself, with noise in its lm_head."""
 LIMIT = 0.97
-"""a cell whose median ratio is below this is listed"""
+"""A cell whose median ratio is below this is listed."""
 WARM_UP_TOKENS = 8
 TEXTS = (
     "tarfile",
@@ -60,14 +60,15 @@ TEXTS = (
     "subprocess",
     "ipaddress",
 )
-"""modules of the standard library whose sources are prompts, a pair each"""
+"""The sources of these modules of the standard library are prompts, one for each pair."""
 SKIPPED = 500
-"""tokens at the beginning of each, mostly licences"""
+"""Return so many tokens of a module's source, with its successors' behind it where it is too
+short."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """The target's shape, as scripts/inflate.py takes it."""
+    """This is the target's shape, as scripts/inflate.py takes it."""
 
     hidden: int = 1024
     layers: int = 16
@@ -77,7 +78,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Matrix:
-    """The axes of a YAML file."""
+    """A matrix holds the axes of a YAML file."""
 
     contexts: tuple[int, ...]
     vocabularies: tuple[int, ...]
@@ -88,7 +89,8 @@ class Matrix:
     pairs: int = 5
     new_tokens: int = 64
     cells: int | None = None
-    """so many of the cells, drawn once and for all: fewer are among more; null: all"""
+    """So many of the cells are measured, drawn once and for all (fewer are among more); null means
+    all."""
     model: Model = dataclasses.field(default_factory=Model)
 
     def __post_init__(self) -> None:
@@ -116,7 +118,7 @@ class Matrix:
 
 
 class Ring(NamedTuple):
-    """What a set of processes is started for."""
+    """A ring is what a set of processes is started for."""
 
     vocabulary: int
     dtype: str
@@ -138,13 +140,13 @@ class Cell(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A line of runs.jsonl."""
+    """A run is a line of runs.jsonl."""
 
     cell: Cell
     pair: int
     method: str
     tokens_per_second: float | None
-    """None: the text has one token, and no rate"""
+    """It is None if the text has one token, and so no rate."""
     new_tokens: int
     prefill_seconds: float
     accepted_per_segment: float
@@ -160,7 +162,7 @@ class Run(NamedTuple):
 
 
 def load_matrix(path: Path) -> Matrix:
-    """UserError names the key that is wrong."""
+    """Read the axes; raise UserError, which names the key that is wrong."""
     try:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -171,7 +173,7 @@ def load_matrix(path: Path) -> Matrix:
 
 
 def cells(matrix: Matrix) -> list[Cell]:
-    """Those of a ring side by side, short contexts first."""
+    """Return the cells, those of a ring side by side, short contexts first."""
     axes = (
         matrix.vocabularies,
         matrix.dtypes,
@@ -186,13 +188,13 @@ def cells(matrix: Matrix) -> list[Cell]:
 
 
 def read_runs(path: Path) -> list[Run]:
-    """What was measured before; a line that an interruption cut short is not there."""
+    """Return what was measured before; a line that an interruption cut short is left out."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [Run.of(json.loads(line)) for line in lines if line.endswith("\n")]
 
 
 def missing(matrix: Matrix, runs: Iterable[Run]) -> list[tuple[Cell, int]]:
-    """The pairs that are still to be measured."""
+    """Return the pairs that are still to be measured."""
     done = {(run.cell, run.pair, run.method) for run in runs}
     pairs = itertools.product(cells(matrix), range(1, matrix.pairs + 1))
     return [
@@ -205,7 +207,8 @@ def missing(matrix: Matrix, runs: Iterable[Run]) -> list[tuple[Cell, int]]:
 # ---- models
 # ----------------------------------------------------------------------------------------
 class Models:
-    """Folders under build/real/, each made on first use and whole as soon as it has its name."""
+    """These are folders under build/real/. Each is made on first use, and is whole once it has its
+    name."""
 
     def __init__(self, folder: Path, model: Model):
         self._folder, self._model = folder, model
@@ -221,8 +224,9 @@ class Models:
         )
 
     def draft(self, ring: Ring) -> Path:
-        """With the target's vocabulary and positions: its lm_head costs what a draft model's costs
-        at that vocabulary."""
+        """Make a draft model with the target's vocabulary and positions.
+
+        Its lm_head then costs what a draft model's costs at that vocabulary."""
         demo, name = (
             ROOT / "demo" / "target",
             f"draft_{ring.drafter}_v{ring.vocabulary}_p{self._model.positions}",
@@ -262,7 +266,9 @@ class Models:
 
 
 def _run(words: Sequence[object], quiet: bool = False, **environment: str) -> None:
-    """UserError when the command fails, with the last line that it said if it was `quiet`."""
+    """Run a command.
+
+    Raise UserError if it fails, with the last line that it said if it was `quiet`."""
     done = subprocess.run(
         [str(word) for word in words],
         stderr=subprocess.PIPE if quiet else None,
@@ -321,7 +327,7 @@ def measure(matrix: Matrix, output: Path) -> None:
 # ---- as a rank
 # -------------------------------------------------------------------------------------
 def rank(output: Path) -> None:
-    """A rank of the ring that ring.yaml describes; rank 0 runs the pairs of ring.json."""
+    """Be a rank of the ring that ring.yaml describes; rank 0 runs the pairs of ring.json."""
     from flowspec.config import load_config
     from flowspec.engine import Engine
     from flowspec.rank import serve_as
@@ -382,21 +388,22 @@ def prompt(encode, pair: int, tokens: int) -> list[int]:
 # ---- tables
 # ----------------------------------------------------------------------------------------
 class Outcome(NamedTuple):
-    """Of a cell: medians over its pairs."""
+    """An outcome holds a cell's medians over its pairs."""
 
     ratios: list[float]
-    """flowspec over ar, ascending"""
+    """These are the ratios of flowspec over ar, ascending."""
     ms: dict[str, float]
-    """method -> milliseconds a token"""
+    """This maps a method to its milliseconds a token."""
     accepted: float
-    """new tokens a segment, by flowspec"""
+    """flowspec brought so many new tokens a segment."""
     different: int
-    """pairs whose texts are not the same"""
+    """So many pairs have texts that are not the same."""
 
 
 def outcomes(runs: Iterable[Run]) -> dict[Cell, Outcome]:
-    """Of the cells that have a pair, in the order of their axes; a run that was made twice counts
-    by its last."""
+    """Return the outcomes of the cells that have a pair, in the order of their axes.
+
+    A run that was made twice counts by its last."""
     by_cell: dict[Cell, dict[int, dict[str, Run]]] = {}
     for run in runs:
         by_cell.setdefault(run.cell, {}).setdefault(run.pair, {})[run.method] = run
@@ -474,7 +481,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 @command
 def main(argv: Sequence[str]) -> int:
-    """Exit code: 0, 2 for bad input or a ring that failed (one line on stderr), 130 when
+    """Return the exit code: 0, 2 for bad input or a ring that failed (one line on stderr), 130 if
     interrupted."""
     options = _arguments(argv)
     if is_rank():

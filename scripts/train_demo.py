@@ -42,8 +42,8 @@ SHAPES = {
 # ---- text
 # ------------------------------------------------------------------------------------------
 def sources() -> tuple[list[str], list[str]]:
-    """(training files, held-out files): every .py of the standard library but tables and other
-    people's packages."""
+    """Return (training files, held-out files): every .py of the standard library but tables and
+    other people's packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "dist-packages", "encodings", "pydoc_data", "data", "__pycache__"}
     train, held = [], []
@@ -59,8 +59,9 @@ def sources() -> tuple[list[str], list[str]]:
 def tokens_of(
     tokenizer: Tokenizer, files: list[str], seed: int, mark: int | None = None
 ) -> torch.Tensor:
-    """All files in random order as one row of tokens. `mark` stands before each; None: END, or
-    nothing where that is unknown."""
+    """Return all files, in random order, as one row of tokens.
+
+    `mark` stands before each; None means END, or nothing where that is unknown."""
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
     mark = tokenizer.token_to_id(END) if mark is None else mark
     out: list[int] = []
@@ -90,10 +91,10 @@ def train_tokenizer(out: Path, files: list[str]) -> None:
 # ---- optimiser
 # -------------------------------------------------------------------------------------
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised by five Newton-Schulz steps (Jordan et al. 2024).
+    """Muon is momentum whose update is orthogonalised by five Newton-Schulz steps (Jordan et al.
+    2024).
 
-    torch's own Muon works in bfloat16, which CPUs without AMX run 70 times slower than float32.
-    """
+    torch's own Muon works in bfloat16, which CPUs without AMX run 70 times slower than float32."""
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.02):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -133,7 +134,7 @@ def new_model(role: str) -> LlamaForCausalLM:
 
 
 def save(model: LlamaForCausalLM, folder: Path) -> None:
-    """float16 safetensors, written beside and renamed file by file."""
+    """Save the model as float16 safetensors, written beside and renamed file by file."""
     beside = folder.with_name(folder.name + ".new")
     half = {k: v.half() for k, v in model.state_dict().items()}
     twin = LlamaForCausalLM(model.config).half()
@@ -216,8 +217,8 @@ def note(out: Path, role: str, **facts) -> None:
 
 @torch.no_grad()
 def measure(out: Path, held: torch.Tensor, rows: int = 120) -> dict:
-    """Validation loss (nats a token) of both and how often the draft's first choice is the
-    target's, on held-out text."""
+    """Return the validation loss (nats a token) of both, and how often the draft's first choice is
+    the target's, on held-out text."""
     target, draft = load(out / "target").eval(), load(out / "draft").eval()
     total = dict(target=0.0, draft=0.0, agree=0, right=0, count=0)
     starts = torch.linspace(0, len(held) - CONTEXT - 2, rows).long().tolist()
@@ -236,8 +237,9 @@ def measure(out: Path, held: torch.Tensor, rows: int = 120) -> dict:
 
 
 def about_head(folder: Path) -> list[str]:
-    """Lines of the card on the EAGLE head, which scripts/train_eagle.py makes and measures; none
-    without one."""
+    """Return the card's lines on the EAGLE head, which scripts/train_eagle.py makes and measures.
+
+    There are none without a head."""
     if not folder.exists():
         return []
     facts = json.loads((folder / "training.json").read_text())

@@ -41,7 +41,7 @@ SAVE_EVERY = 120.0  # seconds
 
 
 class Target:
-    """The frozen model whose features the head learns."""
+    """A target is the frozen model whose features the head learns."""
 
     def __init__(self, folder: Path, device: str):
         self.model = (
@@ -57,7 +57,8 @@ class Target:
 
     @torch.no_grad()
     def features(self, ids: Tensor) -> Tensor:
-        """The hidden rows behind the final norm, [batch, n, hidden], of tokens [batch, n]."""
+        """Return the hidden rows behind the final norm, [batch, n, hidden], of tokens [batch,
+        n]."""
         return self.model.base_model(ids, use_cache=False).last_hidden_state.float()
 
     def embedding(self, ids: Tensor) -> Tensor:
@@ -68,8 +69,9 @@ class Target:
 
 
 class Eagle(nn.Module):
-    """fc and a decoder layer like the target's, without the norm before attention; named as
-    published heads are."""
+    """An Eagle is fc and a decoder layer like the target's, without the norm before attention.
+
+    Its parts are named as those of published heads."""
 
     def __init__(self, config):
         super().__init__()
@@ -85,22 +87,24 @@ class Eagle(nn.Module):
         self.fc = nn.Linear(2 * hidden, hidden, bias=False)
 
     def forward(self, embedded: Tensor, features: Tensor) -> Tensor:
-        """The features predicted at n tokens [batch, n, hidden], from their embeddings and the
-        features before them."""
+        """Return the features predicted at n tokens [batch, n, hidden], from their embeddings and
+        the features before them."""
         return self.whole(
             inputs_embeds=self.fc(torch.cat([embedded, features], -1)), use_cache=False
         ).last_hidden_state
 
     def published(self) -> dict[str, Tensor]:
-        """Its weights by their published names."""
+        """Return its weights by their published names."""
         return {name.removeprefix("whole."): tensor for name, tensor in self.state_dict().items()}
 
 
 # ---- text
 # ------------------------------------------------------------------------------------------
 def texts(paths: list[Path]) -> tuple[list[str], list[str]]:
-    """(to learn from, held out): a file in twenty by the hash of its name; of a few files, the last
-    twentieth of each."""
+    """Return (texts to learn from, held-out texts).
+
+    Held out is a file in twenty by the hash of its name, or of a few files the last twentieth of
+    each."""
     if not paths:
         return sources()
     files = [
@@ -123,7 +127,8 @@ def texts(paths: list[Path]) -> tuple[list[str], list[str]]:
 
 
 def first_token(config) -> int | None:
-    """What stands before each text: the first of the target's begin and end tokens that it has."""
+    """Return what stands before each text: the first of the target's begin and end tokens that it
+    has."""
     marks = [config.bos_token_id, config.eos_token_id]
     return next(
         (mark[0] if isinstance(mark, list) else mark for mark in marks if mark is not None), None
@@ -133,8 +138,9 @@ def first_token(config) -> int | None:
 # ---- learning
 # --------------------------------------------------------------------------------------
 def loss_of(eagle: Eagle, target: Target, ids: Tensor, args: argparse.Namespace) -> Tensor:
-    """Of tokens [batch, n], the mean over --levels: first the target's features with noise go in,
-    then what was predicted from them."""
+    """Return the loss of tokens [batch, n], the mean over --levels.
+
+    First the target's features with noise go in, then what was predicted from them."""
     features, embedded = target.features(ids), target.embedding(ids[:, 1:])
     before, after = features[:, :-1], features[:, 1:]
     soft = target.logits(after).softmax(-1)
@@ -153,9 +159,11 @@ def loss_of(eagle: Eagle, target: Target, ids: Tensor, args: argparse.Namespace)
 def measure(
     eagle: Eagle, target: Target, held: Tensor, context: int, rows: int = 60
 ) -> dict[str, float]:
-    """On held-out text: how often the head's first choice is the target's, how often the target's
-    is among its best 4 and 16, and the first again one level deeper, where the feature that goes in
-    is the head's own guess."""
+    """Return how often the head is right on held-out text.
+
+    That is how often its first choice is the target's, how often the target's is among its best 4
+    and 16, and the first again one level deeper, where the feature that goes in is the head's own
+    guess."""
     found = dict.fromkeys(
         ("first_choice_agreement", "in_top_4", "in_top_16", "first_choice_one_deeper"), 0.0
     )
@@ -178,10 +186,10 @@ def measure(
 
 
 class Training:
-    """The head, its optimisers, and how far they are; on disk in OUT.state.pt."""
+    """A training is the head, its optimisers, and how far they are; on disk it is OUT.state.pt."""
 
     def __init__(self, eagle: Eagle, out: Path, lr: float, target: str):
-        """`target`: the hash of its embedding, for the head's card."""
+        """`target` is the hash of the target's embedding, for the head's card."""
         matrices = [p for p in eagle.parameters() if p.ndim == 2]
         others = [p for p in eagle.parameters() if p.ndim != 2]
         self.eagle, self.out, self.lr, self.target = eagle, out, lr, target
@@ -193,7 +201,7 @@ class Training:
         self.state_path = out.with_name(out.name + ".state.pt")
 
     def step(self, loss: Tensor, progress: float) -> None:
-        """One update; `progress` in [0, 1] is the share of the limit that is behind us."""
+        """Make one update; `progress` in [0, 1] is the share of the limit that is behind us."""
         loss.backward()
         nn.utils.clip_grad_norm_(self.eagle.parameters(), 1.0)
         scale = min(1.0, (self.steps + 1) / 100) * min(1.0, 1.5 * (1 - progress) + 0.02)
@@ -212,8 +220,8 @@ class Training:
         self.steps, self.seconds = state["steps"], state["seconds"]
 
     def save(self, embedding: Tensor | None, **facts) -> None:
-        """The head as published, `facts` in training.json, and the state; each written beside and
-        renamed."""
+        """Save the head as published, `facts` in training.json, and the state; each is written
+        beside and renamed."""
         self.out.mkdir(parents=True, exist_ok=True)
         tensors = self.eagle.published() | (
             {} if embedding is None else {"embed_tokens.weight": embedding}
@@ -253,7 +261,7 @@ def replace(path: Path, write) -> None:
 def train(
     training: Training, target: Target, data: Tensor, held: Tensor, args: argparse.Namespace
 ) -> None:
-    """Until a limit is reached or somebody interrupts; saves on the way and at the end."""
+    """Train until a limit is reached or somebody interrupts; save on the way and at the end."""
     begun, before, mean, saved = time.monotonic(), training.seconds, None, time.monotonic()
     embedding = None if target.tied else target.model.get_input_embeddings().weight
     while (

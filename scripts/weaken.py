@@ -41,20 +41,20 @@ from flowspec.text import check_same_tokens, load_tokenizer
 PROMPTS, NEW_TOKENS = 16, 48
 STEPS = 24
 CLOSE = 0.01
-"""an agreement so near the wanted one will do"""
+"""An agreement so near the wanted one will do."""
 PLACES = 32
-"""by which a stream with room for a constant is wider: one is the constant, the others keep whole
-vectors (zeros)"""
+"""A stream with room for a constant is wider by this: one place is the constant, the others keep
+whole vectors (zeros)."""
 CONSTANT = 1e-3
-"""it, as a share of the embedding's size"""
+"""The constant is this share of the embedding's size."""
 LOST = 30.0
-"""logits by which new tokens lie below 0, at least"""
+"""New tokens lie at least this many logits below 0."""
 
 
 @torch.inference_mode()
 def seen(draft, target, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Of every token of the target's continuations the draft's features before it [n, hidden], and
-    the token [n]."""
+    """Return the draft's features before every token of the target's continuations [n, hidden], and
+    the tokens [n]."""
     features, chosen = [], []
     for prompt in prompts:
         ids = torch.tensor([prompt])
@@ -67,15 +67,16 @@ def seen(draft, target, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 def mixed(head: Tensor, noise: float) -> Tensor:
-    """A head [vocabulary, hidden] of which `noise` (0 to 1) is noise; always the same one."""
+    """Return a head [vocabulary, hidden] of which `noise` (0 to 1) is noise; it is always the same
+    one."""
     other = torch.randn(head.shape, generator=torch.Generator().manual_seed(1)) * head.std()
     return (1 - noise) * head + noise * other
 
 
 @torch.inference_mode()
 def rms(model, prompts: list[list[int]]) -> float:
-    """The largest root mean square of what enters the final norm at the tokens of the prompts,
-    twice over to be safe."""
+    """Return the largest root mean square of what enters the final norm at the tokens of the
+    prompts, twice over to be safe."""
     seen: list[float] = []
     hook = model.model.norm.register_forward_pre_hook(
         lambda _, inputs: seen.append(inputs[0].square().mean(-1).sqrt().max().item())
@@ -91,8 +92,9 @@ def agreement(head: Tensor, features: Tensor, chosen: Tensor) -> float:
 
 
 def weakened(head: Tensor, features: Tensor, chosen: Tensor, wanted: float) -> tuple[Tensor, float]:
-    """The head that agrees so often, and how often it really does. UserError when the draft is no
-    better itself."""
+    """Return the head that agrees so often, and how often it really does.
+
+    Raise UserError if the draft is no better itself."""
     own = agreement(head, features, chosen)
     if own < wanted - CLOSE:
         raise UserError(f"--agree {wanted:g}: the draft agrees at {own:.2f} as it is")
@@ -108,8 +110,9 @@ def weakened(head: Tensor, features: Tensor, chosen: Tensor, wanted: float) -> t
 
 @torch.inference_mode()
 def with_room(small, vocabulary: int, positions: int, largest: float):
-    """A Llama of the same function but for rounding, with more tokens and positions. `largest`: rms
-    of a stream before the final norm."""
+    """Return a Llama of the same function but for rounding, with more tokens and positions.
+
+    `largest` is the rms of a stream before the final norm."""
     config = copy.deepcopy(small.config)
     width = config.hidden_size
     config.head_dim = config.head_dim or width // config.num_attention_heads
@@ -142,7 +145,7 @@ def weaken(
     vocabulary: int | None = None,
     positions: int | None = None,
 ) -> float:
-    """Write the draft and return its agreement. UserError for bad input."""
+    """Write the draft and return its agreement; raise UserError for bad input."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -192,7 +195,7 @@ def weaken(
 
 @command
 def main(argv: Sequence[str]) -> int:
-    """Exit code: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
+    """Return the exit code: 0, 2 for bad input (one line on stderr), 130 if interrupted."""
     each = Parser(
         prog="weaken.py",
         description="Make a draft model that agrees with a target as often as asked.",

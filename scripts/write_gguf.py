@@ -44,13 +44,13 @@ LAYER_NAMES = {
 
 
 def gguf_name(name: str) -> str:
-    """What llama.cpp calls a tensor of a Hugging Face Llama."""
+    """Return what llama.cpp calls a tensor of a Hugging Face Llama."""
     layer = LAYER.fullmatch(name)
     return f"blk.{layer[1]}.{LAYER_NAMES[layer[2]]}.weight" if layer else NAMES[name]
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:
-    """Rows of a query or key projection [heads * size, in] in llama.cpp's order.
+    """Return the rows of a query or key projection [heads * size, in] in llama.cpp's order.
 
     Rotary embedding turns pairs: (i, i + size / 2) of a head in Hugging Face's files, (2 i, 2 i +
     1) in llama.cpp's."""
@@ -60,18 +60,18 @@ def interleaved(weight: Tensor, heads: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Llama:
-    """A checkpoint that GGUF's plain `llama` architecture covers."""
+    """This is a checkpoint that GGUF's plain `llama` architecture covers."""
 
     config: dict
     checkpoint: Checkpoint
     names: list[str]
-    """of its tensors, a tied head left out"""
+    """These are its tensors; a tied head is left out."""
     ends: tuple[int, ...]
-    """tokens that end a text"""
+    """These tokens end a text."""
 
     @classmethod
     def open(cls, folder: Path) -> Llama:
-        """UserError for what is no such checkpoint."""
+        """Open a checkpoint; raise UserError for what is no such checkpoint."""
         source = Source.open(folder)
         config, rope = source.config, source.config.get("rope_parameters") or {}
         plain = (
@@ -97,20 +97,21 @@ class Llama:
 
     @property
     def read_weights(self) -> int:
-        """Weights that a forward of one token reads: all but the embedding, of which it reads a
-        row, unless it is the head too."""
+        """Return the weights that a forward of one token reads.
+
+        These are all but the embedding, of which it reads a row, unless it is the head too."""
         read = [name for name in self.names if name != EMBEDDING or HEAD not in self.names]
         return sum(math.prod(self.checkpoint.info(name).shape) for name in read)
 
     def tensors(self) -> Iterator[Tensor]:
-        """In float32, in the order of `names`, one in memory at a time."""
+        """Yield the tensors in float32, in the order of `names`, one in memory at a time."""
         for name in self.names:
             weight = self.checkpoint.file(name).read(name, torch.float32)
             turned = {"q_proj": self.heads, "k_proj": self.kv_heads}.get(name.split(".")[-2])
             yield interleaved(weight, turned) if turned else weight
 
     def describe(self, writer: Any, types: Any) -> None:
-        """The metadata of a `gguf.GGUFWriter`; `types` is `gguf.TokenType`."""
+        """Write the metadata with a `gguf.GGUFWriter`; `types` is `gguf.TokenType`."""
         config, vocabulary = self.config, self.config["vocab_size"]
         size = config.get("head_dim") or config["hidden_size"] // self.heads
         rope = config.get("rope_parameters") or config
@@ -142,7 +143,8 @@ def _known(name: str) -> bool:
 
 
 def write_gguf(model: Llama, path: Path) -> None:
-    """Tensor by tensor; `path` appears when it is whole. UserError when gguf is not installed."""
+    """Write tensor by tensor; `path` appears when it is whole. Raise UserError if gguf is not
+    installed."""
     try:
         import gguf
     except ImportError:
@@ -165,7 +167,7 @@ def write_gguf(model: Llama, path: Path) -> None:
 
 @command
 def main(argv: Sequence[str]) -> int:
-    """Exit code: 0, 2 for bad input."""
+    """Return the exit code: 0, 2 for bad input."""
     each = Parser(
         prog="write_gguf.py",
         description="Write a Llama checkpoint as GGUF for llama.cpp, in float32.",
