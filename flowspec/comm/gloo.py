@@ -23,6 +23,12 @@ from flowspec.core.cost import Emulate
 from flowspec.core.topology import Topology
 
 FOREVER = datetime.timedelta(days=30)
+FIRST = 1 << 16
+"""The first send of a message has at most so many bytes: its header, and its payload if that fits.
+
+A receive that is posted takes what is shorter, too. A second send would have to wait until its
+receive is posted, which is three trips over the link instead of one (docs/architecture.md)."""
+_BEGIN = 8 * HEADER  # bytes of a header
 _BYE = Message("bye")
 _BYE_LIMIT = Limit(64, 0)
 
@@ -43,7 +49,7 @@ class _Sender:
         while True:
             message = self._queue.get()
             try:
-                for part in encode(message):
+                for part in _parts(message):
                     dist.send(part, self.to, group=self._group)
             except RuntimeError:
                 return self._lost(self.to, "the connection broke while sending")
@@ -52,6 +58,14 @@ class _Sender:
                 return self._lost(self.to, f"a {message.kind} message could not be sent: {error}")
             if message is _BYE:
                 return
+
+
+def _parts(message: Message) -> list[torch.Tensor]:
+    """Return what is sent of a message: first its header with what fits, then the rest if any."""
+    header, payload = encode(message)
+    first = torch.cat([header.view(torch.uint8), payload[: FIRST - _BEGIN]])
+    rest = payload[FIRST - _BEGIN :]
+    return [first, rest] if len(rest) else [first]
 
 
 class _Receiver:
@@ -97,10 +111,16 @@ class _Receiver:
         """Return the next message.
 
         Raise ConnectionError if the link broke and ValueError for what is no message."""
-        header = torch.empty(HEADER, dtype=torch.int64)
-        self._fill(header)
-        payload = torch.empty(payload_size(header, self._limits), dtype=torch.uint8)
-        self._fill(payload)
+        first = torch.empty(FIRST, dtype=torch.uint8)
+        first[:_BEGIN].zero_()  # no header but the peer's own
+        self._fill(first)
+        header = first[:_BEGIN].view(torch.int64)
+        size = payload_size(header, self._limits)
+        payload = first[_BEGIN : _BEGIN + size]
+        if len(payload) < size:
+            payload = torch.empty(size, dtype=torch.uint8)
+            payload[: FIRST - _BEGIN] = first[_BEGIN:]
+            self._fill(payload[FIRST - _BEGIN :])
         return decode(header, payload, self._limits)
 
     def _fill(self, part: torch.Tensor) -> None:

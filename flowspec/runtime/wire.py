@@ -19,7 +19,7 @@ from flowspec.core.policy import PolicyConfig
 from flowspec.core.request import Request, Sampling
 from flowspec.trace import Span
 
-FORMAT = 3
+FORMAT = 4
 """This is the version of the messages below, of their names and contents. Raise it with every
 change: ranks that would misread each other then do not start."""
 

@@ -357,6 +357,17 @@ def big(t) -> list:
     ]
 
 
+def around_the_first_send(t) -> list:
+    """Messages that just fit into one send, and such that need a second one, in turn."""
+    sizes = [size + (k % 2) * 70_000 for k, size in enumerate(range(65_200, 65_560, 8))]
+    for size in sizes:
+        t.send_next(Message("any", {}, (tensor(torch.uint8, (size,), seed=size),)))
+    return [
+        same(m.tensors[0], tensor(torch.uint8, (size,), seed=size))
+        for size, (_, m) in zip(sizes, receive(t, len(sizes)), strict=True)
+    ]
+
+
 def every_tensor(t) -> list:
     sent = [tensor(dtype, shape) for dtype in DTYPES for shape in SHAPES]
     t.send_next(Message("all", {}, tuple(sent)))
@@ -398,7 +409,10 @@ def overtaken(t) -> list:
     return [heard and heard[1].kind] + [m.meta["n"] for _, m in receive(t, 3)]
 
 
-SCENARIOS = {f.__name__: f for f in (in_order, big, every_tensor, control_and_back, overtaken)}
+SCENARIOS = {
+    f.__name__: f
+    for f in (in_order, big, around_the_first_send, every_tensor, control_and_back, overtaken)
+}
 
 
 def over_threads(scenario: str, emulate: Emulate | None) -> list:
@@ -455,6 +469,7 @@ def test_each_link_of_the_ring_keeps_its_order(seen):
 
 def test_a_message_of_megabytes_arrives_as_it_was(seen):
     assert seen("big") == [[True, True]] * WORLD
+    assert seen("around_the_first_send") == [[True] * 45] * WORLD
 
 
 def test_every_dtype_and_shape_arrives_as_it_was_and_so_does_a_message_of_no_tensors(seen):
