@@ -92,6 +92,10 @@ def _shown(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text[:80])
 
 
+LEFT = -1
+"""A rank whose beat has this number has left the run, as it was asked to."""
+
+
 class _Beat(NamedTuple):
     number: int
     moves: int
@@ -192,7 +196,9 @@ class Heartbeat:
         return json.dumps(_Beat(number, pulse.moves, pulse.doing))
 
     def _speak(self) -> None:
-        """Beat and hear the others' beats; once started, only this thread calls the store."""
+        """Beat and hear the others' beats; once started, only this thread calls the store.
+
+        The last beat says that this rank has left, so that nobody waits for one more."""
         number = 0
         while not self._stop.wait(self._every):
             number += 1
@@ -203,6 +209,8 @@ class Heartbeat:
             except Exception:
                 self._broken = True
                 return
+        with contextlib.suppress(Exception):  # the store's host may have left before us
+            self._store.set(f"beat/{self._rank}", self._own(LEFT))
 
     def _watch(self) -> None:
         """Watch the store and the other ranks.
@@ -234,6 +242,8 @@ class Heartbeat:
                 beat = _beat(text)
             except ValueError as error:
                 return rank, str(error)
+            if beat.number == LEFT:
+                continue
             pulse = self._pulses[rank]
             pulse.moves, pulse.doing = beat.moves, beat.doing
             if self._unchanged.seconds(rank, beat.number, now) > self._limit:
