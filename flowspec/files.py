@@ -34,11 +34,13 @@ def beside_of(path: str | os.PathLike[str], suffix: str = PARTIAL) -> Path:
 
     A pipe or a device is written to as it is."""
     target = Path(path).resolve()
-    return target if _special(target) else target.with_name(target.name + suffix)
+    special = target.exists() and not target.is_file()
+    return target if special else target.with_name(target.name + suffix)
 
 
-def _special(target: Path) -> bool:
-    return target.exists() and not target.is_file()
+def _own(beside: Path, path: str | os.PathLike[str]) -> bool:
+    """Return whether it lies beside `path`, and is no pipe or device that is written to itself."""
+    return beside != Path(path).resolve()
 
 
 def _claimed(path: str | os.PathLike[str], suffix: str = PARTIAL) -> Path:
@@ -46,7 +48,7 @@ def _claimed(path: str | os.PathLike[str], suffix: str = PARTIAL) -> Path:
 
     A link that somebody laid there is not followed. Raise OSError if the file cannot be made."""
     beside = beside_of(path, suffix)
-    if not _special(beside):
+    if _own(beside, path):
         beside.unlink(missing_ok=True)
         os.close(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     return beside
@@ -54,7 +56,7 @@ def _claimed(path: str | os.PathLike[str], suffix: str = PARTIAL) -> Path:
 
 def _settle(beside: Path, path: str | os.PathLike[str]) -> None:
     """Give the name `path` to a file that was written beside it and is whole."""
-    if not _special(beside):
+    if _own(beside, path):
         os.replace(beside, Path(path).resolve())
 
 
@@ -108,7 +110,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             yield beside
             _settle(beside, path)
         except BaseException:
-            if not _special(beside):
+            if _own(beside, path):
                 with suppress(OSError):
                     beside.unlink()
             raise

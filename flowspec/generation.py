@@ -94,7 +94,7 @@ class Generation:
     ):
         """`stream` makes text of tokens; `finished` is called once, when all is known."""
         self.request = request
-        self._answer, self._stream, self._finished = ticket, stream, finished
+        self._ticket, self._stream, self._finished = ticket, stream, finished
         self.token_ids: list[int] = []
         self.accepted = 0
         """So many of them the draft had sent before the target picked them."""
@@ -110,7 +110,7 @@ class Generation:
     @property
     def stats(self) -> Stats:
         """Return what the request took; it is complete once there is a result."""
-        return self._answer.stats
+        return self._ticket.stats
 
     @property
     def text(self) -> str:
@@ -125,8 +125,8 @@ class Generation:
             raise StopIteration
         try:
             while self._stopped:
-                self._answer.tokens.get()  # what came after the end that the reader wanted
-            return self._token(self._answer.tokens.get())
+                self._ticket.tokens.get()  # what came after the end that the reader wanted
+            return self._token(self._ticket.tokens.get())
         except BaseException as end:
             self._finish(end)
             raise StopIteration from None
@@ -139,8 +139,8 @@ class Generation:
             raise StopAsyncIteration
         try:
             while self._stopped:
-                await self._answer.tokens.aget()
-            return self._token(await self._answer.tokens.aget())
+                await self._ticket.tokens.aget()
+            return self._token(await self._ticket.tokens.aget())
         except BaseException as end:
             self._finish(end)
             raise StopAsyncIteration from None
@@ -157,12 +157,12 @@ class Generation:
     def _stop(self) -> None:
         if not self._stopped:
             self._stopped = True
-            self._answer.cancel()
+            self._ticket.cancel()
 
     def _finish(self, end: BaseException) -> None:
         """Make the result; raise what broke the run, or an interruption of the reader."""
         if not isinstance(end, Ended):
-            self.done = self._answer.tokens.ended
+            self.done = self._ticket.tokens.ended
             raise end
         self.done = True
         self.spans, self.explanation = self.stats.spans, self.stats.explanation
@@ -180,4 +180,4 @@ class Generation:
 
     def __del__(self) -> None:
         if not self.done:
-            self._answer.abandon()
+            self._ticket.abandon()

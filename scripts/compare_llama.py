@@ -89,8 +89,7 @@ READ_BYTES, READS = 1 << 29, 7
 counts."""
 
 
-# ---- llama.cpp's binaries
-# ---------------------------------------------------------------------------
+# ---- llama.cpp's binaries ------------------------------------------------------------------------
 def binaries(folder: Path) -> Path:
     """Return the folder, which has all binaries; raise UserError, which names what it lacks."""
     lacking = [name for name in BINARIES if not (folder / name).is_file()]
@@ -153,8 +152,7 @@ def step(folder: Path, what: str, command: Sequence[str]) -> None:
         raise UserError(f"--build could not {what} (exit code {code}): {log} says why")
 
 
-# ---- a ring, in processes of its own
-# ---------------------------------------------------------------
+# ---- a ring, in processes of its own -------------------------------------------------------------
 def ring(engine: Engine) -> Ask:
     """Return what answers by the ring whose rank 0 this is."""
 
@@ -210,8 +208,7 @@ def serve_rank(config: str, *overrides: str) -> None:
         serve(ring(engine), {"threads": torch.get_num_threads(), "dtype": engine.dtype_name})
 
 
-# ---- runs
-# ------------------------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Run:
     """This is one text of one side."""
@@ -321,8 +318,7 @@ def partings(runs: Sequence[Run]) -> list[dict]:
     return found
 
 
-# ---- llama.cpp answering, in a process that holds its servers
-# -----------------------------------------
+# ---- llama.cpp answering, in a process that holds its servers ------------------------------------
 @dataclass(frozen=True)
 class Side:
     """A side is one way to run llama.cpp."""
@@ -536,8 +532,7 @@ def serve_llama(settings: str) -> None:
         serve(lambda asked: completion(ports[asked["side"]], asked), {"sides": list(ports)})
 
 
-# ---- ours
-# -------------------------------------------------------------------------------------------
+# ---- ours ----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Ring:
     """A ring is what to start, and the sides that it runs."""
@@ -574,8 +569,7 @@ def configured(ring: Ring, path: Path) -> tuple[str, Manifest]:
     return config.dtype, check_run(config)
 
 
-# ---- what memory allows
-# -----------------------------------------------------------------------------
+# ---- what memory allows --------------------------------------------------------------------------
 def bandwidth(threads: int) -> float:
     """Return the bytes a second that so many threads read of memory, at best."""
     before = torch.get_num_threads()
@@ -589,8 +583,7 @@ def bandwidth(threads: int) -> float:
     return READ_BYTES / min(seconds)
 
 
-# ---- what they say
-# ----------------------------------------------------------------------------------
+# ---- what they say -------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Facts:
     """Facts are what is known of a side before it runs."""
@@ -718,8 +711,7 @@ def show(found: dict) -> None:
     )
 
 
-# ---- command line
-# -----------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     each = Parser(
         prog="compare_llama.py",

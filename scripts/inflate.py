@@ -250,8 +250,7 @@ class Constant:
         return cls(2.0 ** math.floor(math.log2(square / 2) / 2))
 
 
-# ---- tensors
-# ---------------------------------------------------------------------------------------
+# ---- tensors -------------------------------------------------------------------------------------
 def random_matrix(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Return normal noise that depends on the tensor's name alone."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -445,8 +444,7 @@ class Inflation:
         yield self.tensor(name, shape).to(dtype).view(-1).view(torch.uint8).numpy().data
 
 
-# ---- files
-# -----------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 def shards(entries: list[Entry], limit: int) -> list[list[Entry]]:
     """Yield consecutive entries of at most `limit` bytes together, and a larger tensor alone."""
     parts: list[list[Entry]] = [[]]
@@ -513,8 +511,7 @@ def inflate(
     return big
 
 
-# ---- check
-# -----------------------------------------------------------------------------------------
+# ---- check ---------------------------------------------------------------------------------------
 @torch.inference_mode()
 def greedy(folder: Path, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
     """Return transformers' greedy tokens of each prompt, computed in float32, and the lead of each
@@ -570,8 +567,7 @@ def parting(tokenizer, want: list[int], got: list[int], leads: list[float], at: 
     )
 
 
-# ---- command line
-# ----------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     each = Parser(
         prog="inflate.py",

@@ -204,8 +204,7 @@ def missing(matrix: Matrix, runs: Iterable[Run]) -> list[tuple[Cell, int]]:
     ]
 
 
-# ---- models
-# ----------------------------------------------------------------------------------------
+# ---- models --------------------------------------------------------------------------------------
 class Models:
     """These are folders under build/real/. Each is made on first use, and is whole once it has its
     name."""
@@ -284,8 +283,7 @@ def _run(words: Sequence[object], quiet: bool = False, **environment: str) -> No
         )
 
 
-# ---- as the launcher
-# -------------------------------------------------------------------------------
+# ---- as the launcher -----------------------------------------------------------------------------
 def measure(matrix: Matrix, output: Path) -> None:
     """Start each ring that has something to measure."""
     models, path = Models(ROOT / "build" / "real", matrix.model), output / "runs.jsonl"
@@ -324,8 +322,7 @@ def measure(matrix: Matrix, output: Path) -> None:
         )
 
 
-# ---- as a rank
-# -------------------------------------------------------------------------------------
+# ---- as a rank -----------------------------------------------------------------------------------
 def rank(output: Path) -> None:
     """Be a rank of the ring that ring.yaml describes; rank 0 runs the pairs of ring.json."""
     from flowspec.config import load_config
@@ -385,8 +382,7 @@ def prompt(encode, pair: int, tokens: int) -> list[int]:
     raise AssertionError("a cycle has no end")
 
 
-# ---- tables
-# ----------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 class Outcome(NamedTuple):
     """An outcome holds a cell's medians over its pairs."""
 

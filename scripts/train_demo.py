@@ -39,8 +39,7 @@ SHAPES = {
 }  # fmt: skip
 
 
-# ---- text
-# ------------------------------------------------------------------------------------------
+# ---- text ----------------------------------------------------------------------------------------
 def sources() -> tuple[list[str], list[str]]:
     """Return (training files, held-out files): every .py of the standard library but tables and
     other people's packages."""
@@ -88,8 +87,7 @@ def train_tokenizer(out: Path, files: list[str]) -> None:
         (out / role / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 
-# ---- optimiser
-# -------------------------------------------------------------------------------------
+# ---- optimiser -----------------------------------------------------------------------------------
 class Muon(torch.optim.Optimizer):
     """Muon is momentum whose update is orthogonalised by five Newton-Schulz steps (Jordan et al.
     2024).
@@ -119,8 +117,7 @@ class Muon(torch.optim.Optimizer):
                 )  # update RMS 0.2, as AdamW's
 
 
-# ---- training
-# --------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 def new_model(role: str) -> LlamaForCausalLM:
     torch.manual_seed(0)
     common = dict(
@@ -207,8 +204,7 @@ def loss_of(model, teacher, ids: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits, soft)
 
 
-# ---- the card
-# --------------------------------------------------------------------------------------
+# ---- the card ------------------------------------------------------------------------------------
 def note(out: Path, role: str, **facts) -> None:
     path = out / "training.json"
     known = json.loads(path.read_text()) if path.exists() else {}

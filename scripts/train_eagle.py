@@ -98,8 +98,7 @@ class Eagle(nn.Module):
         return {name.removeprefix("whole."): tensor for name, tensor in self.state_dict().items()}
 
 
-# ---- text
-# ------------------------------------------------------------------------------------------
+# ---- text ----------------------------------------------------------------------------------------
 def texts(paths: list[Path]) -> tuple[list[str], list[str]]:
     """Return (texts to learn from, held-out texts).
 
@@ -135,8 +134,7 @@ def first_token(config) -> int | None:
     )
 
 
-# ---- learning
-# --------------------------------------------------------------------------------------
+# ---- learning ------------------------------------------------------------------------------------
 def loss_of(eagle: Eagle, target: Target, ids: Tensor, args: argparse.Namespace) -> Tensor:
     """Return the loss of tokens [batch, n], the mean over --levels.
 

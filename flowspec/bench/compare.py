@@ -92,7 +92,29 @@ class Run(NamedTuple):
         return self.result.token_ids
 
     def record(self, simulated: float | None = None) -> report.Record:
-        return _record(self, simulated)
+        result, figures = self.result, self.figures
+        return report.Record(
+            method=self.variant.name,
+            temperature=result.temperature,
+            prompt=self.prompt,
+            repeat=self.repeat,
+            new_tokens=result.new_tokens,
+            tokens_per_second=result.tokens_per_second,
+            prefill_seconds=result.prefill_seconds,
+            accepted_per_segment=result.accepted_per_segment,
+            utilisation=list(figures.utilisation),
+            bubbles=figures.bubbles,
+            wasted=figures.wasted,
+            dead_rows=figures.dead_rows,
+            bytes_per_token=[size / result.new_tokens for size in figures.bytes_per_link],
+            bookkeeping_ms=result.bookkeeping_ms,
+            stage_overhead_ms=result.stage_overhead_ms,
+            drafted_tokens=result.drafted_tokens,
+            forwarded_tokens=result.forwarded_tokens,
+            simulated=simulated,
+            costs=result.costs,
+            tokens_sha=_hash(result.token_ids),
+        )
 
 
 class Beside(NamedTuple):
@@ -214,8 +236,7 @@ def _variants(
     return [Variant(method, method, policy) for method in methods] + lesser
 
 
-# ---- measured
-# --------------------------------------------------------------------------------------
+# ---- measured ------------------------------------------------------------------------------------
 def _runs(
     engine: Engine,
     prompts: Sequence[str],
@@ -283,38 +304,11 @@ def _progress(done: int, total: int, seconds: float) -> None:
         print(f"{done} of {total} runs, {seconds:.0f} s", end=end, file=sys.stderr, flush=True)
 
 
-def _record(run: Run, simulated: float | None) -> report.Record:
-    result, figures = run.result, run.figures
-    return report.Record(
-        method=run.variant.name,
-        temperature=result.temperature,
-        prompt=run.prompt,
-        repeat=run.repeat,
-        new_tokens=result.new_tokens,
-        tokens_per_second=result.tokens_per_second,
-        prefill_seconds=result.prefill_seconds,
-        accepted_per_segment=result.accepted_per_segment,
-        utilisation=list(figures.utilisation),
-        bubbles=figures.bubbles,
-        wasted=figures.wasted,
-        dead_rows=figures.dead_rows,
-        bytes_per_token=[size / result.new_tokens for size in figures.bytes_per_link],
-        bookkeeping_ms=result.bookkeeping_ms,
-        stage_overhead_ms=result.stage_overhead_ms,
-        drafted_tokens=result.drafted_tokens,
-        forwarded_tokens=result.forwarded_tokens,
-        simulated=simulated,
-        costs=result.costs,
-        tokens_sha=_hash(result.token_ids),
-    )
-
-
 def _hash(token_ids: Sequence[int]) -> str:
     return hashlib.sha256(str(token_ids).encode()).hexdigest()[:16]
 
 
-# ---- simulated
-# -------------------------------------------------------------------------------------
+# ---- simulated -----------------------------------------------------------------------------------
 Cell = tuple[Variant, float, int]
 
 
@@ -411,8 +405,7 @@ def _simulated(
     return rate(forecaster.run(tape, method, stages, config=config) for tape in tapes)
 
 
-# ---- written
-# ---------------------------------------------------------------------------------------
+# ---- written -------------------------------------------------------------------------------------
 def _facts(engine: Engine, plan: Plan, seed: int) -> dict[str, Any]:
     import torch
 

@@ -130,7 +130,8 @@ def _rivals(engine: Engine, options: argparse.Namespace) -> Iterator[Rivals | No
 
     config, threads = engine.config, engine.topology.stages * torch.get_num_threads()
     drafts = [d.checkpoint(config.folder) for d in config.drafters if d.kind == "lm"]
-    words = [options.reference, str(drafts[0]) if drafts else "", str(threads), engine.dtype_name]
+    source = check_reference(options.reference, engine.manifest, config.dtype)
+    words = [str(source.folder), str(drafts[0]) if drafts else "", str(threads), engine.dtype_name]
     words = ["-m", "flowspec.bench.unsplit", *words]
     with Rival("transformers", words, threads) as rival:
         rival.ready()

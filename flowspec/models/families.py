@@ -99,8 +99,7 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-# ---- who is refused
-# --------------------------------------------------------------------------------
+# ---- who is refused ------------------------------------------------------------------------------
 def check_config(config: dict) -> None:
     """Raise UserError, by name, for a config.json whose model would not be computed right."""
     family = family_of(config)
@@ -171,8 +170,7 @@ def rope_types(config: dict) -> Iterator[str]:
                 yield str(each.get("rope_type", each.get("type", "default")))
 
 
-# ---- tensor names
-# ----------------------------------------------------------------------------------
+# ---- tensor names --------------------------------------------------------------------------------
 LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
@@ -236,8 +234,7 @@ def _expert_names(config: dict, fused: bool) -> list[str]:
     return ["block_sparse_moe.gate.weight", *each]
 
 
-# ---- loading
-# ---------------------------------------------------------------------------------------
+# ---- loading -------------------------------------------------------------------------------------
 EXPERT_NAME = re.compile(r"(layers\.\d+\.)block_sparse_moe\.experts\.(\d+)\.w([123])\.weight")
 
 

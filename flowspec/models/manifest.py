@@ -95,6 +95,7 @@ class Manifest:
     root: Path = field(default=Path(), compare=False, metadata={"internal": True})
 
     def __post_init__(self) -> None:
+        need(self.format >= 1, f"format is {self.format}")
         for name in ("vocab_size", "hidden_size", "num_layers", "max_positions"):
             need(getattr(self, name) > 0, f"{name} is {getattr(self, name)}")
         _check_ranks(self.ranks, self.num_layers)

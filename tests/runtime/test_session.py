@@ -97,6 +97,16 @@ def test_a_link_at_the_partial_name_is_not_followed(tmp_path):
     assert not (tmp_path / "nothing yet").exists()
 
 
+@pytest.mark.parametrize("writes", ["_replace", "_keep"])
+def test_what_somebody_laid_at_the_partial_name_is_not_written_to(tmp_path, writes):
+    """A link to a folder or a device, or a pipe, that has the name of the file beside."""
+    path = tmp_path / "results.jsonl"
+    for ending in (PARTIAL, f"{PARTIAL}-{os.getpid()}-{threading.get_ident()}"):
+        path.with_name(path.name + ending).symlink_to("/dev/null")
+    globals()[writes](path)
+    assert path.read_text() == "new\n" and not path.is_symlink()
+
+
 def _replace(path) -> None:
     with replacing(path) as beside:
         beside.write_text("new\n")

@@ -440,6 +440,7 @@ def test_the_manifest_round_trips(tmp_path, llama):
     [
         (lambda m: m.update(format=FORMAT + 1), "made by a newer flowspec"),
         (lambda m: m.pop("format"), "format is missing"),
+        (lambda m: m.update(format=0), "format is 0"),
         (lambda m: m.pop("tied"), "tied is missing"),
         (lambda m: m.update(num_layers="five"), "num_layers is 'five'"),
         (lambda m: m.update(num_layers=6), "the ranks hold 5 of 6 layers"),
