@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flowspec.core.cost import Emulate
-from flowspec.core.policies import METHODS
+from flowspec.core.policies import METHODS, SHARED
 from flowspec.core.policy import PolicyConfig, TreeConfig
 from flowspec.core.request import Sampling
 from flowspec.core.topology import Topology
@@ -23,7 +23,7 @@ from flowspec.schema import build, choice, parse, read_mapping
 
 DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 VERIFY_ON = ("auto", "coordinator", "last")
-LATER = ("tp", "galaxy", "dsi", "si")
+LATER = ("dsi", "si")
 OWN = {
     "stages",
     "drafter",
@@ -81,7 +81,7 @@ class Config:
 
     def __post_init__(self) -> None:
         later = f"{self.method} comes later; " if self.method in LATER else ""
-        choice("method", self.method, METHODS, later)
+        choice("method", self.method, (*METHODS, *SHARED), later)
         choice("dtype", self.dtype, DTYPES)
         choice("verify_on", self.verify_on, VERIFY_ON)
         need(len(self.drafters) > 0, "drafter is an empty list: name one at least, or kind: none")
@@ -150,8 +150,9 @@ class Config:
         """Return the ranks that load lm_head.
 
         These are the rank that picks tokens, and rank 0 if its drafter needs it."""
-        picking = topology.last if self.verifies_last else topology.COORDINATOR
-        return sorted({picking, topology.COORDINATOR}) if self.needs_lm_head else [picking]
+        last = [*topology.group(topology.last)]
+        picking = last if self.verifies_last else [topology.COORDINATOR]
+        return sorted({*picking, topology.COORDINATOR}) if self.needs_lm_head else picking
 
     def shared(self) -> dict[str, str]:
         """Return what must be equal on all ranks of a run, as a map of keys to values as text."""

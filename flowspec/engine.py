@@ -21,7 +21,7 @@ from flowspec.comm.base import STILL, Transport
 from flowspec.comm.shaped import shaped
 from flowspec.config import Config, load_config
 from flowspec.core.costs import Costs
-from flowspec.core.policies import make_policy
+from flowspec.core.policies import check_method, make_policy, spreads
 from flowspec.core.policy import PolicyConfig
 from flowspec.core.request import Request, Sampling
 from flowspec.draft.registry import make_drafter
@@ -166,6 +166,7 @@ class Engine:
         )
         tokens = self.text.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
         check_prompt(tokens, self.manifest)
+        check_method(config.method, self.topology.members)
         with self._lock:
             self._requests += 1
             request = self.request(
@@ -174,7 +175,7 @@ class Engine:
         features = self._draft is not None and self._draft.features
         chosen = make_policy(config.method, config.tree, config.policy, self.topology, features)
         stops = [stop] if isinstance(stop, str) else list(stop)
-        submission = Submission(request, chosen, config.policy, self.traced)
+        submission = Submission(request, chosen, config.policy, self.traced, spreads(config.method))
         self._driver.check(submission)
         generation = Generation(
             request,

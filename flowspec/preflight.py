@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flowspec.config import Config
+from flowspec.core.policies import check_method
 from flowspec.draft.config import DrafterConfig
 from flowspec.errors import UserError, need
 from flowspec.files import beside_of
@@ -42,6 +43,7 @@ def check_run(config: Config, ranks: Sequence[int] | None = None) -> Manifest:
     split = f"the model is split for {topology.world_size} (rank 0 and {topology.stages})"
     need(devices in (1, topology.world_size), f"device lists {devices} ranks, {split}")
     config.emulate.check_stages(topology.stages)
+    check_method(config.method, topology.members)
     ranks = topology.ranks if ranks is None else ranks
     verify_files(manifest, ranks, lm_head=config.head_ranks(topology))
     for rank in ranks:

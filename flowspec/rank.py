@@ -16,13 +16,14 @@ from flowspec.comm.codec import Limits
 from flowspec.comm.shaped import shaped
 from flowspec.config import Config, load_config
 from flowspec.core.policies.continuous import Continuous
-from flowspec.errors import need
+from flowspec.errors import RankLost, need
 from flowspec.models.device import free_bytes
 from flowspec.models.families import family_of, read_config
 from flowspec.models.manifest import Manifest
 from flowspec.models.stage import StageModel, load_head, load_stage, rehearse
 from flowspec.preflight import check_run
 from flowspec.runtime import wire
+from flowspec.runtime.group import Follower, ShardedHead
 from flowspec.runtime.worker import Worker
 
 
@@ -65,7 +66,10 @@ def serve(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> None:
 def serve_as(config: Config) -> None:
     member = join(config)
     transport = shaped(member.transport, config.emulate)
-    work(config, member.manifest, transport)
+    try:
+        work(config, member.manifest, transport)
+    except ConnectionError as error:  # of an exchange among the members of a stage
+        raise RankLost(str(error)) from None
     transport.close()  # not after a failure: then nobody is to be told that all is well
     member.leave()
 
@@ -148,12 +152,15 @@ def work(config: Config, manifest: Manifest, transport: Transport) -> None:
         pulse.move()
         if time.monotonic() - said > 1.0:
             said = time.monotonic()
-            transport.send_control(0, wire.loading(size / 1e6, said - begun))
+            if transport.topology.leads(rank):
+                transport.send_control(0, wire.loading(size / 1e6, said - begun))
 
-    model = load_stage(manifest, rank, dtype, device, progress)
+    topology, links = transport.topology, transport.links
+    leader = topology.leader(rank)
+    model = load_stage(manifest, rank, dtype, device, progress, links)
     head = (
         load_head(manifest, rank, dtype, device)
-        if rank == manifest.topology.last and config.verifies_last
+        if leader == topology.last and config.verifies_last
         else None
     )
     size = model.size / 1e6
@@ -162,10 +169,21 @@ def work(config: Config, manifest: Manifest, transport: Transport) -> None:
         if head:
             head.alone = True
     rehearse(model, head)
-    a, b = manifest.ranks[rank].layers
-    seconds, what = time.monotonic() - begun, f"layers {a} to {b - 1}"
-    transport.send_control(0, wire.loaded(size, seconds, what, cache_rows(config, manifest, model)))
-    Worker(transport, model, head, config.emulate, a).run()
+    first, end = manifest.ranks[rank].layers
+    room = cache_rows(config, manifest, model)
+    pulse.at()
+    worker = Worker(transport, model, None, config.emulate, first)
+    for follower in worker.crew.wait_until_loaded():
+        size, room = size + follower.meta["megabytes"], min(room, follower.meta["cache_rows"])
+    seconds, what = time.monotonic() - begun, f"layers {first} to {end - 1}"
+    transport.send_control(leader if rank != leader else 0, wire.loaded(size, seconds, what, room))
+    if rank != leader:
+        Follower(transport, model, head, manifest.vocab_size, first).run()
+        return
+    if head and links:
+        head = ShardedHead(head, manifest.vocab_size, links, worker.crew)
+    worker.head = head
+    worker.run()
 
 
 SHARE = 0.8

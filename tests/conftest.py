@@ -214,12 +214,13 @@ class TinyPair:
             save_tokenizer(place, 300)  # 20 tokens of padding, as real checkpoints have
         self._made, self._greedy = {}, {}
 
-    def split(self, stages: int, layers: str | None = None):
-        """The folder of the target split into that many stages."""
-        key = (stages, layers)
+    def split(self, stages: int, layers: str | None = None, members: int = 1):
+        """The folder of the target split into that many stages of that many ranks."""
+        key = (stages, layers, members)
         if key not in self._made:
-            out = self.folder / f"split_{stages}_{layers}"
+            out = self.folder / f"split_{stages}_{layers}_{members}"
             words = ["--model", str(self.target), "--stages", str(stages), "--output", str(out)]
+            words += ["--tensor-parallel", str(members)]
             split([*words, *(["--layers", layers] if layers else [])])
             self._made[key] = out
         return self._made[key]
@@ -230,9 +231,9 @@ class TinyPair:
         save_head3(self.folder / "head3", self.model, 200)
         return self.folder / "head3"
 
-    def config(self, stages: int, layers: str | None = None, drafter: str = "lm"):
+    def config(self, stages: int, layers: str | None = None, drafter: str = "lm", members: int = 1):
         """A configuration file for that split."""
-        path = self.folder / f"config_{stages}_{layers}_{drafter}.yaml"
+        path = self.folder / f"config_{stages}_{layers}_{drafter}_{members}.yaml"
         places = {"lm": "draft", "eagle": "head", "eagle3": "head3"}
         kind = (
             f"{{kind: {drafter}, path: {getattr(self, places[drafter])}}}"
@@ -240,7 +241,7 @@ class TinyPair:
             else f"{{kind: {drafter}}}"
         )
         path.write_text(
-            f"stages: {self.split(stages, layers)}\ndrafter: {kind}\nsampling: {{max_new_tokens: 40}}\n"
+            f"stages: {self.split(stages, layers, members)}\ndrafter: {kind}\nsampling: {{max_new_tokens: 40}}\n"
         )
         return path
 

@@ -30,6 +30,7 @@ LAYERS = [
 ]
 SIDEWAYS = {  # (room, room of the same layer that it may import); everything else goes down
     ("core", "errors"),
+    ("models", "comm"),
     ("trace", "errors"),
     ("trace", "files"),
     ("files", "errors"),
@@ -52,7 +53,7 @@ STRANGERS = {  # rooms below that a room has no business with
     "draft": {"comm", "text", "sampling"},
 }
 DISTRIBUTED = {
-    *("flowspec/comm/gloo.py", "flowspec/comm/heartbeat.py"),
+    *("flowspec/comm/gloo.py", "flowspec/comm/group.py", "flowspec/comm/heartbeat.py"),
     *("flowspec/runtime/process.py", "flowspec/runtime/agreement.py", "flowspec/launcher.py"),
 }
 LIGHT = [

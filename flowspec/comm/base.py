@@ -1,7 +1,8 @@
 """A transport is a ring for data, a star of control messages beside it and an inbox.
 
-Data runs 0 -> 1 -> ... -> S -> 0. Control runs between rank 0 and each stage, and may overtake data
-or be overtaken by it. Each link is first in, first out. `send_next` and `send_control` return at
+Data runs from rank 0 through the stages' leaders and back. Control runs between rank 0 and each
+leader and between a leader and its followers (core/topology.py), and may overtake data or be
+overtaken by it. Each link is first in, first out. `send_next` and `send_control` return at
 once and own the message from then on.
 """
 
@@ -11,7 +12,7 @@ import heapq
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -157,6 +158,29 @@ class Inbox:
                 self.clock.wait(self._ready, None if math.isinf(soonest) else soonest - now)
 
 
+class Links(Protocol):
+    """Links are one member's connections with the others of its stage."""
+
+    index: int
+    """This member is the index-th; 0 leads."""
+    size: int
+    """The stage has so many members."""
+
+    def gathered(self, own: Tensor) -> Sequence[Tensor]:
+        """Return every member's tensor, in order; all have the shape of `own`."""
+
+    def swapped(self, blocks: Tensor) -> Tensor:
+        """Return [size, ...]: what each member had for this one in its `blocks` [size, ...]."""
+
+    def passed(self, out: Tensor, into: Tensor) -> Callable[[], object]:
+        """Begin to send `out` to the next member and to fill `into` from the previous one.
+
+        Nothing is sent of an empty tensor. Return what waits until both are done."""
+
+    def close(self) -> None:
+        """Let no thread wait for the other members any longer."""
+
+
 class Transport(Protocol):
     """A transport is one rank's end of the ring.
 
@@ -169,12 +193,15 @@ class Transport(Protocol):
     """There is a pulse by rank: this rank's own, and what is known here of the others'."""
     still: float
     """A rank may be at work without moving for this many seconds."""
+    links: Links | None
+    """These lead to the other members of a tensor-parallel stage (comm/group.py); None if the rank
+    is no member of one."""
 
     def send_next(self, message: Message) -> None:
         """Send to the next rank of the ring."""
 
     def send_control(self, to: int, message: Message) -> None:
-        """Send from rank 0 to a stage or from a stage to rank 0, beside the ring."""
+        """Send to one of the topology's control peers, beside the ring."""
 
     def close(self) -> None:
         """Say goodbye on every link and stop the threads; idempotent."""

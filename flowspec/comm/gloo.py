@@ -16,8 +16,9 @@ import threading
 import torch
 import torch.distributed as dist
 
-from flowspec.comm.base import Inbox, Lost, Message, Pulse
+from flowspec.comm.base import Inbox, Links, Lost, Message, Pulse
 from flowspec.comm.codec import HEADER, Limit, Limits, decode, encode, payload_size
+from flowspec.comm.group import ProcessLinks
 from flowspec.comm.shaped import Arrivals
 from flowspec.core.cost import Emulate
 from flowspec.core.topology import Topology
@@ -130,34 +131,58 @@ class _Receiver:
             raise ConnectionError("the connection broke") from None
 
 
+def _stage_links(topology: Topology, rank: int, backend: str) -> Links | None:
+    """Return the links of a rank in its stage, after making all groups, as torch wants it."""
+    own = None
+    for leader in topology.stage_ranks if topology.members > 1 else ():
+        group = dist.new_group([*topology.group(leader)], backend=backend, timeout=FOREVER)
+        if rank in topology.group(leader):
+            own = ProcessLinks(group)
+    return own
+
+
 class GlooTransport:
     """A GlooTransport is one rank's end of the ring over two process groups of its own.
 
-    torch.distributed must be initialised. `limits` say what messages of each kind can hold,
+    torch.distributed must be initialised. `sharing` is torch's backend for what the members of a
+    stage exchange: gloo or nccl. `limits` say what messages of each kind can hold,
     `emulate` says what links may delay, and `pulses` are those that the heartbeat keeps."""
 
     def __init__(
-        self, lost: Lost, limits: Limits, emulate: Emulate, pulses: list[Pulse], still: float
+        self,
+        topology: Topology,
+        lost: Lost,
+        limits: Limits,
+        emulate: Emulate,
+        pulses: list[Pulse],
+        still: float,
+        sharing: str = "gloo",
     ):
-        self.rank, self.topology = dist.get_rank(), Topology.of_world(dist.get_world_size())
+        self.rank, self.topology = dist.get_rank(), topology
         self.pulses, self.still = pulses, still
         self.inbox = Inbox()
         self._closing = False
         self._lost_peer = lost
         ring, control = (dist.new_group(backend="gloo", timeout=FOREVER) for _ in range(2))
-        after, before = self.topology.next(self.rank), self.topology.previous(self.rank)
-        peers = self.topology.control_peers(self.rank)
+        self.links = _stage_links(topology, self.rank, sharing)
+        peers = topology.control_peers(self.rank)
         limits = {**limits, _BYE.kind: _BYE_LIMIT}
-        links = [(before, ring, False), *((peer, control, True) for peer in peers)]
+        links = [(peer, control, True) for peer in peers]
+        if topology.leads(self.rank):
+            links.append((topology.previous(self.rank), ring, False))
         self._receivers = [
             _Receiver(peer, group, self.inbox, urgent, limits, Arrivals(emulate), self._lost)
             for peer, group, urgent in links
         ]
-        self._next = _Sender(after, ring, self._lost)
+        self._next = (
+            [_Sender(topology.next(self.rank), ring, self._lost)]
+            if topology.leads(self.rank)
+            else []
+        )
         self._control = {p: _Sender(p, control, self._lost) for p in peers}
 
     def send_next(self, message: Message) -> None:
-        self._next.send(message)
+        self._next[0].send(message)
 
     def send_control(self, to: int, message: Message) -> None:
         self._control[to].send(message)
@@ -166,7 +191,7 @@ class GlooTransport:
         if self._closing:
             return
         self._closing = True
-        senders = [self._next, *self._control.values()]
+        senders = [*self._next, *self._control.values()]
         for sender in senders:
             sender.send(_BYE)
         for thread in [end.thread for end in senders] + [end.thread for end in self._receivers]:

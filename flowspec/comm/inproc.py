@@ -5,7 +5,8 @@ Messages are handed over, not copied.
 
 from __future__ import annotations
 
-from flowspec.comm.base import DUE, STILL, Clock, Inbox, Message, Pulse
+from flowspec.comm.base import DUE, STILL, Clock, Inbox, Links, Message, Pulse
+from flowspec.comm.group import threads
 from flowspec.core.topology import Topology
 
 
@@ -14,8 +15,15 @@ class InprocTransport:
 
     still = STILL
 
-    def __init__(self, rank: int, inboxes: list[Inbox], pulses: list[Pulse]):
-        self.rank, self.topology, self.pulses = rank, Topology.of_world(len(inboxes)), pulses
+    def __init__(
+        self,
+        rank: int,
+        topology: Topology,
+        inboxes: list[Inbox],
+        pulses: list[Pulse],
+        links: Links | None = None,
+    ):
+        self.rank, self.topology, self.pulses, self.links = rank, topology, pulses, links
         self.inbox, self._inboxes = inboxes[rank], inboxes
 
     def send_next(self, message: Message) -> None:
@@ -27,9 +35,16 @@ class InprocTransport:
         self._inboxes[to].put((self.rank, message), urgent=True, due=message.meta.pop(DUE, 0.0))
 
     def close(self) -> None:
-        """Do nothing: there are no threads and no sockets to stop."""
+        """Let the other members of the stage wait no longer; there is nothing else to stop."""
+        if self.links:
+            self.links.close()
 
 
 def ring(topology: Topology, clock: Clock | None = None) -> list[InprocTransport]:
     inboxes, pulses = [Inbox(clock) for _ in topology.ranks], [Pulse() for _ in topology.ranks]
-    return [InprocTransport(rank, inboxes, pulses) for rank in topology.ranks]
+    links: list[Links | None] = [None] * topology.world_size
+    for leader in topology.stage_ranks if topology.members > 1 else ():
+        links[leader : leader + topology.members] = threads(topology.members)
+    return [
+        InprocTransport(rank, topology, inboxes, pulses, links[rank]) for rank in topology.ranks
+    ]

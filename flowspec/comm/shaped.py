@@ -79,17 +79,23 @@ class ShapedTransport:
     def __init__(self, inner: Transport, emulate: Emulate):
         self._inner = inner
         self.rank, self.topology, self.inbox = inner.rank, inner.topology, inner.inbox
-        self.pulses, self.still = inner.pulses, inner.still
+        self.pulses, self.still, self.links = inner.pulses, inner.still, inner.links
         self._next = _Link(emulate, inner.inbox.clock)
+        # what a leader and its followers tell each other is part of the emulated forward
+        # (Emulate.sharing_seconds)
+        leaders = (to for to in self.topology.control_peers(self.rank) if self.topology.leads(to))
         self._control = {
-            to: _Link(emulate, inner.inbox.clock) for to in self.topology.control_peers(self.rank)
+            to: _Link(emulate, inner.inbox.clock)
+            for to in leaders
+            if self.topology.leads(self.rank)
         }
 
     def send_next(self, message: Message) -> None:
         self._inner.send_next(self._next.due(message))
 
     def send_control(self, to: int, message: Message) -> None:
-        self._inner.send_control(to, self._control[to].due(message))
+        link = self._control.get(to)
+        self._inner.send_control(to, link.due(message) if link else message)
 
     def close(self) -> None:
         self._inner.close()

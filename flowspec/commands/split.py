@@ -6,6 +6,7 @@ import contextlib
 import signal
 from collections.abc import Iterator, Sequence
 
+from flowspec.errors import need
 from flowspec.models.split import Screen, split
 from flowspec.output import Parser, command
 
@@ -22,10 +23,16 @@ def parser() -> Parser:
     )
     each.add_argument(
         "--stages",
-        required=True,
         type=int,
         metavar="N",
-        help="number of stages; there is one rank more, the coordinator",
+        help="number of stages; there is one rank more, the coordinator (default with "
+        "--tensor-parallel: 1)",
+    )
+    each.add_argument(
+        "--tensor-parallel",
+        type=int,
+        metavar="T",
+        help="number of ranks that share each stage (default: 1)",
     )
     each.add_argument(
         "--output",
@@ -52,11 +59,16 @@ def main(argv: Sequence[str]) -> int:
     """Split and return the exit code: 0, 2 for bad input (one line on stderr), 130 when
     interrupted."""
     args = parser().parse_args(argv)
+    need(
+        args.stages is not None or args.tensor_parallel is not None,
+        "give --stages N, --tensor-parallel T or both",
+    )
     with _sigterm_interrupts():
         split(
             args.model,
-            args.stages,
+            1 if args.stages is None else args.stages,
             args.output,
+            members=1 if args.tensor_parallel is None else args.tensor_parallel,
             layers=args.layers,
             dtype=args.dtype,
             progress=Screen(),

@@ -32,7 +32,7 @@ def embedding_hash(checkpoint: Checkpoint, name: str = EMBEDDING) -> str:
     return digest.hexdigest()
 
 
-def _half(piece: bytes, dtype: str) -> bytes:
+def _half(piece: bytes | bytearray, dtype: str) -> bytes | bytearray:
     """Return the same values in float16."""
     if dtype == "F16":
         return piece

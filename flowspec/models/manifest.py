@@ -22,7 +22,8 @@ from flowspec.errors import UserError, need
 from flowspec.files import replacing
 from flowspec.schema import build, read_mapping
 
-FORMAT = 1
+FORMAT = 2
+"""Format 1 is that of splits without tensor parallelism, which are still written so."""
 FILE_NAME = "stages.yaml"
 CACHE_NAME = ".sha256.json"
 ROLES = ("coordinator", "first", "stage", "last")
@@ -77,7 +78,8 @@ class RankEntry:
 class Manifest:
     """A manifest describes a split model.
 
-    `ranks[0]` is the coordinator, and `ranks[1:]` are the stages in order. `dtype` is the stored
+    `ranks[0]` is the coordinator, and `ranks[1:]` are the stages in order, each with
+    `tensor_parallel` members. `dtype` is the stored
     one by torch's name."""
 
     model_type: str
@@ -89,6 +91,8 @@ class Manifest:
     tied: bool
     ranks: tuple[RankEntry, ...]
     format: int
+    tensor_parallel: int = 1
+    """Each stage has so many ranks, which share its layers."""
     embedding: str | None = None
     """This hash tells which model was split (models/fingerprint.py); None if the flowspec that
     split it did not tell."""
@@ -98,12 +102,17 @@ class Manifest:
         need(self.format >= 1, f"format is {self.format}")
         for name in ("vocab_size", "hidden_size", "num_layers", "max_positions"):
             need(getattr(self, name) > 0, f"{name} is {getattr(self, name)}")
-        _check_ranks(self.ranks, self.num_layers)
+        members, others = self.tensor_parallel, len(self.ranks) - 1
+        need(
+            members > 0 and others % members == 0,
+            f"tensor_parallel is {members}, and there are {others} ranks beside rank 0",
+        )
+        _check_ranks(self.ranks, self.num_layers, self.topology)
 
     @property
     def topology(self) -> Topology:
         """Return the topology of a run of the split model."""
-        return Topology.of_world(len(self.ranks))
+        return Topology.of_world(len(self.ranks), self.tensor_parallel)
 
     def folder(self, rank: int) -> Path:
         """Return the folder of this rank's config.json; rank 0's also has the tokenizer."""
@@ -141,14 +150,15 @@ class Manifest:
 
     def _plain(self) -> dict[str, Any]:
         plain = {"format": self.format, **asdict(self)}
-        left_out = ["root"] if self.embedding else ["root", "embedding"]
+        left_out = {"root"} | ({"embedding"} if self.embedding is None else set())
+        left_out |= {"tensor_parallel"} if self.tensor_parallel == 1 else set()
         return {key: value for key, value in plain.items() if key not in left_out}
 
 
-def _check_ranks(ranks: tuple[RankEntry, ...], num_layers: int) -> None:
+def _check_ranks(ranks: tuple[RankEntry, ...], num_layers: int, topology: Topology) -> None:
     """Raise UserError unless the ranks count 0, 1, ... and cover the layers [0, num_layers).
 
-    The layers must have no gap, and rank 0 must hold none."""
+    The layers must have no gap, rank 0 must hold none, and all members of a stage the same."""
     at = 0
     for i, rank in enumerate(ranks):
         need(
@@ -156,6 +166,12 @@ def _check_ranks(ranks: tuple[RankEntry, ...], num_layers: int) -> None:
             f"rank {i} is described as rank {rank.rank}, {rank.role}",
         )
         first, end = rank.layers
+        if not topology.leads(i):
+            need(
+                rank.layers == ranks[i - 1].layers,
+                f"rank {i} has layers {[first, end]}, its stage has {[*ranks[i - 1].layers]}",
+            )
+            continue
         need(
             first == (at if i else end) and (i == 0 or rank.num_layers > 0),
             f"rank {i} has layers {[first, end]}, they should follow on layer {at}",

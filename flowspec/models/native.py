@@ -8,8 +8,8 @@ long between the products as in them, if these are small.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,27 @@ _MATRICES = {
 
 def head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+class Around(NamedTuple):
+    """Around is what attention reads beside its rows."""
+
+    seen: Sequence[Seen]
+    turns: tuple[Tensor, Tensor]
+    """The rotary positions, as the layers take them."""
+    caches: Caches
+
+
+class Half(NamedTuple):
+    """A half of a layer is attention or the MLP: norm, products, what is between, products.
+
+    `first` and `second` treat each row [n, ..] by itself, and `second` gives this member's part of
+    a sum."""
+
+    norm: Callable[[Tensor], Tensor]
+    first: Callable[[Tensor], Tensor]
+    middle: Callable[[Tensor, Around], Tensor]
+    second: Callable[[Tensor], Tensor]
 
 
 class NativeLayer(nn.Module):
@@ -95,10 +116,43 @@ class NativeLayer(nn.Module):
         past_key_values: Caches,
         **_,
     ) -> Tensor:
-        n, heads, kv, width = x.shape[1], self.heads, self.kv_heads, self.width
         qkv, project, gate_up, down, before, between = self._held
         entered = x[0]
-        rows = qkv.products(self._normed(entered, before)).view(n, heads + 2 * kv, width)
+        products = qkv.products(self._normed(entered, before))
+        seen = self._mixed(products, attention_mask, position_embeddings, past_key_values)
+        middle = project.products(seen).add_(entered)
+        products = gate_up.products(self._normed(middle, between))
+        return down.products(vector.gated(*products.chunk(2, 1))).add_(middle)[None]
+
+    def halves(self) -> tuple[Half, Half]:
+        """Return the layer's attention and its MLP, for members that share it (parallel.py)."""
+        qkv, project, gate_up, down, before, between = self._held
+        return (
+            Half(
+                lambda x: self._normed(x, before),
+                qkv.products,
+                lambda products, around: self._mixed(products, *around),
+                project.products,
+            ),
+            Half(
+                lambda x: self._normed(x, between),
+                gate_up.products,
+                lambda products, _: vector.gated(*products.chunk(2, 1)),
+                down.products,
+            ),
+        )
+
+    def _mixed(
+        self,
+        products: Tensor,
+        seen: Sequence[Seen],
+        turns: tuple[Tensor, Tensor],
+        caches: Caches,
+    ) -> Tensor:
+        """Return what the rows see of their caches, [n, heads * width], of their queries, keys and
+        values [n, (heads + 2 kv_heads) * width]."""
+        n, heads, kv, width = len(products), self.heads, self.kv_heads, self.width
+        rows = products.view(n, heads + 2 * kv, width)
         both = rows[:, : heads + kv]
         if self.normed_heads is not None:
             query, key = both.split((heads, kv), 1)
@@ -109,16 +163,14 @@ class NativeLayer(nn.Module):
                 ],
                 1,
             )
-        turned = _turned(both, *position_embeddings)
+        turned = _turned(both, *turns)
         key, value = (
             turned[:, heads:].transpose(0, 1)[None],
             rows[:, heads + kv :].transpose(0, 1)[None],
         )
-        keys, values = past_key_values.update(key, value, self.index)
-        seen = attend(turned[:, :heads].transpose(0, 1), keys, values, attention_mask, self.scaling)
-        middle = project.products(seen.view(n, heads * width)).add_(entered)
-        gate, up = gate_up.products(self._normed(middle, between)).chunk(2, 1)
-        return down.products(vector.gated(gate, up)).add_(middle)[None]
+        keys, values = caches.update(key, value, self.index)
+        mixed = attend(turned[:, :heads].transpose(0, 1), keys, values, seen, self.scaling)
+        return mixed.view(n, heads * width)
 
     def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
         """Return x normed over the last dimension; as it is if `weight` is None."""

@@ -4,9 +4,10 @@
     OUT/rank_00/   config, tokenizer, lm_head.safetensors, an empty model.safetensors
     OUT/rank_NN/   config, model.safetensors with the rank's layers
 
-Rank 1's model.safetensors also has the embedding, and the last rank's has the final norm (with
-lm_head.safetensors beside it). Tensors are copied in chunks under the names they have; nothing
-larger than a chunk is ever held. All is written into a folder beside OUT, which is renamed at the
+The first stage's model.safetensors also has the embedding, and the last stage's has the final norm
+(with lm_head.safetensors beside it). If stages are groups of ranks, each rank's files hold its
+shard (shard.py). Tensors are copied in chunks under the names they have; nothing larger than a
+chunk is ever held. All is written into a folder beside OUT, which is renamed at the
 end, so a split that fails or is interrupted leaves OUT as it was.
 """
 
@@ -21,13 +22,13 @@ import shutil
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-from flowspec.core.topology import Topology
+from flowspec.core.topology import WHOLE, Shard, Topology
 from flowspec.errors import UserError
 from flowspec.models.families import (
     CONFIG,
@@ -41,9 +42,11 @@ from flowspec.models.families import (
 from flowspec.models.fingerprint import embedding_hash
 from flowspec.models.hub import COORDINATOR_FILES, MODEL_FILES, local_folder
 from flowspec.models.manifest import CACHE_NAME, FILE_NAME, FORMAT, FileEntry, Manifest, RankEntry
+from flowspec.models.shard import Cut, check_members, copies, cut, is_added
 from flowspec.models.weights import (
     CHUNK,
     CONVERTED,
+    DTYPE_BYTES,
     FLOATS,
     TORCH_NAMES,
     Checkpoint,
@@ -95,13 +98,15 @@ def split(
     stages: int,
     output: str | os.PathLike[str],
     *,
+    members: int = 1,
     layers: str | Sequence[int] | None = None,
     dtype: str = "auto",
     progress: Progress | None = None,
 ) -> Manifest:
     """Cut `model` (a folder or hub id) into `stages` stages under `output`; return the manifest.
 
-    Raise UserError for bad input."""
+    Each stage is cut into shards for `members` ranks (tensor parallelism). Raise UserError for bad
+    input."""
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}, it must be one of auto, {', '.join(DTYPES)}")
     if stages < 1:
@@ -109,7 +114,8 @@ def split(
     target = check_output(output)
     source = Source.open(local_folder(model, "--model", MODEL_FILES))
     ranges = layer_ranges(source.num_layers, stages, layers)
-    job = Job(source, ranges, DTYPES.get(dtype), progress or Progress())
+    check_members(source.config, members)
+    job = Job(source, ranges, members, DTYPES.get(dtype), progress or Progress())
     with staged_folder(target, job.total) as folder:
         manifest = job.write(folder)
     return replace(manifest, root=target)
@@ -223,20 +229,29 @@ class Job:
 
     source: Source
     ranges: list[tuple[int, int]]
+    members: int
     dtype: str | None
     progress: Progress
-    stages: list[list[Entry]] = field(init=False)
-    head: list[Entry] = field(init=False)
+    tensors: list[list[Entry]] = field(init=False)
+    """These are the tensors of each rank, from rank 1 on."""
+    heads: dict[int, list[Entry]] = field(init=False)
+    """This maps a rank whose lm_head is written (not linked) to the head."""
     total: int = field(init=False)
     done: int = 0
 
     def __post_init__(self) -> None:
-        self.stages = [
-            [self._entry(name) for name in self._names(rank)]
-            for rank in range(1, len(self.ranges) + 1)
+        ring = self.topology = Topology(len(self.ranges), self.members)
+        self.tensors = [
+            [self._entry(name, self._shard(rank)) for name in self._names(rank)]
+            for rank in ring.ranks[1:]
         ]
-        self.head = [self._entry(self.source.head)._replace(name=HEAD)]
-        self.total = sum(file_bytes(entries, METADATA) for entries in (*self.stages, self.head))
+        sharded = ring.group(ring.last) if self.members > 1 else ()
+        self.heads = {
+            rank: [self._entry(self.source.head, shard)._replace(name=HEAD)]
+            for rank, shard in [(0, WHOLE), *((rank, self._shard(rank)) for rank in sharded)]
+        }
+        written = [*self.tensors, *self.heads.values()]
+        self.total = sum(file_bytes(entries, METADATA) for entries in written)
 
     def write(self, folder: Path) -> Manifest:
         """Write every rank's folder and stages.yaml under `folder`."""
@@ -246,45 +261,54 @@ class Job:
                 f"left out {len(unused)} tensors that the architecture does not have "
                 f"({unused[0]}, ...)"
             )
-        for rank in range(len(self.ranges) + 1):
+        if (same := copies(self.source.config, self.members)) > 1:
+            self.progress.line(
+                f"each key/value head is held by {same} ranks: the model has only "
+                f"{self.members // same} of them for {self.members} members"
+            )
+        for rank in self.topology.ranks:
             (folder / rank_name(rank)).mkdir()
-        head = self._tensors(folder, f"{rank_name(0)}/{LM_HEAD}", self.head)
+        whole = self._tensors(folder, f"{rank_name(0)}/{LM_HEAD}", self.heads[0])
         manifest = self._manifest(
-            tuple(self._rank(folder, rank, head) for rank in range(len(self.ranges) + 1))
+            tuple(self._rank(folder, rank, whole) for rank in self.topology.ranks)
         )
         manifest.save(folder / FILE_NAME)
         return manifest
 
+    def _shard(self, rank: int) -> Shard:
+        return Shard(self.topology.member(rank), self.members)
+
     def _names(self, rank: int) -> list[str]:
-        first = [EMBEDDING] if rank == 1 else []
-        last = [NORM] if rank == len(self.ranges) else []
-        return [*first, *self.source.layer_names(*self.ranges[rank - 1]), *last]
+        leader = self.topology.leader(rank)
+        first = [EMBEDDING] if leader == self.topology.FIRST else []
+        last = [NORM] if leader == self.topology.last else []
+        return [*first, *self.source.layer_names(*self._layers(rank)), *last]
 
-    def _entry(self, name: str) -> Entry:
-        info = self.source.checkpoint.info(name)
+    def _layers(self, rank: int) -> tuple[int, int]:
+        return self.ranges[self.topology.stage(rank) - 1] if rank else (0, 0)
+
+    def _entry(self, name: str, shard: Shard) -> Entry:
+        info, part = self.source.checkpoint.info(name), cut(name, self.source.config, shard)
         dtype = self.dtype or info.dtype
-        return Entry(name, dtype, info.shape, partial(self._chunks, name, dtype))
+        shape = part.shape(info.shape) if part else info.shape
+        return Entry(name, dtype, shape, partial(self._chunks, name, dtype, shard))
 
-    def _chunks(self, name: str, dtype: str) -> Iterator[bytes | memoryview]:
+    def _chunks(
+        self, name: str, dtype: str, shard: Shard
+    ) -> Iterator[bytes | bytearray | memoryview]:
         file = self.source.checkpoint.file(name)
-        for piece in (
-            file.chunks(name) if file.info(name).dtype == dtype else converted(file, name, dtype)
-        ):
+        for piece in _pieces(file, name, dtype, cut(name, self.source.config, shard)):
+            if shard.member and is_added(name):
+                piece = bytes(len(piece))
             yield piece
             self.done += len(piece)
             self.progress.percent(self.done / self.total)
 
     def _rank(self, folder: Path, rank: int, head: FileEntry) -> RankEntry:
-        name, role = rank_name(rank), Topology(len(self.ranges)).role(rank)
-        weights = self._tensors(folder, f"{name}/{MODEL}", self.stages[rank - 1] if rank else [])
-        own_head = (
-            head
-            if rank == 0
-            else linked(folder, head, f"{name}/{LM_HEAD}")
-            if role == "last"
-            else None
-        )
-        layers = self.ranges[rank - 1] if rank else (0, 0)
+        name, role = rank_name(rank), self.topology.role(rank)
+        weights = self._tensors(folder, f"{name}/{MODEL}", self.tensors[rank - 1] if rank else [])
+        own_head = self._head(folder, rank, head)
+        layers = self._layers(rank)
         held = sum(entry.bytes for entry in (weights, own_head) if entry)
         what = f"layers {layers[0]}-{layers[1] - 1}" if rank else "lm_head"
         self.progress.line(f"{name}  {role:11}  {what:14}  {held / 1e6:10.1f} MB")
@@ -298,6 +322,14 @@ class Job:
             lm_head=own_head,
             extra=self._small_files(folder, rank),
         )
+
+    def _head(self, folder: Path, rank: int, whole: FileEntry) -> FileEntry | None:
+        name = f"{rank_name(rank)}/{LM_HEAD}"
+        if rank == 0:
+            return whole
+        if rank in self.heads:
+            return self._tensors(folder, name, self.heads[rank])
+        return linked(folder, whole, name) if rank == self.topology.last else None
 
     def _tensors(self, folder: Path, name: str, entries: list[Entry]) -> FileEntry:
         return FileEntry(name, *write_tensors(folder / name, entries, METADATA))
@@ -326,7 +358,8 @@ class Job:
             model_type=config["model_type"], vocab_size=config["vocab_size"], hidden_size=config["hidden_size"],
             num_layers=self.source.num_layers, max_positions=config["max_position_embeddings"],
             dtype=TORCH_NAMES[self.dtype] if self.dtype else self.source.dtype, tied=self.source.tied, ranks=ranks,
-            embedding=embedding_hash(self.source.checkpoint), format=FORMAT,
+            embedding=embedding_hash(self.source.checkpoint), tensor_parallel=self.members,
+            format=FORMAT if self.members > 1 else 1,
         )  # fmt: skip
 
 
@@ -334,14 +367,27 @@ def rank_name(rank: int) -> str:
     return f"rank_{rank:02d}"
 
 
-def converted(file: TensorFile, name: str, dtype: str) -> Iterator[memoryview]:
-    """Yield the tensor's bytes as another dtype, chunk by chunk.
+def _pieces(
+    file: TensorFile, name: str, dtype: str, part: Cut | None
+) -> Iterator[bytes | bytearray | memoryview]:
+    """Yield the bytes of a part of a tensor (None: the whole), as this dtype."""
+    info = file.info(name)
+    spans = part and part.spans(info.shape, DTYPE_BYTES[info.dtype])
+    if info.dtype == dtype:
+        return file.chunks(name, spans=spans)
+    return converted(file, name, dtype, spans)
+
+
+def converted(
+    file: TensorFile, name: str, dtype: str, spans: Iterable[tuple[int, int]] | None = None
+) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor, or of these spans of it, as another dtype, chunk by chunk.
 
     Raise UserError where a finite value would become infinite."""
     import torch
 
     stored, wanted = torch_dtype(file.info(name).dtype), torch_dtype(dtype)
-    for piece in file.chunks(name, CONVERTED * stored.itemsize):
+    for piece in file.chunks(name, CONVERTED * stored.itemsize, spans):
         before = torch.frombuffer(bytearray(piece), dtype=stored)
         after = before.to(wanted)
         if not math.isfinite(sum(after.aminmax())) and not torch.equal(

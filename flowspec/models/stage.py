@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flowspec.comm.base import Links
 from flowspec.core.messages import PREFILL_ROWS, Prune
 from flowspec.core.stage import Admitted, StageState, Waiting
+from flowspec.core.topology import WHOLE, Shard
 from flowspec.errors import UserError, need
 from flowspec.models import attention, jit, kernels, native, vector
 from flowspec.models.attention import Seen
@@ -25,6 +27,8 @@ from flowspec.models.device import on_host, placed
 from flowspec.models.families import HEAD, family_of, module_tensors, read_config
 from flowspec.models.kernels import PackedLinear
 from flowspec.models.manifest import Manifest
+from flowspec.models.parallel import Galaxy, Megatron, ParallelLayer, embedded
+from flowspec.models.shard import narrowed
 from flowspec.models.weights import Checkpoint, TensorFile
 
 Needed = Callable[[], bool]
@@ -32,19 +36,26 @@ ALWAYS: Needed = lambda: True  # noqa: E731
 
 
 class StageModel(nn.Module):
-    """A StageModel is the decoder layers [0, layers) of one rank.
+    """A StageModel is the decoder layers [0, layers) of one rank, or its shard of them.
 
-    They are behind the embedding if `first`, and before the final norm if `last`."""
+    They are behind the embedding if `first`, and before the final norm if `last`. `links` lead to
+    the other members of the stage; they are None if the rank is a stage alone."""
 
-    def __init__(self, config: dict, layers: int, first: bool, last: bool):
+    def __init__(
+        self, config: dict, layers: int, first: bool, last: bool, links: Links | None = None
+    ):
         super().__init__()
         classes = family_of(config).classes()
+        shard = Shard(links.index, links.size) if links else WHOLE
+        self.links = links
         self.config = classes.config.from_dict(
-            {**config, "attn_implementation": attention.implementation()}
+            narrowed(config, shard.members) | {"attn_implementation": attention.implementation()}
         )
         with torch.device("meta"):
             self.embed_tokens = (
-                nn.Embedding(self.config.vocab_size, self.config.hidden_size) if first else None
+                nn.Embedding(len(shard.of(self.config.vocab_size)), self.config.hidden_size)
+                if first
+                else None
             )
             self.layers = nn.ModuleList(classes.layer(self.config, k) for k in range(layers))
             self.norm = (
@@ -95,6 +106,8 @@ class StageModel(nn.Module):
             self.layers = nn.ModuleList(
                 native.NativeLayer(layer, self.config) for layer in self.layers
             )
+        if self.links:
+            self.layers = nn.ModuleList(ParallelLayer(layer) for layer in self.layers)
         return self
 
     def compute_alone(self) -> None:
@@ -129,37 +142,84 @@ class StageModel(nn.Module):
         parts: Sequence[Part],
         taps: Sequence[int] = (),
         needed: Needed = ALWAYS,
+        sharing: type[Megatron] | type[Galaxy] = Megatron,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Append n rows to the caches of their requests; return their outputs [n, hidden] and taps.
 
         The taps are what enters these layers, side by side: [n, len(taps) * hidden]. Both are None
         once the rows are not `needed`, which is asked between layers. `rows` are token ids (int
         [n]) for a first stage, else features [n, hidden], one request's after the other's. `parts`,
-        in the same order, say where the rows stand, what they see and which cache they have."""
+        in the same order, say where the rows stand, what they see and which cache they have.
+
+        All members of a stage are called with the same rows and parts, and share the work as
+        `sharing` says. If one of them needs the rows no longer, all leave off at once."""
         caches, device = Caches(parts), self.device
         rows = placed(rows, device)
-        x = (self.embed_tokens(rows.long()) if self.embed_tokens is not None else rows).to(
-            self.dtype
-        )[None]
+        x = (self._embedded(rows.long()) if self.embed_tokens is not None else rows).to(self.dtype)
         seen = [Seen(part.admitted, device, in_order=self.alone) for part in parts]
         positions = joined([torch.from_numpy(part.admitted.positions) for part in parts])
-        turns = self.rotary(x, placed(positions, device)[None])
+        turns = self.rotary(x[None], placed(positions, device)[None])
         turns = native.turns(*turns) if self.native else turns
-        entered = {}
+        around = native.Around(seen, turns, caches)
+        out, entered = (
+            self._through_shards(x, around, taps, needed, sharing)
+            if self.links
+            else self._through(x, around, taps, needed)
+        )
+        if out is None:
+            return None, None
+        tapped = torch.cat([entered[k] for k in taps], -1) if taps else None
+        return (out if self.norm is None else self._normed(out)), tapped
+
+    def _through(
+        self, x: Tensor, around: native.Around, taps: Sequence[int], needed: Needed
+    ) -> tuple[Tensor | None, dict[int, Tensor]]:
+        """Return the rows [n, hidden] behind the layers, and what entered those of `taps`.
+
+        The rows are None once they are not needed."""
+        entered: dict[int, Tensor] = {}
+        x = x[None]
         for k, layer in enumerate(self.layers):
             if k and not needed():
-                return None, None
+                return None, entered
             if k in taps:
                 entered[k] = x[0]
             x = layer(
                 x,
-                attention_mask=seen,
-                position_embeddings=turns,
-                past_key_values=caches,
+                attention_mask=around.seen,
+                position_embeddings=around.turns,
+                past_key_values=around.caches,
                 use_cache=True,
             )
-        tapped = torch.cat([entered[k] for k in taps], -1) if taps else None
-        return (x[0] if self.norm is None else self._normed(x[0])), tapped
+        return x[0], entered
+
+    def _through_shards(
+        self,
+        x: Tensor,
+        around: native.Around,
+        taps: Sequence[int],
+        needed: Needed,
+        sharing: type[Megatron] | type[Galaxy],
+    ) -> tuple[Tensor | None, dict[int, Tensor]]:
+        """Do the same together with the other members of the stage."""
+        assert self.links is not None
+        entered: dict[int, Tensor] = {}
+        shared = sharing(self.links, len(x))
+        x = shared.enter(x)
+        for k, layer in enumerate(self.layers):
+            if k in taps:
+                entered[k] = shared.rows(x)
+            x = layer(x, shared, around, k > 0 and not needed())
+            if shared.abandon:
+                return None, entered
+        return shared.rows(x), entered
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        """Return the embeddings [n, hidden] of tokens (int64 [n])."""
+        assert self.embed_tokens is not None
+        if self.links:
+            return embedded(self.links, self.embed_tokens, self.config.vocab_size, tokens)
+        return self.embed_tokens(tokens)
 
     def _normed(self, x: Tensor) -> Tensor:
         assert self.norm is not None
@@ -199,11 +259,18 @@ class Cached:
     The caller knows which row holds what (core/stage.py). Features are left on the model's device,
     where they may still be being computed; if they are wanted `to_host`, a forward ends when they
     are there. `taps` are the layers of this model (0 is its first) whose inputs are wanted at every
-    token that becomes text."""
+    token that becomes text. If a stage has several members, they share the work as `sharing` says,
+    in a forward with other requests as that of the first."""
 
-    def __init__(self, model: StageModel, to_host: bool = False, taps: Sequence[int] = ()):
+    def __init__(
+        self,
+        model: StageModel,
+        to_host: bool = False,
+        taps: Sequence[int] = (),
+        sharing: type[Megatron] | type[Galaxy] = Megatron,
+    ):
         self.model, self.cache = model, RowCache()
-        self.to_host, self.taps = to_host, tuple(taps)
+        self.to_host, self.taps, self.sharing = to_host, tuple(taps), sharing
         self._waiting = Waiting[Tensor]()
         self._entered: Tensor | None = None  # the taps of the last forward
         self.model_cpu = 0.0
@@ -285,11 +352,12 @@ def forward_together(
     rows, or None once they are not `needed`: then, too, each cache is longer by its rows."""
     begun, model, to_host = time.thread_time(), shares[0].cached.model, shares[0].cached.to_host
     taps = tuple(dict.fromkeys(k for share in shares for k in share.cached.taps))
-    out, entered = (
-        _one_by_one(model, rows, [part for share in shares for part in share.pieces], taps, needed)
-        if model.alone
-        else model(rows, [share.whole for share in shares], taps, needed)
-    )
+    sharing = shares[0].cached.sharing
+    if model.alone:
+        pieces = [part for share in shares for part in share.pieces]
+        out, entered = _one_by_one(model, rows, pieces, taps, needed, sharing)
+    else:
+        out, entered = model(rows, [share.whole for share in shares], taps, needed, sharing)
     if to_host:
         out, entered = (made if made is None else on_host(made) for made in (out, entered))
     of_each = None if entered is None else split(entered, [share.rows for share in shares])
@@ -302,12 +370,17 @@ def forward_together(
 
 
 def _one_by_one(
-    model: StageModel, rows: Tensor, parts: Sequence[Part], taps: Sequence[int], needed: Needed
+    model: StageModel,
+    rows: Tensor,
+    parts: Sequence[Part],
+    taps: Sequence[int],
+    needed: Needed,
+    sharing: type[Megatron] | type[Galaxy],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Put each part through in a forward of its own; return what `StageModel.forward` does."""
     outs, entered = [], []
     for k, some in enumerate(split(rows, [part.rows for part in parts])):
-        out, tapped = model(some, [parts[k]], taps, needed)
+        out, tapped = model(some, [parts[k]], taps, needed, sharing)
         if out is None:
             for part in parts[k + 1 :]:
                 part.cache.extend(part.rows)  # the books count them
@@ -439,18 +512,20 @@ def load_stage(
     dtype: torch.dtype,
     device: str,
     progress: Callable[[int], None] = lambda size: None,
+    links: Links | None = None,
 ) -> StageModel:
-    """Return the layers of one rank of a split model.
+    """Return the layers of one rank of a split model, or its shard of them.
 
-    `progress(bytes)` is called after each tensor with all bytes so far, counted in the dtype in
-    which they are read."""
+    `links` lead to the other members of its stage. `progress(bytes)` is called after each tensor
+    with all bytes so far, counted in the dtype in which they are read."""
     config, entry, ring = (
         read_config(manifest.folder(rank)),
         manifest.ranks[rank],
         manifest.topology,
     )
     path = manifest.path(entry)
-    model = StageModel(config, entry.num_layers, rank == ring.FIRST, rank == ring.last)
+    leader = ring.leader(rank)
+    model = StageModel(config, entry.num_layers, leader == ring.FIRST, leader == ring.last, links)
     tensors = module_tensors(TensorFile(path), family_of(config), entry.layers[0], stored_as(dtype))
     return model.load(_counted(tensors, progress), device, str(path), dtype)
 
@@ -501,7 +576,7 @@ def _counted(
 
 
 def load_head(manifest: Manifest, rank: int, dtype: torch.dtype, device: str) -> Head:
-    """Return the lm_head that lies beside this rank, which is rank 0 or the last stage."""
+    """Return the lm_head that lies beside this rank: rank 0 or the last stage, or its shard."""
     entry = manifest.ranks[rank].lm_head
     assert entry is not None, f"the split has no head beside rank {rank}"
     return Head(TensorFile(manifest.path(entry)).read(HEAD, stored_as(dtype)).to(device), dtype)

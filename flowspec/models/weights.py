@@ -41,6 +41,9 @@ FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 INTEGERS = frozenset({"I32", "I64"})
 
 
+Bytes = bytes | bytearray | memoryview
+
+
 class TensorInfo(NamedTuple):
     """A TensorInfo says where a tensor lies.
 
@@ -62,7 +65,7 @@ class Entry(NamedTuple):
     name: str
     dtype: str
     shape: tuple[int, ...]
-    chunks: Callable[[], Iterable[bytes | memoryview]]
+    chunks: Callable[[], Iterable[Bytes]]
 
     @property
     def nbytes(self) -> int:
@@ -97,18 +100,27 @@ class TensorFile:
         except KeyError:
             raise UserError(f"{self.path} has no tensor {name}") from None
 
-    def chunks(self, name: str, size: int = CHUNK) -> Iterator[bytes]:
-        """Yield the tensor's bytes in pieces of at most `size` bytes."""
-        info = self.info(name)
+    def chunks(
+        self, name: str, size: int = CHUNK, spans: Iterable[tuple[int, int]] | None = None
+    ) -> Iterator[bytes | bytearray]:
+        """Yield the tensor's bytes, or those of its spans [start, end), in order.
+
+        All pieces but the last have `size` bytes; spans are put together for that."""
+        info, gathered = self.info(name), bytearray()
         with _open(self.path) as file:
-            file.seek(info.start)
-            left = info.nbytes
-            while left:
-                piece = file.read(min(size, left))
-                if not piece:
-                    raise _truncated(self.path)
-                left -= len(piece)
-                yield piece
+            for start, end in [(0, info.nbytes)] if spans is None else spans:
+                file.seek(info.start + start)
+                while start < end:
+                    piece = file.read(min(size - len(gathered), end - start))
+                    if not piece:
+                        raise _truncated(self.path)
+                    start += len(piece)
+                    gathered += piece
+                    if len(gathered) == size:
+                        yield gathered
+                        gathered = bytearray()
+        if gathered:
+            yield gathered
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return the tensor in a buffer of its own; it is converted if `dtype` is given."""
@@ -306,7 +318,7 @@ def file_bytes(entries: Iterable[Entry], metadata: dict[str, str] | None = None)
 
 
 def write_file(
-    path: str | os.PathLike[str], pieces: Iterable[bytes | memoryview], total: int
+    path: str | os.PathLike[str], pieces: Iterable[Bytes], total: int
 ) -> tuple[int, str]:
     """Write the pieces under another name, then rename the file; return (bytes, sha256 in hex).
 
@@ -325,7 +337,7 @@ def write_file(
     return written, digest.hexdigest()
 
 
-def _write_all(file, piece: bytes | memoryview) -> None:
+def _write_all(file, piece: Bytes) -> None:
     """Write the whole piece.
 
     An unbuffered write may take less than it is given, most of all when the disk fills up."""
@@ -358,9 +370,7 @@ def _header(entries: Iterable[Entry], metadata: dict[str, str] | None) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _file_pieces(
-    entries: Sequence[Entry], metadata: dict[str, str] | None
-) -> Iterator[bytes | memoryview]:
+def _file_pieces(entries: Sequence[Entry], metadata: dict[str, str] | None) -> Iterator[Bytes]:
     yield _header(entries, metadata)
     for entry in entries:
         count = 0

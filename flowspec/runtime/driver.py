@@ -126,6 +126,8 @@ class Submission:
     switches: PolicyConfig
     trace: bool = False
     """If it is True, all ranks note what they do."""
+    spread: bool = False
+    """If it is True, the members of a stage each keep a part of the rows (wire.start)."""
 
     @property
     def rows(self) -> int:
@@ -346,7 +348,13 @@ class Driver:
         features, layers = draft is not None and draft.features, draft.layers if draft else ()
         self._transport.send_next(
             wire.start(
-                request, live.log.on, features, layers, live.submission.switches, self._fresh
+                request,
+                live.log.on,
+                features,
+                layers,
+                live.submission.switches,
+                self._fresh,
+                live.submission.spread,
             )
         )
         if self._fresh and self._draft:
@@ -444,7 +452,7 @@ class Driver:
     def _prompt_features(self, live: _Live, message: Message) -> None:
         assert self._draft is not None, "features that nobody asked for"
         since, now = self._transport.inbox.since, self._clock.now()
-        live.log.arrived(message, self._topology.last, 0, since, now, None)
+        live.log.arrived(message, self._topology.stages, 0, since, now, None)
         self._draft.learn(live.request.id, message.tensors[0])
 
     def _back(self, message: Message) -> None:
@@ -455,7 +463,7 @@ class Driver:
                 since, now = self._transport.inbox.since, self._clock.now()
                 came = live.decoding.out.get(answer.number, ())
                 segment = Segment(answer.number, came, (), ())
-                live.log.arrived(message, self._topology.last, 0, since, now, segment)
+                live.log.arrived(message, self._topology.stages, 0, since, now, segment)
         self._step(Back(tuple(self._returned(live, answer) for live, answer in known)))
 
     def _returned(self, live: _Live, answer: wire.Answer) -> Returned:

@@ -142,7 +142,7 @@ def join_run(
             "gloo", store=store, rank=rank, world_size=topology.world_size, timeout=FOREVER
         )
         transport = GlooTransport(
-            lost(hung=False), limits, emulate, pulses, pace.get("still", STILL)
+            topology, lost(hung=False), limits, emulate, pulses, pace.get("still", STILL)
         )
         pulses[rank].at()
     log.info(

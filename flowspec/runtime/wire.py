@@ -17,9 +17,10 @@ from flowspec.core.curve import Curve
 from flowspec.core.messages import PREFILL_ROWS, Batch, Cost, Idle, Piece, Prune, Segment, Started
 from flowspec.core.policy import PolicyConfig
 from flowspec.core.request import Request, Sampling
+from flowspec.core.stage import Admitted, Gather
 from flowspec.trace import Span
 
-FORMAT = 4
+FORMAT = 5
 """This is the version of the messages below, of their names and contents. Raise it with every
 change: ranks that would misread each other then do not start."""
 
@@ -32,19 +33,22 @@ def start(
     layers: Sequence[int],
     switches: PolicyConfig,
     fresh: bool = False,
+    spread: bool = False,
 ) -> Message:
     """A request begins: stages make room for it, and note what they do if `trace` is set.
 
     If `features` is set, rank 0's drafter reads the last stage's rows of the prompt and of all
     nodes that become text. `layers` are the layers whose inputs it reads at these tokens.
     `switches` are those of the request's policy. If `fresh` is set, stages forget what they
-    measured in earlier requests."""
+    measured in earlier requests. If `spread` is set, the members of a tensor-parallel stage each
+    keep a part of the rows between the layers' products (method galaxy)."""
     about = {
         "request": request.id,
         "trace": trace,
         "features": features,
         "layers": list(layers),
         "fresh": fresh,
+        "spread": spread,
     }
     about |= {"drop_dead": switches.drop_dead, "abort": switches.abort}
     return Message("start", about | {"sampling": dataclasses.asdict(request.sampling)})
@@ -285,6 +289,75 @@ STOP = Message("stop")
 """The run is over: the stage leaves."""
 
 
+# ---- from a leader to its followers --------------------------------------------------------------
+def follow(request: int, layers: Sequence[int], spread: bool) -> Message:
+    """A request begins, as `start` says; `spread` says that its rows are spread over the members.
+
+    `layers` are those of the stage's whose inputs rank 0's drafter reads."""
+    return Message("follow", {"request": request, "layers": list(layers), "spread": spread})
+
+
+class Ordered(NamedTuple):
+    """An Ordered is what a follower is to compute of one request."""
+
+    request: int
+    tree: bool
+    """The rows are nodes of a tree; else they are a chunk of the prompt."""
+    admitted: Admitted
+
+
+def compute(parts: Sequence[Ordered], rows: Tensor) -> Message:
+    """A forward begins over rows (tokens, or features [n, hidden]) of some requests.
+
+    What each row sees of its cache travels as numbers of cache rows from the part's base on."""
+    about = [
+        [part.request, part.tree, len(part.admitted.kept), part.admitted.base, part.admitted.length]
+        for part in parts
+    ]
+    behind = [[row - p.admitted.base for row in seen] for p in parts for seen in p.admitted.behind]
+    flat = [row for seen in behind for row in seen]
+    dtype = torch.int16 if max(flat, default=0) < 1 << 15 else torch.int32
+    positions = torch.cat([torch.from_numpy(part.admitted.positions) for part in parts])
+    counts = torch.tensor([len(seen) for seen in behind], dtype=torch.int32)
+    return Message(
+        "compute", {"parts": about}, (rows, positions, counts, torch.tensor(flat, dtype=dtype))
+    )
+
+
+def read_compute(message: Message) -> tuple[list[Ordered], Tensor]:
+    rows, positions, counts, flat = message.tensors
+    seen = [part.tolist() for part in flat.split(counts.tolist())]
+    parts, first = [], 0
+    for request, tree, n, base, length in message.meta["parts"]:
+        own = slice(first, first + n)
+        behind = [[base + row for row in each] for each in seen[own]]
+        admitted = Admitted([*range(n)], positions[own].numpy(), base, behind, length)
+        parts.append(Ordered(request, tree, admitted))
+        first += n
+    return parts, rows
+
+
+def move(request: int, gather: Gather) -> Message:
+    """Rows of a request's cache move."""
+    about = {"request": request, "base": gather.base}
+    return Message("move", about, (torch.tensor(gather.rows, dtype=torch.int32),))
+
+
+def read_move(message: Message) -> tuple[int, Gather]:
+    rows = message.tensors[0].tolist()
+    return message.meta["request"], Gather(message.meta["base"], rows)
+
+
+def multiply(rows: Tensor) -> Message:
+    """Rows of features [n, hidden] are to be multiplied with lm_head."""
+    return Message("multiply", {}, (rows,))
+
+
+def leave(request: int) -> Message:
+    """A request has ended: its cache goes."""
+    return Message("leave", {"request": request})
+
+
 # ---- how much each can hold ----------------------------------------------------------------------
 FACTS = 1 << 16
 """Any message but a traced report holds at most so many bytes of JSON."""
@@ -321,11 +394,16 @@ def limits(tree: int, hidden: int, layers: int, positions: int) -> Limits:
         "pong",
         "loading",
         "loaded",
+        "follow",
+        "leave",
         STOP.kind,
     )
     return {
         **ring,
         **dict.fromkeys(words, Limit(FACTS, 0)),
+        "multiply": Limit(FACTS, numbers + features),
+        "compute": Limit(FACTS, numbers + features + 4 * rows * (rows + positions)),
+        "move": Limit(FACTS, 4 * positions + numbers),
         "text_features": Limit(FACTS, layers * features),
         "report": Limit(FACTS + SPANS * positions, 0),
     }

@@ -43,6 +43,7 @@ from flowspec.core.machine import (
 from flowspec.core.request import Sampling
 from flowspec.models.stage import Cached, Head, Share, StageModel, Tapped, forward_together
 from flowspec.runtime import wire
+from flowspec.runtime.group import SHARING, Crew
 from flowspec.runtime.picking import Picks
 from flowspec.runtime.tracing import SpanLog
 from flowspec.sampling import NoiseRows, Pick, noise_for
@@ -110,11 +111,12 @@ class Worker:
 
     def __post_init__(self) -> None:
         rank, topology = self.transport.rank, self.transport.topology
-        self._rank, self._is_last = rank, rank == topology.last
-        self._before = topology.previous(rank)
+        self._stage, self._is_last = topology.stage(rank), rank == topology.last
+        self._before = self._stage - 1
         self._clock = self.transport.inbox.clock
         self._pulse = self.transport.pulses[rank]
         self.machine = StageMachine(rank, topology)
+        self.crew = Crew(self.transport)
         self._live: dict[int, _Live] = {}
         self._spent = _Spent()
 
@@ -124,7 +126,7 @@ class Worker:
             self._pulse.at()
             _, message = self.transport.inbox.get()
             if message.kind == "stop":
-                return
+                return self.crew.stop()
             self._pulse.at(f"at work on a {message.kind} message")
             self.take(message)
 
@@ -145,7 +147,13 @@ class Worker:
             layers = [
                 k for k in about["layers"] if 0 <= k - self.first_layer < len(self.model.layers)
             ]
-            rows = Cached(self.model, to_host=True, taps=[k - self.first_layer for k in layers])
+            rows = Cached(
+                self.model,
+                to_host=True,
+                taps=[k - self.first_layer for k in layers],
+                sharing=SHARING[about["spread"]],
+            )
+            self.crew.begin(request, layers, about["spread"])
             before = dataclasses.replace(self._spent)
             self._live[request] = _Live(
                 request, rows, sampling, noise, notes, layers, about["features"], before
@@ -159,7 +167,7 @@ class Worker:
         self._hear_control()
         live, rows = self._live.get(message.meta["request"]), message.tensors[0]
         if live is not None:
-            live.log.arrived(message, self._before, self._rank, since, taken, None)
+            live.log.arrived(message, self._before, self._stage, since, taken, None)
             self._handle(Chunk(live.request, len(rows)), rows)
 
     def _batch(self, message: Message) -> None:
@@ -169,7 +177,7 @@ class Worker:
         batch, apart = wire.read_batch(message), self._spent.apart
         for request, segment in batch.pieces:
             if live := self._live.get(request):
-                live.log.arrived(message, self._before, self._rank, since, taken, segment)
+                live.log.arrived(message, self._before, self._stage, since, taken, segment)
         arrived = Arrived(batch, taken - since, since - message.meta["sent"])
         self._handle(arrived, message.tensors[-1])
         self._spent.overhead += time.thread_time() - begun - (self._spent.apart - apart)
@@ -206,6 +214,7 @@ class Worker:
             Share(live.rows, part.admitted, part.segment and part.segment.ids)
             for live, part in zip(lives, forward.parts, strict=True)
         ]
+        self.crew.compute([part.request for part in forward.parts], shares, rows)
         out = forward_together(rows, shares, self._needed)
         self._spent.apart += sum(live.rows.model_cpu for live in lives) - before
         return out
@@ -322,6 +331,7 @@ class Worker:
         if isinstance(action, Tell):
             self.transport.send_control(0, wire.news(action.event))
         elif isinstance(action, Move):
+            self.crew.move(action.request, action.gather)
             self._live[action.request].rows.cache.gather(action.gather)
         else:
             assert isinstance(action, Settled)
@@ -342,6 +352,7 @@ class Worker:
     def _end(self, message: Message) -> None:
         request = message.meta["request"]
         self.machine.handle(End(request))
+        self.crew.end(request)
         self.transport.send_control(
             0, wire.report(request, self._report(self._live.pop(request, None)))
         )
@@ -369,7 +380,7 @@ class Worker:
         """Take the emulated time of a forward over `rows` rows that began at `begun`.
 
         Return False if it was abandoned on the way, at the end of the next of its layers."""
-        seconds = self.emulate.stage_seconds(self._rank, rows)
+        seconds = self.emulate.stage_seconds(self._stage, rows)
         while (left := begun + seconds - self._clock.now()) > 0:
             if self._hear_control(min(left, self.LOOK)) and self._needed():
                 continue
@@ -383,7 +394,7 @@ class Worker:
         for part, live in zip(forward.parts, lives, strict=True):
             segment = part.segment
             about = {"segment": segment.number, "ids": segment.ids} if segment else {}
-            live.log.add(self._rank, "compute", "prefill", begun, begun + spent, **about)
+            live.log.add(self._stage, "compute", "prefill", begun, begun + spent, **about)
             live.computed += len(part.rows) if segment else 0
         log.debug("%d rows in %.2f ms", forward.rows, spent * 1000)
         self._spent.busy += spent

@@ -86,7 +86,7 @@ class ToyModel:
         self.seen: list[np.ndarray] = []
         """of each row of the last forward: what it attends to in the last layer, int64 [k, 2] in the order of the cache"""
 
-    def __call__(self, rows, parts, taps, needed):
+    def __call__(self, rows, parts, taps, needed, sharing):
         caches = Caches(parts)
         positions = np.concatenate([part.admitted.positions for part in parts])
         made = torch.stack([rows, torch.from_numpy(positions) + 1], -1)[

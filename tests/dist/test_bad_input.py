@@ -225,8 +225,8 @@ def test_a_damaged_manifest_or_draft_is_refused_by_name(damaged, refused, file, 
 def test_a_manifest_of_a_newer_version_is_refused(damaged, refused):
     config, split, _ = damaged
     path = split / "stages.yaml"
-    path.write_text(path.read_text().replace("format: 1", "format: 2"))
-    assert "newer flowspec (format 2" in refused(config, "--prompt", "for")
+    path.write_text(path.read_text().replace("format: 1", "format: 3"))
+    assert "newer flowspec (format 3" in refused(config, "--prompt", "for")
 
 
 @pytest.mark.parametrize("verify_on,folder", [("coordinator", "rank_00"), ("last", "rank_02")])

@@ -902,7 +902,9 @@ def main(folder: Path, rank: int) -> None:
 
 
 def make(lost) -> gloo.GlooTransport:
-    return gloo.GlooTransport(lost, LIMITS, Emulate(), [Pulse() for _ in range(WORLD)], STILL)
+    return gloo.GlooTransport(
+        Topology.of_world(WORLD), lost, LIMITS, Emulate(), [Pulse() for _ in range(WORLD)], STILL
+    )
 
 
 def odd(rank: int) -> list:

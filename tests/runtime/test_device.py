@@ -15,6 +15,7 @@ from flowspec.core.messages import Batch, Piece, Prune, Segment
 from flowspec.core.policy import PolicyConfig
 from flowspec.core.request import Request, Sampling
 from flowspec.core.stage import StageState
+from flowspec.core.topology import Topology
 from flowspec.models.device import on_host, placed
 from flowspec.models.eagle import load_eagle
 from flowspec.models.manifest import Manifest
@@ -152,7 +153,8 @@ class Ring(InprocTransport):
     """A rank's end of a ring whose messages are only kept."""
 
     def __init__(self, rank: int):
-        super().__init__(rank, [Inbox() for _ in range(3)], [Pulse() for _ in range(3)])
+        inboxes, pulses = [Inbox() for _ in range(3)], [Pulse() for _ in range(3)]
+        super().__init__(rank, Topology(2), inboxes, pulses)
         self.sent = []
 
     def send_next(self, message):

@@ -50,9 +50,8 @@ class Ring(inproc.InprocTransport):
     """A rank's end of a ring of three whose messages are only kept."""
 
     def __init__(self, rank: int):
-        super().__init__(
-            rank, [Inbox(VirtualClock()) for _ in range(3)], [Pulse() for _ in range(3)]
-        )
+        inboxes, pulses = [Inbox(VirtualClock()) for _ in range(3)], [Pulse() for _ in range(3)]
+        super().__init__(rank, Topology(2), inboxes, pulses)
         self.sent = []
 
     def send_next(self, message):

@@ -12,6 +12,7 @@ from flowspec.core.policies.pipedec import PipeDec
 from flowspec.core.policies.rounds import Rounds
 from flowspec.core.policy import Policy, PolicyConfig, TreeConfig
 from flowspec.core.topology import Topology
+from flowspec.errors import need
 
 Maker = Callable[[TreeConfig, PolicyConfig, Topology, bool], Policy]
 _MAKERS: dict[str, Maker] = {
@@ -23,6 +24,26 @@ _MAKERS: dict[str, Maker] = {
     "flowspec": lambda tree, switches, ring, features: Continuous(tree, ring, switches, features),
 }
 METHODS = tuple(_MAKERS)
+"""These methods run over any ring."""
+SHARED = ("tp", "galaxy")
+"""These are serial tree speculation by the names of how the members of a stage share its layers:
+Megatron's way (arXiv 1909.08053) and Galaxy's (arXiv 2405.17245), which spreads the rows. Over
+stages of several members the other methods share them in Megatron's way."""
+_MAKERS |= dict.fromkeys(SHARED, _MAKERS["serial"])
+
+
+def spreads(method: str) -> bool:
+    """Return whether a method spreads rows over the members of a stage."""
+    return method == "galaxy"
+
+
+def check_method(method: str, members: int) -> None:
+    """Raise UserError unless a ring whose stages have so many members can run a method."""
+    need(
+        members > 1 or method not in SHARED,
+        f"method is {method}: the model is split into stages of one rank each, split it with "
+        "--tensor-parallel",
+    )
 
 
 def make_policy(

@@ -1,0 +1,135 @@
+"""Links connect the members of a tensor-parallel stage, which compute together.
+
+models/collectives.py says what they do. Here are links between threads of a process, and links
+between processes over torch.distributed: gloo for tensors on a CPU, or NCCL for those on GPUs. The
+working thread itself sends and receives here, since all members wait for each other anyway. An
+exchange raises ConnectionError if a member is gone.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+NAMED = 5.0
+"""Within so many seconds of a broken exchange, whoever watches the ranks names the lost one."""
+
+
+class ThreadLinks:
+    """ThreadLinks connect members that are threads of one process; `threads(size)` makes all."""
+
+    def __init__(self, index: int, shared: _Shared):
+        self.index, self.size, self._shared = index, len(shared.slots), shared
+
+    def gathered(self, own: Tensor) -> Sequence[Tensor]:
+        slots = self._shared.slots
+        slots[self.index] = own
+        self._meet()
+        found = [*slots]
+        self._meet()  # before anybody fills a slot again
+        return found
+
+    def swapped(self, blocks: Tensor) -> Tensor:
+        return torch.stack([theirs[self.index] for theirs in self.gathered(blocks)])
+
+    def passed(self, out: Tensor, into: Tensor) -> Callable[[], object]:
+        queues = self._shared.queues
+        if out.numel():
+            queues[(self.index + 1) % self.size].put(out)
+        return lambda: into.copy_(self._received()) if into.numel() else None
+
+    def close(self) -> None:
+        """Let nobody wait any longer."""
+        self._shared.barrier.abort()
+
+    def _meet(self) -> None:
+        try:
+            self._shared.barrier.wait()
+        except threading.BrokenBarrierError:
+            raise ConnectionError("a member of the stage has left") from None
+
+    def _received(self) -> Tensor:
+        while True:
+            try:
+                return self._shared.queues[self.index].get(timeout=0.5)
+            except queue.Empty:
+                if self._shared.barrier.broken:
+                    raise ConnectionError("a member of the stage has left") from None
+
+
+class _Shared:
+    """This is what the threads of a stage share."""
+
+    def __init__(self, size: int):
+        self.slots: list[Tensor] = [torch.empty(0)] * size
+        self.barrier = threading.Barrier(size)
+        self.queues: list[queue.SimpleQueue[Tensor]] = [queue.SimpleQueue() for _ in range(size)]
+
+
+def threads(size: int) -> list[ThreadLinks]:
+    shared = _Shared(size)
+    return [ThreadLinks(index, shared) for index in range(size)]
+
+
+class ProcessLinks:
+    """ProcessLinks connect members that are processes, the members of a group of torch's.
+
+    With gloo, tensors on a GPU take the way through the host's memory."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self._group = group
+        self.index, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._on_host = dist.get_backend(group) == "gloo"
+
+    def gathered(self, own: Tensor) -> Sequence[Tensor]:
+        mine = self._sent(own)
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        self._exchange(lambda: dist.all_gather(parts, mine, group=self._group))
+        return [part.to(own.device) for part in parts]
+
+    def swapped(self, blocks: Tensor) -> Tensor:
+        mine = self._sent(blocks)
+        found = torch.empty_like(mine)
+        self._exchange(lambda: dist.all_to_all_single(found, mine, group=self._group))
+        return found.to(blocks.device)
+
+    def passed(self, out: Tensor, into: Tensor) -> Callable[[], object]:
+        mine = self._sent(out)
+        found = torch.empty_like(into, device=mine.device)
+        after, before = (
+            dist.get_global_rank(self._group, (self.index + step) % self.size) for step in (1, -1)
+        )
+        operations = [
+            dist.P2POp(what, tensor, peer, group=self._group)
+            for what, tensor, peer in ((dist.isend, mine, after), (dist.irecv, found, before))
+            if tensor.numel()
+        ]
+        works: list[dist.Work] = []
+        if operations:
+            self._exchange(lambda: works.extend(dist.batch_isend_irecv(operations)))
+
+        def wait() -> None:
+            self._exchange(lambda: [work.wait() for work in works])
+            into.copy_(found)
+
+        return wait
+
+    def close(self) -> None:
+        """Do nothing: torch.distributed is left as a whole."""
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        return tensor.contiguous().cpu() if self._on_host else tensor.contiguous()
+
+    def _exchange(self, what: Callable[[], object]) -> None:
+        try:
+            what()
+        except RuntimeError as error:
+            # the links beside these break, too, and those who watch them know whose they are
+            time.sleep(NAMED)
+            raise ConnectionError(f"the members of the stage lost each other: {error}") from None
