@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from flowspec.core.topology import Topology
 from flowspec.files import ROOT
 
 QUIET = 128 + signal.SIGPIPE
@@ -24,18 +25,18 @@ QUIET = 128 + signal.SIGPIPE
 ends."""
 
 
-def launch(argv: Sequence[str], world_size: int) -> int:
-    """Run `python -m flowspec *argv` as `world_size` ranks of this host; return the exit code."""
+def launch(argv: Sequence[str], topology: Topology) -> int:
+    """Run `python -m flowspec *argv` as all ranks, on this host; return the exit code."""
     with tempfile.TemporaryDirectory(prefix="flowspec-") as folder:
         last_words = Path(folder) / "report"
         os.environ.update(_environment(last_words))
         try:
-            _torchrun(argv, world_size)
+            _torchrun(argv, topology.world_size)
             return 0
         except KeyboardInterrupt:
             return _say("interrupted", 130)
         except Exception as error:
-            return _obituary(error, last_words)
+            return _obituary(error, last_words, topology)
 
 
 def _environment(last_words: Path) -> dict[str, str]:
@@ -67,7 +68,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _obituary(error: Exception, last_words: Path) -> int:
+def _obituary(error: Exception, last_words: Path, topology: Topology) -> int:
     """Say what the ranks said, or else what torchrun knows of the first that fell; return the exit
     code."""
     if hasattr(error, "sigval"):  # torchrun's SignalException: we were told to go
@@ -90,7 +91,7 @@ def _obituary(error: Exception, last_words: Path) -> int:
         if failure.exitcode < 0
         else f"exit code {failure.exitcode}"
     )
-    return _say(f"{rank_name(rank, socket.gethostname())} died: {how}", 1)
+    return _say(f"{rank_name(rank, socket.gethostname(), topology)} died: {how}", 1)
 
 
 def _say(line: str, code: int) -> int:

@@ -29,6 +29,7 @@ from flowspec.core.cost import Emulate
 from flowspec.core.costs import Costs, merged, read
 from flowspec.core.policy import PolicyConfig, TreeConfig
 from flowspec.core.request import Request, Sampling
+from flowspec.core.topology import Topology
 from flowspec.draft.recorded import Tape
 from flowspec.engine import Engine
 from flowspec.errors import UserError
@@ -169,10 +170,10 @@ class Rivals:
 
 def compare(engine: Engine, prompts: Sequence[str], plan: Plan) -> bool:
     """Run, predict, print and write; return False if two methods wrote different tokens."""
-    config, stages = engine.config, engine.topology.stages
+    config, ring = engine.config, engine.topology
     if plan.sweep:
         check_simulable(config)
-    folder = _folder(plan.output or BUILD / "bench" / f"{config.name}_s{stages}")
+    folder = _folder(plan.output or BUILD / "bench" / f"{config.name}_{_sizes(ring)}")
     seed = 0
     chosen = _variants(config.policy, plan.methods, plan.without)
     runs: list[Run] = []
@@ -188,16 +189,17 @@ def compare(engine: Engine, prompts: Sequence[str], plan: Plan) -> bool:
         coupled: _forecaster(config, coupled)
         for coupled in {config.policy.coupled, *(v.policy.coupled for v in chosen)}
     }
-    predicted = _predictions(runs, forecasters, stages)
+    predicted = _predictions(runs, forecasters, engine.topology)
     ours = [run.record(predicted[_cell(run)]) for run in runs]
     records = [*ours, *(run.record() for run in theirs)]
-    title = f"{config.name}, {stages} stages{', emulated times' if config.emulate.active else ''}"
+    emulated = ", emulated times" if config.emulate.active else ""
+    title = f"{config.name}, {engine.topology.words}{emulated}"
     report.show(records, title)
     if plan.sweep:
         _sweep(
             forecasters[config.policy.coupled],
             [r.method for r in ours],
-            stages,
+            engine.topology,
             plan.temperatures,
         )
     different = report.identical(ours)
@@ -328,7 +330,7 @@ def _cell(run: Run) -> Cell:
 
 
 def _predictions(
-    runs: Sequence[Run], forecasters: Mapping[bool, Forecaster], stages: int
+    runs: Sequence[Run], forecasters: Mapping[bool, Forecaster], topology: Topology
 ) -> dict[Cell, float | None]:
     """Return the tokens/s of each cell in virtual time.
 
@@ -346,7 +348,7 @@ def _predictions(
             emulate, costs = priced(emulated(forecaster.config), same)
             config = dataclasses.replace(forecaster.config, policy=run.variant.policy)
             predicted[cell] = forecaster.run(
-                tape, run.variant.method, stages, emulate, config, costs
+                tape, run.variant.method, topology, emulate, config, costs
             ).tokens_per_second
     return predicted
 
@@ -370,8 +372,16 @@ def priced_alike(emulate: Emulate, results: Sequence[Result]) -> tuple[Emulate, 
     return emulate, None
 
 
+def _sizes(ring: Topology) -> str:
+    """Return the sizes of a ring for the name of a folder: s4, or s2t2."""
+    return f"s{ring.stages}" + (f"t{ring.members}" if ring.members > 1 else "")
+
+
 def _sweep(
-    forecaster: Forecaster, chosen: Sequence[str], stages: int, temperatures: Sequence[float]
+    forecaster: Forecaster,
+    chosen: Sequence[str],
+    topology: Topology,
+    temperatures: Sequence[float],
 ) -> None:
     """Print each baseline's best tree settings at each temperature, by simulation."""
     for temperature in temperatures:
@@ -379,7 +389,7 @@ def _sweep(
             t for t in forecaster.tapes.values() if t.request.sampling.temperature == temperature
         ]
         tried = [
-            (text, m, _simulated(forecaster, tapes, m, stages, tree))
+            (text, m, _simulated(forecaster, tapes, m, topology, tree))
             for m in SWEEP
             if m in chosen
             for text, tree in _settings(m)
@@ -399,10 +409,10 @@ def _settings(method: str) -> Iterator[tuple[str, TreeConfig]]:
 
 
 def _simulated(
-    forecaster: Forecaster, tapes: Sequence[Tape], method: str, stages: int, tree: TreeConfig
+    forecaster: Forecaster, tapes: Sequence[Tape], method: str, topology: Topology, tree: TreeConfig
 ) -> float:
     config = dataclasses.replace(forecaster.config, tree=tree)
-    return rate(forecaster.run(tape, method, stages, config=config) for tape in tapes)
+    return rate(forecaster.run(tape, method, topology, config=config) for tape in tapes)
 
 
 # ---- written -------------------------------------------------------------------------------------

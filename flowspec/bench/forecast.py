@@ -7,16 +7,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from flowspec.comm.base import Links
+from flowspec.comm.group import threads
 from flowspec.config import Config
-from flowspec.core.cost import Emulate
+from flowspec.core.cost import Emulate, Group
 from flowspec.core.costs import Costs
-from flowspec.core.policies import METHODS, make_policy
+from flowspec.core.policies import METHODS, SHARED, make_policy, spreads
 from flowspec.core.request import Request, Sampling
 from flowspec.core.topology import Topology
 from flowspec.draft.base import Drafter
@@ -40,7 +43,7 @@ from flowspec.sim.world import Guesser, Job, Outcome, RingSpec, World
 
 PAPER = "flowspec-paper"
 """This is FlowSpec's published lock-step policy, which is only simulated (sim/lockstep.py)."""
-SIMULATED = (*METHODS, PAPER)
+SIMULATED = (*METHODS, *SHARED, PAPER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,17 +120,28 @@ class Target:
     It computes the features of a text that is known."""
 
     def __init__(self, manifest: Manifest):
-        self._parts = [
-            stage.load_stage(manifest, rank, torch.float32, "cpu")
-            for rank in manifest.topology.stage_ranks
+        ring = manifest.topology
+        self._stages = [
+            [
+                stage.load_stage(manifest, rank, torch.float32, "cpu", links=links)
+                for rank, links in zip(ring.group(leader), _links(ring), strict=True)
+            ]
+            for leader in ring.stage_ranks
         ]
 
     def features(self, tokens: Sequence[int]) -> Tensor:
         """Return the features behind the final norm, [len(tokens), hidden]."""
         rows = torch.tensor(tokens, dtype=torch.int32)
-        for part in self._parts:
-            rows = stage.CachedText(part).prefill(rows)
+        for shards in self._stages:
+            texts = [stage.CachedText(shard) for shard in shards]
+            with ThreadPoolExecutor(len(texts)) as members:
+                rows, *_ = members.map(lambda text, rows=rows: text.prefill(rows), texts)
         return rows
+
+
+def _links(ring: Topology) -> Sequence[Links | None]:
+    """Return links among the members of a stage as threads; there are none of a rank alone."""
+    return threads(ring.members) if ring.members > 1 else [None]
 
 
 Key = tuple[tuple[int, ...], Sampling]
@@ -164,7 +178,7 @@ class Forecaster:
         self,
         tape: Tape,
         method: str,
-        stages: int,
+        topology: Topology,
         emulate: Emulate | None = None,
         config: Config | None = None,
         costs: Costs | None = None,
@@ -173,13 +187,13 @@ class Forecaster:
 
         If the method is FlowSpec as published, it runs in lock step."""
         if method != PAPER:
-            (outcome,) = self.together([tape], method, stages, emulate, config, costs)
+            (outcome,) = self.together([tape], method, topology, emulate, config, costs)
             return outcome
         config = config or self.config
         guesser = self._guesser(tape, config)
         need(guesser is not None, f"{PAPER} needs a drafter")
         assert guesser is not None
-        ring = self._ring(stages, emulate, config, costs, guesser.features)
+        ring = self._ring(topology, method, emulate, config, costs, guesser.features)
         outcome = LockStep(tape.request, tape.text, config.tree, guesser, ring).run()
         return self._checked(outcome, tape, method, guesser)
 
@@ -187,7 +201,7 @@ class Forecaster:
         self,
         tapes: Sequence[Tape],
         method: str,
-        stages: int,
+        topology: Topology,
         emulate: Emulate | None = None,
         config: Config | None = None,
         costs: Costs | None = None,
@@ -200,12 +214,13 @@ class Forecaster:
         reads = self.profile is None and config.reads_features
         jobs = []
         for number, tape in enumerate(tapes, 1):
-            policy = make_policy(method, config.tree, config.policy, Topology(stages), reads)
+            policy = make_policy(method, config.tree, config.policy, topology, reads)
             guesser = self._guesser(tape, config) if policy.drafts else None
             request = dataclasses.replace(tape.request, id=number)
             jobs.append(Job(request, tape.text, policy, guesser, config.policy))
         features = any(job.guesser is not None and job.guesser.features for job in jobs)
-        outcomes = World(self._ring(stages, emulate, config, costs, features), jobs).run()
+        ring = self._ring(topology, method, emulate, config, costs, features)
+        outcomes = World(ring, jobs).run()
         return [
             self._checked(outcome, tape, method, job.guesser)
             for outcome, tape, job in zip(outcomes, tapes, jobs, strict=True)
@@ -213,14 +228,16 @@ class Forecaster:
 
     def _ring(
         self,
-        stages: int,
+        topology: Topology,
+        method: str,
         emulate: Emulate | None,
         config: Config,
         costs: Costs | None,
         features: bool,
     ) -> RingSpec:
         return RingSpec(
-            stages=stages,
+            stages=topology.stages,
+            group=Group(topology.members, spreads(method)),
             emulate=emulate or (emulated(config) if self.profile is None else config.emulate),
             hidden=self.models.hidden,
             verify_last=config.verifies_last,

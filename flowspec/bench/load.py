@@ -94,7 +94,7 @@ def load(engine: Engine, prompts: Sequence[str], plan: Plan) -> bool:
             write(json.dumps(run.record))
     config = engine.config
     simulated = {} if obstacle(config) else _simulated(engine, prompts, runs)
-    about = f"{config.name}, {engine.topology.stages} stages"
+    about = f"{config.name}, {engine.topology.words}"
     title = f"{about}{', emulated times' if config.emulate.active else ''}"
     report.console().print(_table(runs, plan, simulated, title))
     return same
@@ -147,9 +147,7 @@ def _simulated(
             sampling = dataclasses.replace(config.sampling, temperature=temperature, seed=seed)
             request = engine.request(engine.text.encode(prompts[prompt]), sampling)
             tapes.append(forecaster.add(request, result.token_ids))
-        outcomes = forecaster.together(
-            tapes, run.method, engine.topology.stages, emulate, costs=costs
-        )
+        outcomes = forecaster.together(tapes, run.method, engine.topology, emulate, costs=costs)
         tokens = sum(len(outcome.tokens) for outcome in outcomes)
         rates[run.cell, run.method] = tokens / max(outcome.last_token for outcome in outcomes)
     return rates

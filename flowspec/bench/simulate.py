@@ -16,6 +16,7 @@ from flowspec.config import Config
 from flowspec.core.cost import Emulate
 from flowspec.core.costs import Costs, merged, read
 from flowspec.core.request import Request, Sampling
+from flowspec.core.topology import Topology
 from flowspec.draft.config import DrafterConfig
 from flowspec.errors import UserError, need
 from flowspec.preflight import check_prompt, check_run
@@ -25,7 +26,7 @@ from flowspec.sim.world import Outcome
 class Cell(NamedTuple):
     """A cell is one setting of a sweep."""
 
-    stages: int
+    topology: Topology
     temperature: float
     varied: tuple[str, ...]
     """These are texts key=value, one for each --vary."""
@@ -105,7 +106,7 @@ def run(
         for method in chosen:
             own = costs.get(method, costs[""]) if costs else None
             results[k, method] = [
-                forecaster.run(tape, method, cell.stages, config=cell.config, costs=own)
+                forecaster.run(tape, method, cell.topology, config=cell.config, costs=own)
                 for tape in tapes
             ]
     return results

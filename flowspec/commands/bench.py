@@ -16,7 +16,8 @@ from flowspec.commands.options import (
     temperatures_of,
 )
 from flowspec.commands.ring import RingCommand
-from flowspec.config import METHODS, Config
+from flowspec.config import METHODS, SHARED, Config
+from flowspec.core.policies import check_method
 from flowspec.core.policy import SWITCHES
 from flowspec.errors import need
 from flowspec.models.manifest import Manifest
@@ -30,12 +31,20 @@ ABOUT = """bench compare CONFIG: all methods on the same prompts, interleaved an
 with what the simulator predicts beside what was measured."""
 
 
+KNOWN = (*METHODS, *SHARED)
+
+
+def _check_methods(options: argparse.Namespace, manifest: Manifest) -> None:
+    for method in methods(options.methods, KNOWN):
+        check_method(method, manifest.topology.members)
+
+
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods",
         default=",".join(METHODS),
         metavar="M,M",
-        help=f"of {' '.join(METHODS)} (default: all)",
+        help=f"of {' '.join(KNOWN)} (default: all that run over any ring)",
     )
     parser.add_argument(
         "--without",
@@ -87,7 +96,7 @@ def _without(options: argparse.Namespace) -> list[str]:
 
 
 def _check(options: argparse.Namespace, config: Config, manifest: Manifest) -> None:
-    methods(options.methods, METHODS)
+    _check_methods(options, manifest)
     _without(options)
     need(
         number(options.repeats, int, "--repeats") >= 1,
@@ -144,7 +153,7 @@ def _lead(engine: Engine, options: argparse.Namespace, prompts: list[str]) -> in
 
     with _rivals(engine, options) as rivals:
         plan = Plan(
-            methods=methods(options.methods, METHODS),
+            methods=methods(options.methods, KNOWN),
             without=_without(options),
             temperatures=temperatures_of(options, engine.config),
             repeats=int(options.repeats),
@@ -169,7 +178,7 @@ def _add_load_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         default="ar,flowspec",
         metavar="M,M",
-        help=f"of {' '.join(METHODS)}; the first is what others are compared with (default: "
+        help=f"of {' '.join(KNOWN)}; the first is what others are compared with (default: "
         "ar,flowspec)",
     )
     parser.add_argument(
@@ -189,7 +198,7 @@ def _add_load_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _check_load(options: argparse.Namespace, config: Config, manifest: Manifest) -> None:
-    methods(options.methods, METHODS)
+    _check_methods(options, manifest)
     for flag in ("requests", "repeats"):
         found = numbers(getattr(options, flag), int, f"--{flag}")
         need(min(found) >= 1, f"--{flag} is {getattr(options, flag)}: it must be at least 1")
@@ -202,7 +211,7 @@ def _lead_load(engine: Engine, options: argparse.Namespace, prompts: list[str]) 
     from flowspec.runtime.process import report
 
     plan = Plan(
-        methods=methods(options.methods, METHODS),
+        methods=methods(options.methods, KNOWN),
         requests=numbers(options.requests, int, "--requests"),
         temperatures=temperatures_of(options, engine.config),
         repeats=int(options.repeats),

@@ -81,7 +81,7 @@ def _launch(command: RingCommand, options: argparse.Namespace) -> int:
         )
         check_prompt(text.encode(prompt), manifest, f"prompt {number}")
     check_writable(str(config.trace_path) if config.trace else None, "trace")
-    return launch([*command.name.split(), *options.given], manifest.topology.world_size)
+    return launch([*command.name.split(), *options.given], manifest.topology)
 
 
 # ---- as a rank -----------------------------------------------------------------------------------

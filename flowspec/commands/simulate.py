@@ -37,6 +37,7 @@ from flowspec.commands.options import (
 )
 from flowspec.config import Config, load_config
 from flowspec.core.costs import Costs
+from flowspec.core.policies import SHARED, check_method
 from flowspec.core.topology import Topology
 from flowspec.errors import need
 from flowspec.files import replacing
@@ -59,6 +60,12 @@ def _parser() -> Parser:
         "--stages",
         metavar="N,N",
         help="numbers of stages to simulate (default: as the model is split)",
+    )
+    parser.add_argument(
+        "--tensor-parallel",
+        type=int,
+        metavar="T",
+        help="ranks of each stage (default: as the model is split)",
     )
     parser.add_argument("--temperatures", metavar="X,X", help="temperatures to simulate")
     parser.add_argument(
@@ -116,8 +123,10 @@ def main(argv: Sequence[str]) -> int:
         if options.methods
         else [config.method]
         if len(cells) == 1
-        else list(SIMULATED)
+        else [m for m in SIMULATED if m not in SHARED or cells[0].topology.members > 1]
     )
+    for method in chosen:
+        check_method(method, cells[0].topology.members)
     results = run(forecaster, cells, chosen, costs)
     if options.drafts:
         forecaster.save(Path(options.drafts))
@@ -148,12 +157,28 @@ def _cells(
     )
     for n in stages:
         need(n >= 1, f"--stages: {n} is no number of stages")
+    members = _members(config, options)
     choices = [_choices(text) for text in options.vary]
     overrides = [word for word in options.words if "=" in word]
     for varied in itertools.product(*choices):
         base = load_config(path, [*overrides, *varied]) if varied else config
         for count, temperature in itertools.product(stages, temperatures):
-            yield Cell(count, temperature, varied, base)
+            yield Cell(Topology(count, members), temperature, varied, base)
+
+
+def _members(config: Config, options: argparse.Namespace) -> int:
+    """Return of how many ranks a stage is simulated."""
+    from flowspec.models.manifest import Manifest
+
+    if options.tensor_parallel is not None:
+        need(
+            options.tensor_parallel >= 1,
+            f"--tensor-parallel: {options.tensor_parallel} is no number of ranks",
+        )
+        return options.tensor_parallel
+    if options.synthetic or not config.stages_path.exists():
+        return 1
+    return Manifest.load(config.stages_path).topology.members
 
 
 def _split_stages(config: Config, options: argparse.Namespace) -> int:
@@ -189,14 +214,14 @@ def _check(cell: Cell, config: Config, path: str | None, costs: dict[str, Costs]
     )
     need(
         costs is not None
-        or all(emulate.stage_seconds(stage, 1) > 0 for stage in Topology(cell.stages).stage_ranks),
+        or all(emulate.stage_seconds(stage, 1) > 0 for stage in range(1, cell.topology.stages + 1)),
         "simulate needs the devices' times: give emulate.stage_ms, as configs/devices/ do, above "
         "0 for each stage, or --costs FILE",
     )
     for found in costs.values() if costs else ():
         need(
-            cell.stages == len(found.stages),
-            f"{path} was measured over {len(found.stages)} stages, not {cell.stages}",
+            cell.topology.stages == len(found.stages),
+            f"{path} was measured over {len(found.stages)} stages, not {cell.topology.stages}",
         )
 
 
@@ -246,7 +271,7 @@ def _show(
         table.add_column(method, justify="right")
     for k, cell in enumerate(cells):
         about = [
-            str(cell.stages),
+            str(cell.topology.stages),
             f"{cell.temperature:g}",
             *(v.partition("=")[2] for v in cell.varied),
         ]
@@ -255,7 +280,7 @@ def _show(
     if options.json:
         _write(options.json, cells, results)
     outcome = results[len(cells) - 1, chosen[-1]][-1]
-    facts = {"method": chosen[-1], "stages": cells[-1].stages, "simulated": True}
+    facts = {"method": chosen[-1], "stages": cells[-1].topology.stages, "simulated": True}
     if len(results) == 1 or options.png or options.trace_file:
         print("\n".join(timeline.sketch(outcome.spans)))
         print(timeline.in_words(outcome.spans, facts))
@@ -274,7 +299,7 @@ def _write(path: str, cells: list[Cell], results: dict[tuple[int, str], list[Out
     with replacing(path) as beside, open(beside, "w") as file:
         for (k, method), outcomes in results.items():
             about = {
-                "stages": cells[k].stages,
+                "stages": cells[k].topology.stages,
                 "temperature": cells[k].temperature,
                 "varied": list(cells[k].varied),
                 "method": method,

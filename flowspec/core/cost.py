@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from flowspec.core.curve import SHAPE, Curve
-from flowspec.core.messages import PREFILL_ROWS, Cost
+from flowspec.core.messages import FRAME_BYTES, PREFILL_ROWS, Cost
 from flowspec.errors import need
 
 
@@ -290,6 +290,17 @@ class Meter:
         return self._hop.slope
 
 
+class Group(NamedTuple):
+    """A group is the ranks that are one stage, and how they share it."""
+
+    members: int = 1
+    spread: bool = False
+    """Each of them keeps a part of the rows between products (method galaxy)."""
+
+
+ALONE = Group()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Emulate:
     """These are the times that one machine pretends to, so that it can stand for a cluster.
@@ -299,7 +310,8 @@ class Emulate:
     second; None: no limit) after it was sent; a link carries one message at a time."""
 
     LAYERS: ClassVar = 8
-    """An emulated stage has this many layers; a forward can be abandoned at the end of each."""
+    """What an emulated rank holds weighs as so many layers; a stage of T ranks has T times as many.
+    A forward can be abandoned at the end of each."""
     stage_ms: float | tuple[float, ...] = 0.0
     """This is one number, or one for each stage."""
     token_ms: float | tuple[float, ...] = 0.0
@@ -351,6 +363,26 @@ class Emulate:
             for values in (_each(self.stage_ms), _each(self.token_ms))
         )
         return (base + slope * rows) / 1000
+
+    def group_seconds(self, stage: int, rows: int, group: Group, row_bytes: float) -> float:
+        """Return the least seconds of a forward of a stage whose ranks are a group.
+
+        `stage_ms` and `token_ms` are those of one rank's share of the weights, and a row of
+        features has `row_bytes` bytes on a link. The leader sends the rows to the others. Then
+        every half of a layer (attention, MLP) moves them in steps of a ring, each of which sends a
+        T-th part over a link: 2 (T - 1) steps are an all-reduce. If rows are spread, the products
+        of each part are computed while the next part is on its way (Galaxy, arXiv 2405.17245)."""
+        compute = self.stage_seconds(stage, rows)
+        if group.members == 1:
+            return compute
+        size, hop = rows * row_bytes, self.link_ms / 1000
+        told = hop + self.wire_seconds(FRAME_BYTES + size)
+        step = hop + self.wire_seconds(FRAME_BYTES + size / group.members)
+        halves, steps = 2 * self.LAYERS * group.members, group.members - 1
+        if not group.spread:
+            return told + compute + halves * 2 * steps * step
+        piece = compute / (halves * 2 * group.members)
+        return told + halves * 2 * (piece + steps * max(piece, step)) + steps * step
 
     def wire_seconds(self, size: float) -> float:
         """Return the seconds for which a message of `size` bytes keeps its link busy."""

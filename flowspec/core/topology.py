@@ -106,6 +106,12 @@ class Topology:
         leader = self.leader(rank)
         return "last" if leader == self.last else "first" if leader == self.FIRST else "stage"
 
+    @property
+    def words(self) -> str:
+        """Return what the ring is made of, for whoever reads a table: "4 stages"."""
+        stages = f"{self.stages} stage{'' if self.stages == 1 else 's'}"
+        return stages if self.members == 1 else f"{stages} of {self.members} ranks"
+
     def title(self, rank: int) -> str:
         """Return what a rank is, for whoever reads a message: "stage 2", "stage 2, member 1"."""
         if rank == self.COORDINATOR:

@@ -20,6 +20,7 @@ from flowspec.core.topology import Shard
 from flowspec.models.parallel import Galaxy, Megatron
 from flowspec.models.stage import Cached, Head, Share, StageModel, forward_together
 from flowspec.runtime import wire
+from flowspec.runtime.memory import peak_memory
 
 SHARING: dict[bool, type[Megatron] | type[Galaxy]] = {False: Megatron, True: Galaxy}
 """This maps whether a request's rows are spread over the members to how they share the work."""
@@ -157,6 +158,8 @@ class Follower:
 
     def _leave(self, message: Message) -> None:
         self._rows.pop(message.meta["request"], None)
+        leader = self._transport.topology.leader(self._transport.rank)
+        self._transport.send_control(leader, wire.peak(peak_memory()))
 
 
 _TAKEN: dict[str, Callable[[Follower, Message], None]] = {

@@ -34,9 +34,17 @@ REPORT = "FLOWSPEC_REPORT"
 _last_words = threading.Lock()
 
 
-def rank_name(rank: int, host: str) -> str:
-    role = "coordinator" if rank == 0 else f"stage {rank}"
-    return f"rank {rank} ({role}, {host})"
+_known: Topology | None = None
+"""This is the topology of this process's run, once it is known."""
+
+
+def title(rank: int, topology: Topology | None = None) -> str:
+    """Return what a rank of this process's run (or of `topology`) is, such as "stage 2"."""
+    return (topology or _known or Topology(rank)).title(rank)
+
+
+def rank_name(rank: int, host: str, topology: Topology | None = None) -> str:
+    return f"rank {rank} ({title(rank, topology)}, {host})"
 
 
 def own_name() -> str:
@@ -78,11 +86,14 @@ def check_world(topology: Topology, one_clock: bool) -> None:
 
     That is another number of ranks than the model was split for, or ranks on several machines where
     one clock is needed."""
+    global _known
+    _known = topology
     started, world_size = int(os.environ["WORLD_SIZE"]), topology.world_size
+    members = f" of {topology.members} ranks" if topology.members > 1 else ""
     need(
         started == world_size,
         f"wrong world size: the model is split for {world_size} ranks (rank 0 and "
-        f"{topology.stages} stages), torchrun started {started}",
+        f"{topology.stages} stages{members}), torchrun started {started}",
     )
     here = int(os.environ.get("LOCAL_WORLD_SIZE", started))
     need(
@@ -205,8 +216,7 @@ class _Connecting:
         self._timer.daemon = True
 
     def awaits(self, rank: int) -> None:
-        role = "coordinator" if rank == 0 else f"stage {rank}"
-        self.to = lambda: f"rank {rank} ({role}) did not come to {address()}"
+        self.to = lambda: f"rank {rank} ({title(rank)}) did not come to {address()}"
 
     def _give_up(self) -> None:
         with _last_words:

@@ -358,6 +358,11 @@ def leave(request: int) -> Message:
     return Message("leave", {"request": request})
 
 
+def peak(megabytes: float) -> Message:
+    """A follower tells its leader how much memory it held at most."""
+    return Message("peak", {"megabytes": megabytes})
+
+
 # ---- how much each can hold ----------------------------------------------------------------------
 FACTS = 1 << 16
 """Any message but a traced report holds at most so many bytes of JSON."""
@@ -396,6 +401,7 @@ def limits(tree: int, hidden: int, layers: int, positions: int) -> Limits:
         "loaded",
         "follow",
         "leave",
+        "peak",
         STOP.kind,
     )
     return {

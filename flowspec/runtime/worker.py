@@ -10,12 +10,9 @@ import dataclasses
 import itertools
 import logging
 import math
-import re
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -23,7 +20,7 @@ import torch
 from torch import Tensor
 
 from flowspec.comm.base import Message, Transport
-from flowspec.core.cost import Emulate
+from flowspec.core.cost import Emulate, Group
 from flowspec.core.machine import (
     Arrived,
     Begin,
@@ -44,20 +41,12 @@ from flowspec.core.request import Sampling
 from flowspec.models.stage import Cached, Head, Share, StageModel, Tapped, forward_together
 from flowspec.runtime import wire
 from flowspec.runtime.group import SHARING, Crew
+from flowspec.runtime.memory import peak_memory
 from flowspec.runtime.picking import Picks
 from flowspec.runtime.tracing import SpanLog
 from flowspec.sampling import NoiseRows, Pick, noise_for
 
 log = logging.getLogger(__name__)
-
-
-def peak_memory() -> float:
-    """Return the most resident memory that this process ever held, in MB (10^6 bytes)."""
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    if found:  # ru_maxrss would carry over what the parent had before exec
-        return int(found[1]) * 1024 / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # macOS counts in bytes
 
 
 @dataclass
@@ -88,6 +77,8 @@ class _Live:
     """Rank 0's drafter reads what enters these layers of the stage at tokens of the text."""
     features: bool
     """Rank 0's drafter reads the features of the prompt and of what becomes text."""
+    spread: bool
+    """The members of the stage each keep a part of its rows."""
     before: _Spent
     """The stage had spent this when the request began."""
     computed: int = 0
@@ -118,7 +109,7 @@ class Worker:
         self.machine = StageMachine(rank, topology)
         self.crew = Crew(self.transport)
         self._live: dict[int, _Live] = {}
-        self._spent = _Spent()
+        self._spent, self._followers_peak = _Spent(), 0.0
 
     def run(self) -> None:
         """Serve until rank 0 says stop."""
@@ -156,7 +147,15 @@ class Worker:
             self.crew.begin(request, layers, about["spread"])
             before = dataclasses.replace(self._spent)
             self._live[request] = _Live(
-                request, rows, sampling, noise, notes, layers, about["features"], before
+                request,
+                rows,
+                sampling,
+                noise,
+                notes,
+                layers,
+                about["features"],
+                about["spread"],
+                before,
             )
         if not self._is_last:
             self.transport.send_next(message)
@@ -196,7 +195,7 @@ class Worker:
         admitted = [row for part in forward.parts for row in part.rows]
         out = self._forward(forward, lives, rows if len(admitted) == len(rows) else rows[admitted])
         walked = self._walk(forward, lives, out) if out is not None and self.head else {}
-        whole = out is not None and self._pretend(begun, forward.rows)
+        whole = out is not None and self._pretend(begun, forward.rows, lives[0].spread)
         # where this stage verifies, lm_head and picks are part of it
         self._account(forward, lives, begun, spent := self._clock.now() - begun)
         if whole:
@@ -359,7 +358,7 @@ class Worker:
 
     def _report(self, live: _Live | None) -> wire.Report:
         if live is None:
-            return wire.Report(0.0, 0, 0, 0.0, [], 0.0, peak_memory(), [])
+            return wire.Report(0.0, 0, 0, 0.0, [], 0.0, self._peak(), [])
         spent, before, meter = self._spent, live.before, self.machine.meter
         return wire.Report(
             spent.busy - before.busy,
@@ -368,23 +367,32 @@ class Worker:
             spent.overhead - before.overhead,
             meter.forward.points(),
             meter.row,
-            peak_memory(),
+            self._peak(),
             live.log.spans,
         )
+
+    def _peak(self) -> float:
+        """Return the most memory, in MB, that a member of the stage has held, as last told."""
+        return max(peak_memory(), self._followers_peak)
+
+    def _followers(self, message: Message) -> None:
+        self._followers_peak = max(self._followers_peak, message.meta["megabytes"])
 
     def _ping(self, message: Message) -> None:
         self.transport.send_control(0, wire.pong(message))
 
     # ---- time ------------------------------------------------------------------------------------
-    def _pretend(self, begun: float, rows: int) -> bool:
+    def _pretend(self, begun: float, rows: int, spread: bool) -> bool:
         """Take the emulated time of a forward over `rows` rows that began at `begun`.
 
         Return False if it was abandoned on the way, at the end of the next of its layers."""
-        seconds = self.emulate.stage_seconds(self._stage, rows)
+        group = Group(self.transport.topology.members, spread)
+        row_bytes = self.model.config.hidden_size * 2 * self.emulate.hidden_scale
+        seconds = self.emulate.group_seconds(self._stage, rows, group, row_bytes)
         while (left := begun + seconds - self._clock.now()) > 0:
             if self._hear_control(min(left, self.LOOK)) and self._needed():
                 continue
-            layer = seconds / self.emulate.LAYERS
+            layer = seconds / (self.emulate.LAYERS * group.members)
             spent = self._clock.now() - begun
             self._clock.sleep(min(seconds, math.ceil(spent / layer) * layer) - spent)
             return False
@@ -408,5 +416,6 @@ _TAKEN: dict[str, Callable[[Worker, Message], None]] = {
     "prunes": Worker._prunes,
     "end": Worker._end,
     "ping": Worker._ping,
+    "peak": Worker._followers,
 }
 """This maps the kind of a message to what is done with it."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from flowspec.core.cost import Emulate
+from flowspec.core.cost import ALONE, Emulate, Group
 from flowspec.core.costs import Costs
 from flowspec.core.decoding import Decoding
 from flowspec.core.learnt import Learnt
@@ -92,19 +92,26 @@ class RingSpec:
     costs: Costs | None = None
     """These measured costs are used instead of those of `emulate`; None means that there are
     none."""
+    group: Group = ALONE
+    """Each stage is so many ranks."""
 
     @property
     def topology(self) -> Topology:
+        """Return the ring of the stages, each of which counts as one rank here."""
         return Topology(self.stages)
 
     def seconds(self, stage: int, rows: int, context: int) -> float:
         """Return the seconds of stage `stage` (from 1) over so many rows behind `context`
         others."""
         return (
-            self.emulate.stage_seconds(stage, rows)
+            self.emulate.group_seconds(stage, rows, self.group, self._row_bytes)
             if self.costs is None
             else self.costs.seconds(stage, rows, context)
         )
+
+    @property
+    def _row_bytes(self) -> float:
+        return self.hidden * 2 * self.emulate.hidden_scale
 
     def draft_seconds(self, nodes: int) -> float:
         """Return the seconds of a drafter's forward over so many nodes."""
@@ -140,7 +147,7 @@ class RingSpec:
         They are as in runtime/wire.py and comm/shaped.py. If `nodes` is set, the rows are a
         segment's (with ids, parents and tokens, answered at the end); otherwise they are a chunk of
         the prompt's. `accepted` of them became text, as a last stage that verifies finds."""
-        row = self.hidden * 2 * self.emulate.hidden_scale
+        row = self._row_bytes
         if sender == 0:
             return FRAME_BYTES + rows * (12 if nodes else 4)  # id, parent, token
         if not nodes:
@@ -464,7 +471,8 @@ class World:
         self._handled(now, stage, event)
         running = stage.running
         if running and running.whole and not stage.machine.wanted():
-            layer = (running.end - running.begin) / self.ring.emulate.LAYERS
+            layers = self.ring.emulate.LAYERS * self.ring.group.members
+            layer = (running.end - running.begin) / layers
             end = running.begin + math.ceil((now - running.begin) / layer) * layer if layer else now
             if end < running.end:
                 stage.running = running._replace(end=end, whole=False)

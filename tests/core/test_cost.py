@@ -1,11 +1,12 @@
 """The measured cost of a forward, as a curve over its rows and the context behind them."""
 
+import dataclasses
 import itertools
 import random
 
 import pytest
 
-from flowspec.core.cost import LineFit, Meter, RowCost
+from flowspec.core.cost import Emulate, Group, LineFit, Meter, RowCost
 from flowspec.core.costs import Costs, merged, read
 from flowspec.core.curve import Curve
 from flowspec.errors import UserError
@@ -184,3 +185,36 @@ def test_costs_at_several_contexts_are_told_apart():
     for context in (64, 1000, 4000):
         for rows in (1, 4):
             assert costs.seconds(1, rows, context) == pytest.approx(seconds(rows, context), rel=0.1)
+
+
+# ---- stages that are groups ----------------------------------------------------------------------
+LINKS = Emulate(
+    stage_ms=80, token_ms=1, link_ms=1, link_mbps=8
+)  # 1 ms a hop, and 1 ms for 1,000 bytes
+
+
+def test_an_emulated_group_takes_two_all_reduces_a_layer():
+    """4 rows of 500 bytes over 2 ranks: they are sent once whole, then in halves, 2 x 16 x 2 times."""
+    whole, half = 1 + 2.16, 1 + 1.16
+    got = LINKS.group_seconds(1, 4, Group(2), 500)
+    assert got == pytest.approx((84 + whole + 2 * 16 * 2 * half) / 1000)
+
+
+def test_of_spread_rows_the_longer_of_product_and_step_counts():
+    """The 84 ms are 32 halves of two phases of two pieces: 0.656 ms a piece, less than the step above it."""
+    whole, half, piece = 1 + 2.16, 1 + 1.16, 84 / 128
+    got = LINKS.group_seconds(1, 4, Group(2, spread=True), 500)
+    assert got == pytest.approx((whole + 32 * 2 * (piece + half) + half) / 1000)
+    slow = dataclasses.replace(
+        LINKS, stage_ms=80_000
+    )  # now the products hide all steps but the last
+    got = slow.group_seconds(1, 4, Group(2, spread=True), 500)
+    assert got == pytest.approx((whole + 80_004 + half) / 1000)
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_a_group_without_links_to_speak_of_takes_what_a_rank_takes(spread):
+    board = Emulate(stage_ms=50, token_ms=0.5)
+    for members in (1, 2, 4):
+        seconds = board.group_seconds(1, 16, Group(members, spread), 8192)
+        assert seconds == pytest.approx(board.stage_seconds(1, 16))

@@ -13,9 +13,12 @@ LONG = "for i in range(10):\n" * 18
 """nearly all that the tiny model takes"""
 
 
-def assert_ends_naming(run, rank: int, reason: str) -> None:
+MEMBERS = {rank: f"rank {rank} (stage 1, member {rank - 1}, {HOST})" for rank in (1, 2)}
+
+
+def assert_ends_naming(run, rank: int, reason: str, names=NAMES) -> None:
     assert run.end() == 1, run.err
-    assert run.err.splitlines()[-1] == f"flowspec: {NAMES[rank]} {reason}"
+    assert run.err.splitlines()[-1] == f"flowspec: {names[rank]} {reason}"
     assert "Traceback" not in run.err, run.err
 
 
@@ -56,6 +59,22 @@ def test_a_killed_rank_ends_the_run_and_is_named(pair, command, when, rank):
     run = when(command, pair.config(2))
     run.signal(rank, signal.SIGKILL)
     assert_ends_naming(run, rank, "died: killed by signal 9")
+
+
+@pytest.mark.parametrize("method", ["tp", pytest.param("galaxy", marks=SLOW)])
+def test_a_killed_member_of_a_stage_is_named_by_the_others(pair, command, method):
+    run = command(pair.config(1, members=2), "--prompt", PROMPT, "--max-new-tokens", 100, "--method", method, "emulate.stage_ms=30", "tree.budget=2")
+    run.wait_until(lambda: len(run.out) > len(PROMPT))
+    run.signal(2, signal.SIGKILL)
+    assert_ends_naming(run, 2, "died: killed by signal 9", MEMBERS)
+
+
+@SLOW
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_stopped_member_of_a_stage_is_named_by_the_others(pair, command, rank):
+    run = while_decoding(command, pair.config(1, members=2), env={"FLOWSPEC_HEARTBEAT": "0.5,5"})
+    run.signal(rank, signal.SIGSTOP)
+    assert_ends_naming(run, rank, "hung: no heartbeat for 5 s", MEMBERS)
 
 
 @SLOW

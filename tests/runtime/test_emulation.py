@@ -357,7 +357,7 @@ class Mutants:
         return (
             Worker,
             "_pretend",
-            lambda good, self, begun, rows: good(self, begun, 1),
+            lambda good, self, begun, rows, spread: good(self, begun, 1, spread),
             "rows_are_charged",
         )
 
@@ -373,8 +373,8 @@ class Mutants:
         )
 
     def computing_comes_on_top():
-        def _pretend(good, self, begun, rows):
-            return good(self, self._clock.now(), rows)
+        def _pretend(good, self, begun, rows, spread):
+            return good(self, self._clock.now(), rows, spread)
 
         return Worker, "_pretend", _pretend, "computing_is_part_of_what_is_charged"
 
@@ -389,9 +389,9 @@ class Mutants:
     def all_is_needed_of_what_is_emulated():
         check = "an_emulated_forward_ends_with_the_layer_in_which_its_rows_died"
 
-        def _pretend(good, self, begun, rows):
+        def _pretend(good, self, begun, rows, spread):
             self.machine.wanted, wanted = lambda: True, self.machine.wanted
-            whole = good(self, begun, rows)
+            whole = good(self, begun, rows, spread)
             self.machine.wanted = wanted
             return whole
 
@@ -417,9 +417,9 @@ class Mutants:
         return StageMachine, "wanted", wanted, "a_forward_is_abandoned_between_two_layers"
 
     def what_is_abandoned_ends_at_once():
-        def _pretend(good, self, begun, rows):
+        def _pretend(good, self, begun, rows, spread):
             self._clock.sleep, sleep = lambda seconds: None, self._clock.sleep
-            whole = good(self, begun, rows)
+            whole = good(self, begun, rows, spread)
             self._clock.sleep = sleep
             return whole
 

@@ -11,7 +11,7 @@ import torch
 from flowspec import Engine, UserError
 from flowspec.bench import forecast, report
 from flowspec.bench.compare import Plan, compare, priced
-from flowspec.bench.forecast import PAPER, SIMULATED, Forecaster, Models, emulated, obstacle
+from flowspec.bench.forecast import PAPER, Forecaster, Models, emulated, obstacle
 from flowspec.bench.simulate import load_costs
 from flowspec.cli import main
 from flowspec.commands.options import DEMO_PROMPTS
@@ -20,11 +20,14 @@ from flowspec.core.cost import Emulate, Point
 from flowspec.core.costs import Costs, merged
 from flowspec.core.policies import METHODS
 from flowspec.core.request import Request, Sampling
+from flowspec.core.topology import Topology
 from flowspec.preflight import read_prompts
 from tests.conftest import features_given
 
 BOARD = "emulate={stage_ms: 20, token_ms: 0.2, draft_ms: 3, link_ms: 1, link_mbps: 50}"
 SMALL = ["--prompt", "def add(a, b):", "--max-new-tokens", "16"]
+
+OVER_A_RING = (*METHODS, PAPER)
 
 
 def lines(path) -> list[dict]:
@@ -47,7 +50,7 @@ def test_a_sweep_says_a_rate_for_every_cell_and_needs_no_model_the_second_time(
     live = drafter in ("eagle", "mixture")
     methods = ",".join(
         m
-        for m in (("ar", "flowspec", PAPER) if live else SIMULATED)
+        for m in (("ar", "flowspec", PAPER) if live else OVER_A_RING)
         if m != PAPER or drafter != "none"
     )
     several = {
@@ -145,7 +148,7 @@ def test_a_made_up_drafter_needs_no_model(tmp_path, capsys):
         )
         == 0
     )
-    assert len(lines(tmp_path / "s")) == 2 * 2 * len(SIMULATED)
+    assert len(lines(tmp_path / "s")) == 2 * 2 * len(OVER_A_RING)
 
 
 @pytest.mark.parametrize(
@@ -310,8 +313,8 @@ def test_the_simulated_head_reads_what_the_target_makes_of_the_text(pair, monkey
     tape = forecaster.add(Request(id=1, prompt=prompt, sampling=Sampling(max_new_tokens=16)), text)
     with torch.no_grad():
         want = pair.model.model(torch.tensor([[*prompt, *text[:-1]]])).last_hidden_state[0]
-    for method in SIMULATED[1:]:
-        forecaster.run(tape, method, 2)
+    for method in OVER_A_RING[1:]:
+        forecaster.run(tape, method, Topology(2))
         torch.testing.assert_close(torch.cat(got), want, rtol=1e-4, atol=1e-4)
     assert len(forecaster._features) == 1
 
