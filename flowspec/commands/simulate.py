@@ -201,7 +201,8 @@ def _choices(text: str) -> list[str]:
 
 
 def _check(cell: Cell, config: Config, path: str | None, costs: dict[str, Costs] | None) -> None:
-    emulate = cell.config.emulate
+    emulate, ring = cell.config.emulate, cell.topology
+    stages = map(ring.stage, ring.stage_ranks)
     need(
         cell.config.drafter == config.drafter,
         "--vary: one drafter a simulation; run another one for another",
@@ -213,8 +214,7 @@ def _check(cell: Cell, config: Config, path: str | None, costs: dict[str, Costs]
         "simulation for policy.coupled",
     )
     need(
-        costs is not None
-        or all(emulate.stage_seconds(stage, 1) > 0 for stage in range(1, cell.topology.stages + 1)),
+        costs is not None or all(emulate.stage_seconds(stage, 1) > 0 for stage in stages),
         "simulate needs the devices' times: give emulate.stage_ms, as configs/devices/ do, above "
         "0 for each stage, or --costs FILE",
     )
