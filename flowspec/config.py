@@ -24,6 +24,7 @@ from flowspec.schema import build, choice, parse, read_mapping
 DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 VERIFY_ON = ("auto", "coordinator", "last")
 LATER = ("dsi", "si")
+BACKENDS = ("native", "deepspeed")
 OWN = {
     "stages",
     "drafter",
@@ -38,6 +39,17 @@ OWN = {
 }
 """These keys may differ from rank to rank. They name places, what a rank computes on, and what only
 rank 0 decides with each request. (The dtype that they name or stand for is compared by itself.)"""
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """This says how the ranks of a stage share its layers, where a stage has several."""
+
+    backend: str = "native"
+    """`native` is flowspec's own; `deepspeed` is DeepSpeed's AutoTP, over processes."""
+
+    def __post_init__(self) -> None:
+        choice("tensor_parallel.backend", self.backend, BACKENDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +67,7 @@ class Config:
     sampling: Sampling = field(default_factory=Sampling)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     emulate: Emulate = field(default_factory=Emulate)
+    tensor_parallel: TensorParallel = field(default_factory=TensorParallel)
     dtype: str = "auto"
     """This is the dtype of the weights (int8 has a scale for each output and runs on a CPU). `auto`
     is float32 on a CPU and the stored dtype elsewhere."""

@@ -166,7 +166,7 @@ class Engine:
         )
         tokens = self.text.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
         check_prompt(tokens, self.manifest)
-        check_method(config.method, self.topology.members)
+        check_method(config.method, self.topology.members, config.tensor_parallel.backend)
         with self._lock:
             self._requests += 1
             request = self.request(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from flowspec.models.fingerprint import embedding_hash
 from flowspec.models.heads import EAGLE_FC, check_head
 from flowspec.models.hub import MODEL_FILES, local_folder
 from flowspec.models.manifest import AGAIN, FILE_NAME, Manifest, verify_files
+from flowspec.models.shard import copies
 from flowspec.models.split import Source
 from flowspec.models.weights import Checkpoint
 from flowspec.text import Text, check_same_tokens, load_tokenizer
@@ -43,8 +45,11 @@ def check_run(config: Config, ranks: Sequence[int] | None = None) -> Manifest:
     split = f"the model is split for {topology.world_size} (rank 0 and {topology.stages})"
     need(devices in (1, topology.world_size), f"device lists {devices} ranks, {split}")
     config.emulate.check_stages(topology.stages)
-    check_method(config.method, topology.members)
+    check_method(config.method, topology.members, config.tensor_parallel.backend)
     ranks = topology.ranks if ranks is None else ranks
+    if config.tensor_parallel.backend == "deepspeed" and topology.members > 1:
+        check_autotp(config, manifest)
+        ranks = sorted({member for rank in ranks for member in topology.group(rank)})
     verify_files(manifest, ranks, lm_head=config.head_ranks(topology))
     for rank in ranks:
         folder = manifest.folder(rank)
@@ -53,6 +58,26 @@ def check_run(config: Config, ranks: Sequence[int] | None = None) -> Manifest:
         for drafter in config.drafters:
             check_drafter(drafter, config.folder, manifest)
     return manifest
+
+
+def check_autotp(config: Config, manifest: Manifest) -> None:
+    """Raise UserError unless DeepSpeed's AutoTP can share the layers as configured."""
+    key = "tensor_parallel.backend is deepspeed"
+    need(
+        importlib.util.find_spec("deepspeed") is not None,
+        f"{key}, which is not installed: .venv/bin/pip install -r requirements_deepspeed.txt (the "
+        "extra `deepspeed`), or set it to native",
+    )
+    need(
+        config.dtype != "int8",
+        f"{key}, which has no int8 weights here: set another dtype, or native",
+    )
+    model, members = read_config(manifest.folder(0)), manifest.tensor_parallel
+    need(
+        copies(model, members) == 1,
+        f"{key}, which shares no key/value heads: {members} members are more than the model has, "
+        "set it to native",
+    )
 
 
 def check_same_model(manifest: Manifest, config: dict, where: str, advice: str) -> None:

@@ -157,7 +157,8 @@ def work(config: Config, manifest: Manifest, transport: Transport) -> None:
 
     topology, links = transport.topology, transport.links
     leader = topology.leader(rank)
-    model = load_stage(manifest, rank, dtype, device, progress, links)
+    autotp = links is not None and config.tensor_parallel.backend == "deepspeed"
+    model = load_stage(manifest, rank, dtype, device, progress, links, autotp)
     head = (
         load_head(manifest, rank, dtype, device)
         if leader == topology.last and config.verifies_last

@@ -83,30 +83,32 @@ class ProcessLinks:
     With gloo, tensors on a GPU take the way through the host's memory."""
 
     def __init__(self, group: dist.ProcessGroup):
-        self._group = group
+        self.group = group
+        self.first = dist.get_global_rank(group, 0)
+        """This is the rank of the leader."""
         self.index, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._on_host = dist.get_backend(group) == "gloo"
 
     def gathered(self, own: Tensor) -> Sequence[Tensor]:
         mine = self._sent(own)
         parts = [torch.empty_like(mine) for _ in range(self.size)]
-        self._exchange(lambda: dist.all_gather(parts, mine, group=self._group))
+        self._exchange(lambda: dist.all_gather(parts, mine, group=self.group))
         return [part.to(own.device) for part in parts]
 
     def swapped(self, blocks: Tensor) -> Tensor:
         mine = self._sent(blocks)
         found = torch.empty_like(mine)
-        self._exchange(lambda: dist.all_to_all_single(found, mine, group=self._group))
+        self._exchange(lambda: dist.all_to_all_single(found, mine, group=self.group))
         return found.to(blocks.device)
 
     def passed(self, out: Tensor, into: Tensor) -> Callable[[], object]:
         mine = self._sent(out)
         found = torch.empty_like(into, device=mine.device)
         after, before = (
-            dist.get_global_rank(self._group, (self.index + step) % self.size) for step in (1, -1)
+            dist.get_global_rank(self.group, (self.index + step) % self.size) for step in (1, -1)
         )
         operations = [
-            dist.P2POp(what, tensor, peer, group=self._group)
+            dist.P2POp(what, tensor, peer, group=self.group)
             for what, tensor, peer in ((dist.isend, mine, after), (dist.irecv, found, before))
             if tensor.numel()
         ]

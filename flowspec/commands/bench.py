@@ -34,9 +34,9 @@ with what the simulator predicts beside what was measured."""
 KNOWN = (*METHODS, *SHARED)
 
 
-def _check_methods(options: argparse.Namespace, manifest: Manifest) -> None:
+def _check_methods(options: argparse.Namespace, config: Config, manifest: Manifest) -> None:
     for method in methods(options.methods, KNOWN):
-        check_method(method, manifest.topology.members)
+        check_method(method, manifest.topology.members, config.tensor_parallel.backend)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +96,7 @@ def _without(options: argparse.Namespace) -> list[str]:
 
 
 def _check(options: argparse.Namespace, config: Config, manifest: Manifest) -> None:
-    _check_methods(options, manifest)
+    _check_methods(options, config, manifest)
     _without(options)
     need(
         number(options.repeats, int, "--repeats") >= 1,
@@ -198,7 +198,7 @@ def _add_load_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _check_load(options: argparse.Namespace, config: Config, manifest: Manifest) -> None:
-    _check_methods(options, manifest)
+    _check_methods(options, config, manifest)
     for flag in ("requests", "repeats"):
         found = numbers(getattr(options, flag), int, f"--{flag}")
         need(min(found) >= 1, f"--{flag} is {getattr(options, flag)}: it must be at least 1")

@@ -16,6 +16,7 @@ from flowspec.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from flowspec.models.autotp import JoinedFile
     from flowspec.models.weights import TensorFile
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -239,7 +240,10 @@ EXPERT_NAME = re.compile(r"(layers\.\d+\.)block_sparse_moe\.experts\.(\d+)\.w([1
 
 
 def module_tensors(
-    file: TensorFile, family: Family, first_layer: int, dtype: torch.dtype | None = None
+    file: TensorFile | JoinedFile,
+    family: Family,
+    first_layer: int,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name inside the stage, tensor) for every tensor of a stage's file, one in memory at a
     time.
@@ -267,7 +271,10 @@ def _local_name(name: str, first_layer: int) -> str:
 
 
 def _fused(
-    file: TensorFile, names: list[str], parts: tuple[str, ...], dtype: torch.dtype | None
+    file: TensorFile | JoinedFile,
+    names: list[str],
+    parts: tuple[str, ...],
+    dtype: torch.dtype | None,
 ) -> torch.Tensor:
     """Return [experts, sum of rows, columns]: the named matrices of each expert above one
     another."""

@@ -6,6 +6,7 @@ transformers' own classes; rows, positions and attention (attention.py) are ours
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -39,17 +40,27 @@ class StageModel(nn.Module):
     """A StageModel is the decoder layers [0, layers) of one rank, or its shard of them.
 
     They are behind the embedding if `first`, and before the final norm if `last`. `links` lead to
-    the other members of the stage; they are None if the rank is a stage alone."""
+    the other members of the stage; they are None if the rank is a stage alone. If `whole` is set,
+    the tensors to load are those of whole layers, of which `share` makes shards."""
 
     def __init__(
-        self, config: dict, layers: int, first: bool, last: bool, links: Links | None = None
+        self,
+        config: dict,
+        layers: int,
+        first: bool,
+        last: bool,
+        links: Links | None = None,
+        whole: bool = False,
     ):
         super().__init__()
         classes = family_of(config).classes()
         shard = Shard(links.index, links.size) if links else WHOLE
-        self.links = links
+        self.links, self._whole = links, whole
+        self._kv_heads = narrowed(config, shard.members).get("num_key_value_heads")
+        self.share: Callable[[nn.Module], nn.Module] | None = None
         self.config = classes.config.from_dict(
-            narrowed(config, shard.members) | {"attn_implementation": attention.implementation()}
+            narrowed(config, 1 if whole else shard.members)
+            | {"attn_implementation": attention.implementation()}
         )
         with torch.device("meta"):
             self.embed_tokens = (
@@ -76,7 +87,7 @@ class StageModel(nn.Module):
         On a CPU that has kernels for `dtype` the matrices are packed as they come, and everything
         else is float32 (kernels.py). Raise UserError if tensors are missing or of another shape."""
         waiting = dict(self.named_parameters())
-        packs = packs_weights(self.config.to_dict(), dtype, device)
+        packs = not self._whole and packs_weights(self.config.to_dict(), dtype, device)
         self.dtype = torch.float32 if packs else dtype
         for name, tensor in tensors:
             expected = waiting.pop(name, None)
@@ -96,6 +107,7 @@ class StageModel(nn.Module):
                 tensor.to(device) if not packs or module is self.embed_tokens else tensor.float()
             )
             setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+            self._shared(name, waiting)
         if waiting:
             raise UserError(
                 f"{source}: {len(waiting)} tensors are missing, such as {next(iter(waiting))}"
@@ -106,9 +118,16 @@ class StageModel(nn.Module):
             self.layers = nn.ModuleList(
                 native.NativeLayer(layer, self.config) for layer in self.layers
             )
-        if self.links:
+        if self.links and not self._whole:
             self.layers = nn.ModuleList(ParallelLayer(layer) for layer in self.layers)
         return self
+
+    def _shared(self, name: str, waiting: Iterable[str]) -> None:
+        """Keep a shard of the layer to which the tensor `name` belongs, if it is complete."""
+        place = re.match(r"layers\.(\d+)\.", name)
+        if self.share is None or not place or any(n.startswith(place[0]) for n in waiting):
+            return
+        self.layers[int(place[1])] = self.share(self.layers[int(place[1])])
 
     def compute_alone(self) -> None:
         """Make the result of a tree's row the same, to the bit, whatever is around it, from now on.
@@ -128,7 +147,7 @@ class StageModel(nn.Module):
         """Return the bytes of the keys and values of a token in all layers."""
         config = self.config
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        row = 2 * config.num_key_value_heads * head * self.dtype.itemsize
+        row = 2 * (self._kv_heads or config.num_key_value_heads) * head * self.dtype.itemsize
         return len(self.layers) * row
 
     @property
@@ -152,7 +171,8 @@ class StageModel(nn.Module):
         in the same order, say where the rows stand, what they see and which cache they have.
 
         All members of a stage are called with the same rows and parts, and share the work as
-        `sharing` says. If one of them needs the rows no longer, all leave off at once."""
+        `sharing` says. If one of them needs the rows no longer, all leave off at once; whole layers
+        that have been made shards are computed to the end."""
         caches, device = Caches(parts), self.device
         rows = placed(rows, device)
         x = (self._embedded(rows.long()) if self.embed_tokens is not None else rows).to(self.dtype)
@@ -163,8 +183,8 @@ class StageModel(nn.Module):
         around = native.Around(seen, turns, caches)
         out, entered = (
             self._through_shards(x, around, taps, needed, sharing)
-            if self.links
-            else self._through(x, around, taps, needed)
+            if self.links and not self._whole
+            else self._through(x, around, taps, ALWAYS if self._whole else needed)
         )
         if out is None:
             return None, None
@@ -513,10 +533,12 @@ def load_stage(
     device: str,
     progress: Callable[[int], None] = lambda size: None,
     links: Links | None = None,
+    autotp: bool = False,
 ) -> StageModel:
     """Return the layers of one rank of a split model, or its shard of them.
 
-    `links` lead to the other members of its stage. `progress(bytes)` is called after each tensor
+    `links` lead to the other members of its stage. If `autotp` is set, DeepSpeed shards the layers
+    (autotp.py), and `links` are those of processes. `progress(bytes)` is called after each tensor
     with all bytes so far, counted in the dtype in which they are read."""
     config, entry, ring = (
         read_config(manifest.folder(rank)),
@@ -525,8 +547,17 @@ def load_stage(
     )
     path = manifest.path(entry)
     leader = ring.leader(rank)
-    model = StageModel(config, entry.num_layers, leader == ring.FIRST, leader == ring.last, links)
-    tensors = module_tensors(TensorFile(path), family_of(config), entry.layers[0], stored_as(dtype))
+    model = StageModel(
+        config, entry.num_layers, leader == ring.FIRST, leader == ring.last, links, autotp
+    )
+    file: TensorFile | JoinedFile = TensorFile(path)
+    if autotp:
+        from flowspec.models.autotp import JoinedFile, sharer
+
+        model.share = sharer(links, model.config, device)
+        files = [TensorFile(manifest.path(manifest.ranks[each])) for each in ring.group(rank)]
+        file = JoinedFile(files, ring.member(rank), config)
+    tensors = module_tensors(file, family_of(config), entry.layers[0], stored_as(dtype))
     return model.load(_counted(tensors, progress), device, str(path), dtype)
 
 

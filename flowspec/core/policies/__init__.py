@@ -37,8 +37,14 @@ def spreads(method: str) -> bool:
     return method == "galaxy"
 
 
-def check_method(method: str, members: int) -> None:
-    """Raise UserError unless a ring whose stages have so many members can run a method."""
+def check_method(method: str, members: int, backend: str = "native") -> None:
+    """Raise UserError unless a ring whose stages have so many members can run a method.
+
+    `backend` is what lets them share the layers."""
+    need(
+        backend == "native" or not spreads(method),
+        f"method is {method}, which tensor_parallel.backend {backend} cannot do: set it to native",
+    )
     need(
         members > 1 or method not in SHARED,
         f"method is {method}: the model is split into stages of one rank each, split it with "
