@@ -547,9 +547,10 @@ class Driver:
             return
         del self._ending[live.request.id]
         if live.log.on:
-            notes = {rank: report.spans for rank, report in stats.reports.items()}
+            stage = self._topology.stage  # spans call a rank by the number of its stage
+            notes = {stage(rank): report.spans for rank, report in stats.reports.items()}
             # the quickest of QUESTIONS round trips (Cristian 1989): off by at most half of it
-            offsets = {rank: min(pongs)[1] for rank, pongs in live.pongs.items()}
+            offsets = {stage(rank): min(pongs)[1] for rank, pongs in live.pongs.items()}
             spans = {0: live.log.spans} | notes
             stats.spans = merged(spans, {0: 0.0} | offsets, live.fates)
         live.tokens.end()

@@ -35,6 +35,7 @@ from flowspec.models.split import split
 from flowspec.models.stage import Cached, Share, forward_together, load_head, load_stage
 from flowspec.models.weights import Checkpoint, TensorFile
 from flowspec.runtime.group import gathered_logits
+from flowspec.trace import read
 
 SHAPE = dict(
     vocab_size=61, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,
@@ -300,6 +301,15 @@ def test_every_method_writes_the_sampled_text_of_a_plain_ring(pair, stages, memb
                     text(engine, PROMPTS[1], method=method, max_new_tokens=16, **settings)
                     == want[k]
                 ), method
+
+
+def test_the_timeline_of_groups_shows_their_stages(pair, tmp_path):
+    path = tmp_path / "t.json"
+    with Engine.from_config(pair.config(2, None, "lm", 2), [f"trace={path}"]) as engine:
+        assert text(engine, PROMPTS[1], max_new_tokens=8) == pair.greedy(PROMPTS[1], 8)
+    spans, _ = read(path)
+    assert {span.rank for span in spans} == {0, 1, 2}
+    assert all(span.end >= span.begin for span in spans if span.row == "compute")
 
 
 def test_several_requests_share_a_group(pair):
