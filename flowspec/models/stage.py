@@ -114,12 +114,11 @@ class StageModel(nn.Module):
             )
         self.rotary.to(device)
         self.native = packs and all(native.suits(layer, self.config) for layer in self.layers)
-        if self.native:
-            self.layers = nn.ModuleList(
-                native.NativeLayer(layer, self.config) for layer in self.layers
-            )
-        if self.links and not self._whole:
-            self.layers = nn.ModuleList(ParallelLayer(layer) for layer in self.layers)
+        for k in range(len(self.layers)):  # one by one: a native layer copies matrices
+            if self.native:
+                self.layers[k] = native.NativeLayer(self.layers[k], self.config)
+            if self.links and not self._whole:
+                self.layers[k] = ParallelLayer(self.layers[k])
         return self
 
     def _shared(self, name: str, waiting: Iterable[str]) -> None:

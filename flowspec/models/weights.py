@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import math
+import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -124,10 +125,8 @@ class TensorFile:
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return the tensor in a buffer of its own; it is converted if `dtype` is given."""
-        import torch
-
         info = self.info(name)
-        out = torch.empty(info.shape, dtype=dtype or torch_dtype(info.dtype))
+        out = _room(info.shape, dtype or torch_dtype(info.dtype))
         self.read_into(name, out)
         return out
 
@@ -145,6 +144,19 @@ class TensorFile:
                 _fill(file, flat, self.path)
             else:
                 _fill_converted(file, flat, stored, self.path)
+
+
+def _room(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Return an unwritten tensor whose memory, if it is large, goes back to the system with it.
+
+    The heap would keep holes: more than half as much again as a stage of 1 GB (docs/measured.md)."""
+    import torch
+
+    size = math.prod(shape)
+    if size * dtype.itemsize < CHUNK or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.empty(tuple(shape), dtype=dtype)
+    area = mmap.mmap(-1, size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(area, dtype=dtype, count=size).view(tuple(shape))
 
 
 def _fill(file, flat: torch.Tensor, path: Path) -> None:

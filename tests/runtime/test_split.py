@@ -790,3 +790,37 @@ def test_the_split_streams(tmp_path):
     command = [sys.executable, "-c", PEAK, str(tmp_path / "model"), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert int(done.stdout) < 20_000, f"{done.stdout} KiB above an empty start"
+
+
+LOADED = """
+import sys, torch
+from flowspec.models import stage
+from flowspec.models.manifest import Manifest
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+torch.set_num_threads(1)
+manifest = Manifest.load(sys.argv[1])
+stage.family_of(stage.read_config(manifest.folder(1))).classes()
+before = peak()
+model = stage.load_stage(manifest, 1, torch.float32, "cpu")
+print(peak() - before, model.size // 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("members", [1, 2])
+def test_a_stage_takes_little_more_than_its_weights(tmp_path, members):
+    """Also while it is loaded, packed and stacked: 60 MB a layer, a layer at a time."""
+    random_llama(tmp_path / "model", hidden=1024, layers=5, vocab=512)
+    split(str(tmp_path / "model"), 1, tmp_path / "out", members=members)
+    code = LOADED.replace('"cpu")', '"cpu", links=links)') if members > 1 else LOADED
+    code = code.replace(
+        "before = peak()",
+        "from flowspec.comm.group import threads\nlinks = threads(2)[0]\nbefore = peak()",
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    more, size = map(int, done.stdout.split())
+    assert size > 250_000 // members
+    assert more < 1.2 * size + 90_000, f"{more} KiB for {size} KiB of weights"
