@@ -504,6 +504,10 @@ class Head:
             return self._weight
         return self._packed.weight()
 
+    def two_best(self, features: Tensor) -> Tensor:
+        """Return the logits, all but the two highest of each row perhaps lowered to -inf."""
+        return self(features)
+
     @torch.inference_mode()
     def __call__(self, features: Tensor) -> Tensor:
         if self._packed is not None:

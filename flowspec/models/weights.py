@@ -149,7 +149,7 @@ class TensorFile:
 def _room(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Return an unwritten tensor whose memory, if it is large, goes back to the system with it.
 
-    The heap would keep holes: more than half as much again as a stage of 1 GB (docs/measured.md)."""
+    The heap would keep holes, for a stage of 1 GB more than half as much again."""
     import torch
 
     size = math.prod(shape)

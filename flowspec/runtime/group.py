@@ -47,9 +47,9 @@ class Crew:
     def move(self, request: int, gather: Gather) -> None:
         self._tell(lambda: wire.move(request, gather))
 
-    def multiply(self, rows: Tensor) -> None:
+    def multiply(self, rows: Tensor, two_best: bool) -> None:
         """Have the followers multiply rows [n, hidden] with their shards of lm_head."""
-        self._tell(lambda: wire.multiply(rows))
+        self._tell(lambda: wire.multiply(rows, two_best))
 
     def end(self, request: int) -> None:
         self._tell(lambda: wire.leave(request))
@@ -86,8 +86,29 @@ class ShardedHead(Head):
         self._part, self._links, self._crew = part, links, crew
 
     def __call__(self, features: Tensor) -> Tensor:
-        self._crew.multiply(features)
+        self._crew.multiply(features, two_best=False)
         return gathered_logits(self._part, self.vocabulary, self._links, features)
+
+    def two_best(self, features: Tensor) -> Tensor:
+        """Return the two highest logits of each row in their places, and -inf in all others."""
+        self._crew.multiply(features, two_best=True)
+        return gathered_two(self._part, self.vocabulary, self._links, features)
+
+
+def gathered_two(part: Head, vocabulary: int, links: Links, features: Tensor) -> Tensor:
+    """Return what `two_best` does, for all members of a stage at once: of each row, every member
+    sends two numbers and two tokens instead of its part of the vocabulary."""
+    own = part(features)
+    first = Shard(links.index, links.size).of(vocabulary).start
+    best = torch.from_numpy(own.cpu().numpy().argmax(1))[:, None].to(own.device)  # the lowest token
+    rest = own.scatter(1, best, -torch.inf)
+    next_best = rest.max(1, keepdim=True).indices
+    tokens = torch.cat([best, next_best], 1)
+    values = own.gather(1, tokens).double()
+    out = own.new_full((len(own), vocabulary), -torch.inf)
+    for each in links.gathered(torch.cat([values, (tokens + first).double()], 1)):
+        out.scatter_(1, each[:, 2:].long(), each[:, :2].to(out.dtype))
+    return out
 
 
 def gathered_logits(part: Head, vocabulary: int, links: Links, features: Tensor) -> Tensor:
@@ -154,7 +175,8 @@ class Follower:
 
     def _multiply(self, message: Message) -> None:
         assert self._head is not None
-        gathered_logits(self._head, self._vocabulary, self._links, message.tensors[0])
+        made = gathered_two if message.meta["two_best"] else gathered_logits
+        made(self._head, self._vocabulary, self._links, message.tensors[0])
 
     def _leave(self, message: Message) -> None:
         self._rows.pop(message.meta["request"], None)

@@ -54,7 +54,8 @@ class Picks(Mapping[int, Pick]):
         k = self._index[id]
         if k not in self._logits:
             some = self._below(k)
-            self._logits.update(zip(some, self._head(self._rows[torch.tensor(some)]), strict=True))
+            multiply = self._head if self._noise is not None else self._head.two_best
+            self._logits.update(zip(some, multiply(self._rows[torch.tensor(some)]), strict=True))
         position = int(self._positions[k]) + 1
         return pick(on_host(self._logits[k]), self._sampling, self._noise, position)
 

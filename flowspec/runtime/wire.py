@@ -348,9 +348,11 @@ def read_move(message: Message) -> tuple[int, Gather]:
     return message.meta["request"], Gather(message.meta["base"], rows)
 
 
-def multiply(rows: Tensor) -> Message:
-    """Rows of features [n, hidden] are to be multiplied with lm_head."""
-    return Message("multiply", {}, (rows,))
+def multiply(rows: Tensor, two_best: bool) -> Message:
+    """Rows of features [n, hidden] are to be multiplied with lm_head.
+
+    If `two_best` is set, only the two highest logits of each row are wanted."""
+    return Message("multiply", {"two_best": two_best}, (rows,))
 
 
 def leave(request: int) -> Message:

@@ -24,6 +24,7 @@ from flowspec.comm.collectives import summed
 from flowspec.comm.group import threads
 from flowspec.commands.split import main as split_main
 from flowspec.core.policies import METHODS, SHARED
+from flowspec.core.request import Sampling
 from flowspec.core.stage import StageState
 from flowspec.core.topology import Shard, Topology
 from flowspec.engine import Engine
@@ -34,7 +35,8 @@ from flowspec.models.shard import cut
 from flowspec.models.split import split
 from flowspec.models.stage import Cached, Share, forward_together, load_head, load_stage
 from flowspec.models.weights import Checkpoint, TensorFile
-from flowspec.runtime.group import gathered_logits
+from flowspec.runtime.group import gathered_logits, gathered_two
+from flowspec.sampling import pick
 from flowspec.trace import read
 
 SHAPE = dict(
@@ -229,6 +231,19 @@ def test_a_group_computes_what_the_model_does(folder, tmp_path, family, members,
 
     for got in together(members, work):
         assert_close(got, want, atol=2e-4, rtol=2e-4)
+
+
+def test_two_best_of_sharded_logits_are_those_of_all(folder, tmp_path):
+    """Also where two tokens of different members, or of one, tie: the lowest wins."""
+    made("llama", folder)
+    manifest = split(str(folder / "llama"), 1, tmp_path / "out", members=2)
+    group = members_of(manifest, 1)
+    rows = torch.randn(9, 64, generator=torch.Generator().manual_seed(1))
+    rows[3] = 0  # all tokens tie
+    whole = together(2, lambda k: gathered_logits(group[k][1], 61, group[k][2], rows))[0]
+    for two in together(2, lambda k: gathered_two(group[k][1], 61, group[k][2], rows)):
+        for got, want in zip(two, whole, strict=True):
+            assert pick(got, Sampling(), None, 5) == pick(want, Sampling(), None, 5)
 
 
 @EACH_WAY
