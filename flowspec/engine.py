@@ -166,7 +166,12 @@ class Engine:
         )
         tokens = self.text.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
         check_prompt(tokens, self.manifest)
-        check_method(config.method, self.topology.members, config.tensor_parallel.backend)
+        check_method(
+            config.method,
+            self.topology.members,
+            config.tensor_parallel.backend,
+            config.deterministic,
+        )
         with self._lock:
             self._requests += 1
             request = self.request(
@@ -255,7 +260,8 @@ class Engine:
         packs = packs_weights(
             read_config(self.manifest.folder(last)), dtype, self.config.device_of(last)
         )
-        return "float32" if packs else self.dtype_name
+        shared = self.topology.members > 1 and self.config.tensor_parallel.backend != "native"
+        return "float32" if packs and not shared else self.dtype_name
 
     # ---- inside ----------------------------------------------------------------------------------
     def _make_driver(self) -> Driver:

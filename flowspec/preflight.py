@@ -45,7 +45,9 @@ def check_run(config: Config, ranks: Sequence[int] | None = None) -> Manifest:
     split = f"the model is split for {topology.world_size} (rank 0 and {topology.stages})"
     need(devices in (1, topology.world_size), f"device lists {devices} ranks, {split}")
     config.emulate.check_stages(topology.stages)
-    check_method(config.method, topology.members, config.tensor_parallel.backend)
+    check_method(
+        config.method, topology.members, config.tensor_parallel.backend, config.deterministic
+    )
     ranks = topology.ranks if ranks is None else ranks
     if config.tensor_parallel.backend == "deepspeed" and topology.members > 1:
         check_autotp(config, manifest)

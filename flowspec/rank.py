@@ -53,7 +53,10 @@ def join(config: Config) -> Member:
         config.shared(), manifest, dtype_name(config, manifest, rank) if takes_part else None
     )
     limits = wire_limits(config, manifest)
-    return Member(manifest, *join_run(topology, facts, limits, config.emulate, end_process))
+    own_gpu = has_own_gpu(config)
+    return Member(
+        manifest, *join_run(topology, facts, limits, config.emulate, end_process, own_gpu)
+    )
 
 
 def serve(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> None:
@@ -120,6 +123,12 @@ def checked_device(config: Config, rank: int) -> str:
         "the last",
     )
     return f"cuda:{index}"
+
+
+def has_own_gpu(config: Config) -> bool:
+    """Return whether this rank computes on a GPU that no other rank of this host uses."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return config.device == "cuda" and torch.cuda.device_count() >= here
 
 
 def compute_dtype(config: Config, manifest: Manifest, rank: int) -> torch.dtype:

@@ -131,10 +131,17 @@ class _Receiver:
             raise ConnectionError("the connection broke") from None
 
 
-def _stage_links(topology: Topology, rank: int, backend: str) -> Links | None:
-    """Return the links of a rank in its stage, after making all groups, as torch wants it."""
-    own = None
-    for leader in topology.stage_ranks if topology.members > 1 else ():
+def _stage_links(topology: Topology, rank: int, own_gpu: bool) -> Links | None:
+    """Return the links of a rank in its stage, after making all groups, as torch wants it.
+
+    They are NCCL's if it is there and every member has a GPU of its own, else gloo's."""
+    if topology.members == 1:
+        return None
+    able = rank == topology.COORDINATOR or (own_gpu and dist.is_nccl_available())
+    all_able, own = torch.tensor([int(able)]), None
+    dist.all_reduce(all_able, dist.ReduceOp.MIN)
+    backend = "nccl" if all_able.item() else "gloo"
+    for leader in topology.stage_ranks:
         group = dist.new_group([*topology.group(leader)], backend=backend, timeout=FOREVER)
         if rank in topology.group(leader):
             own = ProcessLinks(group)
@@ -144,8 +151,8 @@ def _stage_links(topology: Topology, rank: int, backend: str) -> Links | None:
 class GlooTransport:
     """A GlooTransport is one rank's end of the ring over two process groups of its own.
 
-    torch.distributed must be initialised. `sharing` is torch's backend for what the members of a
-    stage exchange: gloo or nccl. `limits` say what messages of each kind can hold,
+    torch.distributed must be initialised. `own_gpu` says that this rank computes on a GPU that no
+    other rank uses. `limits` say what messages of each kind can hold,
     `emulate` says what links may delay, and `pulses` are those that the heartbeat keeps."""
 
     def __init__(
@@ -156,7 +163,7 @@ class GlooTransport:
         emulate: Emulate,
         pulses: list[Pulse],
         still: float,
-        sharing: str = "gloo",
+        own_gpu: bool = False,
     ):
         self.rank, self.topology = dist.get_rank(), topology
         self.pulses, self.still = pulses, still
@@ -164,7 +171,7 @@ class GlooTransport:
         self._closing = False
         self._lost_peer = lost
         ring, control = (dist.new_group(backend="gloo", timeout=FOREVER) for _ in range(2))
-        self.links = _stage_links(topology, self.rank, sharing)
+        self.links = _stage_links(topology, self.rank, own_gpu)
         peers = topology.control_peers(self.rank)
         limits = {**limits, _BYE.kind: _BYE_LIMIT}
         links = [(peer, control, True) for peer in peers]

@@ -36,7 +36,8 @@ KNOWN = (*METHODS, *SHARED)
 
 def _check_methods(options: argparse.Namespace, config: Config, manifest: Manifest) -> None:
     for method in methods(options.methods, KNOWN):
-        check_method(method, manifest.topology.members, config.tensor_parallel.backend)
+        backend, members = config.tensor_parallel.backend, manifest.topology.members
+        check_method(method, members, backend, config.deterministic)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -102,8 +102,11 @@ class ParallelLayer(nn.Module):
 
     def __init__(self, layer: nn.Module):
         super().__init__()
-        self.layer = layer
-        self.halves = layer.halves() if isinstance(layer, NativeLayer) else _taken_apart(layer)
+        self.layer, self.taken = layer, nn.ModuleList()
+        if isinstance(layer, NativeLayer):
+            self.halves = layer.halves()
+        else:
+            self.halves, self.taken = _taken_apart(layer)
 
     def forward(self, x: Tensor, sharing: Sharing, around: Around, wish: bool) -> Tensor:
         """Return the state behind the layer; it means nothing if it is abandoned on the way."""
@@ -121,8 +124,8 @@ class _Handed(nn.Module):
         return self.value
 
 
-def _taken_apart(layer: Any) -> tuple[Half, Half]:
-    """Return the halves of one of transformers' layers, whose attention loses its products."""
+def _taken_apart(layer: Any) -> tuple[tuple[Half, Half], nn.ModuleList]:
+    """Return the halves of one of transformers' layers, and the products its attention loses."""
     attention, mlp = layer.self_attn, layer.mlp
     names = ("q_proj", "k_proj", "v_proj")
     products, handed, out = [getattr(attention, name) for name in names], [], attention.o_proj
@@ -146,15 +149,14 @@ def _taken_apart(layer: Any) -> tuple[Half, Half]:
     def first(rows: Tensor) -> Tensor:
         return torch.cat([product(rows) for product in products], 1)
 
-    return (
-        Half(layer.input_layernorm, first, mixed, out),
-        Half(
-            layer.post_attention_layernorm,
-            lambda rows: rows,
-            lambda rows, _: rows,
-            lambda rows: mlp(rows[None])[0],
-        ),
+    feed = Half(
+        layer.post_attention_layernorm,
+        lambda rows: rows,
+        lambda rows, _: rows,
+        lambda rows: mlp(rows[None])[0],
     )
+    taken = nn.ModuleList([*products, out])
+    return (Half(layer.input_layernorm, first, mixed, out), feed), taken
 
 
 def embedded(links: Links, weight: nn.Embedding, vocabulary: int, tokens: Tensor) -> Tensor:

@@ -118,10 +118,12 @@ def join_run(
     limits: Limits,
     emulate: Emulate,
     at_loss: Callable[[Heartbeat, Loss], None],
+    own_gpu: bool = False,
 ) -> tuple[GlooTransport, Callable[[], None]]:
     """Connect to the other ranks; return the transport, and what to call once it was closed.
 
-    `at_loss` is called in a thread of its own if a rank is lost, in this run or on the way into it.
+    `own_gpu` is as for GlooTransport. `at_loss` is called in a thread of its own if a rank is lost,
+    in this run or on the way into it.
     Raise RankLost if one of them does not come in time, and UserError if they do not run what this
     one runs: `facts`, which runtime/agreement.py compares."""
     need(
@@ -153,7 +155,7 @@ def join_run(
             "gloo", store=store, rank=rank, world_size=topology.world_size, timeout=FOREVER
         )
         transport = GlooTransport(
-            topology, lost(hung=False), limits, emulate, pulses, pace.get("still", STILL)
+            topology, lost(hung=False), limits, emulate, pulses, pace.get("still", STILL), own_gpu
         )
         pulses[rank].at()
     log.info(

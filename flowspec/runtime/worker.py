@@ -259,7 +259,9 @@ class Worker:
         first = [*itertools.accumulate((len(p.rows) for p in forward.parts), initial=0)]
         assert self.head is not None
         # several requests' first nodes, which are mostly asked for, are one product with lm_head
-        multiply = self.head if any(live.noise is not None for live in lives) else self.head.two_best
+        multiply = (
+            self.head if any(live.noise is not None for live in lives) else self.head.two_best
+        )
         heads = multiply(out[first[:-1]]) if len(lives) > 1 else [None]
         walked = {}
         for part, live, at, logits in zip(forward.parts, lives, first, heads, strict=False):

@@ -29,6 +29,7 @@ from flowspec.core.stage import StageState
 from flowspec.core.topology import Shard, Topology
 from flowspec.engine import Engine
 from flowspec.errors import UserError
+from flowspec.models import weights
 from flowspec.models.manifest import Manifest
 from flowspec.models.parallel import Galaxy, Megatron
 from flowspec.models.shard import cut
@@ -231,6 +232,12 @@ def test_a_group_computes_what_the_model_does(folder, tmp_path, family, members,
 
     for got in together(members, work):
         assert_close(got, want, atol=2e-4, rtol=2e-4)
+    files = (TensorFile(manifest.path(manifest.ranks[k + 1])) for k in range(members))
+    assert sum(shard.size for shard, *_ in group) >= sum(
+        4 * file.info(name).nbytes // weights.DTYPE_BYTES[file.info(name).dtype]
+        for file in files
+        for name in file.names
+    ), "a product is not counted"
 
 
 def test_two_best_of_sharded_logits_are_those_of_all(folder, tmp_path):
@@ -336,6 +343,16 @@ def test_several_requests_share_a_group(pair):
         ]
         for k, generation in enumerate(running):
             assert [t.id for t in generation] == pair.greedy(PROMPTS[k % 3], 20)
+
+
+def test_what_adds_up_in_another_order_is_not_called_deterministic(pair):
+    config = pair.config(1, members=4)
+    with pytest.raises(UserError, match="deterministic is true: method galaxy over 4 members"):
+        Engine.from_config(config, ["method=galaxy", "deterministic=true"])
+    with Engine.from_config(config, ["method=tp", "deterministic=true"]) as engine:
+        with pytest.raises(UserError, match="deterministic is true: method galaxy"):
+            engine.submit(PROMPTS[0], method="galaxy")
+        assert text(engine, PROMPTS[1], max_new_tokens=6) == pair.greedy(PROMPTS[1], 6)
 
 
 @pytest.mark.parametrize("method", SHARED)

@@ -37,10 +37,19 @@ def spreads(method: str) -> bool:
     return method == "galaxy"
 
 
-def check_method(method: str, members: int, backend: str = "native") -> None:
+def check_method(
+    method: str, members: int, backend: str = "native", deterministic: bool = False
+) -> None:
     """Raise UserError unless a ring whose stages have so many members can run a method.
 
-    `backend` is what lets them share the layers."""
+    `backend` is what lets them share the layers. If it has to be `deterministic`, a sum must not
+    depend on the batch: two numbers have one sum, of more it depends on the order."""
+    need(
+        not deterministic or members <= 2 or (backend == "native" and not spreads(method)),
+        f"deterministic is true: method {method} over {members} members of a stage, backend "
+        f"{backend}, adds up in an order that depends on the batch; two members, or method tp over "
+        "native, do not",
+    )
     need(
         backend == "native" or not spreads(method),
         f"method is {method}, which tensor_parallel.backend {backend} cannot do: set it to native",
