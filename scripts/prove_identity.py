@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from flowspec import Engine
 from flowspec.config import DTYPES
-from flowspec.core.policies import METHODS
+from flowspec.core.policies import METHODS, SHARED
 from flowspec.core.policy import SWITCHES, PolicyConfig, TreeConfig
 from flowspec.files import ROOT
 from flowspec.lossless import first_difference, tolerance_of
@@ -118,7 +118,7 @@ def prove(
                 proof.compare(
                     f"{about} transformers", generate(model, prompt, tokens), want, gaps, close
                 )
-            for method in SPECULATIVE:
+            for method in (*SPECULATIVE, *(SHARED if engine.topology.members > 1 else ())):
                 got = [
                     t.id
                     for t in engine.generate(
@@ -142,6 +142,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--stages", type=int, nargs="*", default=list(STAGES))
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks of each stage")
     parser.add_argument("--seed", type=int, default=0, help="of the trees")
     parser.add_argument(
         "--model",
@@ -180,7 +181,8 @@ def main() -> int:
                 Path(folder) / "config.yaml",
             )
             if not out.exists():
-                split(str(args.model), stages, out, layers=STAGES[stages])
+                members = args.tensor_parallel
+                split(str(args.model), stages, out, members=members, layers=STAGES[stages])
             config.write_text(f"stages: {out}\ndrafter: {kind}\n{settings}")
             with Engine.from_config(config) as engine:
                 prove(
@@ -199,7 +201,7 @@ def main() -> int:
                 flush=True,
             )
     same = proof.texts - proof.ties - proof.bugs
-    print(f"{proof.texts} texts, {proof.tokens} tokens ({args.dtype}, tree seed {args.seed}): "
+    print(f"{proof.texts} texts, {proof.tokens} tokens ({args.dtype}, {args.tensor_parallel} ranks a stage, tree seed {args.seed}): "
           f"{same} identical, "
           f"{proof.ties} parted at a tie, {proof.bugs} bugs")  # fmt: skip
     return 1 if proof.bugs else 0

@@ -11,7 +11,7 @@ import torch
 from flowspec.comm import inproc, shaped
 from flowspec.comm.base import Inbox, Message, Pulse
 from flowspec.comm.shaped import ShapedTransport
-from flowspec.core.cost import Emulate
+from flowspec.core.cost import Emulate, Group
 from flowspec.core.machine import StageMachine
 from flowspec.core.messages import (
     FRAME_BYTES,
@@ -46,12 +46,15 @@ def exactly(seconds):
     return pytest.approx(seconds, abs=1e-9)
 
 
+TWO = Topology(2)
+
+
 class Ring(inproc.InprocTransport):
     """A rank's end of a ring of three whose messages are only kept."""
 
-    def __init__(self, rank: int):
-        inboxes, pulses = [Inbox(VirtualClock()) for _ in range(3)], [Pulse() for _ in range(3)]
-        super().__init__(rank, Topology(2), inboxes, pulses)
+    def __init__(self, rank: int, topology: Topology):
+        inboxes = [Inbox(VirtualClock()) for _ in topology.ranks]
+        super().__init__(rank, topology, inboxes, [Pulse() for _ in topology.ranks])
         self.sent = []
 
     def send_next(self, message):
@@ -75,12 +78,16 @@ class Stage:
         rank: int = 1,
         layer_ms: float = 0.0,
         switches: PolicyConfig | None = None,
+        topology: Topology = TWO,
+        spread: bool = False,
         **emulate,
     ):
-        self.end, self.model, self.layers, self.layer_ms = Ring(rank), model, 0, layer_ms
+        self.model, self.layers, self.layer_ms = model, 0, layer_ms
+        self.end = Ring(rank, topology)
         self.clock = self.end.inbox.clock
         self.worker = Worker(self.end, model, emulate=Emulate(**emulate))
-        self.worker.take(wire.start(REQUEST, True, False, (), switches or PolicyConfig()))
+        about = (REQUEST, True, False, (), switches or PolicyConfig())
+        self.worker.take(wire.start(*about, spread=spread))
 
     @property
     def live(self):
@@ -237,7 +244,7 @@ class Checks:
         )
 
     def rank_0_wakes_when_it_is_time(model):
-        end = Ring(0)
+        end = Ring(0, TWO)
         driver = Driver(end, None, 320)
         begun = end.inbox.clock.now()
         driver._live[REQUEST.id], driver._wake_at = None, begun + 0.5
@@ -275,6 +282,19 @@ def model(pair):
 
 def named(members) -> list[str]:
     return [name for name in vars(members) if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_a_leader_is_charged_for_what_its_members_exchange_and_tells_them_all(model, spread):
+    """Two stages of two ranks; the followers are heard of only in what they are told."""
+    about = dict(stage_ms=(10.0, 20.0), token_ms=(2.0, 3.0), link_ms=0.1, link_mbps=100)
+    emulate, group = Emulate(**about, hidden_scale=8), Group(2, spread)
+    for rank, stage in ((1, 1), (3, 2)):
+        made = Stage(model, rank, topology=Topology(2, 2), spread=spread, **about, hidden_scale=8)
+        took = [made.prefill(7), made.segment([0], [-1])]
+        assert took == [exactly(emulate.group_seconds(stage, n, group, 48 * 2 * 8)) for n in (7, 1)]
+        assert took[0] > emulate.stage_seconds(stage, 7)
+        assert made.end.kinds().count("compute") == 1, "of the segment; the prompt came before"
 
 
 @pytest.mark.parametrize("check", named(Checks))
