@@ -11,7 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -91,36 +91,48 @@ class ProcessLinks:
 
     def gathered(self, own: Tensor) -> Sequence[Tensor]:
         mine = self._sent(own)
-        parts = [torch.empty_like(mine) for _ in range(self.size)]
-        self._exchange(lambda: dist.all_gather(parts, mine, group=self.group))
+        parts = [mine if k == self.index else torch.empty_like(mine) for k in range(self.size)]
+        self._begin(dict.fromkeys(self._others, mine), {k: parts[k] for k in self._others})()
         return [part.to(own.device) for part in parts]
 
     def swapped(self, blocks: Tensor) -> Tensor:
         mine = self._sent(blocks)
-        found = torch.empty_like(mine)
-        self._exchange(lambda: dist.all_to_all_single(found, mine, group=self.group))
+        found = mine.clone()
+        self._begin({k: mine[k] for k in self._others}, {k: found[k] for k in self._others})()
         return found.to(blocks.device)
 
     def passed(self, out: Tensor, into: Tensor) -> Callable[[], object]:
-        mine = self._sent(out)
-        found = torch.empty_like(into, device=mine.device)
-        after, before = (
-            dist.get_global_rank(self.group, (self.index + step) % self.size) for step in (1, -1)
-        )
+        found = torch.empty_like(self._sent(into))
+        after, before = ((self.index + step) % self.size for step in (1, -1))
+        wait = self._begin({after: self._sent(out)}, {before: found})
+
+        def end() -> None:
+            wait()
+            into.copy_(found)
+
+        return end
+
+    @property
+    def _others(self) -> list[int]:
+        return [k for k in range(self.size) if k != self.index]
+
+    def _begin(
+        self, sent: Mapping[int, Tensor], received: Mapping[int, Tensor]
+    ) -> Callable[[], None]:
+        """Begin to send tensors to members and to fill others from members, those that hold any.
+
+        Return what waits for the end. Point to point, gloo takes a third of the time of its own
+        collectives (docs/architecture.md, "What gloo does")."""
         operations = [
-            dist.P2POp(what, tensor, peer, group=self.group)
-            for what, tensor, peer in ((dist.isend, mine, after), (dist.irecv, found, before))
+            dist.P2POp(what, tensor, dist.get_global_rank(self.group, member), group=self.group)
+            for what, tensors in ((dist.isend, sent), (dist.irecv, received))
+            for member, tensor in tensors.items()
             if tensor.numel()
         ]
         works: list[dist.Work] = []
         if operations:
             self._exchange(lambda: works.extend(dist.batch_isend_irecv(operations)))
-
-        def wait() -> None:
-            self._exchange(lambda: [work.wait() for work in works])
-            into.copy_(found)
-
-        return wait
+        return lambda: self._exchange(lambda: [work.wait() for work in works])
 
     def close(self) -> None:
         """Do nothing: torch.distributed is left as a whole."""
