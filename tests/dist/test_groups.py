@@ -57,9 +57,8 @@ def cases() -> list:
     found = []
     for backend in ("native", "deepspeed"):
         for name in FAMILIES:
-            marks = [WITHOUT] if backend == "deepspeed" else []
-            fast = name == "qwen2" and backend == "native"
-            found.append(pytest.param(name, backend, marks=marks if fast else [*marks, SLOW], id=f"{name}-{backend}"))
+            marks = [SLOW, WITHOUT] if backend == "deepspeed" else [SLOW]
+            found.append(pytest.param(name, backend, marks=marks, id=f"{name}-{backend}"))
     return found
 
 
