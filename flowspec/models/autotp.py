@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from flowspec.comm.base import Links
 from flowspec.comm.group import ProcessLinks
+from flowspec.comm.heartbeat import machine
 from flowspec.core.topology import Shard
 from flowspec.errors import need
 from flowspec.models.families import layer_of
 from flowspec.models.shard import Cut, cut
-from flowspec.models.weights import TensorFile, TensorInfo
+from flowspec.models.weights import TensorFile, TensorInfo, torch_dtype
 
 SUMMED = ["self_attn.o_proj", "mlp.down_proj"]
 """Behind these products the members' results are added up."""
@@ -49,17 +50,18 @@ class JoinedFile:
     def info(self, name: str) -> TensorInfo:
         """Return the dtype and the shape of the whole tensor; it lies in no one place."""
         dtype, shape, *_ = self._files[0].info(name)
-        return TensorInfo(dtype, self._whole(name, shape), 0, 0)
+        cuts = self._cuts(name)
+        return TensorInfo(dtype, _whole(shape, cuts[0]) if cuts else shape, 0, 0)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Return the whole tensor."""
         if layer_of(name) is None:
             return self._own.read(name, dtype)
-        first = self._files[0].read(name, dtype)  # of what is added, this is all
-        if not self._cuts(name):
-            return first
-        whole = first.new_empty(self._whole(name, first.shape))
-        for file, part in zip(self._files, self._cuts(name), strict=True):
+        cuts, info = self._cuts(name), self.info(name)
+        if not cuts:  # of what is added, the first has all
+            return self._files[0].read(name, dtype)
+        whole = torch.empty(info.shape, dtype=dtype or torch_dtype(info.dtype))
+        for file, part in zip(self._files, cuts, strict=True):
             index = torch.tensor([k for some in part.ranges for k in some])
             whole.index_copy_(part.dim, index, file.read(name, dtype))
         return whole
@@ -67,18 +69,16 @@ class JoinedFile:
     def read_into(self, name: str, out: Tensor) -> None:
         out.copy_(self.read(name, out.dtype).view(out.shape))
 
-    def _whole(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
-        cuts = self._cuts(name)
-        if not cuts:
-            return tuple(shape)
-        size = 1 + max(part[-1] for each in cuts for part in each.ranges)
-        return (*shape[: cuts[0].dim], size, *shape[cuts[0].dim + 1 :])
-
     def _cuts(self, name: str) -> list[Cut]:
         """Return how each member's file holds the tensor; nothing if they hold it whole."""
         members = range(len(self._files))
         cuts = (cut(name, self._config, Shard(k, len(self._files))) for k in members)
         return [each for each in cuts if each]
+
+
+def _whole(shape: Sequence[int], part: Cut) -> tuple[int, ...]:
+    """Return the shape of the tensor of which a part has this shape."""
+    return (*shape[: part.dim], part.size, *shape[part.dim + 1 :])
 
 
 def sharer(links: Links | None, config: Any, device: str) -> Callable[[nn.Module], nn.Module]:
@@ -105,7 +105,7 @@ def sharer(links: Links | None, config: Any, device: str) -> Callable[[nn.Module
 
 def _begin(links: ProcessLinks, device: str) -> None:
     """Start DeepSpeed's communication for the members of this stage."""
-    here = zlib.crc32(os.uname().nodename.encode() + _boot())
+    here = zlib.crc32("".join(machine()).encode())
     one_host = len({int(theirs) for theirs in links.gathered(torch.tensor([here]))}) == 1
     os.environ["LOCAL_SIZE"] = str(links.size)
     os.environ.setdefault("DS_ACCELERATOR", "cpu" if device == "cpu" else "cuda")
@@ -125,9 +125,3 @@ def _begin(links: ProcessLinks, device: str) -> None:
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     if shared is None:
         comm.cdb.shm_vector_kernel_level = 0  # torch adds up
-
-
-def _boot() -> bytes:
-    """Return what names this boot of this machine, where it is told: host names repeat."""
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_bytes() if path.exists() else b""

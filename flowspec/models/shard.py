@@ -29,6 +29,8 @@ class Cut(NamedTuple):
 
     dim: int
     ranges: Sequence[range]
+    size: int
+    """The whole tensor has this size along `dim`."""
 
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape of the shard of a tensor of this shape."""
@@ -54,6 +56,11 @@ def heads(config: dict) -> tuple[int, int, int]:
 def check_members(config: dict, members: int) -> None:
     """Raise UserError, by name, unless the layers of a model can be cut into so many shards."""
     need(members >= 1, f"{OPTION} is {members}, it must be at least 1")
+    if members == 1:
+        return
+    inner = config.get("intermediate_size")
+    need(type(inner) is int, f"{OPTION} needs intermediate_size in config.json, it is {inner!r}")
+    assert isinstance(inner, int)
     count, groups, _ = heads(config)
     need(
         count % members == 0,
@@ -64,7 +71,6 @@ def check_members(config: dict, members: int) -> None:
         f"{OPTION} is {members}, it must divide the {groups} key/value heads of the model, or be a "
         "multiple of them",
     )
-    inner = config["intermediate_size"]
     need(
         inner % members == 0,
         f"{OPTION} is {members}, it must divide the model's intermediate_size {inner}",
@@ -104,25 +110,25 @@ def cut(name: str, config: dict, shard: Shard) -> Cut | None:
     if shard.members == 1:
         return None
     if name in (EMBEDDING, HEAD):
-        return Cut(0, [shard.of(config["vocab_size"])])
+        return Cut(0, [shard.of(config["vocab_size"])], config["vocab_size"])
     count, groups, width = heads(config)
     leaf = name.rpartition(".self_attn.")[2]
     if leaf in ("q_proj.weight", "q_proj.bias"):
-        return Cut(0, [_scaled(shard.of(count), width)])
+        return Cut(0, [_scaled(shard.of(count), width)], count * width)
     if leaf in ("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias"):
-        return Cut(0, [_scaled(_key_heads(groups, shard), width)])
+        return Cut(0, [_scaled(_key_heads(groups, shard), width)], groups * width)
     if leaf == "o_proj.weight":
-        return Cut(1, [_scaled(shard.of(count), width)])
+        return Cut(1, [_scaled(shard.of(count), width)], count * width)
     inner = config["intermediate_size"]
     own = shard.of(inner)
     if _BY_OUTPUTS.fullmatch(name):
-        return Cut(0, [own])
+        return Cut(0, [own], inner)
     if _BY_INPUTS.fullmatch(name):
-        return Cut(1, [own])
+        return Cut(1, [own], inner)
     if name.endswith(".experts.gate_up_proj"):  # [experts, 2 * inner, hidden]: gates above ups
-        return Cut(1, [own, range(inner + own.start, inner + own.stop)])
+        return Cut(1, [own, range(inner + own.start, inner + own.stop)], 2 * inner)
     if name.endswith(".experts.down_proj"):  # [experts, hidden, inner]
-        return Cut(2, [own])
+        return Cut(2, [own], inner)
     return None
 
 

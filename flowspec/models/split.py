@@ -49,6 +49,7 @@ from flowspec.models.weights import (
     DTYPE_BYTES,
     FLOATS,
     TORCH_NAMES,
+    Bytes,
     Checkpoint,
     Entry,
     TensorFile,
@@ -290,15 +291,20 @@ class Job:
     def _entry(self, name: str, shard: Shard) -> Entry:
         info, part = self.source.checkpoint.info(name), cut(name, self.source.config, shard)
         dtype = self.dtype or info.dtype
+        if part and info.shape[part.dim] != part.size:
+            raise UserError(
+                f"{self.source.folder}: {name} has shape {list(info.shape)}, by config.json "
+                f"dimension {part.dim} is {part.size}: to cut it into shards, config.json must "
+                "tell the model's num_key_value_heads and head_dim"
+            )
         shape = part.shape(info.shape) if part else info.shape
-        return Entry(name, dtype, shape, partial(self._chunks, name, dtype, shard))
+        zeros = shard.member > 0 and is_added(name)
+        return Entry(name, dtype, shape, partial(self._chunks, name, dtype, part, zeros))
 
-    def _chunks(
-        self, name: str, dtype: str, shard: Shard
-    ) -> Iterator[bytes | bytearray | memoryview]:
+    def _chunks(self, name: str, dtype: str, part: Cut | None, zeros: bool) -> Iterator[Bytes]:
         file = self.source.checkpoint.file(name)
-        for piece in _pieces(file, name, dtype, cut(name, self.source.config, shard)):
-            if shard.member and is_added(name):
+        for piece in _pieces(file, name, dtype, part):
+            if zeros:
                 piece = bytes(len(piece))
             yield piece
             self.done += len(piece)
@@ -367,9 +373,7 @@ def rank_name(rank: int) -> str:
     return f"rank_{rank:02d}"
 
 
-def _pieces(
-    file: TensorFile, name: str, dtype: str, part: Cut | None
-) -> Iterator[bytes | bytearray | memoryview]:
+def _pieces(file: TensorFile, name: str, dtype: str, part: Cut | None) -> Iterator[Bytes]:
     """Yield the bytes of a part of a tensor (None: the whole), as this dtype."""
     info = file.info(name)
     spans = part and part.spans(info.shape, DTYPE_BYTES[info.dtype])

@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import json
+import shutil
 import threading
 
 import pytest
@@ -178,6 +180,32 @@ def test_members_that_do_not_divide_the_heads_are_refused(folder, tmp_path, memb
     with pytest.raises(UserError, match=said):
         split(str(folder / "llama"), 1, tmp_path / "out", members=members)
     assert not (tmp_path / "out").exists()
+
+
+def without(folder, tmp_path, key: str):
+    """A copy of the model whose config.json does not say this."""
+    made("qwen2", folder)
+    shutil.copytree(folder / "qwen2", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    del config[key]
+    path.write_text(json.dumps(config))
+    return str(tmp_path / "model")
+
+
+def test_a_config_without_what_only_shards_need_is_split_as_ever(folder, tmp_path):
+    model = without(folder, tmp_path, "intermediate_size")
+    assert split(model, 1, tmp_path / "out").topology == Topology(1)
+    with pytest.raises(UserError, match="--tensor-parallel needs intermediate_size in config"):
+        split(model, 1, tmp_path / "cut", members=2)
+
+
+def test_a_tensor_of_another_size_than_its_config_says_is_not_cut(folder, tmp_path):
+    """Families differ in what they assume where config.json is silent."""
+    model = without(folder, tmp_path, "num_key_value_heads")
+    with pytest.raises(UserError, match=r"k_proj.* dimension 0 is 64: .* num_key_value_heads"):
+        split(model, 1, tmp_path / "cut", members=2)
+    assert not (tmp_path / "cut").exists()
 
 
 # ---- what they compute together ------------------------------------------------------------------
