@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flowspec.core.cost import Emulate
-from flowspec.core.policies import METHODS, SHARED
+from flowspec.core.policies import METHODS, SHARED, check_method
 from flowspec.core.policy import PolicyConfig, TreeConfig
 from flowspec.core.request import Sampling
 from flowspec.core.topology import Topology
@@ -158,6 +158,11 @@ class Config:
     @property
     def verifies_last(self) -> bool:
         return self.verify_on != "coordinator"
+
+    def check_method(self, members: int, method: str | None = None) -> None:
+        """Raise UserError unless stages of so many ranks can run a method (None: the own one)."""
+        backend = self.tensor_parallel.backend
+        check_method(method or self.method, members, backend, self.deterministic)
 
     def head_ranks(self, topology: Topology) -> list[int]:
         """Return the ranks that load lm_head.

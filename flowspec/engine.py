@@ -21,7 +21,7 @@ from flowspec.comm.base import STILL, Transport
 from flowspec.comm.shaped import shaped
 from flowspec.config import Config, load_config
 from flowspec.core.costs import Costs
-from flowspec.core.policies import check_method, make_policy, spreads
+from flowspec.core.policies import make_policy, spreads
 from flowspec.core.policy import PolicyConfig
 from flowspec.core.request import Request, Sampling
 from flowspec.draft.registry import make_drafter
@@ -166,12 +166,7 @@ class Engine:
         )
         tokens = self.text.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
         check_prompt(tokens, self.manifest)
-        check_method(
-            config.method,
-            self.topology.members,
-            config.tensor_parallel.backend,
-            config.deterministic,
-        )
+        config.check_method(self.topology.members)
         with self._lock:
             self._requests += 1
             request = self.request(

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flowspec.config import Config
-from flowspec.core.policies import check_method
 from flowspec.draft.config import DrafterConfig
 from flowspec.errors import UserError, need
 from flowspec.files import beside_of
@@ -45,9 +44,7 @@ def check_run(config: Config, ranks: Sequence[int] | None = None) -> Manifest:
     split = f"the model is split for {topology.world_size} (rank 0 and {topology.stages})"
     need(devices in (1, topology.world_size), f"device lists {devices} ranks, {split}")
     config.emulate.check_stages(topology.stages)
-    check_method(
-        config.method, topology.members, config.tensor_parallel.backend, config.deterministic
-    )
+    config.check_method(topology.members)
     ranks = topology.ranks if ranks is None else ranks
     if config.tensor_parallel.backend == "deepspeed" and topology.members > 1:
         check_autotp(config, manifest)

@@ -23,7 +23,7 @@ from flowspec.models.manifest import Manifest
 from flowspec.models.stage import StageModel, load_head, load_stage, rehearse
 from flowspec.preflight import check_run
 from flowspec.runtime import wire
-from flowspec.runtime.group import Follower, ShardedHead
+from flowspec.runtime.group import Crew, Follower, ShardedHead
 from flowspec.runtime.worker import Worker
 
 
@@ -182,8 +182,8 @@ def work(config: Config, manifest: Manifest, transport: Transport) -> None:
     first, end = manifest.ranks[rank].layers
     room = cache_rows(config, manifest, model)
     pulse.at()
-    worker = Worker(transport, model, None, config.emulate, first)
-    for follower in worker.crew.wait_until_loaded():
+    crew = Crew(transport)
+    for follower in crew.wait_until_loaded():
         size, room = size + follower.meta["megabytes"], min(room, follower.meta["cache_rows"])
     seconds, what = time.monotonic() - begun, f"layers {first} to {end - 1}"
     transport.send_control(leader if rank != leader else 0, wire.loaded(size, seconds, what, room))
@@ -191,9 +191,8 @@ def work(config: Config, manifest: Manifest, transport: Transport) -> None:
         Follower(transport, model, head, manifest.vocab_size, first).run()
         return
     if head and links:
-        head = ShardedHead(head, manifest.vocab_size, links, worker.crew)
-    worker.head = head
-    worker.run()
+        head = ShardedHead(head, manifest.vocab_size, links, crew)
+    Worker(transport, model, head, config.emulate, first).run()
 
 
 SHARE = 0.8

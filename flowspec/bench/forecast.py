@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowspec.comm.base import Links
-from flowspec.comm.group import threads
+from flowspec.comm.group import thread_links
 from flowspec.config import Config
 from flowspec.core.cost import Emulate, Group
 from flowspec.core.costs import Costs
@@ -124,7 +123,7 @@ class Target:
         self._stages = [
             [
                 stage.load_stage(manifest, rank, torch.float32, "cpu", links=links)
-                for rank, links in zip(ring.group(leader), _links(ring), strict=True)
+                for rank, links in zip(ring.group(leader), thread_links(ring.members), strict=True)
             ]
             for leader in ring.stage_ranks
         ]
@@ -137,11 +136,6 @@ class Target:
             with ThreadPoolExecutor(len(texts)) as members:
                 rows, *_ = members.map(lambda text, rows=rows: text.prefill(rows), texts)
         return rows
-
-
-def _links(ring: Topology) -> Sequence[Links | None]:
-    """Return links among the members of a stage as threads; there are none of a rank alone."""
-    return threads(ring.members) if ring.members > 1 else [None]
 
 
 Key = tuple[tuple[int, ...], Sampling]

@@ -16,7 +16,7 @@ from torch import Tensor
 from flowspec.comm.base import Links
 from flowspec.core.topology import Shard
 
-WHOLE = 1 << 14
+FEW = 1 << 14
 """A sum of so few numbers is made of whole copies, which takes one exchange instead of two."""
 
 
@@ -35,7 +35,7 @@ def summed(links: Links, own: Tensor, abandon: bool = False) -> Summed:
     the order of the members wherever its row lies, so a row's sum does not depend on the rows
     around it. For many numbers each member adds up a part of the columns: it sends and receives
     2 (T - 1) / T times the bytes of `own` as in a ring, in two exchanges."""
-    if own.numel() <= WHOLE or own.shape[1] % links.size:
+    if own.numel() <= FEW or own.shape[1] % links.size:
         parts = links.gathered(_with(own.flatten(), abandon))
         total = _added([part[:-1] for part in parts]).view(own.shape)
         return Summed(total, any(bool(part[-1]) for part in parts))

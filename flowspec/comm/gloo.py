@@ -181,15 +181,14 @@ class GlooTransport:
             _Receiver(peer, group, self.inbox, urgent, limits, Arrivals(emulate), self._lost)
             for peer, group, urgent in links
         ]
-        self._next = (
-            [_Sender(topology.next(self.rank), ring, self._lost)]
-            if topology.leads(self.rank)
-            else []
-        )
+        self._next: _Sender | None = None
+        if topology.leads(self.rank):
+            self._next = _Sender(topology.next(self.rank), ring, self._lost)
         self._control = {p: _Sender(p, control, self._lost) for p in peers}
 
     def send_next(self, message: Message) -> None:
-        self._next[0].send(message)
+        assert self._next is not None, "a follower is not in the ring"
+        self._next.send(message)
 
     def send_control(self, to: int, message: Message) -> None:
         self._control[to].send(message)
@@ -198,7 +197,7 @@ class GlooTransport:
         if self._closing:
             return
         self._closing = True
-        senders = [*self._next, *self._control.values()]
+        senders = [*([self._next] if self._next else []), *self._control.values()]
         for sender in senders:
             sender.send(_BYE)
         for thread in [end.thread for end in senders] + [end.thread for end in self._receivers]:

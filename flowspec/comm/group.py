@@ -1,6 +1,6 @@
 """Links connect the members of a tensor-parallel stage, which compute together.
 
-models/collectives.py says what they do. Here are links between threads of a process, and links
+collectives.py says what they do. Here are links between threads of a process, and links
 between processes over torch.distributed: gloo for tensors on a CPU, or NCCL for those on GPUs. The
 working thread itself sends and receives here, since all members wait for each other anyway. An
 exchange raises ConnectionError if a member is gone.
@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from flowspec.comm.base import Links
 
 NAMED = 5.0
 """Within so many seconds of a broken exchange, whoever watches the ranks names the lost one."""
@@ -75,6 +77,11 @@ class _Shared:
 def threads(size: int) -> list[ThreadLinks]:
     shared = _Shared(size)
     return [ThreadLinks(index, shared) for index in range(size)]
+
+
+def thread_links(members: int) -> Sequence[Links | None]:
+    """Return the links of a stage's members as threads; a rank alone has none."""
+    return threads(members) if members > 1 else [None]
 
 
 class ProcessLinks:

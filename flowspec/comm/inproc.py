@@ -6,7 +6,7 @@ Messages are handed over, not copied.
 from __future__ import annotations
 
 from flowspec.comm.base import DUE, STILL, Clock, Inbox, Links, Message, Pulse
-from flowspec.comm.group import threads
+from flowspec.comm.group import thread_links
 from flowspec.core.topology import Topology
 
 
@@ -42,9 +42,9 @@ class InprocTransport:
 
 def ring(topology: Topology, clock: Clock | None = None) -> list[InprocTransport]:
     inboxes, pulses = [Inbox(clock) for _ in topology.ranks], [Pulse() for _ in topology.ranks]
-    links: list[Links | None] = [None] * topology.world_size
-    for leader in topology.stage_ranks if topology.members > 1 else ():
-        links[leader : leader + topology.members] = threads(topology.members)
+    links: list[Links | None] = [None]  # rank 0's
+    for _ in topology.stage_ranks:
+        links += thread_links(topology.members)
     return [
         InprocTransport(rank, topology, inboxes, pulses, links[rank]) for rank in topology.ranks
     ]

@@ -82,7 +82,7 @@ class ShapedTransport:
         self.pulses, self.still, self.links = inner.pulses, inner.still, inner.links
         self._next = _Link(emulate, inner.inbox.clock)
         # what a leader and its followers tell each other is part of the emulated forward
-        # (Emulate.sharing_seconds)
+        # (Emulate.group_seconds)
         leaders = (to for to in self.topology.control_peers(self.rank) if self.topology.leads(to))
         self._control = {
             to: _Link(emulate, inner.inbox.clock)

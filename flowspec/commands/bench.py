@@ -17,7 +17,6 @@ from flowspec.commands.options import (
 )
 from flowspec.commands.ring import RingCommand
 from flowspec.config import METHODS, SHARED, Config
-from flowspec.core.policies import check_method
 from flowspec.core.policy import SWITCHES
 from flowspec.errors import need
 from flowspec.models.manifest import Manifest
@@ -36,8 +35,7 @@ KNOWN = (*METHODS, *SHARED)
 
 def _check_methods(options: argparse.Namespace, config: Config, manifest: Manifest) -> None:
     for method in methods(options.methods, KNOWN):
-        backend, members = config.tensor_parallel.backend, manifest.topology.members
-        check_method(method, members, backend, config.deterministic)
+        config.check_method(manifest.topology.members, method)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

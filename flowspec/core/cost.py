@@ -384,6 +384,10 @@ class Emulate:
         piece = compute / (halves * 2 * group.members)
         return told + halves * 2 * (piece + steps * max(piece, step)) + steps * step
 
+    def row_bytes(self, hidden: int) -> float:
+        """Return the bytes that count of a row of `hidden` features on a link."""
+        return hidden * 2 * self.hidden_scale
+
     def wire_seconds(self, size: float) -> float:
         """Return the seconds for which a message of `size` bytes keeps its link busy."""
         return 0.0 if self.link_mbps is None else size * 8 / (self.link_mbps * 1e6)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from flowspec.models.jit import LANES, Shared, compiled, part
+from flowspec.models.weights import mapped
 
 VECTORS = 2
 WIDTH = LANES * VECTORS
@@ -180,10 +181,7 @@ def _memory(count: int, dtype: torch.dtype) -> Tensor:
     To walk through a matrix in pages of 4 kB costs a tenth of the time."""
     if not hasattr(mmap, "MADV_HUGEPAGE") or count * dtype.itemsize < 1 << 21:
         return torch.empty(count, dtype=dtype)
-    # the map is private: shared memory has no huge pages
-    area = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    area.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(area, dtype=dtype, count=count)
+    return mapped(count, dtype, mmap.MADV_HUGEPAGE)
 
 
 # ---- the kernels ---------------------------------------------------------------------------------

@@ -97,6 +97,10 @@ class Galaxy:
         return torch.cat([made[member] for member in sorted(made)])
 
 
+Way = type[Megatron] | type[Galaxy]
+"""This is how the members of a stage share a forward."""
+
+
 class ParallelLayer(nn.Module):
     """A ParallelLayer is made of a shard of a layer, transformers' or native."""
 

@@ -241,7 +241,7 @@ class Job:
     done: int = 0
 
     def __post_init__(self) -> None:
-        ring = self.topology = Topology(len(self.ranges), self.members)
+        ring = self.topology
         self.tensors = [
             [self._entry(name, self._shard(rank)) for name in self._names(rank)]
             for rank in ring.ranks[1:]
@@ -253,6 +253,10 @@ class Job:
         }
         written = [*self.tensors, *self.heads.values()]
         self.total = sum(file_bytes(entries, METADATA) for entries in written)
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(len(self.ranges), self.members)
 
     def write(self, folder: Path) -> Manifest:
         """Write every rank's folder and stages.yaml under `folder`."""

@@ -28,7 +28,7 @@ from flowspec.models.device import on_host, placed
 from flowspec.models.families import HEAD, family_of, module_tensors, read_config
 from flowspec.models.kernels import PackedLinear
 from flowspec.models.manifest import Manifest
-from flowspec.models.parallel import Galaxy, Megatron, ParallelLayer, embedded
+from flowspec.models.parallel import Megatron, ParallelLayer, Way, embedded
 from flowspec.models.shard import narrowed
 from flowspec.models.weights import Checkpoint, TensorFile
 
@@ -56,7 +56,6 @@ class StageModel(nn.Module):
         classes = family_of(config).classes()
         shard = Shard(links.index, links.size) if links else WHOLE
         self.links, self._whole = links, whole
-        self._kv_heads = narrowed(config, shard.members).get("num_key_value_heads")
         self.share: Callable[[nn.Module], nn.Module] | None = None
         self.config = classes.config.from_dict(
             narrowed(config, 1 if whole else shard.members)
@@ -145,8 +144,10 @@ class StageModel(nn.Module):
     def row_bytes(self) -> int:
         """Return the bytes of the keys and values of a token in all layers."""
         config = self.config
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        row = 2 * (self._kv_heads or config.num_key_value_heads) * head * self.dtype.itemsize
+        groups = config.num_key_value_heads
+        if self._whole and self.links:  # of which this rank keeps its share
+            groups //= self.links.size
+        row = 2 * groups * native.head_dim(config) * self.dtype.itemsize
         return len(self.layers) * row
 
     @property
@@ -160,7 +161,7 @@ class StageModel(nn.Module):
         parts: Sequence[Part],
         taps: Sequence[int] = (),
         needed: Needed = ALWAYS,
-        sharing: type[Megatron] | type[Galaxy] = Megatron,
+        sharing: Way = Megatron,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Append n rows to the caches of their requests; return their outputs [n, hidden] and taps.
 
@@ -218,7 +219,7 @@ class StageModel(nn.Module):
         around: native.Around,
         taps: Sequence[int],
         needed: Needed,
-        sharing: type[Megatron] | type[Galaxy],
+        sharing: Way,
     ) -> tuple[Tensor | None, dict[int, Tensor]]:
         """Do the same together with the other members of the stage."""
         assert self.links is not None
@@ -286,7 +287,7 @@ class Cached:
         model: StageModel,
         to_host: bool = False,
         taps: Sequence[int] = (),
-        sharing: type[Megatron] | type[Galaxy] = Megatron,
+        sharing: Way = Megatron,
     ):
         self.model, self.cache = model, RowCache()
         self.to_host, self.taps, self.sharing = to_host, tuple(taps), sharing
@@ -394,7 +395,7 @@ def _one_by_one(
     parts: Sequence[Part],
     taps: Sequence[int],
     needed: Needed,
-    sharing: type[Megatron] | type[Galaxy],
+    sharing: Way,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Put each part through in a forward of its own; return what `StageModel.forward` does."""
     outs, entered = [], []

@@ -155,8 +155,18 @@ def _room(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     size = math.prod(shape)
     if size * dtype.itemsize < CHUNK or not hasattr(mmap, "MAP_PRIVATE"):
         return torch.empty(tuple(shape), dtype=dtype)
-    area = mmap.mmap(-1, size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(area, dtype=dtype, count=size).view(tuple(shape))
+    return mapped(size, dtype).view(tuple(shape))
+
+
+def mapped(count: int, dtype: torch.dtype, advice: int | None = None) -> torch.Tensor:
+    """Return room for `count` numbers in pages of their own, of which the system is advised."""
+    import torch
+
+    # the map is private: shared memory has no huge pages
+    area = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if advice is not None:
+        area.madvise(advice)
+    return torch.frombuffer(area, dtype=dtype, count=count)
 
 
 def _fill(file, flat: torch.Tensor, path: Path) -> None:

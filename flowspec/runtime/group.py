@@ -17,12 +17,12 @@ from torch import Tensor
 from flowspec.comm.base import Links, Message, Transport
 from flowspec.core.stage import Gather
 from flowspec.core.topology import Shard
-from flowspec.models.parallel import Galaxy, Megatron
+from flowspec.models.parallel import Galaxy, Megatron, Way
 from flowspec.models.stage import Cached, Head, Share, StageModel, forward_together
 from flowspec.runtime import wire
 from flowspec.runtime.memory import peak_memory
 
-SHARING: dict[bool, type[Megatron] | type[Galaxy]] = {False: Megatron, True: Galaxy}
+SHARING: dict[bool, Way] = {False: Megatron, True: Galaxy}
 """This maps whether a request's rows are spread over the members to how they share the work."""
 
 
@@ -32,9 +32,6 @@ class Crew:
     def __init__(self, transport: Transport):
         self._transport = transport
         self._followers = transport.topology.followers(transport.rank)
-
-    def __bool__(self) -> bool:
-        return len(self._followers) > 0
 
     def begin(self, request: int, layers: Sequence[int], spread: bool) -> None:
         """Have the followers make room for a request, of which these layers are tapped."""

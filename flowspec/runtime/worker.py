@@ -38,6 +38,7 @@ from flowspec.core.machine import (
     Tell,
 )
 from flowspec.core.request import Sampling
+from flowspec.models.parallel import Way
 from flowspec.models.stage import Cached, Head, Share, StageModel, Tapped, forward_together
 from flowspec.runtime import wire
 from flowspec.runtime.group import SHARING, Crew
@@ -77,8 +78,6 @@ class _Live:
     """Rank 0's drafter reads what enters these layers of the stage at tokens of the text."""
     features: bool
     """Rank 0's drafter reads the features of the prompt and of what becomes text."""
-    spread: bool
-    """The members of the stage each keep a part of its rows."""
     before: _Spent
     """The stage had spent this when the request began."""
     computed: int = 0
@@ -154,7 +153,6 @@ class Worker:
                 notes,
                 layers,
                 about["features"],
-                about["spread"],
                 before,
             )
         if not self._is_last:
@@ -195,7 +193,7 @@ class Worker:
         admitted = [row for part in forward.parts for row in part.rows]
         out = self._forward(forward, lives, rows if len(admitted) == len(rows) else rows[admitted])
         walked = self._walk(forward, lives, out) if out is not None and self.head else {}
-        whole = out is not None and self._pretend(begun, forward.rows, lives[0].spread)
+        whole = out is not None and self._pretend(begun, forward.rows, lives[0].rows.sharing)
         # where this stage verifies, lm_head and picks are part of it
         self._account(forward, lives, begun, spent := self._clock.now() - begun)
         if whole:
@@ -385,12 +383,12 @@ class Worker:
         self.transport.send_control(0, wire.pong(message))
 
     # ---- time ------------------------------------------------------------------------------------
-    def _pretend(self, begun: float, rows: int, spread: bool) -> bool:
+    def _pretend(self, begun: float, rows: int, sharing: Way) -> bool:
         """Take the emulated time of a forward over `rows` rows that began at `begun`.
 
         Return False if it was abandoned on the way, at the end of the next of its layers."""
-        group = Group(self.transport.topology.members, spread)
-        row_bytes = self.model.config.hidden_size * 2 * self.emulate.hidden_scale
+        group = Group(self.transport.topology.members, sharing is SHARING[True])
+        row_bytes = self.emulate.row_bytes(self.model.config.hidden_size)
         seconds = self.emulate.group_seconds(self._stage, rows, group, row_bytes)
         while (left := begun + seconds - self._clock.now()) > 0:
             if self._hear_control(min(left, self.LOOK)) and self._needed():

@@ -104,14 +104,10 @@ class RingSpec:
         """Return the seconds of stage `stage` (from 1) over so many rows behind `context`
         others."""
         return (
-            self.emulate.group_seconds(stage, rows, self.group, self._row_bytes)
+            self.emulate.group_seconds(stage, rows, self.group, self.emulate.row_bytes(self.hidden))
             if self.costs is None
             else self.costs.seconds(stage, rows, context)
         )
-
-    @property
-    def _row_bytes(self) -> float:
-        return self.hidden * 2 * self.emulate.hidden_scale
 
     def draft_seconds(self, nodes: int) -> float:
         """Return the seconds of a drafter's forward over so many nodes."""
@@ -147,7 +143,7 @@ class RingSpec:
         They are as in runtime/wire.py and comm/shaped.py. If `nodes` is set, the rows are a
         segment's (with ids, parents and tokens, answered at the end); otherwise they are a chunk of
         the prompt's. `accepted` of them became text, as a last stage that verifies finds."""
-        row = self._row_bytes
+        row = self.emulate.row_bytes(self.hidden)
         if sender == 0:
             return FRAME_BYTES + rows * (12 if nodes else 4)  # id, parent, token
         if not nodes:

@@ -9,18 +9,6 @@ import threading
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
 from flowspec.comm.collectives import summed
 from flowspec.comm.group import threads
@@ -32,6 +20,8 @@ from flowspec.core.topology import Shard, Topology
 from flowspec.engine import Engine
 from flowspec.errors import UserError
 from flowspec.models import weights
+from flowspec.models.autotp import JoinedFile
+from flowspec.models.families import layer_of
 from flowspec.models.manifest import Manifest
 from flowspec.models.parallel import Galaxy, Megatron
 from flowspec.models.shard import cut
@@ -41,20 +31,12 @@ from flowspec.models.weights import Checkpoint, TensorFile
 from flowspec.runtime.group import gathered_logits, gathered_two
 from flowspec.sampling import pick
 from flowspec.trace import read
+from tests.families import families
 
-SHAPE = dict(
+FAMILIES = families(
     vocab_size=61, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,
     max_position_embeddings=128,
 )  # fmt: skip
-FAMILIES = {
-    "llama": (LlamaForCausalLM, LlamaConfig(**SHAPE)),
-    "llama_biased": (LlamaForCausalLM, LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True)),
-    "llama_native": (LlamaForCausalLM, LlamaConfig(**SHAPE, head_dim=32)),
-    "mistral": (MistralForCausalLM, MistralConfig(**SHAPE, sliding_window=None)),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SHAPE)),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SHAPE, head_dim=16)),
-    "mixtral": (MixtralForCausalLM, MixtralConfig(**SHAPE, num_local_experts=4)),
-}
 EACH_WAY = pytest.mark.parametrize("sharing", [Megatron, Galaxy])
 
 
@@ -149,6 +131,14 @@ def test_the_shards_of_a_stage_are_the_checkpoint(folder, tmp_path, family, memb
                 index = torch.tensor([k for each in part.ranges for k in each])
                 want = stored.index_select(part.dim, index)
             assert torch.equal(got, want), (name, rank)
+    for k, rank in enumerate(ring.stage_ranks):
+        files = [TensorFile(manifest.path(manifest.ranks[each])) for each in ring.group(rank)]
+        joined = JoinedFile(files, k % members, config)
+        for name in (n for n in joined.names if layer_of(n) is not None):
+            stored = whole.file(name).read(name)
+            stored = stored.to(torch.bfloat16) if dtype == "bfloat16" else stored
+            assert torch.equal(joined.read(name), stored), name
+            assert joined.info(name).shape == stored.shape
     head = TensorFile(manifest.path(manifest.ranks[0].lm_head))
     assert head.info("lm_head.weight").shape == (61, 64)
 
