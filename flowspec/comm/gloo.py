@@ -194,6 +194,9 @@ class GlooTransport:
         self._control[to].send(message)
 
     def close(self) -> None:
+        """Say goodbye on every link, and wait until all peers have done so or have died.
+
+        One that hangs does neither: the heartbeat, which beats until this is over, names it."""
         if self._closing:
             return
         self._closing = True
@@ -201,7 +204,7 @@ class GlooTransport:
         for sender in senders:
             sender.send(_BYE)
         for thread in [end.thread for end in senders] + [end.thread for end in self._receivers]:
-            thread.join(timeout=2.0)
+            thread.join()
 
     def _lost(self, rank: int, reason: str) -> None:
         if not self._closing:

@@ -6,6 +6,8 @@ import time
 
 import pytest
 
+from tests.dist.conftest import PATIENCE
+
 HOST = socket.gethostname()
 NAMES = {0: f"rank 0 (coordinator, {HOST})", 1: f"rank 1 (stage 1, {HOST})", 2: f"rank 2 (stage 2, {HOST})"}
 PROMPT = "for i in"
@@ -17,6 +19,7 @@ MEMBERS = {rank: f"rank {rank} (stage 1, member {rank - 1}, {HOST})" for rank in
 
 
 def assert_ends_naming(run, rank: int, reason: str, names=NAMES) -> None:
+    run.process.wait(PATIENCE)  # while its standard input is open: rank 0 of a chat is not to leave by itself
     assert run.end() == 1, run.err
     assert run.err.splitlines()[-1] == f"flowspec: {names[rank]} {reason}"
     assert "Traceback" not in run.err, run.err
@@ -92,6 +95,14 @@ def test_a_stopped_rank_ends_the_run_and_is_named(pair, command, when, rank):
     run = when(command, pair.config(2), env={"FLOWSPEC_HEARTBEAT": "0.5,5"})  # 3 s by default: a busy box needs more to load
     run.signal(rank, signal.SIGSTOP)
     assert_ends_naming(run, rank, "hung: no heartbeat for 5 s")
+
+
+@SLOW
+def test_a_rank_that_is_stopped_is_named_also_when_the_others_are_about_to_leave(pair, command):
+    run = while_idle(command, pair.config(2), env={"FLOWSPEC_HEARTBEAT": "0.5,10"})  # longer than leaving takes
+    run.signal(2, signal.SIGSTOP)
+    run.process.stdin.close()
+    assert_ends_naming(run, 2, "hung: no heartbeat for 10 s")
 
 
 @SLOW
