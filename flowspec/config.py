@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flowspec.core.cost import Emulate
-from flowspec.core.policies import METHODS, SHARED, check_method
-from flowspec.core.policy import PolicyConfig, TreeConfig
+from flowspec.core.policies import ALL_METHODS, check_method
+from flowspec.core.policy import Dsi, PolicyConfig, TreeConfig
 from flowspec.core.request import Sampling
 from flowspec.core.topology import Topology
 from flowspec.draft.config import DrafterConfig
@@ -23,7 +23,6 @@ from flowspec.schema import build, choice, parse, read_mapping
 
 DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 VERIFY_ON = ("auto", "coordinator", "last")
-LATER = ("dsi", "si")
 BACKENDS = ("native", "deepspeed")
 OWN = {
     "stages",
@@ -68,6 +67,7 @@ class Config:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     emulate: Emulate = field(default_factory=Emulate)
     tensor_parallel: TensorParallel = field(default_factory=TensorParallel)
+    dsi: Dsi = field(default_factory=Dsi)
     dtype: str = "auto"
     """This is the dtype of the weights (int8 has a scale for each output and runs on a CPU). `auto`
     is float32 on a CPU and the stored dtype elsewhere."""
@@ -93,8 +93,7 @@ class Config:
     """This is the name of the file from which the configuration came, without its suffix."""
 
     def __post_init__(self) -> None:
-        later = f"{self.method} comes later; " if self.method in LATER else ""
-        choice("method", self.method, (*METHODS, *SHARED), later)
+        choice("method", self.method, ALL_METHODS)
         choice("dtype", self.dtype, DTYPES)
         choice("verify_on", self.verify_on, VERIFY_ON)
         need(len(self.drafters) > 0, "drafter is an empty list: name one at least, or kind: none")

@@ -137,7 +137,7 @@ class Engine:
 
         `show(rank, {megabytes, seconds})` is called on the way, and with `what` when the stage is
         done."""
-        waiting = self.topology.stages
+        waiting = len(self.topology.stage_ranks)
         while waiting:
             rank, message = receive(self._transport)
             show(rank, message.meta)
@@ -173,7 +173,9 @@ class Engine:
                 tokens, dataclasses.replace(config.sampling, **sampling), self._requests
             )
         features = self._draft is not None and self._draft.features
-        chosen = make_policy(config.method, config.tree, config.policy, self.topology, features)
+        chosen = make_policy(
+            config.method, config.tree, config.policy, self.topology, features, config.dsi
+        )
         stops = [stop] if isinstance(stop, str) else list(stop)
         submission = Submission(request, chosen, config.policy, self.traced, spreads(config.method))
         self._driver.check(submission)
@@ -320,7 +322,9 @@ class Engine:
             accepted_per_segment=len(ids) / max(1, stats.returned_segments),
             accepted_tokens=generation.accepted,
             drafted_tokens=stats.drafted,
-            forwarded_tokens=stages[0].rows if stages else 0,
+            forwarded_tokens=sum(stats.reports[ring[0]].rows for ring in self.topology.rings)
+            if stages
+            else 0,
             stage_utilisation=[min(1.0, report.busy / spent) for report in stages],
             bookkeeping_ms=stats.bookkeeping * 1000 / max(1, stats.segments),
             stage_overhead_ms=[

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flowspec.config import Config
+from flowspec.core.topology import Topology
 from flowspec.draft.config import DrafterConfig
 from flowspec.errors import UserError, need
 from flowspec.files import beside_of
@@ -32,18 +33,26 @@ MODEL_FACTS = {
 """This maps what the manifest says of the model to where its config.json says it."""
 
 
+def manifest_of(config: Config) -> Manifest:
+    """Return the manifest of the split model, for as many servers as are configured.
+
+    Raise UserError if it is missing, damaged or too new."""
+    return Manifest.load(config.stages_path, config.dsi.servers)
+
+
 def check_run(config: Config, ranks: Sequence[int] | None = None) -> Manifest:
     """Return the manifest of the split model, after checking it and all that the configuration
     names.
 
     `ranks` are those whose files lie on this machine; None means all. Raise UserError, which says
     what is wrong."""
-    manifest = Manifest.load(config.stages_path)
+    manifest = manifest_of(config)
     topology = manifest.topology
     devices = 1 if isinstance(config.device, str) else len(config.device)
     split = f"the model is split for {topology.world_size} (rank 0 and {topology.stages})"
     need(devices in (1, topology.world_size), f"device lists {devices} ranks, {split}")
-    config.emulate.check_stages(topology.stages)
+    config.emulate.check_stages(topology.stages, topology.servers)
+    check_servers(config, topology)
     config.check_method(topology.members)
     ranks = topology.ranks if ranks is None else ranks
     if config.tensor_parallel.backend == "deepspeed" and topology.members > 1:
@@ -57,6 +66,18 @@ def check_run(config: Config, ranks: Sequence[int] | None = None) -> Manifest:
         for drafter in config.drafters:
             check_drafter(drafter, config.folder, manifest)
     return manifest
+
+
+def check_servers(config: Config, topology: Topology) -> None:
+    """Raise UserError for what several target servers cannot do."""
+    if topology.servers == 1:
+        return
+    several = f"dsi.servers is {topology.servers}"
+    need(
+        all(drafter.kind != "eagle3" for drafter in config.drafters),
+        f"{several}, and drafter.kind eagle3 reads layers of one target: take eagle or lm",
+    )
+    need(config.trace is None, f"{several}, and a trace shows one target: set trace to null")
 
 
 def check_autotp(config: Config, manifest: Manifest) -> None:

@@ -21,7 +21,7 @@ from flowspec.models.device import free_bytes
 from flowspec.models.families import family_of, read_config
 from flowspec.models.manifest import Manifest
 from flowspec.models.stage import StageModel, load_head, load_stage, rehearse
-from flowspec.preflight import check_run
+from flowspec.preflight import check_run, manifest_of
 from flowspec.runtime import wire
 from flowspec.runtime.group import Crew, Follower, ShardedHead
 from flowspec.runtime.worker import Worker
@@ -43,7 +43,7 @@ def join(config: Config) -> Member:
     from flowspec.runtime.agreement import facts_of
     from flowspec.runtime.process import check_world, end_process, join_run
 
-    rank, topology = int(os.environ["RANK"]), Manifest.load(config.stages_path).topology
+    rank, topology = int(os.environ["RANK"]), manifest_of(config).topology
     check_world(topology, config.emulate.shapes_links)
     manifest = check_run(config, [rank])
     set_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -170,7 +170,7 @@ def work(config: Config, manifest: Manifest, transport: Transport) -> None:
     model = load_stage(manifest, rank, dtype, device, progress, links, autotp)
     head = (
         load_head(manifest, rank, dtype, device)
-        if leader == topology.last and config.verifies_last
+        if topology.is_last(leader) and config.verifies_last
         else None
     )
     size = model.size / 1e6
@@ -179,7 +179,7 @@ def work(config: Config, manifest: Manifest, transport: Transport) -> None:
         if head:
             head.alone = True
     rehearse(model, head)
-    first, end = manifest.ranks[rank].layers
+    first, end = manifest.entry(rank).layers
     room = cache_rows(config, manifest, model)
     pulse.at()
     crew = Crew(transport)

@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 from flowspec.bench import report, timeline
 from flowspec.bench.forecast import Forecaster, Models, check_simulable, emulated, obstacle, rate
 from flowspec.bench.rivals import Ask
-from flowspec.config import METHODS, Config
+from flowspec.config import Config
 from flowspec.core.cost import Emulate
 from flowspec.core.costs import Costs, merged, read
+from flowspec.core.policies import METHODS
 from flowspec.core.policy import PolicyConfig, TreeConfig
 from flowspec.core.request import Request, Sampling
 from flowspec.core.topology import Topology

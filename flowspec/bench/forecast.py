@@ -18,7 +18,7 @@ from flowspec.comm.group import thread_links
 from flowspec.config import Config
 from flowspec.core.cost import Emulate, Group
 from flowspec.core.costs import Costs
-from flowspec.core.policies import METHODS, SHARED, make_policy, spreads
+from flowspec.core.policies import ALL_METHODS, METHODS, SERVED, SHARED, make_policy, spreads
 from flowspec.core.request import Request, Sampling
 from flowspec.core.topology import Topology
 from flowspec.draft.base import Drafter
@@ -42,7 +42,14 @@ from flowspec.sim.world import Guesser, Job, Outcome, RingSpec, World
 
 PAPER = "flowspec-paper"
 """This is FlowSpec's published lock-step policy, which is only simulated (sim/lockstep.py)."""
-SIMULATED = (*METHODS, *SHARED, PAPER)
+SIMULATED = (*ALL_METHODS, PAPER)
+
+
+def usual(topology: Topology) -> list[str]:
+    """Return the methods that are compared over a ring if nobody says which."""
+    shared = SHARED if topology.members > 1 else ()
+    served = SERVED if topology.servers > 1 else ()
+    return [*METHODS, *shared, *served, PAPER]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +215,7 @@ class Forecaster:
         reads = self.profile is None and config.reads_features
         jobs = []
         for number, tape in enumerate(tapes, 1):
-            policy = make_policy(method, config.tree, config.policy, topology, reads)
+            policy = make_policy(method, config.tree, config.policy, topology, reads, config.dsi)
             guesser = self._guesser(tape, config) if policy.drafts else None
             request = dataclasses.replace(tape.request, id=number)
             jobs.append(Job(request, tape.text, policy, guesser, config.policy))
@@ -237,6 +244,7 @@ class Forecaster:
             verify_last=config.verifies_last,
             features=features,
             costs=costs,
+            servers=topology.servers,
         )
 
     def _checked(

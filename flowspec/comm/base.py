@@ -197,8 +197,8 @@ class Transport(Protocol):
     """These lead to the other members of a tensor-parallel stage (comm/group.py); None if the rank
     is no member of one."""
 
-    def send_next(self, message: Message) -> None:
-        """Send to the next rank of the ring."""
+    def send_next(self, message: Message, server: int = 0) -> None:
+        """Send to the next rank of the ring; from rank 0, of that server's ring."""
 
     def send_control(self, to: int, message: Message) -> None:
         """Send to one of the topology's control peers, beside the ring."""

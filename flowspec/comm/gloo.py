@@ -176,19 +176,18 @@ class GlooTransport:
         limits = {**limits, _BYE.kind: _BYE_LIMIT}
         links = [(peer, control, True) for peer in peers]
         if topology.leads(self.rank):
-            links.append((topology.previous(self.rank), ring, False))
+            links += [(peer, ring, False) for peer in topology.previous(self.rank)]
         self._receivers = [
             _Receiver(peer, group, self.inbox, urgent, limits, Arrivals(emulate), self._lost)
             for peer, group, urgent in links
         ]
-        self._next: _Sender | None = None
+        self._next: list[_Sender] = []
         if topology.leads(self.rank):
-            self._next = _Sender(topology.next(self.rank), ring, self._lost)
+            self._next = [_Sender(peer, ring, self._lost) for peer in topology.next(self.rank)]
         self._control = {p: _Sender(p, control, self._lost) for p in peers}
 
-    def send_next(self, message: Message) -> None:
-        assert self._next is not None, "a follower is not in the ring"
-        self._next.send(message)
+    def send_next(self, message: Message, server: int = 0) -> None:
+        self._next[server].send(message)
 
     def send_control(self, to: int, message: Message) -> None:
         self._control[to].send(message)
@@ -200,7 +199,7 @@ class GlooTransport:
         if self._closing:
             return
         self._closing = True
-        senders = [*([self._next] if self._next else []), *self._control.values()]
+        senders = [*self._next, *self._control.values()]
         for sender in senders:
             sender.send(_BYE)
         for thread in [end.thread for end in senders] + [end.thread for end in self._receivers]:

@@ -26,8 +26,8 @@ class InprocTransport:
         self.rank, self.topology, self.pulses, self.links = rank, topology, pulses, links
         self.inbox, self._inboxes = inboxes[rank], inboxes
 
-    def send_next(self, message: Message) -> None:
-        self._inboxes[self.topology.next(self.rank)].put(
+    def send_next(self, message: Message, server: int = 0) -> None:
+        self._inboxes[self.topology.next(self.rank)[server]].put(
             (self.rank, message), due=message.meta.pop(DUE, 0.0)
         )
 

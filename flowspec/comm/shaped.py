@@ -80,7 +80,7 @@ class ShapedTransport:
         self._inner = inner
         self.rank, self.topology, self.inbox = inner.rank, inner.topology, inner.inbox
         self.pulses, self.still, self.links = inner.pulses, inner.still, inner.links
-        self._next = _Link(emulate, inner.inbox.clock)
+        self._next = [_Link(emulate, inner.inbox.clock) for _ in self.topology.next(self.rank)]
         # what a leader and its followers tell each other is part of the emulated forward
         # (Emulate.group_seconds)
         leaders = (to for to in self.topology.control_peers(self.rank) if self.topology.leads(to))
@@ -90,8 +90,8 @@ class ShapedTransport:
             if self.topology.leads(self.rank)
         }
 
-    def send_next(self, message: Message) -> None:
-        self._inner.send_next(self._next.due(message))
+    def send_next(self, message: Message, server: int = 0) -> None:
+        self._inner.send_next(self._next[server].due(message), server)
 
     def send_control(self, to: int, message: Message) -> None:
         link = self._control.get(to)

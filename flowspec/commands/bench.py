@@ -16,7 +16,8 @@ from flowspec.commands.options import (
     temperatures_of,
 )
 from flowspec.commands.ring import RingCommand
-from flowspec.config import METHODS, SHARED, Config
+from flowspec.config import Config
+from flowspec.core.policies import ALL_METHODS, METHODS
 from flowspec.core.policy import SWITCHES
 from flowspec.errors import need
 from flowspec.models.manifest import Manifest
@@ -30,7 +31,7 @@ ABOUT = """bench compare CONFIG: all methods on the same prompts, interleaved an
 with what the simulator predicts beside what was measured."""
 
 
-KNOWN = (*METHODS, *SHARED)
+KNOWN = ALL_METHODS
 
 
 def _check_methods(options: argparse.Namespace, config: Config, manifest: Manifest) -> None:

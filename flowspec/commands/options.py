@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from flowspec.config import METHODS, SHARED, Config, load_config
+from flowspec.config import Config, load_config
+from flowspec.core.policies import ALL_METHODS
 from flowspec.errors import UserError, need
 from flowspec.files import BUILD, CHECKOUT, SHIPPED
 from flowspec.preflight import read_prompts
@@ -49,7 +50,7 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=".txt: a prompt a line; .jsonl: an object with `prompt` a line",
     )
-    parser.add_argument("--method", help=" ".join((*METHODS, *SHARED)))
+    parser.add_argument("--method", help=" ".join(ALL_METHODS))
     parser.add_argument("--version", action="version", version=f"flowspec {__version__}")
     for name, (kind, what) in SAMPLING.items():
         parser.add_argument(

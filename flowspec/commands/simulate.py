@@ -24,6 +24,7 @@ from flowspec.bench.forecast import (
     check_simulable,
     is_taped,
     made_up,
+    usual,
 )
 from flowspec.bench.simulate import Cell, load_costs, record, run
 from flowspec.commands.options import (
@@ -37,7 +38,7 @@ from flowspec.commands.options import (
 )
 from flowspec.config import Config, load_config
 from flowspec.core.costs import Costs
-from flowspec.core.policies import SHARED, check_method
+from flowspec.core.policies import check_method
 from flowspec.core.topology import Topology
 from flowspec.errors import need
 from flowspec.files import replacing
@@ -123,7 +124,7 @@ def main(argv: Sequence[str]) -> int:
         if options.methods
         else [config.method]
         if len(cells) == 1
-        else [m for m in SIMULATED if m not in SHARED or cells[0].topology.members > 1]
+        else usual(cells[0].topology)
     )
     for method in chosen:
         check_method(method, cells[0].topology.members)
@@ -163,7 +164,7 @@ def _cells(
     for varied in itertools.product(*choices):
         base = load_config(path, [*overrides, *varied]) if varied else config
         for count, temperature in itertools.product(stages, temperatures):
-            yield Cell(Topology(count, members), temperature, varied, base)
+            yield Cell(Topology(count, members, base.dsi.servers), temperature, varied, base)
 
 
 def _members(config: Config, options: argparse.Namespace) -> int:

@@ -345,19 +345,22 @@ class Emulate:
         """Tell whether links are emulated."""
         return self.link_ms > 0 or self.link_mbps is not None
 
-    def check_stages(self, stages: int) -> None:
-        """Raise UserError unless each setting is one number, or one for each stage."""
+    def check_stages(self, stages: int, servers: int = 1) -> None:
+        """Raise UserError unless each setting is one number, or one for each stage.
+
+        Of several servers, those may be the stages of each alike, or of all, server by server."""
         for name in ("stage_ms", "token_ms"):
             n = len(_each(getattr(self, name)))
             need(
-                n in (1, stages),
+                n in (1, stages, stages * servers),
                 f"emulate.{name} lists {n} stages, the model is split into {stages}",
             )
 
     def stage_seconds(self, stage: int, rows: int) -> float:
         """Return the least seconds of stage `stage` (from 1) over `rows` rows.
 
-        A list that is too short (in a simulation of more stages) begins again."""
+        A list that is too short (of one server's stages, or in a simulation of more stages) begins
+        again."""
         base, slope = (
             values[(stage - 1) % len(values)]
             for values in (_each(self.stage_ms), _each(self.token_ms))

@@ -12,7 +12,7 @@ from flowspec.core.learnt import Learnt
 from flowspec.core.messages import (
     Choose,
     Commit,
-    Consequence,
+    Decision,
     Drafted,
     DraftNode,
     Finish,
@@ -42,6 +42,8 @@ class Decoding:
         self.anchor = -1
         self.version = self.segments = self.returned_segments = 0
         self.tokens: list[int] = []
+        self.text: list[tuple[int, int]] = []
+        """These are the nodes that have become text, and their tokens."""
         self.finished = False
         self._known: dict[int, Choose] = {}
 
@@ -70,8 +72,8 @@ class Decoding:
         for node in nodes:
             node.sent = True
         self.segments += 1
-        columns = zip(*((n.id, n.parent, n.token) for n in nodes), strict=True)
-        segment = Segment(number, *columns)
+        ids, parents, tokens = zip(*((n.id, n.parent, n.token) for n in nodes), strict=True)
+        segment = Segment(number, ids, parents, tokens)
         self.out[number] = segment.ids
         return segment
 
@@ -85,15 +87,21 @@ class Decoding:
             event = event if len(alive) == len(event.nodes) else event.only(alive)
             self.policy.proposed([nodes[id] for id in event.nodes], event)
 
-    def returned(self, event: Returned, now: float) -> tuple[Consequence, ...]:
+    @property
+    def prune(self) -> Prune:
+        """Return what is decided so far."""
+        return Prune(self.version, self.anchor, self.tree.root.id)
+
+    def returned(self, event: Returned, now: float) -> Decision | None:
         """Take in that a segment came back, and decide what can be decided."""
         self.out.pop(event.number, None)
         self.returned_segments += 1
         self._known.update({i: event.choose for i in event.ids if i in self.tree})
         if self.tree.root.id not in self._known or not self.policy.verify_now(len(self.out)):
-            return ()
+            return None
         path, tokens, accepted, child = self._walk()
         self.tokens += tokens
+        self.text += [(node.id, node.token) for node in path]
         self.anchor = path[-1].id
         self.policy.decided([n.id for n in path], tokens, len(self.out), now)
         if child is not None and self.policy.keeps(child):
@@ -107,10 +115,9 @@ class Decoding:
         commit = Commit(
             tuple(n.id for n in path), tuple(tokens), tuple(accepted), self.tree.root.id
         )
-        if reason := self._end(tokens[-1]):
-            self.finished = True
-            return commit, Finish(reason)
-        return Prune(self.version, self.anchor, self.tree.root.id), commit
+        reason = self._end(tokens[-1])
+        self.finished = reason is not None
+        return Decision(self.request.id, commit, Finish(reason) if reason else None)
 
     def _walk(self) -> tuple[list[Node], list[int], list[bool], Node | None]:
         """Follow the target's choices down from the root as far as they are known: verification."""

@@ -180,7 +180,7 @@ class StageMachine:
     a time."""
 
     def __init__(self, rank: int, topology: Topology, books: Callable[[], StageState] = StageState):
-        self.rank, self._is_first, self._books = rank, rank == topology.FIRST, books
+        self.rank, self._is_first, self._books = rank, topology.is_first(rank), books
         self.meter = Meter()
         self.running: Compute | None = None
         """This is the forward under way, or None."""
@@ -220,7 +220,11 @@ class StageMachine:
         live, segment = self._live.get(part.request), part.segment
         assert segment is not None
         return (
-            live.accepted.walk(segment.ids, segment.parents, segment.tokens, choose) if live else []
+            live.accepted.walk(
+                segment.ids, segment.parents, segment.tokens, choose, live.books.root
+            )
+            if live
+            else []
         )
 
     # ---- what happens ----------------------------------------------------------------------------
@@ -242,10 +246,13 @@ class StageMachine:
         batch = event.batch
         self.meter.hop(batch.rows, event.hop)
         parts: list[Part] = []
+        actions: list[StageAction] = []
         first = 0  # the piece's first row in the batch
         for request, segment in batch.pieces:
             live = self._live.get(request)
             if live:
+                if segment.stands_on:
+                    actions += self._decided(Decided(request, segment.stands_on))
                 admitted = live.books.admit(segment.ids, segment.parents, live.drop_dead)
                 rows = [first + k for k in admitted.kept]
                 parts += (
@@ -253,7 +260,6 @@ class StageMachine:
                 )
             first += len(segment.ids)
         forward = Compute(parts)
-        actions: list[StageAction] = []
         # rank 0 learns when this stage will be free, so that the next batch can arrive just then
         if self._is_first:
             predicted = self.meter.forward.predict(forward.rows, forward.context)

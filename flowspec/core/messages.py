@@ -24,6 +24,17 @@ KEPT = 20
 
 
 # ---- rank 0 to the stages ------------------------------------------------------------------------
+class Prune(NamedTuple):
+    """A prune says what was decided: the path up to `anchor` is text now.
+
+    Only `root` and its descendants live on. A prune may come late, early or never. A stage derives
+    the rest from the parents that it was given."""
+
+    version: int
+    anchor: int
+    root: int
+
+
 class Segment(NamedTuple):
     """A segment holds nodes of one request to verify, parents before children.
 
@@ -34,13 +45,17 @@ class Segment(NamedTuple):
     ids: tuple[int, ...]
     parents: tuple[int, ...]
     tokens: tuple[int, ...]
+    stands_on: Prune | None = None
+    """This was decided before it left, for a stage that might hear of it later (core/dsi.py)."""
 
     def only(self, kept: Sequence[int]) -> Segment:
         """Return the part of the segment at these indices."""
         if len(kept) == len(self.ids):
             return self
-        ids, parents, tokens = (tuple(column[k] for k in kept) for column in self[1:])
-        return Segment(self.number, ids, parents, tokens)
+        ids, parents, tokens = (
+            tuple(column[k] for k in kept) for column in (self.ids, self.parents, self.tokens)
+        )
+        return Segment(self.number, ids, parents, tokens, self.stands_on)
 
 
 class Piece(NamedTuple):
@@ -56,6 +71,8 @@ class Batch(NamedTuple):
     It is one message on each hop and one forward in each stage. Its segments share its number."""
 
     pieces: tuple[Piece, ...]
+    server: int = 0
+    """It goes to this target server."""
 
     @property
     def number(self) -> int:
@@ -64,17 +81,6 @@ class Batch(NamedTuple):
     @property
     def rows(self) -> int:
         return sum(len(piece.segment.ids) for piece in self.pieces)
-
-
-class Prune(NamedTuple):
-    """A prune says what was decided: the path up to `anchor` is text now.
-
-    Only `root` and its descendants live on. A prune may come late, early or never. A stage derives
-    the rest from the parents that it was given."""
-
-    version: int
-    anchor: int
-    root: int
 
 
 # ---- actions -------------------------------------------------------------------------------------
@@ -122,18 +128,23 @@ class Finish(NamedTuple):
     reason: str
 
 
-Consequence = Prune | Commit | Finish
-"""A decision has these consequences."""
-
-
 class Decision(NamedTuple):
-    """The text of one request has grown; `what` follows from it, in this order."""
+    """The text of one request has grown."""
 
     request: int
-    what: tuple[Consequence, ...]
+    commit: Commit
+    finish: Finish | None = None
 
 
-Action = Batch | Draft | Decision | Wake
+class Prunes(NamedTuple):
+    """Tell all stages of a target server what was decided of some requests."""
+
+    server: int
+    prunes: tuple[tuple[int, Prune], ...]
+    """These are pairs of a request and its prune."""
+
+
+Action = Batch | Draft | Prunes | Decision | Wake
 
 
 # ---- events --------------------------------------------------------------------------------------

@@ -73,6 +73,24 @@ class PolicyConfig:
     """Let a stage abandon a forward between two layers once all of its rows are dead."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Dsi:
+    """This is what speculation parallelism (DSI, arXiv 2405.14105) and SI go by."""
+
+    servers: int = 1
+    """There are so many target servers, each of which holds the whole split model."""
+    lookahead: int | None = None
+    """So many levels are drafted for a task. None (null) is `auto`: dsi takes what keeps its
+    servers busy, si takes 5."""
+
+    def __post_init__(self) -> None:
+        need(self.servers >= 1, f"dsi.servers is {self.servers}: it must be at least 1")
+        need(
+            self.lookahead is None or self.lookahead >= 1,
+            f"dsi.lookahead is {self.lookahead}: it must be at least 1, or auto",
+        )
+
+
 DUE = math.inf
 """This is the reach of a node that the method sends in any case."""
 SWITCHES = tuple(switch.name for switch in dataclasses.fields(PolicyConfig))

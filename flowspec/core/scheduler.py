@@ -8,12 +8,14 @@ who rides in the next batch, and whose nodes are in the drafter's next forward.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from flowspec.core.decoding import Decoding
+from flowspec.core.dsi import Servers
 from flowspec.core.learnt import Learnt
 from flowspec.core.messages import (
     Action,
@@ -21,11 +23,12 @@ from flowspec.core.messages import (
     Back,
     Batch,
     Cost,
-    Decision,
     Draft,
     Event,
     Idle,
     Piece,
+    Prune,
+    Prunes,
     Read,
     Started,
     Wake,
@@ -71,9 +74,11 @@ class Scheduler:
         self.decodings: dict[int, Decoding] = {}
         """This maps the id of each request in the ring to it; who was longest without a turn is
         first."""
+        self._servers = Servers(topology) if topology.servers > 1 else None
         self._number = 0  # of the newest batch of this run
         self._drafting: list[Decoding] = []  # those with nodes in the drafter's present forward
         self._draft_begun = 0.0
+        self._server: int | None = 0  # to which the next batch goes
 
     @property
     def ring(self) -> Ring:
@@ -93,14 +98,29 @@ class Scheduler:
         if not self.decodings:
             self.ring.begin(decoding.context)
         self.decodings[decoding.request.id] = decoding
+        if self._servers:
+            self._servers.admit(decoding.request.id)
         self._counted()
         return self._fill(now)
 
     def cancel(self, request: int, now: float) -> list[Action]:
         """End a request, which need not be there: what it has in flight will be nobody's."""
-        self.decodings.pop(request, None)
+        self._end(request)
         self._counted()
         return self._fill(now)
+
+    def _end(self, request: int) -> None:
+        self.decodings.pop(request, None)
+        if self._servers:
+            self._servers.end(request)
+
+    def nodes(self, server: int, request: int, number: int, names: Sequence[int]) -> Sequence[int]:
+        """Return the nodes that came back from a server in a segment, by what it calls them.
+
+        There are none if nobody waits for the segment any more."""
+        if self._servers is None:
+            return names
+        return self._servers.returned(server, request, number, names)
 
     def handle(self, event: Event, now: float) -> list[Action]:
         actions: list[Action] = []
@@ -124,16 +144,28 @@ class Scheduler:
     # ---- what came back --------------------------------------------------------------------------
     def _back(self, event: Back, now: float) -> list[Action]:
         actions: list[Action] = []
+        grown: list[Decoding] = []
         for segment in event.segments:
             self.ring.returned(segment.number, now)
             decoding = self.decodings.get(segment.request)
-            if decoding and (found := decoding.returned(segment, now)):
-                actions.append(Decision(segment.request, found))
+            if decoding and (decision := decoding.returned(segment, now)):
+                actions.append(decision)
                 if decoding.finished:
-                    del self.decodings[segment.request]
+                    self._end(segment.request)
+                else:
+                    grown.append(decoding)
         if actions:
             self._counted()
-        return actions
+        return [*self._prunes(grown), *actions]
+
+    def _prunes(self, grown: list[Decoding]) -> Iterator[Prunes]:
+        """Say what was decided of these requests, a message for each server."""
+        told: dict[int, list[tuple[int, Prune]]] = defaultdict(list)
+        for decoding in grown:
+            found = self._servers.decided(decoding) if self._servers else [(0, decoding.prune)]
+            for server, prune in found:
+                told[server].append((decoding.request.id, prune))
+        return (Prunes(server, tuple(prunes)) for server, prunes in told.items())
 
     def _counted(self) -> None:
         """Tell the ring how many requests there are, and how long their texts are in the mean."""
@@ -175,16 +207,31 @@ class Scheduler:
             batch = self._batch(offers)
             self.ring.sent(batch.number, now)
             actions.append(batch)
+        if self._servers:
+            return [*actions, *self._catch_up()]
         if room and len(ready) < len(room) and not math.isinf(self.ring.room_at):
             actions.append(Wake(self.ring.room_at))
         return actions
+
+    def _catch_up(self) -> Iterator[Batch]:
+        """Bring servers that have nothing to do, and lack much of a text, up to date."""
+        assert self._servers is not None
+        decodings, flights = [*self.decodings.values()], self.ring.credits(self._topology)
+        while batch := self._servers.catch_up(flights, decodings, self._number + 1):
+            self._number += 1
+            yield batch
 
     def _open(self) -> list[Decoding]:
         """Return the requests that may have one more segment in flight.
 
         If several are in the ring, none may while as many batches are as the ring holds: whoever
         comes back then waits for another, and the two ride together from then on."""
-        if self._shared:
+        if self._servers:
+            flights, decodings = self.ring.credits(self._topology), [*self.decodings.values()]
+            self._server = self._servers.next(flights, decodings)
+            if self._server is None:
+                return []
+        elif self._shared:
             batches = {number for d in self.decodings.values() for number in d.out}
             if len(batches) >= self.ring.credits(self._topology):
                 return []
@@ -195,7 +242,7 @@ class Scheduler:
         take it.
 
         With several requests none leaves early, since what becomes ready meanwhile rides along."""
-        early = now < self.ring.room_at
+        early = now < self.ring.room_at and self._servers is None
         return [d for d in room if not (early and (self._shared or d.policy.just_in_time))]
 
     def _offers(self, ready: list[Decoding]) -> list[_Offer]:
@@ -254,7 +301,7 @@ class Scheduler:
         due = sum(offer.due for offer in offers)
         extra = self._extra(offers, due)
         pieces = [self._piece(o, o.due + n) for o, n in zip(offers, extra, strict=True)]
-        return Batch(tuple(piece for piece in pieces if piece))
+        return Batch(tuple(piece for piece in pieces if piece), self._server or 0)
 
     def _extra(self, offers: list[_Offer], due: int) -> list[int]:
         """Return how many nodes of each offer go beside those that are due."""
@@ -276,7 +323,10 @@ class Scheduler:
             decoding.policy.put_back(nodes[kept:])
         if not kept:
             return None
-        return Piece(decoding.request.id, decoding.send(self._number, nodes[:kept]))
+        segment = decoding.send(self._number, nodes[:kept])
+        if self._servers and self._server is not None:
+            segment = self._servers.send(self._server, decoding, segment)
+        return Piece(decoding.request.id, segment)
 
     def validate(self) -> None:
         """Assert what must hold between events."""

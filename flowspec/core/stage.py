@@ -264,13 +264,16 @@ class Accepted:
         parents: Sequence[int],
         tokens: Sequence[int],
         choose: Callable[[int], int],
+        root: int = 0,
     ) -> list[int]:
         """Return the indices of the segment's nodes that become text.
 
-        `choose(k)` returns the target's token after node k; it is called for these nodes alone."""
+        `choose(k)` returns the target's token after node k; it is called for these nodes alone.
+        `root` is the root of the newest prune: it is text by then, whatever was walked here."""
         found = []
         for k, (i, parent) in enumerate(zip(ids, parents, strict=True)):
-            if parent == self._newest and self._choice in (None, tokens[k]):
+            follows = parent == self._newest and self._choice in (None, tokens[k])
+            if follows or i == root:
                 self._newest, self._choice = i, choose(k)
                 found.append(k)
         return found

@@ -17,26 +17,38 @@ class Topology:
     A stage is `members` ranks that share its layers, which is one rank unless the model is split
     for tensor parallelism. The first of them leads the stage. The ring leads from rank 0 through
     the leaders back to rank 0. Besides, rank 0 talks with each leader directly, and so does a
-    leader with each of its followers; no others talk."""
+    leader with each of its followers; no others talk.
+
+    There may be several target `servers` (DSI), each of which holds the whole target: a ring of
+    its own, with the same stages, that begins and ends at the same rank 0. Rank
+    1 + (server * stages + stage) * members + member counts server, stage and member from 0 on."""
 
     stages: int
     members: int = 1
+    servers: int = 1
 
     COORDINATOR = 0
     FIRST = 1
-    """This rank leads the stage that holds the embedding and the first layers of the target."""
+    """This rank leads the first stage of the first server."""
 
     @classmethod
-    def of_world(cls, world_size: int, members: int = 1) -> Topology:
-        """Return the topology of `world_size` ranks; raise ValueError if there is none."""
+    def of_world(cls, world_size: int, members: int = 1, servers: int = 1) -> Topology:
+        """Return the topology of `servers` servers, each of which alone were `world_size` ranks.
+
+        Raise ValueError if there is none."""
         stages, rest = divmod(world_size - 1, members)
         if rest:
             raise ValueError(f"{world_size - 1} ranks are no stages of {members}")
-        return cls(stages, members)
+        return cls(stages, members, servers)
 
     @property
     def world_size(self) -> int:
-        return 1 + self.stages * self.members
+        return 1 + self.servers * self._each
+
+    @property
+    def _each(self) -> int:
+        """Return the number of ranks of a server."""
+        return self.stages * self.members
 
     @property
     def ranks(self) -> range:
@@ -44,21 +56,51 @@ class Topology:
 
     @property
     def stage_ranks(self) -> range:
-        """Return the leaders of the stages, in the order of their layers."""
+        """Return the leaders of all stages, server by server in the order of their layers."""
         return range(self.FIRST, self.world_size, self.members)
+
+    def ring(self, server: int) -> range:
+        """Return the leaders of a server's stages, in the order of their layers."""
+        first = self.FIRST + server * self._each
+        return range(first, first + self._each, self.members)
+
+    @property
+    def rings(self) -> list[range]:
+        """Return the leaders of each server's stages."""
+        return [self.ring(server) for server in range(self.servers)]
+
+    def server(self, rank: int) -> int:
+        """Return to which server a rank belongs, from 0 on; the coordinator counts as of 0."""
+        return (rank - self.FIRST) // self._each if rank else 0
+
+    def place(self, rank: int) -> int:
+        """Return the rank that has this rank's place in the first server: it holds the same."""
+        return (rank - self.FIRST) % self._each + self.FIRST if rank else rank
 
     @property
     def hops(self) -> int:
         """Return the number of hops of a message that goes once round the ring."""
         return self.stages + 1
 
+    def is_first(self, rank: int) -> bool:
+        """Return whether a rank leads a stage that holds the embedding and the first layers."""
+        return self.leads(rank) and self.stage(rank) == 1
+
+    def is_last(self, rank: int) -> bool:
+        """Return whether a rank leads a stage that holds the last layers and the final norm."""
+        return self.leads(rank) and self.stage(rank) == self.stages
+
     @property
     def last(self) -> int:
-        """Return the leader of the stage that holds the last layers and the final norm."""
-        return self.stage_ranks[-1] if self.stages else self.COORDINATOR
+        """Return the leader of the first server's stage with the last layers."""
+        return self.ring(0)[-1] if self.stages else self.COORDINATOR
 
     def stage(self, rank: int) -> int:
         """Return the number of a rank's stage, from 1 on; 0 stands for the coordinator."""
+        return -(-self.place(rank) // self.members)
+
+    def number(self, rank: int) -> int:
+        """Return the number of a rank's stage among those of all servers, from 1 on; else 0."""
         return -(-rank // self.members)
 
     def member(self, rank: int) -> int:
@@ -80,16 +122,19 @@ class Topology:
         """Return the ranks that this rank leads."""
         return self.group(rank)[1:] if self.leads(rank) else range(0)
 
-    def next(self, rank: int) -> int:
-        """Return the rank to which a leader's messages of the ring go."""
-        following = self.group(rank).stop
-        return following if following < self.world_size else self.COORDINATOR
+    def next(self, rank: int) -> Sequence[int]:
+        """Return the ranks to which a leader's messages of the ring go.
 
-    def previous(self, rank: int) -> int:
-        """Return the rank from which a leader's messages of the ring come."""
+        That is one, or from the coordinator each server's first stage, server by server."""
         if rank == self.COORDINATOR:
-            return self.last
-        return self.COORDINATOR if rank == self.FIRST else rank - self.members
+            return [ring[0] for ring in self.rings]
+        return [self.COORDINATOR if self.is_last(rank) else rank + self.members]
+
+    def previous(self, rank: int) -> Sequence[int]:
+        """Return the ranks from which a leader's messages of the ring come."""
+        if rank == self.COORDINATOR:
+            return [ring[-1] for ring in self.rings]
+        return [self.COORDINATOR if self.is_first(rank) else rank - self.members]
 
     def control_peers(self, rank: int) -> Sequence[int]:
         """Return the ranks with which this rank talks beside the ring."""
@@ -104,20 +149,22 @@ class Topology:
         if rank == self.COORDINATOR:
             return "coordinator"
         leader = self.leader(rank)
-        return "last" if leader == self.last else "first" if leader == self.FIRST else "stage"
+        return "last" if self.is_last(leader) else "first" if self.is_first(leader) else "stage"
 
     @property
     def words(self) -> str:
         """Return what the ring is made of, for whoever reads a table: "4 stages"."""
         stages = f"{self.stages} stage{'' if self.stages == 1 else 's'}"
-        return stages if self.members == 1 else f"{stages} of {self.members} ranks"
+        stages = stages if self.members == 1 else f"{stages} of {self.members} ranks"
+        return stages if self.servers == 1 else f"{self.servers} servers of {stages}"
 
     def title(self, rank: int) -> str:
         """Return what a rank is, for whoever reads a message: "stage 2", "stage 2, member 1"."""
         if rank == self.COORDINATOR:
             return "coordinator"
+        server = "" if self.servers == 1 else f"server {self.server(rank) + 1}, "
         member = "" if self.members == 1 else f", member {self.member(rank)}"
-        return f"stage {self.stage(rank)}{member}"
+        return f"{server}stage {self.stage(rank)}{member}"
 
 
 class Shard(NamedTuple):

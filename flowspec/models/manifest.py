@@ -97,6 +97,8 @@ class Manifest:
     """This hash tells which model was split (models/fingerprint.py); None if the flowspec that
     split it did not tell."""
     root: Path = field(default=Path(), compare=False, metadata={"internal": True})
+    servers: int = field(default=1, metadata={"internal": True})
+    """In this run so many servers hold the stages (DSI)."""
 
     def __post_init__(self) -> None:
         need(self.format >= 1, f"format is {self.format}")
@@ -112,18 +114,24 @@ class Manifest:
     @property
     def topology(self) -> Topology:
         """Return the topology of a run of the split model."""
-        return Topology.of_world(len(self.ranks), self.tensor_parallel)
+        return Topology.of_world(len(self.ranks), self.tensor_parallel, self.servers)
+
+    def entry(self, rank: int) -> RankEntry:
+        """Return what a rank of the run reads."""
+        return self.ranks[self.topology.place(rank)]
 
     def folder(self, rank: int) -> Path:
         """Return the folder of this rank's config.json; rank 0's also has the tokenizer."""
-        return (self.root / self.ranks[rank].file).parent
+        return (self.root / self.entry(rank).file).parent
 
     def path(self, entry: FileEntry | RankEntry) -> Path:
         return self.root / entry.file
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Manifest:
+    def load(cls, path: str | os.PathLike[str], servers: int = 1) -> Manifest:
         """Read the manifest from stages.yaml, or from the folder that holds it.
+
+        In the run, so many servers hold what it describes.
 
         Raise UserError if it is missing, damaged or too new."""
         path = Path(path)
@@ -137,7 +145,7 @@ class Manifest:
             "upgrade flowspec or split again",
         )
         try:
-            return build(cls, values, root=path.parent)
+            return build(cls, values, root=path.parent, servers=servers)
         except UserError as error:
             raise UserError(f"{path}: {error}: {AGAIN}") from None
 
@@ -150,7 +158,7 @@ class Manifest:
 
     def _plain(self) -> dict[str, Any]:
         plain = {"format": self.format, **asdict(self)}
-        left_out = {"root"} | ({"embedding"} if self.embedding is None else set())
+        left_out = {"root", "servers"} | ({"embedding"} if self.embedding is None else set())
         left_out |= {"tensor_parallel"} if self.tensor_parallel == 1 else set()
         return {key: value for key, value in plain.items() if key not in left_out}
 
@@ -196,7 +204,7 @@ def verify_files(
     fresh = {}
     try:
         for rank in sorted(set(ranks)):
-            for entry in _files_of(manifest.ranks[rank], heads is None or rank in heads):
+            for entry in _files_of(manifest.entry(rank), heads is None or rank in heads):
                 fresh[entry.file] = _verify(manifest.root, entry, known.get(entry.file))
     finally:
         if any(known.get(name) != value for name, value in fresh.items()):

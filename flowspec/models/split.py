@@ -285,8 +285,8 @@ class Job:
 
     def _names(self, rank: int) -> list[str]:
         leader = self.topology.leader(rank)
-        first = [EMBEDDING] if leader == self.topology.FIRST else []
-        last = [NORM] if leader == self.topology.last else []
+        first = [EMBEDDING] if self.topology.is_first(leader) else []
+        last = [NORM] if self.topology.is_last(leader) else []
         return [*first, *self.source.layer_names(*self._layers(rank)), *last]
 
     def _layers(self, rank: int) -> tuple[int, int]:

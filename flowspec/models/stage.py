@@ -546,20 +546,20 @@ def load_stage(
     with all bytes so far, counted in the dtype in which they are read."""
     config, entry, ring = (
         read_config(manifest.folder(rank)),
-        manifest.ranks[rank],
+        manifest.entry(rank),
         manifest.topology,
     )
     path = manifest.path(entry)
     leader = ring.leader(rank)
     model = StageModel(
-        config, entry.num_layers, leader == ring.FIRST, leader == ring.last, links, autotp
+        config, entry.num_layers, ring.is_first(leader), ring.is_last(leader), links, autotp
     )
     file: TensorFile | JoinedFile = TensorFile(path)
     if autotp:
         from flowspec.models.autotp import JoinedFile, sharer
 
         model.share = sharer(links, model.config, device)
-        files = [TensorFile(manifest.path(manifest.ranks[each])) for each in ring.group(rank)]
+        files = [TensorFile(manifest.path(manifest.entry(each))) for each in ring.group(rank)]
         file = JoinedFile(files, ring.member(rank), config)
     tensors = module_tensors(file, family_of(config), entry.layers[0], stored_as(dtype))
     return model.load(_counted(tensors, progress), device, str(path), dtype)
@@ -612,7 +612,7 @@ def _counted(
 
 def load_head(manifest: Manifest, rank: int, dtype: torch.dtype, device: str) -> Head:
     """Return the lm_head that lies beside this rank: rank 0 or the last stage, or its shard."""
-    entry = manifest.ranks[rank].lm_head
+    entry = manifest.entry(rank).lm_head
     assert entry is not None, f"the split has no head beside rank {rank}"
     return Head(TensorFile(manifest.path(entry)).read(HEAD, stored_as(dtype)).to(device), dtype)
 

@@ -28,8 +28,7 @@ from flowspec.core.messages import (
     Decision,
     Draft,
     Event,
-    Finish,
-    Prune,
+    Prunes,
     Returned,
     Segment,
     Wake,
@@ -317,14 +316,14 @@ class Driver:
         """Take in a message; what concerns requests that are over is dropped."""
         live = self._live.get(message.meta.get("request", 0))
         if message.kind in ("choices", "features"):
-            self._back(message)
+            self._back(message, self._topology.server(rank))
         elif message.kind in wire.NEWS:
             self._step(wire.read_news(message))
         elif message.kind == "report":
             self._reported(rank, message)
         elif message.kind == "pong":
             self._pong(rank, message)
-        elif message.kind == "prompt_features" and live:
+        elif message.kind == "prompt_features" and live and self._topology.server(rank) == 0:
             self._prompt_features(live, message)
         elif message.kind == "text_features" and live:
             assert self._draft is not None, "features that nobody asked for"
@@ -346,23 +345,23 @@ class Driver:
         live.before = self._bookkeeping
         live.noise = noise_for(request.sampling, self._vocabulary)
         features, layers = draft is not None and draft.features, draft.layers if draft else ()
-        self._transport.send_next(
-            wire.start(
-                request,
-                live.log.on,
-                features,
-                layers,
-                live.submission.switches,
-                self._fresh,
-                live.submission.spread,
-            )
+        start = wire.start(
+            request,
+            live.log.on,
+            features,
+            layers,
+            live.submission.switches,
+            self._fresh,
+            live.submission.spread,
         )
         if self._fresh and self._draft:
             self._draft.forget()
         self._fresh = False
         prompt = torch.tensor(request.prompt[:-1], dtype=torch.int32)
-        for chunk in prompt.split(PREFILL_ROWS) if len(prompt) else ():
-            self._transport.send_next(wire.prefill(request.id, chunk))
+        for server in range(self._topology.servers):
+            self._transport.send_next(start, server)
+            for chunk in prompt.split(PREFILL_ROWS) if len(prompt) else ():
+                self._transport.send_next(wire.prefill(request.id, chunk), server)
         if draft:
             coupled = live.submission.switches.coupled
             noise = noise_for(request.sampling, self._vocabulary) if coupled else None
@@ -388,19 +387,18 @@ class Driver:
             )
 
     def _perform(self, actions: list[Action]) -> None:
+        """Perform what the scheduler has decided: prunes come first among its actions."""
         self._wake_at = None
-        decisions = [action for action in actions if isinstance(action, Decision)]
-        prunes = [
-            (d.request, what) for d in decisions for what in d.what if isinstance(what, Prune)
-        ]
-        if prunes:
-            for rank in self._topology.stage_ranks:
-                self._transport.send_control(rank, wire.prunes(prunes))
-        committed = {d.request: self._decided(self._live[d.request], d) for d in decisions}
+        committed: dict[int, list[Committed]] = {}
         for action in actions:
             log.debug("%s", action)
-            if isinstance(action, Batch):
-                self._transport.send_next(wire.batch(action))
+            if isinstance(action, Prunes):
+                for rank in self._topology.ring(action.server):
+                    self._transport.send_control(rank, wire.prunes(action.prunes))
+            elif isinstance(action, Decision):
+                committed[action.request] = self._decided(self._live[action.request], action)
+            elif isinstance(action, Batch):
+                self._transport.send_next(wire.batch(action), action.server)
                 for request, segment in action.pieces:
                     if self._live[request].log.on:
                         self._live[request].fates.sent(segment.ids, segment.parents)
@@ -416,13 +414,10 @@ class Driver:
 
     def _decided(self, live: _Live, decision: Decision) -> list[Committed]:
         """Return the tokens of a decision, and tell the drafter of them."""
-        committed: list[Committed] = []
-        for what in decision.what:
-            if isinstance(what, Commit):
-                committed = self._commit(live, what)
-            elif isinstance(what, Finish):
-                live.stats.finish_reason = what.reason
-                committed[-1] = committed[-1]._replace(final=True)
+        committed = self._commit(live, decision.commit)
+        if decision.finish:
+            live.stats.finish_reason = decision.finish.reason
+            committed[-1] = committed[-1]._replace(final=True)
         return committed
 
     def _commit(self, live: _Live, commit: Commit) -> list[Committed]:
@@ -455,9 +450,13 @@ class Driver:
         live.log.arrived(message, self._topology.stages, 0, since, now, None)
         self._draft.learn(live.request.id, message.tensors[0])
 
-    def _back(self, message: Message) -> None:
+    def _back(self, message: Message, server: int) -> None:
         answers = wire.read_answers(message)
-        known = [(self._live[a.request], a) for a in answers if a.request in self._live]
+        known = [
+            (self._live[a.request], self._by_node(server, a))
+            for a in answers
+            if a.request in self._live
+        ]
         for live, answer in known:
             if live.log.on:
                 since, now = self._transport.inbox.since, self._clock.now()
@@ -465,6 +464,13 @@ class Driver:
                 segment = Segment(answer.number, came, (), ())
                 live.log.arrived(message, self._topology.stages, 0, since, now, segment)
         self._step(Back(tuple(self._returned(live, answer) for live, answer in known)))
+
+    def _by_node(self, server: int, answer: wire.Answer) -> wire.Answer:
+        """Return an answer of a server with its nodes as rank 0 calls them."""
+        nodes = self._scheduler.nodes(server, answer.request, answer.number, answer.ids)
+        return (
+            answer._replace(ids=[*nodes]) if nodes else answer._replace(ids=[], tokens=[], gaps=[])
+        )
 
     def _returned(self, live: _Live, answer: wire.Answer) -> Returned:
         if answer.rows is not None and live.drafts and self._draft and self._draft.features:
@@ -543,7 +549,7 @@ class Driver:
     def _done(self, live: _Live) -> None:
         """End the stream of a request that is over once every stage has said what it did for it."""
         stats = live.stats
-        if len(stats.reports) < self._topology.stages or not live.reported:
+        if len(stats.reports) < len(self._topology.stage_ranks) or not live.reported:
             return
         del self._ending[live.request.id]
         if live.log.on:

@@ -20,7 +20,7 @@ from flowspec.core.request import Request, Sampling
 from flowspec.core.stage import Admitted, Gather
 from flowspec.trace import Span
 
-FORMAT = 5
+FORMAT = 6
 """This is the version of the messages below, of their names and contents. Raise it with every
 change: ranks that would misread each other then do not start."""
 
@@ -76,7 +76,7 @@ def _sent(pieces: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Return the facts of a batch.
 
     They are the time at which it left, by the sender's clock, and of each piece its request, its
-    number and how many rows it has."""
+    number, how many rows it has, and on what it stands if that is said."""
     return {"pieces": pieces, "sent": time.monotonic()}
 
 
@@ -90,7 +90,10 @@ def batch(batch: Batch, rows: Tensor | None = None) -> Message:
     ids = [i for segment in segments for i in segment.ids]
     parents = [i for segment in segments for i in segment.parents]
     tokens = [i for segment in segments for i in segment.tokens]
-    about = [[request, segment.number, len(segment.ids)] for request, segment in batch.pieces]
+    about = [
+        [request, segment.number, len(segment.ids), *(segment.stands_on or ())]
+        for request, segment in batch.pieces
+    ]
     if rows is None:
         nodes = torch.tensor([ids, parents], dtype=torch.int32)
         return Message("batch", _sent(about), (nodes, torch.tensor(tokens, dtype=torch.int32)))
@@ -104,9 +107,10 @@ def read_batch(message: Message) -> Batch:
     columns = nodes.tolist()
     columns = columns if len(columns) == 3 else [*columns, rows.tolist()]
     pieces, first = [], 0
-    for request, number, n in message.meta["pieces"]:
-        own = (tuple(column[first : first + n]) for column in columns)
-        pieces.append(Piece(request, Segment(number, *own)))
+    for request, number, n, *decided in message.meta["pieces"]:
+        ids, parents, tokens = (tuple(column[first : first + n]) for column in columns)
+        stands_on = Prune(*decided) if decided else None
+        pieces.append(Piece(request, Segment(number, ids, parents, tokens, stands_on)))
         first += n
     return Batch(tuple(pieces))
 

@@ -101,7 +101,7 @@ class Worker:
 
     def __post_init__(self) -> None:
         rank, topology = self.transport.rank, self.transport.topology
-        self._stage, self._is_last = topology.stage(rank), rank == topology.last
+        self._stage, self._is_last = topology.stage(rank), topology.is_last(rank)
         self._before = self._stage - 1
         self._clock = self.transport.inbox.clock
         self._pulse = self.transport.pulses[rank]
@@ -389,7 +389,8 @@ class Worker:
         Return False if it was abandoned on the way, at the end of the next of its layers."""
         group = Group(self.transport.topology.members, sharing is SHARING[True])
         row_bytes = self.emulate.row_bytes(self.model.config.hidden_size)
-        seconds = self.emulate.group_seconds(self._stage, rows, group, row_bytes)
+        number = self.transport.topology.number(self.transport.rank)
+        seconds = self.emulate.group_seconds(number, rows, group, row_bytes)
         while (left := begun + seconds - self._clock.now()) > 0:
             if self._hear_control(min(left, self.LOOK)) and self._needed():
                 continue

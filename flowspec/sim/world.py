@@ -49,7 +49,7 @@ from flowspec.core.messages import (
     DraftNode,
     Event,
     Piece,
-    Prune,
+    Prunes,
     Read,
     Returned,
     Segment,
@@ -94,11 +94,13 @@ class RingSpec:
     none."""
     group: Group = ALONE
     """Each stage is so many ranks."""
+    servers: int = 1
+    """There are so many target servers, each with all stages."""
 
     @property
     def topology(self) -> Topology:
         """Return the ring of the stages, each of which counts as one rank here."""
-        return Topology(self.stages)
+        return Topology(self.stages, servers=self.servers)
 
     def seconds(self, stage: int, rows: int, context: int) -> float:
         """Return the seconds of stage `stage` (from 1) over so many rows behind `context`
@@ -239,19 +241,23 @@ class Job:
 class _Live:
     """This is what the world holds of a request."""
 
-    def __init__(self, job: Job, learnt: Learnt, features: bool):
+    def __init__(self, job: Job, learnt: Learnt, features: bool, servers: int):
         self.job, self.outcome, self.fates = job, Outcome(), Fates()
         self.decoding = Decoding(job.request, job.policy, learnt, job.guesser is not None)
         self.awaited = job.request.prompt_length - 1 if features else 0
         """So many rows of the prompt's features are still to come."""
+        self.after: list[dict[int, int]] = [{-1: -1} for _ in range(servers)]
+        """For each server, this maps the name of a node that was sent to the index of the text's
+        token after it."""
 
-    def choice(self, node: int) -> int | None:
-        """Return the target's token after a node of the text.
+    def sent(self, server: int, segment: Segment) -> None:
+        after = self.after[server]
+        for name, parent in zip(segment.ids, segment.parents, strict=True):
+            after[name] = after[parent] + 1
 
-        It is None behind the end of the text and for a node that rank 0 has refused meanwhile."""
-        text, found = self.job.text, self.decoding.tree.nodes.get(node)
-        prompt = self.job.request.prompt_length
-        at = len(text) if found is None else found.position + 1 - prompt
+    def choice(self, server: int, name: int) -> int | None:
+        """Return the target's token after a node of the text; None behind the end of the text."""
+        text, at = self.job.text, self.after[server][name]
         return text[at] if at < len(text) else None
 
 
@@ -265,7 +271,10 @@ class World:
         self._stages = [
             _Stage(StageMachine(rank, self._topology)) for rank in self._topology.stage_ranks
         ]
-        self._links = [ring.link(sender) for sender in self._topology.ranks]
+        self._links = [
+            [ring.link(self._topology.stage(sender)) for _ in self._topology.next(sender)]
+            for sender in self._topology.ranks
+        ]
         self._live: dict[int, _Live] = {}
         self._spans = list[Span]()
         self._events: list[tuple[float, int, Callable, tuple]] = []
@@ -313,12 +322,17 @@ class World:
     # ---- rank 0 ----------------------------------------------------------------------------------
     def _on_request(self, now: float, job: Job) -> None:
         request = job.request
-        live = self._live[request.id] = _Live(job, self.scheduler.learnt, self.ring.features)
+        live = self._live[request.id] = _Live(
+            job, self.scheduler.learnt, self.ring.features, self._topology.servers
+        )
         for stage in self._stages:
             stage.machine.handle(Begin(request.id, job.switches.drop_dead, job.switches.abort))
         prompt = request.prompt_length - 1
-        for begin in range(0, prompt, PREFILL_ROWS):
-            self._send(0, Prompt(request.id, min(PREFILL_ROWS, prompt - begin)), now)
+        for server, begin in itertools.product(
+            range(self._topology.servers), range(0, prompt, PREFILL_ROWS)
+        ):
+            rows = min(PREFILL_ROWS, prompt - begin)
+            self._send(0, Prompt(request.id, rows), now, server=server)
         if not live.awaited:
             self._read(live, now)
         self._perform(self.scheduler.admit(live.decoding, now), now)
@@ -328,7 +342,11 @@ class World:
             if isinstance(action, Batch):
                 for request, segment in action.pieces:
                     self._live[request].fates.sent(segment.ids, segment.parents)
-                self._send(0, action, now)
+                    self._live[request].sent(action.server, segment)
+                self._send(0, action, now, server=action.server)
+            elif isinstance(action, Prunes):
+                for request, prune in action.prunes:
+                    self._tell(self._topology.ring(action.server), Decided(request, prune), now)
             elif isinstance(action, Decision):
                 self._decide(action, now)
             elif isinstance(action, Draft):
@@ -346,17 +364,17 @@ class World:
             self._handle(now, Woke())
 
     def _decide(self, decision: Decision, now: float) -> None:
-        request = decision.request
-        for what in decision.what:
-            if isinstance(what, Prune):
-                for stage in self._stages:
-                    at = now + self.ring.latency
-                    self._at(at, self._on_decided, stage, Decided(request, what))
-            elif isinstance(what, Commit):
-                self._commit(self._live[request], what, now)
-            else:  # the request is over
-                for stage in self._stages:
-                    self._at(now + self.ring.latency, self._on_decided, stage, End(request))
+        self._commit(self._live[decision.request], decision.commit, now)
+        if decision.finish:
+            self._tell(self._topology.stage_ranks, End(decision.request), now)
+
+    def _tell(self, ranks: Sequence[int], event: Decided | End, now: float) -> None:
+        """Tell stages something beside the ring."""
+        for rank in ranks:
+            self._at(now + self.ring.latency, self._on_decided, self._stage(rank), event)
+
+    def _stage(self, rank: int) -> _Stage:
+        return self._stages[rank - self._topology.FIRST]
 
     def _commit(self, live: _Live, commit: Commit, now: float) -> None:
         out = live.outcome
@@ -394,28 +412,37 @@ class World:
         if not live.awaited:
             self._read(live, now)
 
-    def _on_returned(self, now: float, batch: Batch) -> None:
-        self._handle(now, Back(tuple(self._returned(piece) for piece in batch.pieces)))
+    def _on_returned(self, now: float, server: int, batch: Batch) -> None:
+        self._handle(now, Back(tuple(self._returned(server, piece) for piece in batch.pieces)))
 
-    def _returned(self, piece: Piece) -> Returned:
+    def _returned(self, server: int, piece: Piece) -> Returned:
         request, segment = piece
         live = self._live[request]
-        choices = {i: choice for i in segment.ids if (choice := live.choice(i)) is not None}
+        nodes = self.scheduler.nodes(server, request, segment.number, segment.ids)
+        choices = {
+            node: choice
+            for node, name in zip(nodes, segment.ids, strict=False)
+            if (choice := live.choice(server, name)) is not None
+        }
         return Returned(request, segment.number, tuple(choices), lambda node, path: choices[node])
 
     # ---- links and stages ------------------------------------------------------------------------
-    def _send(self, sender: int, load: Batch | Prompt, now: float, accepted: int = 0) -> None:
-        """Send a load from rank `sender` to the next of the ring; `accepted` of its rows became
-        text."""
-        size = self.ring.hop_bytes(sender, load.rows, isinstance(load, Batch), accepted)
-        arrival = self._links[sender].arrival(size, now)
+    def _send(
+        self, sender: int, load: Batch | Prompt, now: float, accepted: int = 0, server: int = 0
+    ) -> None:
+        """Send a load from rank `sender` to the next of the ring, or of a server's.
+
+        `accepted` of its rows became text."""
+        stage = self._topology.stage(sender)
+        size = self.ring.hop_bytes(stage, load.rows, isinstance(load, Batch), accepted)
+        arrival = self._links[sender][server].arrival(size, now)
         self._note(sender, "send", now, arrival, load, bytes=size)
-        if sender != self._topology.last:
-            stage = self._stages[self._topology.next(sender) - self._topology.FIRST]
-            self._at(arrival, self._on_arrival, stage, (now, arrival, load))
+        to = self._topology.next(sender)[server]
+        if to != self._topology.COORDINATOR:
+            self._at(arrival, self._on_arrival, self._stage(to), (now, arrival, load))
         elif isinstance(load, Batch):
-            self._at(arrival, self._on_returned, load)
-        else:
+            self._at(arrival, self._on_returned, self._topology.server(sender), load)
+        elif self._topology.server(sender) == 0:
             self._at(arrival, self._on_prompt_features, load)
 
     def _on_arrival(
@@ -443,12 +470,13 @@ class World:
         What moves in its cache takes no time here."""
         for action in stage.machine.handle(event):
             if isinstance(action, Compute):
-                if stage.rank == self._topology.FIRST:
+                if self._topology.is_first(stage.rank):
                     for part in action.parts:
                         self._live[part.request].outcome.forwarded += (
                             len(part.rows) if part.segment else 0
                         )
-                end = now + self.ring.seconds(stage.rank, action.rows, action.context)
+                number = self._topology.number(stage.rank)
+                end = now + self.ring.seconds(number, action.rows, action.context)
                 stage.running = _Forward(action, now, end)
                 self._at(end, self._on_computed, stage, stage.running)
             elif isinstance(action, Tell):
@@ -459,7 +487,7 @@ class World:
     def _pass(self, now: float, stage: _Stage, action: Pass, accepted: int) -> None:
         if action.batch.pieces:
             self._send(stage.rank, action.batch, now, accepted)
-        elif stage.rank != self._topology.last or self.ring.features:
+        elif not self._topology.is_last(stage.rank) or self.ring.features:
             (chunk,) = action.parts
             self._send(stage.rank, Prompt(chunk.request, len(chunk.rows)), now)
 
@@ -485,14 +513,15 @@ class World:
                 else Prompt(part.request, len(part.rows))
             )
             self._note(stage.rank, "compute", forward.begin, now, load)
-            if part.segment and forward.whole and stage.rank == self._topology.last:
+            if part.segment and forward.whole and self._topology.is_last(stage.rank):
                 accepted += self._walked(stage, part, part.segment)
         self._handled(now, stage, Computed(now - forward.begin, forward.whole), accepted)
         self._next(now, stage)
 
     def _walked(self, stage: _Stage, part: Part, segment: Segment) -> int:
         """Return how many nodes of a segment the last stage finds to be text."""
-        choices = [self._live[part.request].choice(id) for id in segment.ids]
+        server = self._topology.server(stage.rank)
+        choices = [self._live[part.request].choice(server, name) for name in segment.ids]
         return len(
             stage.machine.walk(part, lambda k: -1 if (found := choices[k]) is None else found)
         )

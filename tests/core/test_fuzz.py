@@ -3,10 +3,13 @@
 import dataclasses
 import os
 import random
+from collections import Counter
 
 import pytest
 
-from flowspec.core.policies import METHODS
+from flowspec.core import dsi
+from flowspec.core.messages import Batch
+from flowspec.core.policies import METHODS, SERVED
 from flowspec.core.stage import Gather, StageState
 from flowspec.models.cache import RowCache
 from tests.core.world import Case, Stage, World, greedy
@@ -37,6 +40,52 @@ def test_text_is_plain_decodings_under_any_delay_and_loss(method, lost, seeds, c
     assert not bad, f"{len(bad)} of {len(seeds)} runs are wrong, the first with {bad[0]}"
 
 
+@TIGHT
+@pytest.mark.parametrize("method", ["ar", "flowspec", *SERVED])
+@pytest.mark.parametrize("lost", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "seeds", [range(2), pytest.param(range(2, RUNS // 2), marks=pytest.mark.slow)]
+)
+def test_the_text_is_the_same_over_several_servers(method, lost, seeds, cache_step, monkeypatch):
+    cases = [Case(seed, method, lost, servers=n) for seed in seeds for n in (2, 3, 7)]
+    bad = wrong(cases)
+    monkeypatch.setattr(dsi, "BEHIND", 3)  # so that servers catch up all the time
+    monkeypatch.setattr(dsi, "MOST", 5)
+    bad += wrong(cases)
+    assert not bad, f"{len(bad)} of {2 * len(cases)} runs are wrong, the first with {bad[0]}"
+
+
+def test_the_fuzz_of_several_servers_uses_them_gives_up_and_catches_up(monkeypatch):
+    monkeypatch.setattr(dsi, "BEHIND", 8)
+    sent, behind, given_up = Counter(), 0, 0
+    forget = dsi._Copy._give_up
+
+    def counted(copy, decoding) -> None:
+        nonlocal given_up
+        before = len(copy.out)
+        forget(copy, decoding)
+        given_up += before - len(copy.out)
+
+    monkeypatch.setattr(dsi._Copy, "_give_up", counted)
+    for seed in range(12):
+        world = World(Case(seed, "dsi", 0.1, servers=3))
+        perform, catch_up = world._perform, world.scheduler._servers.catch_up
+
+        def noted(actions, now, perform=perform):
+            sent.update(a.server for a in actions if isinstance(a, Batch))
+            perform(actions, now)
+
+        def caught(*facts, catch_up=catch_up):
+            nonlocal behind
+            batch = catch_up(*facts)
+            behind += batch is not None
+            return batch
+
+        world._perform, world.scheduler._servers.catch_up = noted, caught
+        assert world.run() == greedy(world.case.request), f"seed {seed}"
+    assert min(sent[server] for server in range(3)) > 12 and behind > 2 and given_up > 12
+
+
 def test_the_fuzz_abandons_forwards(cache_step):
     worlds = [World(Case(seed, lost=0.1)) for seed in range(60)]
     assert all(world.run() == greedy(world.case.request) for world in worlds)
@@ -50,12 +99,13 @@ def company(seed: int) -> World:
         Case(seed * 10 + k, r.choice(METHODS), lost=r.choice([0.0, 0.1]), number=k + 1)
         for k in range(r.randint(2, 8))
     ]
+    cases[0].servers = r.choice([1, 1, 1, 2, 3])
     return World(cases[0], others=cases[1:])
 
 
 @TIGHT
 @pytest.mark.parametrize(
-    "seeds", [range(5), pytest.param(range(5, 5 * RUNS), marks=pytest.mark.slow)]
+    "seeds", [range(5), pytest.param(range(5, 3 * RUNS), marks=pytest.mark.slow)]
 )
 def test_the_text_of_a_request_never_depends_on_who_else_is_there(seeds, cache_step):
     shared = 0

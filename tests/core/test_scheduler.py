@@ -19,6 +19,7 @@ from flowspec.core.messages import (
     Finish,
     Proposal,
     Prune,
+    Prunes,
     Returned,
     Segment,
     Started,
@@ -78,8 +79,10 @@ class Alone:
         for action in actions:
             if isinstance(action, Batch):
                 flat += [segment for _, segment in action.pieces]
+            elif isinstance(action, Prunes):
+                flat += [prune for _, prune in action.prunes]
             elif isinstance(action, Decision):
-                flat += action.what
+                flat += [action.commit, *([action.finish] if action.finish else [])]
             else:
                 flat.append(action)
         return flat

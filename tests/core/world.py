@@ -34,22 +34,20 @@ from flowspec.core.messages import (
     Answered,
     Back,
     Batch,
-    Commit,
     Cost,
     Decision,
     Draft,
     Drafted,
-    Finish,
     Idle,
     Proposal,
-    Prune,
+    Prunes,
     Read,
     Returned,
     Wake,
     Woke,
 )
 from flowspec.core.policies import make_policy
-from flowspec.core.policy import PolicyConfig, TreeConfig
+from flowspec.core.policy import Dsi, PolicyConfig, TreeConfig
 from flowspec.core.request import Request, Sampling
 from flowspec.core.scheduler import Scheduler
 from flowspec.core.stage import StageState
@@ -221,6 +219,7 @@ class Case:
     """share of prunes that never arrive"""
     number: int = REQUEST
     """the request's id"""
+    servers: int = 1
 
     def __post_init__(self):
         self.random = r = random.Random(self.seed)
@@ -250,17 +249,19 @@ class Case:
         """when it arrives, where there are others"""
         self.cancelled = 100.0 * r.random() if r.random() < 0.2 else None
         """when its reader leaves, where there are others"""
+        self.dsi = Dsi(servers=self.servers, lookahead=r.choice([None, 1, 2, 5, 16]))
 
 
 class Asked:
     """A request in the world, from rank 0's side."""
 
-    def __init__(self, case: Case, learnt: Learnt, stages: int):
-        ring = Topology(stages)
-        policy = make_policy(case.method, case.tree, case.switches, ring, case.features)
+    def __init__(self, case: Case, learnt: Learnt, ring: Topology):
+        policy = make_policy(case.method, case.tree, case.switches, ring, case.features, case.dsi)
         self.case, self.decoding = case, Decoding(case.request, policy, learnt, case.drafts)
         self.context = {-1: case.request.prompt[:-1]}
-        """node -> the text up to it, for the drafter and the checks"""
+        """node -> the text up to it, for the drafter"""
+        self.sent = [dict(self.context) for _ in range(ring.servers)]
+        """of each server: what a node that was sent is called there -> the text up to it"""
         self.out, self.reason = [], None
         self.text_nodes = set()
         """what the last stage takes to be text"""
@@ -271,7 +272,7 @@ class World:
 
     def __init__(self, case: Case, stage=Stage, others=()):
         self.case, self.random, self.cases = case, case.random, [case, *others]
-        self.topology = Topology(case.stages)
+        self.topology = Topology(case.stages, servers=case.servers)
         self.scheduler = Scheduler(self.topology)
         self.stages = [stage(rank, self.topology) for rank in self.topology.stage_ranks]
         self.asked: dict[int, Asked] = {}
@@ -304,11 +305,12 @@ class World:
         self._on_arrival(now, self.case)
 
     def _on_arrival(self, now, case) -> None:
-        asked = self.asked[case.number] = Asked(case, self.scheduler.learnt, len(self.stages))
+        asked = self.asked[case.number] = Asked(case, self.scheduler.learnt, self.topology)
         for each in self.stages:
             each.begin(Begin(case.number, case.switches.drop_dead, case.switches.abort))
-        for chunk in self._chunks(case):
-            self._post("hop0", now, self.random.random(), ("prefill", 0, case.number, chunk))
+        for ring in self.topology.rings:
+            for chunk in self._chunks(case):
+                self._hop(now, ring[0], ("prefill", case.number, chunk))
         if case.drafts:
             self._post("draft", now, self.random.random(), ("news", Read(case.number)))
         self._perform(self.scheduler.admit(asked.decoding, now), now)
@@ -352,47 +354,53 @@ class World:
     def _perform(self, actions, now):
         for action in actions:
             if isinstance(action, Batch):
-                for request, (_, *nodes) in action.pieces:
-                    context = self.asked[request].context
+                for request, segment in action.pieces:
+                    context = self.asked[request].sent[action.server]
+                    nodes = segment.ids, segment.parents, segment.tokens
                     for i, p, t in zip(*nodes, strict=True):
                         assert context.setdefault(i, (*context[p], t))[-1] == t
-                self._post("hop0", now, self.random.random(), ("batch", 0, action))
+                self._hop(now, self.topology.next(0)[action.server], ("batch", action))
+            elif isinstance(action, Prunes):
+                for k in self.topology.ring(action.server):
+                    self._prune(now, k - 1, action.prunes)
             elif isinstance(action, Decision):
-                for what in action.what:
-                    self._decide(action.request, what, now)
+                self._decide(action)
             elif isinstance(action, Draft):
                 self._post("draft", now, self.random.random(), ("draft", action))
             else:
                 assert isinstance(action, Wake)
                 self._post("wake", now, max(0.0, action.at - now), ("wake",))
 
-    def _decide(self, request, what, now):
-        asked = self.asked[request]
-        if isinstance(what, Prune):
-            for k in range(len(self.stages)):
-                if self.random.random() >= self.case.lost:
-                    self.prunes[k].append(Decided(request, what))
-                    delay = self.random.random() * self.case.slow_prunes
-                    self._post(f"prune{k}", now, delay, ("prune", k))
-        elif isinstance(what, Commit):
-            asked.out += what.tokens
-            walked = asked.text_nodes.issuperset(what.path) or not self.case.verify_last
-            assert walked, "a node became text that the last stage did not take for it"
-        else:
-            assert isinstance(what, Finish)
-            asked.reason = what.reason
-            self._end(request)
+    def _hop(self, now, rank, event, least=0.0) -> None:
+        """Send something round a ring to the stage of this rank."""
+        kind, *what = event
+        self._post(f"hop{rank}", now, least + self.random.random(), (kind, rank - 1, *what))
+
+    def _prune(self, now, k, prunes) -> None:
+        for request, prune in prunes:
+            if self.random.random() >= self.case.lost:
+                self.prunes[k].append(Decided(request, prune))
+                delay = self.random.random() * self.case.slow_prunes
+                self._post(f"prune{k}", now, delay, ("prune", k))
+
+    def _decide(self, decision):
+        asked, commit = self.asked[decision.request], decision.commit
+        asked.out += commit.tokens
+        walked = asked.text_nodes.issuperset(commit.path) or not self.case.verify_last
+        assert walked, "a node became text that no last stage took for it"
+        if decision.finish:
+            asked.reason = decision.finish.reason
+            self._end(decision.request)
 
     def _on_prefill(self, now, k, request, tokens):
         told, _ = self.stages[k].perform(Chunk(request, len(tokens)), tokens)
         self._tell(now, told)
-        if k + 1 < len(self.stages):
-            following = ("prefill", k + 1, request, tokens)
-            self._post(f"hop{k + 1}", now, self.random.random(), following)
+        if not self.topology.is_last(k + 1):
+            self._hop(now, k + 2, ("prefill", request, tokens))
 
     def _on_batch(self, now, k, batch):
         stage, choices = self.stages[k], {}
-        last = k + 1 == len(self.stages)
+        last, server = self.topology.is_last(k + 1), self.topology.server(k + 1)
 
         def between() -> None:
             if self.interrupted():
@@ -400,7 +408,8 @@ class World:
 
         def walk(part, j) -> int:
             node = part.request, part.segment.ids[j]
-            return choices.setdefault(node, target(self.asked[part.request].context[node[1]]))
+            context = self.asked[part.request].sent[server]
+            return choices.setdefault(node, target(context[node[1]]))
 
         told, seen = stage.perform(
             Arrived(batch, self.random.random(), self.random.random()),
@@ -411,7 +420,9 @@ class World:
         for (request, i), tokens in seen.items():
             asked, books = self.asked[request], stage.machine.books(request)
             dead_weight = books is None or not (i in books.row or asked.case.switches.drop_dead)
-            assert tokens == asked.context[i] or dead_weight, "a stage attended to the wrong rows"
+            assert tokens == asked.sent[server][i] or dead_weight, (
+                "a stage attended to the wrong rows"
+            )
         self._tell(now, told)
         for action in told:
             if isinstance(action, Pass):
@@ -422,11 +433,15 @@ class World:
             switches = self.asked[piece.request].case.switches
             over = self.asked[piece.request].reason is not None
             assert switches.drop_dead or over or piece in goes.pieces, "a row was dropped"
-        if k + 1 < len(self.stages):
-            self._post(f"hop{k + 1}", now, 0.5 + self.random.random(), ("batch", k + 1, goes))
+        if not self.topology.is_last(k + 1):
+            self._hop(now, k + 2, ("batch", goes), 0.5)
         else:
-            answer = Back(tuple(self._answer(piece, choices) for piece in goes.pieces))
-            self._post("return", now, 0.5 + self.random.random(), ("news", answer))
+            server, delay = self.topology.server(k + 1), 0.5 + self.random.random()
+            self._post(f"return{server}", now, delay, ("return", server, goes, choices))
+
+    def _on_return(self, now, server, batch, choices):
+        """What comes back, from a last stage that walks, or all rows where rank 0 picks."""
+        self._on_news(now, Back(tuple(self._answer(p, choices, server) for p in batch.pieces)))
 
     def _tell(self, now, told) -> None:
         """What stages say beside the ring; now and then they say that one is free, or that forwards cost something else."""
@@ -442,17 +457,20 @@ class World:
         for event in events:
             self._post("control", now, self.random.random(), ("news", event))
 
-    def _answer(self, piece, choices):
-        """Of a last stage that walks, or of all rows where rank 0 picks: it looks at those it walks over."""
+    def _answer(self, piece, choices, server):
         request, segment = piece
         asked = self.asked[request]
-        if not self.case.verify_last:
-            return Returned(
-                request, segment.number, segment.ids, lambda i, path: target(asked.context[i])
-            )
-        ids = tuple(i for r, i in choices if r == request)
-        asked.text_nodes.update(ids)
-        return Returned(request, segment.number, ids, lambda i, path: choices[request, i])
+        names = [i for i in segment.ids if (request, i) in choices or not self.case.verify_last]
+        nodes = self.scheduler.nodes(server, request, segment.number, names)
+        known = dict(zip(nodes, names, strict=False))
+        for node, name in known.items():
+            context = asked.sent[server][name]
+            assert asked.context.setdefault(node, context) == context, "two nodes of one name"
+        if self.case.verify_last:
+            asked.text_nodes.update(known)
+        return Returned(
+            request, segment.number, (*known,), lambda i, path: target(asked.context[i])
+        )
 
     def _on_prune(self, now, k):
         if self.prunes[k]:

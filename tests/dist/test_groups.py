@@ -37,23 +37,29 @@ def family(request, tmp_path_factory):
     return folder, model
 
 
+WORDS = {"tp": ["--method", "tp", "tree.segment=1"], "flowspec": ["--method", "flowspec"]}
+"""serial trees whose rows go one by one, and continuous ones"""
+
+
 def cases() -> list:
+    """Both ways over DeepSpeed; over our own, which the threads' tests try at length, in turn."""
     found = []
-    for backend in ("native", "deepspeed"):
-        for name in FAMILIES:
-            marks = [SLOW, WITHOUT] if backend == "deepspeed" else [SLOW]
-            found.append(pytest.param(name, backend, marks=marks, id=f"{name}-{backend}"))
+    for k, name in enumerate(FAMILIES):
+        own = [*WORDS][k % 2]
+        found.append(pytest.param(name, "native", [own], marks=SLOW, id=f"{name}-native-{own}"))
+        marks = [SLOW, WITHOUT]
+        found.append(pytest.param(name, "deepspeed", WORDS, marks=marks, id=f"{name}-deepspeed"))
     return found
 
 
-@pytest.mark.parametrize("family,backend", cases(), indirect=["family"])
-def test_a_group_writes_transformers_text(family, backend, tmp_path):
-    """Two stages of two ranks; serial trees whose rows go one by one, and continuous ones."""
+@pytest.mark.parametrize("family,backend,methods", cases(), indirect=["family"])
+def test_a_group_writes_transformers_text(family, backend, methods, tmp_path):
+    """Two stages of two ranks."""
     folder, model = family
     out, config = tmp_path / "split", tmp_path / "c.yaml"
     assert split(["--model", str(folder), "--stages", "2", "--tensor-parallel", "2", "--output", str(out)]) == 0
     config.write_text(f"stages: {out}\ndrafter: {{kind: ngram}}\nsampling: {{max_new_tokens: {NEW}}}\n")
-    for words in (["--method", "tp", "tree.segment=1"], ["--method", "flowspec"]):
+    for words in map(WORDS.__getitem__, methods):
         results = tmp_path / "results.jsonl"
         with Command(tmp_path, config, "--prompt", PROMPT, f"tensor_parallel.backend={backend}", *words, "--json", results) as run:
             assert run.end() == 0, run.err

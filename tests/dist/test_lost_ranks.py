@@ -53,7 +53,6 @@ SLOW = pytest.mark.slow
     "when,rank",
     [
         pytest.param(while_decoding, 0, marks=SLOW),
-        pytest.param(while_decoding, 2, marks=SLOW),
         pytest.param(while_prefilling, 1, marks=SLOW),
         (while_idle, 1),
     ],

@@ -539,7 +539,7 @@ def test_a_frame_weighs_about_what_is_sent_beside_the_tensors():
 
 
 def test_only_a_network_that_is_emulated_is_shaped():
-    [end] = inproc.ring(Topology(0))
+    end, _ = inproc.ring(Topology(1))
     assert shaped(end, Emulate(stage_ms=5.0)) is end
     wrapped = shaped(end, Emulate(link_ms=0.1))
     assert isinstance(wrapped, ShapedTransport)

@@ -75,16 +75,23 @@ def together(size: int, work) -> list:
 
 
 # ---- the topology --------------------------------------------------------------------------------
+@pytest.mark.parametrize("servers", [1, 3])
 @pytest.mark.parametrize("stages,members", [(1, 1), (4, 1), (1, 4), (3, 2), (2, 3)])
-def test_the_ring_leads_through_all_leaders_and_every_rank_has_one(stages, members):
-    ring = Topology(stages, members)
-    assert Topology.of_world(ring.world_size, members) == ring
-    way = [0]
-    while (after := ring.next(way[-1])) != 0:
-        assert ring.previous(after) == way[-1]
-        way.append(after)
-    assert way[1:] == [*ring.stage_ranks] and ring.previous(0) == way[-1] == ring.last
-    assert len(way) == ring.hops
+def test_the_ring_leads_through_all_leaders_and_every_rank_has_one(stages, members, servers):
+    ring, alone = Topology(stages, members, servers), Topology(stages, members)
+    assert Topology.of_world(alone.world_size, members, servers) == ring
+    assert ring.world_size - 1 == servers * (alone.world_size - 1)
+    for server in range(servers):
+        way = [0, ring.next(0)[server]]
+        while [after := ring.next(way[-1])[0]] != [0]:
+            assert ring.previous(after) == [way[-1]]
+            way.append(after)
+        assert way[1:] == [*ring.ring(server)] and ring.previous(0)[server] == way[-1]
+        assert len(way) == ring.hops and ring.previous(way[1]) == [0]
+        assert {ring.server(rank) for rank in way[1:]} == {server}
+        assert [ring.place(rank) for rank in way[1:]] == [*alone.stage_ranks]
+        assert [ring.role(rank) for rank in way] == [alone.role(ring.place(rank)) for rank in way]
+    assert ring.last == alone.last and [*ring.stage_ranks] == [*itertools.chain(*ring.rings)]
     groups = [[*ring.group(rank)] for rank in ring.stage_ranks]
     assert [*itertools.chain(*groups)] == [*ring.ranks][1:]
     for rank in ring.ranks[1:]:

@@ -6,22 +6,47 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 from flowspec.core.policies.continuous import Continuous
+from flowspec.core.policies.lookahead import Lookahead
 from flowspec.core.policies.pipedec import PipeDec
 from flowspec.core.policies.rounds import Rounds
-from flowspec.core.policy import Policy, PolicyConfig, TreeConfig
+from flowspec.core.policy import Dsi, Policy, PolicyConfig, TreeConfig
 from flowspec.core.topology import Topology
 from flowspec.errors import need
 
-Maker = Callable[[TreeConfig, PolicyConfig, Topology, bool], Policy]
-_MAKERS: dict[str, Maker] = {
-    "ar": lambda tree, *_: Rounds(dataclasses.replace(tree, budget=1), pieces=1),
-    "serial": lambda tree, *_: Rounds(tree, pieces=1),
-    "naive": lambda tree, switches, ring, *_: Rounds(tree, pieces=ring.hops),
-    "pruned": lambda tree, switches, ring, *_: Rounds(tree, pieces=ring.hops, pruning=True),
-    "pipedec": lambda tree, switches, ring, *_: PipeDec(tree, ring, switches.just_in_time),
-    "flowspec": lambda tree, switches, ring, features: Continuous(tree, ring, switches, features),
+
+class _About(NamedTuple):
+    """This is what a policy may be made from."""
+
+    tree: TreeConfig
+    switches: PolicyConfig
+    topology: Topology
+    features: bool
+    dsi: Dsi
+
+
+CHAIN = 5
+"""Speculative inference drafts so many tokens a round by default, as its papers do."""
+
+
+def _rounds(about: _About) -> Policy:
+    """Draft a chain (or a tree, if the configuration says so), wait, verify: SI."""
+    levels = about.dsi.lookahead or CHAIN
+    shape = about.tree
+    budget, top_k = shape.budget or 1 + levels * (shape.top_k or 1), shape.top_k or 1
+    depth = shape.depth or max(1, levels - 1)
+    return Rounds(TreeConfig(budget=budget, top_k=top_k, depth=depth), pieces=1)
+
+
+_MAKERS: dict[str, Callable[[_About], Policy]] = {
+    "ar": lambda of: Rounds(dataclasses.replace(of.tree, budget=1), pieces=1),
+    "serial": lambda of: Rounds(of.tree, pieces=1),
+    "naive": lambda of: Rounds(of.tree, pieces=of.topology.hops),
+    "pruned": lambda of: Rounds(of.tree, pieces=of.topology.hops, pruning=True),
+    "pipedec": lambda of: PipeDec(of.tree, of.topology, of.switches.just_in_time),
+    "flowspec": lambda of: Continuous(of.tree, of.topology, of.switches, of.features),
 }
 METHODS = tuple(_MAKERS)
 """These methods run over any ring."""
@@ -30,6 +55,13 @@ SHARED = ("tp", "galaxy")
 Megatron's way (arXiv 1909.08053) and Galaxy's (arXiv 2405.17245), which spreads the rows. Over
 stages of several members the other methods share them in Megatron's way."""
 _MAKERS |= dict.fromkeys(SHARED, _MAKERS["serial"])
+_MAKERS |= {
+    "si": _rounds,
+    "dsi": lambda of: Lookahead(of.tree, of.topology, of.dsi.lookahead),
+}
+SERVED = ("si", "dsi")
+"""These are at home over several target servers (dsi.servers), and run over one."""
+ALL_METHODS = tuple(_MAKERS)
 
 
 def spreads(method: str) -> bool:
@@ -61,14 +93,19 @@ def check_method(
     )
 
 
+ONE = Dsi()
+"""This is one server, and the lookahead of the method."""
+
+
 def make_policy(
     method: str,
     tree: TreeConfig,
     switches: PolicyConfig,
     topology: Topology,
     features: bool = False,
+    dsi: Dsi = ONE,
 ) -> Policy:
     """Return the policy of a method for one request.
 
     `features` is True if its drafter reads the target's features."""
-    return _MAKERS[method](tree, switches, topology, features)
+    return _MAKERS[method](_About(tree, switches, topology, features, dsi))

@@ -1,0 +1,89 @@
+"""Several target servers (DSI): whatever they are and whoever drafts, the text is that of plain decoding."""
+
+import random
+
+import pytest
+
+from flowspec.core import dsi
+from flowspec.engine import Engine
+from tests.runtime.test_identity import PROMPTS, SAMPLED, assert_same, slow, text
+
+METHODS = ("dsi", "si", "flowspec", "ar")
+
+
+def words(servers: int, **more) -> list[str]:
+    return [f"dsi.servers={servers}", *(f"{key}={value}" for key, value in more.items())]
+
+
+@pytest.mark.parametrize(
+    "servers,stages,members,drafter",
+    [
+        (2, 1, 1, "lm"),
+        (3, 2, 1, "eagle"),
+        slow(1, 1, 1, "lm"),
+        slow(2, 1, 2, "ngram"),
+        slow(7, 1, 1, "lm"),
+        slow(2, 2, 2, "eagle"),
+    ],
+)
+@pytest.mark.parametrize("verify_on", ["last", slow("coordinator")])
+def test_every_method_writes_transformers_greedy_text(
+    pair, servers, stages, members, drafter, verify_on, monkeypatch
+):
+    monkeypatch.setattr(dsi, "BEHIND", 8)  # so that servers also catch up
+    settings = words(servers, verify_on=verify_on)
+    with Engine.from_config(pair.config(stages, None, drafter, members), settings) as engine:
+        for prompt in PROMPTS:
+            want = pair.greedy(prompt, 40)
+            for method in METHODS:
+                assert_same(text(engine, prompt, method=method), want)
+
+
+@pytest.mark.parametrize("lookahead", [1, slow(2), 5, slow(16), "auto"])
+@pytest.mark.parametrize("servers", [3, slow(2), slow(7)])
+def test_any_lookahead_writes_the_same_sampled_text(pair, servers, lookahead):
+    settings = {"dsi.lookahead": lookahead, "tree.top_k": 1 if lookahead == 5 else "auto"}
+    with Engine.from_config(pair.config(1), words(servers, **settings)) as engine:
+        for sampling in SAMPLED:
+            want = text(engine, PROMPTS[1], method="ar", **sampling)
+            for method in ("dsi", "si"):
+                assert_same(text(engine, PROMPTS[1], method=method, **sampling), want)
+
+
+@pytest.mark.parametrize("seed", [0, *map(slow, range(1, 8))])
+def test_servers_of_different_speed_and_trees_of_any_shape_write_the_same_text(pair, seed):
+    r = random.Random(seed)
+    servers, stages = r.randint(2, 4), r.randint(1, 2)
+    speeds = [r.choice([1, 3, 12]) for _ in range(servers * stages)]
+    emulated = {"emulate.stage_ms": speeds, "emulate.draft_ms": r.choice([0.5, 2])}
+    emulated |= {"emulate.link_ms": r.choice([0, 1, 4]), "policy.abort": r.random() < 0.7}
+    tree = {"tree.top_k": r.randint(1, 4), "tree.depth": r.choice(["auto", 3, 9])}
+    tree |= {"dsi.lookahead": r.randint(1, 16), "tree.budget": r.choice(["auto", 7, 40])}
+    print(f"seed {seed}: {servers} servers of {stages} stages, {emulated}, {tree}")
+    config = pair.config(stages, None, r.choice(["lm", "eagle", "ngram"]))
+    with Engine.from_config(config, words(servers, **emulated, **tree)) as engine:
+        for prompt in PROMPTS[:2]:
+            assert_same(text(engine, prompt, method="dsi"), pair.greedy(prompt, 40))
+
+
+def test_several_requests_share_the_servers(pair):
+    with Engine.from_config(pair.config(1), words(3)) as engine:
+        running = [
+            (prompt, engine.submit(prompt, method=method))
+            for prompt in PROMPTS
+            for method in ("dsi", "si", "ar")
+        ]
+        for prompt, generation in running:
+            assert_same([token.id for token in generation], pair.greedy(prompt, 40))
+
+
+def test_the_drafter_never_waits_and_no_forward_is_spent_on_what_is_refused(pair):
+    """A good drafter keeps several servers busy; a result tells of all of them."""
+    emulated = {"emulate.stage_ms": 20, "emulate.draft_ms": 4}
+    with Engine.from_config(pair.config(1), words(3, **emulated)) as engine:
+        generation = engine.submit(PROMPTS[1], method="dsi")
+        list(generation)
+        result = generation.result
+    assert result.world_size == 4 and len(result.stage_utilisation) == 3
+    assert min(result.stage_utilisation) > 0, "every server had a task"
+    assert result.accepted_tokens > 20
