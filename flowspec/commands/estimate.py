@@ -187,7 +187,8 @@ def _acceptance_lines(found: Acceptance) -> Iterator[str]:
         )
         yield f"  rejected after N tokens, (if geometric): {', '.join(runs)}; {found.censored} cut off"
     if found.p_value is not None:
-        yield f"  geometric runs lie as far from what is expected with p = {found.p_value:.2g}"
+        p = "< 0.01" if found.p_value < 0.01 else f"= {found.p_value:.2f}"
+        yield f"  were runs geometric, they would lie so far from what is expected with p {p}"
 
 
 def _named(first: int, last: int | None) -> str:
@@ -199,17 +200,14 @@ def _named(first: int, last: int | None) -> str:
 def _latency_lines(found: Latency) -> Iterator[str]:
     yield (
         f"{found.prompts} prompts of {found.prompt_tokens:g} tokens x {found.repeats}, "
-        f"{found.max_new_tokens} new tokens, {found.dtype}, {found.threads} threads; "
+        f"{found.max_new_tokens} new tokens, {found.dtype}, threads: {found.threads}; "
         "ms, median (10th..90th percentile)"
     )
-    for side, first, first_range, further, further_range in (
-        ("target", found.target_first_ms, found.target_first_range_ms,
-         found.target_ms, found.target_range_ms),
-        ("draft", found.draft_first_ms, found.draft_first_range_ms,
-         found.draft_ms, found.draft_range_ms),
-    ):  # fmt: skip
-        times = (
-            f"{ms:.2f} ({low:.2f}..{high:.2f})"
-            for ms, (low, high) in ((first, first_range), (further, further_range))
-        )
-        yield f"  {side}: {' first token, '.join(times)} a further one"
+    for side in ("target", "draft"):
+        first, further = (_time(found, name) for name in (f"{side}_first", side))
+        yield f"  {side}: {first} the first token, {further} a further one"
+
+
+def _time(found: Latency, name: str) -> str:
+    low, high = getattr(found, f"{name}_range_ms")
+    return f"{getattr(found, f'{name}_ms'):.2f} ({low:.2f}..{high:.2f})"
