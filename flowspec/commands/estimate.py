@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ABOUT = {
     "acceptance": """How often the target accepts what the draft model drafts, along the target's
-own texts: the fit of the geometric distribution with an interval of 95 %% confidence, greedy and,
+own texts: the fit of the geometric distribution with an interval of 95 % confidence, greedy and,
 above temperature 0, by keyed coupling and by the classic rule.""",
     "latency": """What a forward of each model takes, over a prompt (time to first token) and over a
 further token: medians, and from the 10th to the 90th percentile.""",
