@@ -25,8 +25,9 @@ from torch import Tensor
 
 from flowspec.core.request import Sampling
 from flowspec.engine import Engine
-from flowspec.errors import UserError, need
+from flowspec.errors import need
 from flowspec.generation import Token
+from flowspec.models.unsplit import load_unsplit
 from flowspec.sampling import NoiseRows, noise_for, pick
 
 ROWS = 64
@@ -156,25 +157,14 @@ class Reference:
 
         Raise UserError if transformers cannot load it. `rounded` are the dtypes that the ring's
         weights were rounded to, one after the other; these weights are to be the same."""
-        import transformers
-        from transformers import AutoModelForCausalLM
+        from transformers import __version__
 
-        self._name = (
-            f"the unsplit model {folder} (transformers {transformers.__version__}, {dtype})"
-        )
-        transformers.utils.logging.disable_progress_bar()
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True
-            )
-        except (OSError, ValueError, RuntimeError, MemoryError) as error:
-            raise UserError(
-                f"--reference: transformers cannot load {folder}: {str(error).splitlines()[0]}"
-            ) from None
+        self._name = f"the unsplit model {folder} (transformers {__version__}, {dtype})"
+        model = load_unsplit(folder, "float32", "--reference")
         for parameter in model.parameters():  # not the rotary frequencies
             for name in (*rounded, dtype):
                 parameter.data = parameter.data.to(getattr(torch, name))
-        self._model = model.eval()
+        self._model = model
         self._last: tuple[list[int], Tensor] | None = (
             None  # the latest tokens, and their rows behind the final norm
         )

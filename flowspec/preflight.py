@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from flowspec.config import Config
 from flowspec.core.topology import Topology
@@ -152,15 +153,26 @@ def check_drafter(drafter: DrafterConfig, folder: Path, manifest: Manifest) -> N
         f"{drafter.where}.kind: eagle (or eagle3)",
     )
     read_config(path)
-    check_same_tokens(Text(manifest.folder(0)).tokenizer, load_tokenizer(path), str(path))
+    ours, theirs = Text(manifest.folder(0)).tokenizer, load_tokenizer(path)
+    check_same_tokens(ours, theirs, f"{drafter.where}.path: {path}")
 
 
-def check_prompt(tokens: Sequence[int], manifest: Manifest, name: str = "the prompt") -> None:
+class Limits(Protocol):
+    """Limits say which prompts a model takes; a manifest has them."""
+
+    @property
+    def max_positions(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+
+def check_prompt(tokens: Sequence[int], limits: Limits, name: str = "the prompt") -> None:
     """Raise UserError unless the prompt has a token, and the model room for one more."""
     need(len(tokens) > 0, f"{name} is empty: give at least one token of text")
-    limit = manifest.max_positions
-    strange = [t for t in tokens if not 0 <= t < manifest.vocab_size]
-    need(not strange, f"{name} holds token {strange[:1]}; the vocabulary has {manifest.vocab_size}")
+    limit = limits.max_positions
+    strange = [t for t in tokens if not 0 <= t < limits.vocab_size]
+    need(not strange, f"{name} holds token {strange[:1]}; the vocabulary has {limits.vocab_size}")
     need(
         len(tokens) < limit,
         f"{name} has {len(tokens)} tokens; the model takes {limit} in all, so at most "
@@ -184,15 +196,16 @@ def check_writable(path: str | None, name: str = "--json") -> None:
         beside.unlink()
 
 
-def read_prompts(path: str) -> list[str]:
+def read_prompts(path: str, flag: str = "--prompt-file") -> list[str]:
     """Return the prompts of a file: .txt holds one in a line, .jsonl an object with `prompt` in a
     line.
 
-    Raise UserError if it cannot be read, or holds something else."""
+    Raise UserError, which names the flag that the path came from, if it cannot be read, or holds
+    something else."""
     file = Path(path)
     need(
         file.suffix in (".txt", ".jsonl"),
-        f"--prompt-file {path}: the name must end in .txt (a prompt a line) or .jsonl",
+        f"{flag} {path}: the name must end in .txt (a prompt a line) or .jsonl",
     )
     try:
         lines = [
@@ -201,10 +214,10 @@ def read_prompts(path: str) -> list[str]:
             if line.strip()
         ]
     except OSError as error:
-        raise UserError(f"cannot read --prompt-file {path}: {error.strerror}") from None
+        raise UserError(f"cannot read {flag} {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"--prompt-file {path} is not UTF-8 text") from None
-    need(bool(lines), f"--prompt-file {path} holds no prompt")
+        raise UserError(f"{flag} {path} is not UTF-8 text") from None
+    need(bool(lines), f"{flag} {path} holds no prompt")
     return [
         line.rstrip("\r") if file.suffix == ".txt" else _json_prompt(line, f"{path} line {n}")
         for n, line in lines

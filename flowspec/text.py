@@ -28,13 +28,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 def check_same_tokens(target: Tokenizer, draft: Tokenizer, where: str) -> None:
     """Raise UserError unless the draft model means the same token by the same number.
 
-    Padding beyond the vocabulary may differ."""
+    `where` names the draft model. Padding beyond the vocabulary may differ."""
     ours, theirs = target.get_vocab(), draft.get_vocab()
     differs = [t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)]
     if differs:
         worst = min(differs, key=lambda t: (ours.get(t, theirs.get(t)), t))
         raise UserError(
-            f"drafter.path: {where} has another vocabulary than the target ({len(differs)} "
+            f"{where} has another vocabulary than the target ({len(differs)} "
             f"tokens differ, such as {worst!r}: "
             f"{ours.get(worst)} in the target, {theirs.get(worst)} in the draft)"
         )

@@ -809,7 +809,8 @@ def write_models(
     """Write what the sides load."""
     write_gguf(target, models / "target-float32.gguf")
     if any(side.drafted for side in sides):
-        check_same_tokens(load_tokenizer(args.model), load_tokenizer(args.draft), str(args.draft))
+        named = f"--draft {args.draft}"
+        check_same_tokens(load_tokenizer(args.model), load_tokenizer(args.draft), named)
         write_gguf(Llama.open(args.draft), models / "draft-float32.gguf")
     for precision in {side.precision for side in sides} - {"float32"}:
         names = (str(models / f"target-{each}.gguf") for each in ("float32", precision))

@@ -157,7 +157,7 @@ def weaken(
     for folder in (draft, target):
         Source.open(folder)  # a UserError for what is no checkpoint
     tokenizer = load_tokenizer(target)
-    check_same_tokens(tokenizer, load_tokenizer(draft), str(draft))
+    check_same_tokens(tokenizer, load_tokenizer(draft), f"--draft {draft}")
     small, large = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         for folder in (draft, target)

@@ -19,7 +19,7 @@ SHIPPED = [
     ROOT / "split_models.py",
 ]
 LAYERS = [
-    {"core", "errors", "version", "files", "output", "schema", "trace"},
+    {"core", "errors", "version", "files", "output", "schema", "trace", "estimates"},
     {"models", "sampling", "text", "comm", "sim"},
     {"draft"},
     {"runtime"},
@@ -34,6 +34,8 @@ SIDEWAYS = {  # (room, room of the same layer that it may import); everything el
     ("trace", "errors"),
     ("trace", "files"),
     ("files", "errors"),
+    ("estimates", "errors"),
+    ("estimates", "schema"),
     ("output", "errors"),
     ("schema", "errors"),
     ("preflight", "config"),

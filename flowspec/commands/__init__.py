@@ -7,6 +7,7 @@ COMMANDS = {
     "verify": "prove that speculation changes no token",
     "bench": "compare methods on the same prompts in one call (bench compare CONFIG)",
     "simulate": "predict tokens/s of any ring and method in virtual time",
+    "estimate": "measure how good and how fast a pair of models is (estimate acceptance|latency)",
     "trace": "say where the time of a traced run went, and draw it",
     "split": "cut a checkpoint into a file a stage (split_models.py)",
 }
