@@ -87,8 +87,9 @@ class Estimate(NamedTuple):
 def estimate(costs: Array) -> Estimate:
     """Return the mean and standard error over the first axis of what a simulator returns."""
     repeats = len(costs)
-    spread = costs.std(axis=0, ddof=1) if repeats > 1 else np.full(costs.shape[1:], np.nan)
-    return Estimate(costs.mean(axis=0), spread / np.sqrt(repeats))
+    apart = costs - costs[0]  # exactly 0 where chance has no part
+    spread = apart.std(axis=0, ddof=1) if repeats > 1 else np.full(costs.shape[1:], np.nan)
+    return Estimate(costs[0] + apart.mean(axis=0), spread / np.sqrt(repeats))
 
 
 # ---- costs ---------------------------------------------------------------------------------------
