@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from flowspec.files import replacing
 from flowspec.output import Parser
 from flowspec.preflight import check_writable
 from flowspec.sim.dsi import (
+    Array,
     Setting,
     alone,
     best_lookahead,
@@ -70,8 +71,8 @@ def _parser() -> Parser:
     parser.add_argument(
         "--lookahead",
         default="auto",
-        metavar="K|auto",
-        help="drafts that are verified together; auto: each method's best one (default)",
+        metavar="K[,K]",
+        help="drafts that are verified together, or SI's and DSI's; auto (default): the best one",
     )
     _add_shared(parser, repeats=100)
     parser.add_argument("--json", metavar="FILE", help="write a line a method")
@@ -157,23 +158,32 @@ def _setting(options: argparse.Namespace) -> Setting:
 
 def _lookaheads(options: argparse.Namespace, candidates: Setting) -> tuple[int, int]:
     """Return the lookaheads of SI and of DSI; the servers limit that of DSI alone."""
-    about = f"target servers do not suffice for drafts of {options.drafter_latency:g}"
-    if options.lookahead == "auto":
-        si = int(best_lookahead(candidates, si_token, math.inf))
-        dsi = int(best_lookahead(candidates, dsi_token, options.servers))
-        need(
-            dsi > 0,
-            f"--servers: {options.servers} {about} with any lookahead up to {LONGEST_LOOKAHEAD}",
-        )
-        return si, dsi
-    k = int(number(options.lookahead, int, "--lookahead"))
-    need(k >= 1, f"--lookahead is {k}: it must be at least 1")
-    needed = servers_needed(dataclasses.replace(candidates, lookahead=k))
-    need(
-        bool(needed <= options.servers),
-        f"--servers: {options.servers} {about} and --lookahead {k}: it takes {needed:.0f}",
+    asked = options.lookahead.split(",")
+    need(len(asked) <= 2, f"--lookahead is {options.lookahead!r}: it is one, or SI's and DSI's")
+    si = _lookahead(asked[0], candidates, si_token, math.inf)
+    dsi = _lookahead(asked[-1], candidates, dsi_token, options.servers)
+    about = (
+        f"--servers: {options.servers} target servers do not suffice for drafts of "
+        f"{options.drafter_latency:g}"
     )
-    return k, k
+    need(dsi > 0, f"{about} with any lookahead up to {LONGEST_LOOKAHEAD}")
+    needed = servers_needed(dataclasses.replace(candidates, lookahead=dsi))
+    need(
+        bool(needed <= options.servers), f"{about} and a lookahead of {dsi}: it takes {needed:.0f}"
+    )
+    return si, dsi
+
+
+def _lookahead(
+    asked: str, candidates: Setting, token: Callable[[Setting], Array], servers: float
+) -> int:
+    """Return the number that is asked for, or else the best of the candidates, 0 if there is
+    none."""
+    if asked == "auto":
+        return int(best_lookahead(candidates, token, servers))
+    k = int(number(asked, int, "--lookahead"))
+    need(k >= 1, f"--lookahead is {k}: it must be at least 1")
+    return k
 
 
 # ---- what is simulated and shown -----------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 from flowspec.bench import heatmap
 from flowspec.cli import main
 from flowspec.errors import UserError
-from flowspec.sim.dsi import Estimate
+from flowspec.sim.dsi import Estimate, dsi_token, si_token
 
 PNG = b"\x89PNG\r\n\x1a\n"
 PICTURES = {f"{name}.png" for name in (*heatmap.RATIOS, *heatmap.LOOKAHEADS)}
@@ -63,6 +63,15 @@ def test_each_method_takes_its_best_lookahead_and_the_servers_limit_dsi_alone(tm
             assert si["mean"] / dsi["mean"] == pytest.approx(1.31, abs=0.02)
 
 
+def test_the_methods_may_be_given_lookaheads_of_their_own(tmp_path):
+    for asked, lookaheads in (("1,5", [1, 5]), ("25,auto", [25, 2]), ("auto,3", [10, 3])):
+        file = tmp_path / "dsi.jsonl"
+        assert main(["simulate", "dsi", "--lookahead", asked, "--json", str(file)]) == 0
+        assert [json.loads(line)["lookahead"] for line in file.read_text().splitlines()][1:] == (
+            lookaheads
+        )
+
+
 def test_first_latencies_and_the_seed_are_heeded(tmp_path):
     def means(*words: str) -> list[float]:
         file = tmp_path / "dsi.jsonl"
@@ -103,6 +112,17 @@ def test_a_cell_holds_what_was_simulated_at_its_best_lookaheads(small):
                 at = (i, j, int(k[i, j]) - 1)
                 assert found.mean[i, j] == simulated.mean[at]
                 assert found.error[i, j] == simulated.error[at]
+
+
+def test_the_grid_holds_each_settings_own_costs():
+    done = heatmap.sweep(4, servers=3, tokens=500, repeats=100, seed=7)
+    for token, costs in ((si_token, done.si), (dsi_token, done.dsi)):
+        expected = 500 * token(done.setting)
+        known = np.isfinite(costs.mean)
+        off = abs(costs.mean - expected)[known]
+        print(f"seed 7: at most {off.max():.2f} of 500 target latencies off")
+        assert (off < 5 * costs.error[known] + 10).all()  # the ends of a text are not expected
+    assert (known == done.valid).all()
 
 
 def test_ratios_say_how_many_times_as_fast(small):
@@ -189,6 +209,9 @@ def test_without_matplotlib_the_tables_are_written_and_drawing_says_what_to_inst
         ("--lookahead 0", "--lookahead is 0"),
         ("--lookahead best", "--lookahead is 'best'"),
         ("--lookahead 1", "it takes 10"),
+        ("--lookahead auto,1", "it takes 10"),
+        ("--lookahead 2,3,4", "--lookahead is '2,3,4'"),
+        ("--lookahead 2,", "--lookahead is ''"),
         ("--drafter-latency 0.0001", "any lookahead up to 1000"),
         ("--first-target-latency 0.5", "--first-target-latency is 0.5"),
         ("--first-drafter-latency nan", "--first-drafter-latency is nan"),
