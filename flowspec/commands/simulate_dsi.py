@@ -42,7 +42,8 @@ each method's best lookahead for which the servers suffice. It writes DIR/settin
 setting), DIR/heatmap.csv (a line a cell) and a PNG a map. Every figure is simulated."""
 LONGEST_LOOKAHEAD = 1000
 """With --lookahead auto, longer ones are not tried."""
-MOST_TOKENS, MOST_TEXTS, MOST_NDIM = 100_000, 10_000_000, 100
+MOST_TOKENS, MOST_TEXTS, MOST_NDIM = 100_000, 5_000_000, 100
+"""More would take minutes, or gigabytes."""
 
 
 class Row(NamedTuple):
@@ -220,12 +221,12 @@ def _show(options: argparse.Namespace, rows: list[Row]) -> None:
         ratios = (f"{ratio:.2f}x" for ratio in _ratios(row, rows).values())
         k = "-" if row.lookahead is None else str(row.lookahead)
         error = "-" if math.isnan(row.error) else f"{row.error:.2g}"
-        table.add_row(row.method, k, str(row.servers), f"{row.mean:.5g}", error, *ratios)
+        table.add_row(row.method, k, str(row.servers), f"{row.mean:.6g}", error, *ratios)
     console().print(table)
 
 
 def _write(options: argparse.Namespace, rows: list[Row]) -> None:
-    asked = {k: v for k, v in vars(options).items() if k not in ("json", "lookahead", "servers")}
+    asked = {k: v for k, v in vars(options).items() if k != "json"}
     with replacing(options.json) as beside, open(beside, "w") as file:
         for row in rows:
             figures = row._asdict() | {"error": None if math.isnan(row.error) else row.error}
@@ -238,15 +239,12 @@ def _map(options: argparse.Namespace) -> int:
     if options.draw:
         need(can_draw(), MISSING)
         heat = heatmap.read(options.draw)
+        _make(folder)
     else:
         ndim = options.ndim
         need(1 <= ndim <= MOST_NDIM, f"--ndim is {ndim}: it must be 1 to {MOST_NDIM}")
         _check_shared(options, texts=ndim * (ndim + 1) ** 2)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: cannot make {folder}: {error.strerror}") from None
-    if not options.draw:
+        _make(folder)
         heat = _simulate_map(options, folder)
     if not can_draw():
         print(f"no pictures: {MISSING}", file=sys.stderr)
@@ -254,6 +252,15 @@ def _map(options: argparse.Namespace) -> int:
     for path in heatmap.draw(heat, folder):
         print(f"drawn: {path}", file=sys.stderr)
     return 0
+
+
+def _make(folder: Path) -> None:
+    """Make the folder unless it exists; raise UserError if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: cannot make {folder}: {error.strerror}") from None
+    check_writable(str(folder / "heatmap.csv"), "--out")
 
 
 def _simulate_map(options: argparse.Namespace, folder: Path) -> heatmap.HeatMap:

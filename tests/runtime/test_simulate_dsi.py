@@ -36,6 +36,7 @@ def test_the_table_and_the_json_lines_say_the_same_and_that_it_is_simulated(tmp_
     assert [row["lookahead"] for row in (alone, si, dsi)] == [None, 4, 4]
     assert [row["servers"] for row in (alone, si, dsi)] == [1, 1, 3]
     assert all(row["simulated"] and row["error"] == 0 for row in (alone, si, dsi))
+    assert all(row["asked"]["servers"] == 7 and row["asked"]["tokens"] == 21 for row in (si, dsi))
     assert "simulated" in out and "7.00x" in out and "2.20x" in out  # 420 / 60, 132 / 60
 
 
@@ -232,6 +233,7 @@ def test_without_matplotlib_the_tables_are_written_and_drawing_says_what_to_inst
         ("heatmap --out x --ndim 100 --repeats 50", "--repeats is 50"),
         ("heatmap --out x --draw no/where.csv", "cannot read no/where.csv"),
         ("heatmap --out /proc/x --ndim 2", "--out: cannot make /proc/x"),
+        ("heatmap --out /proc --ndim 2", "--out: cannot write /proc"),
     ],
 )
 def test_bad_input_is_one_line_and_ends_with_2(words, named, capsys, tmp_path, monkeypatch):
