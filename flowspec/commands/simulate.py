@@ -48,7 +48,8 @@ from flowspec.sim.world import Outcome
 
 ABOUT = """The text and the drafts are the model pair's own, made by a real run without emulation
 the first time and kept in --drafts FILE (with it, later simulations need no model); or made up with
---synthetic. Every figure printed here is simulated."""
+--synthetic. Every figure printed here is simulated. `flowspec simulate dsi` is about speculative
+inference (SI) against distributed SI (DSI), without a model or a ring: see its --help."""
 
 
 def _parser() -> Parser:
@@ -106,6 +107,10 @@ def _parser() -> Parser:
 
 
 def main(argv: Sequence[str]) -> int:
+    if list(argv[:1]) == ["dsi"]:
+        from flowspec.commands import simulate_dsi
+
+        return simulate_dsi.main(argv[1:])
     options = _parser().parse_intermixed_args(argv)
     path, config = configuration(options)
     split_demo(config)
