@@ -13,7 +13,7 @@ import secrets
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flowspec import trace
 from flowspec.comm import inproc
@@ -46,6 +46,9 @@ from flowspec.runtime.waiting import receive
 from flowspec.text import Text, TextStream
 from flowspec.trace import Span
 
+if TYPE_CHECKING:
+    from flowspec.runtime.process import Losses
+
 log = logging.getLogger(__name__)
 
 
@@ -58,11 +61,12 @@ class Engine:
         manifest: Manifest,
         transport: Transport,
         on_close: Sequence[Callable[[], None]] = (),
+        losses: Losses | None = None,
     ):
         transport = shaped(transport, config.emulate)
         self.config, self.manifest, self._transport = config, manifest, transport
         self.topology = transport.topology
-        self._on_close = list(on_close)
+        self._on_close, self._losses = list(on_close), losses
         self._requests = 0
         self._lock = threading.Lock()
         self.traced = config.trace is not None
@@ -96,7 +100,7 @@ class Engine:
             f"rank {os.environ['RANK']} is a stage: call flowspec.serve there, an Engine is rank 0",
         )
         member = join(config)
-        return cls(config, member.manifest, member.transport, [member.leave])
+        return cls(config, member.manifest, member.transport, [member.leave], member.losses)
 
     @classmethod
     def over_threads(cls, config: Config, manifest: Manifest) -> Engine:
@@ -144,6 +148,8 @@ class Engine:
             if message.kind == "loaded":
                 waiting -= 1
                 self._driver.has_room(rank, message.meta["cache_rows"])
+        if self._losses:
+            self._losses.tell = self._driver.lost
 
     def submit(
         self,
@@ -322,9 +328,11 @@ class Engine:
             accepted_per_segment=len(ids) / max(1, stats.returned_segments),
             accepted_tokens=generation.accepted,
             drafted_tokens=stats.drafted,
-            forwarded_tokens=sum(stats.reports[ring[0]].rows for ring in self.topology.rings)
-            if stages
-            else 0,
+            forwarded_tokens=sum(
+                report.rows
+                for rank, report in stats.reports.items()
+                if self.topology.is_first(rank)
+            ),
             stage_utilisation=[min(1.0, report.busy / spent) for report in stages],
             bookkeeping_ms=stats.bookkeeping * 1000 / max(1, stats.segments),
             stage_overhead_ms=[

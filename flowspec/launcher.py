@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from flowspec.core.topology import Topology
 from flowspec.files import ROOT
+from flowspec.output import WITHOUT
 
 QUIET = 128 + signal.SIGPIPE
 """This is the exit code if whoever read standard output had enough, as of a tool that the signal
@@ -97,6 +99,27 @@ def _obituary(error: Exception, last_words: Path, topology: Topology) -> int:
 def _say(line: str, code: int) -> int:
     print(f"{'' if code == 2 else os.linesep}flowspec: {line}", file=sys.stderr, flush=True)
     return code
+
+
+# ---- a rank of a target server -------------------------------------------------------------------
+_GUARDED = "FLOWSPEC_GUARDED"
+
+
+def guard() -> int | None:
+    """Run this rank as a child, and return its exit code; None in the child itself.
+
+    torchrun ends all ranks when one fails. A run over several servers (DSI) can do without one, so
+    what kills such a rank is no failure: the exit code is 0 then, and rank 0 notices and says
+    so."""
+    if os.environ.get(_GUARDED):
+        return None
+    child = subprocess.Popen(
+        [sys.executable, *sys.orig_argv[1:]], env={**os.environ, _GUARDED: "1"}
+    )
+    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    code = child.wait()
+    return 0 if code < 0 or code == WITHOUT else code
 
 
 def is_rank() -> bool:

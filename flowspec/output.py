@@ -19,6 +19,9 @@ from flowspec.errors import RankLost, UserError
 Command = Callable[[Sequence[str]], int]
 TAKES_NO_MORE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
+WITHOUT = 75
+"""A rank of a target server ends with this exit code if the run goes on without its server."""
+
 
 class Parser(argparse.ArgumentParser):
     """A parser's errors are one line, without the usage."""

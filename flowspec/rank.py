@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -26,6 +26,9 @@ from flowspec.runtime import wire
 from flowspec.runtime.group import Crew, Follower, ShardedHead
 from flowspec.runtime.worker import Worker
 
+if TYPE_CHECKING:
+    from flowspec.runtime.process import Losses
+
 
 class Member(NamedTuple):
     """A member is this process, once it has joined its run."""
@@ -34,6 +37,8 @@ class Member(NamedTuple):
     transport: Transport
     leave: Callable[[], None]
     """This is to be called once the transport is closed."""
+    losses: Losses
+    """This is asked what a lost rank means for the run."""
 
 
 def join(config: Config) -> Member:
@@ -41,7 +46,7 @@ def join(config: Config) -> Member:
 
     Raise UserError, which says what is wrong, or RankLost, which says who did not come."""
     from flowspec.runtime.agreement import facts_of
-    from flowspec.runtime.process import check_world, end_process, join_run
+    from flowspec.runtime.process import Losses, check_world, join_run
 
     rank, topology = int(os.environ["RANK"]), manifest_of(config).topology
     check_world(topology, config.emulate.shapes_links)
@@ -54,9 +59,9 @@ def join(config: Config) -> Member:
     )
     limits = wire_limits(config, manifest)
     own_gpu = has_own_gpu(config)
-    return Member(
-        manifest, *join_run(topology, facts, limits, config.emulate, end_process, own_gpu)
-    )
+    losses = Losses(topology, rank)
+    joined = join_run(topology, facts, limits, config.emulate, losses, own_gpu)
+    return Member(manifest, *joined, losses)
 
 
 def serve(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> None:

@@ -203,6 +203,9 @@ class Transport(Protocol):
     def send_control(self, to: int, message: Message) -> None:
         """Send to one of the topology's control peers, beside the ring."""
 
+    def abandon(self, ranks: Sequence[int]) -> None:
+        """Neither send to these ranks nor wait for them any more: they are lost."""
+
     def close(self) -> None:
         """Say goodbye on every link and stop the threads; idempotent."""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 import queue
 import threading
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,7 @@ class _Sender:
     """A sender sends what is put into it to one peer, in order."""
 
     def __init__(self, to: int, group: dist.ProcessGroup, lost: Lost):
-        self.to, self._group, self._lost = to, group, lost
+        self.peer, self._group, self._lost = to, group, lost
         self._queue: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._run, name=f"send to {to}", daemon=True)
         self.thread.start()
@@ -51,12 +52,12 @@ class _Sender:
             message = self._queue.get()
             try:
                 for part in _parts(message):
-                    dist.send(part, self.to, group=self._group)
+                    dist.send(part, self.peer, group=self._group)
             except RuntimeError:
-                return self._lost(self.to, "the connection broke while sending")
+                return self._lost(self.peer, "the connection broke while sending")
             # a message that cannot be encoded is reported; the thread must not just fall silent
             except Exception as error:
-                return self._lost(self.to, f"a {message.kind} message could not be sent: {error}")
+                return self._lost(self.peer, f"a {message.kind} message could not be sent: {error}")
             if message is _BYE:
                 return
 
@@ -84,7 +85,7 @@ class _Receiver:
         arrivals: Arrivals,
         lost: Lost,
     ):
-        self._source, self._group, self._inbox, self._urgent, self._lost = (
+        self.peer, self._group, self._inbox, self._urgent, self._lost = (
             source,
             group,
             inbox,
@@ -98,15 +99,13 @@ class _Receiver:
     def _run(self) -> None:
         try:
             while (message := self._receive()).kind != _BYE.kind:
-                self._inbox.put((self._source, message), self._urgent, self._arrivals.due(message))
+                self._inbox.put((self.peer, message), self._urgent, self._arrivals.due(message))
         except ConnectionError as error:
-            self._lost(self._source, str(error))
+            self._lost(self.peer, str(error))
         except ValueError as error:
-            self._lost(self._source, f"its message was refused: {error}")
+            self._lost(self.peer, f"its message was refused: {error}")
         except Exception as error:  # a thread that falls silent would hang the run
-            self._lost(
-                self._source, f"its message could not be read: {type(error).__name__}: {error}"
-            )
+            self._lost(self.peer, f"its message could not be read: {type(error).__name__}: {error}")
 
     def _receive(self) -> Message:
         """Return the next message.
@@ -126,7 +125,7 @@ class _Receiver:
 
     def _fill(self, part: torch.Tensor) -> None:
         try:
-            dist.recv(part, self._source, group=self._group)
+            dist.recv(part, self.peer, group=self._group)
         except RuntimeError:
             raise ConnectionError("the connection broke") from None
 
@@ -169,6 +168,7 @@ class GlooTransport:
         self.pulses, self.still = pulses, still
         self.inbox = Inbox()
         self._closing = False
+        self._abandoned: set[int] = set()
         self._lost_peer = lost
         ring, control = (dist.new_group(backend="gloo", timeout=FOREVER) for _ in range(2))
         self.links = _stage_links(topology, self.rank, own_gpu)
@@ -187,10 +187,17 @@ class GlooTransport:
         self._control = {p: _Sender(p, control, self._lost) for p in peers}
 
     def send_next(self, message: Message, server: int = 0) -> None:
-        self._next[server].send(message)
+        self._send(self._next[server], message)
 
     def send_control(self, to: int, message: Message) -> None:
-        self._control[to].send(message)
+        self._send(self._control[to], message)
+
+    def _send(self, link: _Sender, message: Message) -> None:
+        if link.peer not in self._abandoned:
+            link.send(message)
+
+    def abandon(self, ranks: Sequence[int]) -> None:
+        self._abandoned.update(ranks)
 
     def close(self) -> None:
         """Say goodbye on every link, and wait until all peers have done so or have died.
@@ -201,9 +208,11 @@ class GlooTransport:
         self._closing = True
         senders = [*self._next, *self._control.values()]
         for sender in senders:
-            sender.send(_BYE)
-        for thread in [end.thread for end in senders] + [end.thread for end in self._receivers]:
-            thread.join()
+            self._send(sender, _BYE)
+        ends: list[_Sender | _Receiver] = [*senders, *self._receivers]
+        for end in ends:
+            if end.peer not in self._abandoned:
+                end.thread.join()
 
     def _lost(self, rank: int, reason: str) -> None:
         if not self._closing:

@@ -18,7 +18,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,10 +121,11 @@ class _Unchanged:
 
 
 class Heartbeat:
-    """A heartbeat beats every `every` seconds and calls `lost(rank, reason)` once.
+    """A heartbeat beats every `every` seconds and calls `lost(rank, reason)` once for a rank.
 
     It does so when a rank was silent for `limit` seconds or stood still at its work for `still`
-    seconds, and with rank -1 when the store was silent for `limit` seconds or is gone. `pulses` are
+    seconds, and with rank -1 when the store was silent for `limit` seconds or is gone. The others
+    are watched further, if `lost` returns. `pulses` are
     by rank: this rank's own is told to the store, the others' become what they tell."""
 
     def __init__(
@@ -149,6 +150,7 @@ class Heartbeat:
         # how often the store has answered, and what it said
         self._heard: tuple[int, list[bytes]] = (0, [])
         self._broken = False
+        self._gone: set[int] = set()
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(target=run, name="heartbeat", daemon=True)
@@ -229,28 +231,30 @@ class Heartbeat:
             if number != answered:
                 answering += min(now - at, 2 * self._every)
                 answered, at = number, now
-                found = self._judge(beats, answering)
-                if found:
-                    return self._lost(*found)
+                for rank, reason in self._judge(beats, answering):
+                    self._gone.add(rank)
+                    self._lost(rank, reason)
             elif now - at > self._limit:
                 return self._lost(-1, f"{GONE} (torch's store was silent for {self._limit:g} s)")
 
-    def _judge(self, beats: list[bytes], now: float) -> tuple[int, str] | None:
-        """Return the first rank that is lost, and why; None if there is none."""
+    def _judge(self, beats: list[bytes], now: float) -> Iterator[tuple[int, str]]:
+        """Yield each rank that is lost, and why."""
         for rank, text in zip(self._others, beats, strict=True):
-            try:
-                beat = _beat(text)
-            except ValueError as error:
-                return rank, str(error)
-            if beat.number == LEFT:
-                continue
-            pulse = self._pulses[rank]
-            pulse.moves, pulse.doing = beat.moves, beat.doing
-            if self._unchanged.seconds(rank, beat.number, now) > self._limit:
-                return rank, f"no heartbeat for {self._limit:g} s"
-            if (
-                self._unchanged.seconds((rank, "moves"), beat.moves, now) > self._still
-                and beat.doing
-            ):
-                return rank, f"it beats, but stood still for {self._still:g} s: {beat.doing}"
+            if rank not in self._gone and (reason := self._fault(rank, text, now)):
+                yield rank, reason
+
+    def _fault(self, rank: int, text: bytes, now: float) -> str | None:
+        """Return why a rank is lost whose beat is this text; None if it is not."""
+        try:
+            beat = _beat(text)
+        except ValueError as error:
+            return str(error)
+        if beat.number == LEFT:
+            return None
+        pulse = self._pulses[rank]
+        pulse.moves, pulse.doing = beat.moves, beat.doing
+        if self._unchanged.seconds(rank, beat.number, now) > self._limit:
+            return f"no heartbeat for {self._limit:g} s"
+        if self._unchanged.seconds((rank, "moves"), beat.moves, now) > self._still and beat.doing:
+            return f"it beats, but stood still for {self._still:g} s: {beat.doing}"
         return None

@@ -5,6 +5,8 @@ Messages are handed over, not copied.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from flowspec.comm.base import DUE, STILL, Clock, Inbox, Links, Message, Pulse
 from flowspec.comm.group import thread_links
 from flowspec.core.topology import Topology
@@ -33,6 +35,9 @@ class InprocTransport:
 
     def send_control(self, to: int, message: Message) -> None:
         self._inboxes[to].put((self.rank, message), urgent=True, due=message.meta.pop(DUE, 0.0))
+
+    def abandon(self, ranks: Sequence[int]) -> None:
+        """Threads of one process are not lost alone."""
 
     def close(self) -> None:
         """Let the other members of the stage wait no longer; there is nothing else to stop."""

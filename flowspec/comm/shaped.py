@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 
 from flowspec.comm.base import DUE, Clock, Message, Transport
 from flowspec.core.cost import Emulate
@@ -96,6 +97,9 @@ class ShapedTransport:
     def send_control(self, to: int, message: Message) -> None:
         link = self._control.get(to)
         self._inner.send_control(to, link.due(message) if link else message)
+
+    def abandon(self, ranks: Sequence[int]) -> None:
+        self._inner.abandon(ranks)
 
     def close(self) -> None:
         self._inner.close()

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 from flowspec.commands.options import add_shared, configuration, split_demo
 from flowspec.config import Config
 from flowspec.errors import RankLost, UserError, need
-from flowspec.launcher import QUIET, is_rank, launch
+from flowspec.launcher import QUIET, guard, is_rank, launch
 from flowspec.models.manifest import Manifest
 from flowspec.output import Parser, speaking
 
@@ -86,9 +86,11 @@ def _launch(command: RingCommand, options: argparse.Namespace) -> int:
 
 # ---- as a rank -----------------------------------------------------------------------------------
 def _rank(command: RingCommand, options: argparse.Namespace) -> NoReturn:
+    rank = os.environ["RANK"]
+    if rank != "0" and (code := _guarded(options)) is not None:
+        os._exit(code)
     from flowspec.runtime.process import launched, leave, own_name, report
 
-    rank = os.environ["RANK"]
     place = "rank0" if rank == "0" else f"rank{rank}/stage{rank}"
     if rank != "0":
         signal.signal(
@@ -114,6 +116,15 @@ def _rank(command: RingCommand, options: argparse.Namespace) -> NoReturn:
         traceback.print_exc()
         report(f"{own_name()} failed: {type(error).__name__}: {error}", code := 1)
     leave(code)
+
+
+def _guarded(options: argparse.Namespace) -> int | None:
+    """Return the exit code of this rank as a child, if it is of one of several servers."""
+    try:
+        _, config = configuration(options)
+    except UserError:  # to be said where it is said of every rank
+        return None
+    return guard() if config.dsi.servers > 1 else None
 
 
 def _serve(command: RingCommand, options: argparse.Namespace) -> int:

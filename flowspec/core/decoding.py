@@ -45,6 +45,7 @@ class Decoding:
         self.text: list[tuple[int, int]] = []
         """These are the nodes that have become text, and their tokens."""
         self.finished = False
+        self._again: list[Node] = []  # what was lost on its way
         self._known: dict[int, Choose] = {}
 
     @property
@@ -66,6 +67,11 @@ class Decoding:
         for node in batch:
             node.expanded = True
         return tuple(DraftNode(n.id, n.parent, n.token) for n in batch)
+
+    def segment(self) -> list[Node]:
+        """Return what would be sent now, parents before children; what was lost goes first."""
+        again, self._again = [node for node in self._again if node.id in self.tree], []
+        return sorted(again, key=lambda node: node.id) or self.policy.segment(self.asked)
 
     def send(self, number: int, nodes: list[Node]) -> Segment:
         """Return the segment of these nodes, which leaves now."""
@@ -97,6 +103,18 @@ class Decoding:
         self.out.pop(event.number, None)
         self.returned_segments += 1
         self._known.update({i: event.choose for i in event.ids if i in self.tree})
+        return self._decide(now)
+
+    def lost(self, numbers: list[int], ids: list[int], now: float) -> Decision | None:
+        """Take in that segments will not come back, and that these nodes have to be sent again."""
+        for number in numbers:
+            self.out.pop(number, None)
+        self._again += [self.tree.nodes[id] for id in ids if id in self.tree]
+        for node in self._again:
+            node.sent = False
+        return self._decide(now)
+
+    def _decide(self, now: float) -> Decision | None:
         if self.tree.root.id not in self._known or not self.policy.verify_now(len(self.out)):
             return None
         path, tokens, accepted, child = self._walk()

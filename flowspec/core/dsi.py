@@ -169,6 +169,20 @@ class Servers:
             k for k, numbers in enumerate(busy) if len(numbers) < flights and k not in self._lost
         ]
 
+    def lose(self, server: int, decoding: Decoding) -> tuple[list[int], list[int]]:
+        """Go on without a server.
+
+        Return the numbers of the request's segments that were in flight there, and those of its
+        nodes that are on no other server and have come back from none."""
+        self._lost.add(server)
+        copy, elsewhere = self._copies[server][decoding.request.id], set[int]()
+        for k, copies in enumerate(self._copies):
+            other = copies[decoding.request.id]
+            elsewhere |= other.back if k in self._lost else other.names.keys()
+        sent = {node for flight in copy.out.values() for node in flight.nodes.values()}
+        numbers, copy.out = [*copy.out], {}
+        return numbers, sorted(sent - elsewhere)
+
     def missing(self, server: int, decodings: Iterable[Decoding]) -> int:
         """Return how many tokens of their texts a server lacks."""
         copies = self._copies[server]

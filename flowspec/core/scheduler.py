@@ -23,6 +23,7 @@ from flowspec.core.messages import (
     Back,
     Batch,
     Cost,
+    Decision,
     Draft,
     Event,
     Idle,
@@ -143,20 +144,32 @@ class Scheduler:
 
     # ---- what came back --------------------------------------------------------------------------
     def _back(self, event: Back, now: float) -> list[Action]:
-        actions: list[Action] = []
-        grown: list[Decoding] = []
+        decisions: list[Decision | None] = []
         for segment in event.segments:
             self.ring.returned(segment.number, now)
-            decoding = self.decodings.get(segment.request)
-            if decoding and (decision := decoding.returned(segment, now)):
-                actions.append(decision)
-                if decoding.finished:
-                    self._end(segment.request)
-                else:
-                    grown.append(decoding)
-        if actions:
+            if decoding := self.decodings.get(segment.request):
+                decisions.append(decoding.returned(segment, now))
+        return self._decided(decisions)
+
+    def lost(self, server: int, now: float) -> list[Action]:
+        """Go on without a target server: what was in flight there goes to another one."""
+        assert self._servers is not None
+        decisions = [
+            decoding.lost(*self._servers.lose(server, decoding), now)
+            for decoding in self.decodings.values()
+        ]
+        return self._decided(decisions) + self._fill(now)
+
+    def _decided(self, decisions: Sequence[Decision | None]) -> list[Action]:
+        """Return what follows from decisions: the stages are told first."""
+        made = [decision for decision in decisions if decision]
+        grown = [self.decodings[d.request] for d in made if not d.finish]
+        for decision in made:
+            if decision.finish:
+                self._end(decision.request)
+        if made:
             self._counted()
-        return [*self._prunes(grown), *actions]
+        return [*self._prunes(grown), *made]
 
     def _prunes(self, grown: list[Decoding]) -> Iterator[Prunes]:
         """Say what was decided of these requests, a message for each server."""
@@ -263,7 +276,7 @@ class Scheduler:
                 roots += 1
             if self._shared:
                 self.decodings[decoding.request.id] = self.decodings.pop(decoding.request.id)
-            if nodes := decoding.policy.segment(decoding.asked):
+            if nodes := decoding.segment():
                 offers.append(_Offer.of(decoding, nodes))
                 due += offers[-1].due
         return offers

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import threading
 import time
 from collections import deque
@@ -39,7 +40,7 @@ from flowspec.core.request import Request
 from flowspec.core.ring import Ring
 from flowspec.core.scheduler import Scheduler
 from flowspec.core.stage import StageState
-from flowspec.errors import need
+from flowspec.errors import RankLost, need
 from flowspec.models.cache import RowCache
 from flowspec.models.stage import Head
 from flowspec.runtime import wire
@@ -106,6 +107,13 @@ class _Cancel(NamedTuple):
     """An item of the inbox: nobody reads the text of this request any more."""
 
     request: int
+
+
+class _Lost(NamedTuple):
+    """An item of the inbox: a rank is lost, and what became of it."""
+
+    rank: int
+    why: str
 
 
 class _Forget(NamedTuple):
@@ -216,6 +224,7 @@ class Driver:
         self._live: dict[int, _Live] = {}
         self._ending: dict[int, _Live] = {}  # over, but not all stages have reported
         self._wake_at: float | None = None
+        self._gone: set[int] = set()  # servers that are lost
         self._verifying = self._bookkeeping = 0.0
         self._lock = threading.Lock()
         self._streams: list[Stream] = []  # of all requests that are not done
@@ -263,6 +272,10 @@ class Driver:
         No request is in the ring. Stages and the drafter are told when the next one begins."""
         self._transport.inbox.put(_Forget())
 
+    def lost(self, rank: int, why: str) -> None:
+        """Go on without the server of this rank; `why` says what became of it."""
+        self._transport.inbox.put(_Lost(rank, why))
+
     def close(self) -> None:
         """End the thread, if it still runs."""
         if self._thread is not None:
@@ -305,12 +318,33 @@ class Driver:
             self._admit()
         elif isinstance(item, _Cancel):
             self._cancel(item.request)
+        elif isinstance(item, _Lost):
+            self._go_on(item)
         elif isinstance(item, _Forget):
             self._fresh = True
             self._scheduler.forget()
         else:
             rank, message = item
             self._hear(rank, message)
+
+    def _go_on(self, lost: _Lost) -> None:
+        """Do without the server of a lost rank; raise RankLost if it was the last one."""
+        server = self._topology.server(lost.rank)
+        if server in self._gone:
+            return
+        self._gone.add(server)
+        servers, ranks = self._topology.servers, self._topology.ring(server)
+        if len(self._gone) == servers:
+            raise RankLost(lost.why)
+        left = f"the run goes on with {servers - len(self._gone)} of {servers} servers"
+        print(f"flowspec: {lost.why}; {left}", file=sys.stderr, flush=True)
+        self._transport.abandon(ranks)
+        for rank in ranks:
+            self._transport.pulses[rank].at()
+            self._room.pop(rank, None)
+        self._perform(self._scheduler.lost(server, self._clock.now()))
+        for live in [*self._ending.values()]:
+            self._done(live)
 
     def _hear(self, rank: int, message: Message) -> None:
         """Take in a message; what concerns requests that are over is dropped."""
@@ -323,7 +357,7 @@ class Driver:
             self._reported(rank, message)
         elif message.kind == "pong":
             self._pong(rank, message)
-        elif message.kind == "prompt_features" and live and self._topology.server(rank) == 0:
+        elif message.kind == "prompt_features" and live and self._is_read(rank):
             self._prompt_features(live, message)
         elif message.kind == "text_features" and live:
             assert self._draft is not None, "features that nobody asked for"
@@ -444,6 +478,11 @@ class Driver:
         return found
 
     # ---- what arrives ----------------------------------------------------------------------------
+    def _is_read(self, rank: int) -> bool:
+        """Return whether the drafter reads the prompt's features of this rank's server."""
+        servers = (s for s in range(self._topology.servers) if s not in self._gone)
+        return self._topology.server(rank) == next(servers)
+
     def _prompt_features(self, live: _Live, message: Message) -> None:
         assert self._draft is not None, "features that nobody asked for"
         since, now = self._transport.inbox.since, self._clock.now()
@@ -549,7 +588,10 @@ class Driver:
     def _done(self, live: _Live) -> None:
         """End the stream of a request that is over once every stage has said what it did for it."""
         stats = live.stats
-        if len(stats.reports) < len(self._topology.stage_ranks) or not live.reported:
+        awaited = {
+            r for r in self._topology.stage_ranks if self._topology.server(r) not in self._gone
+        }
+        if not awaited <= stats.reports.keys() or not live.reported:
             return
         del self._ending[live.request.id]
         if live.log.on:

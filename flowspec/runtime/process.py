@@ -25,6 +25,7 @@ from flowspec.comm.heartbeat import Heartbeat
 from flowspec.core.cost import Emulate
 from flowspec.core.topology import Topology
 from flowspec.errors import RankLost, UserError, need
+from flowspec.output import WITHOUT
 from flowspec.runtime.agreement import Facts, agree
 
 log = logging.getLogger(__name__)
@@ -276,6 +277,39 @@ def _pace() -> dict[str, float]:
     return {"every": every, "limit": limit, "still": still}
 
 
+class Losses:
+    """Losses say what becomes of a run that loses a rank: it ends, or does without a server.
+
+    Where several target servers hold the model (DSI), rank 0 goes on with the others. The other
+    ranks of a lost server leave, and ranks of other servers need not care."""
+
+    def __init__(self, topology: Topology, rank: int):
+        self._topology, self._rank = topology, rank
+        self.tell: Callable[[int, str], None] | None = None
+        """Rank 0 calls this with a rank that is lost and what became of it, once it is set."""
+
+    def __call__(self, heartbeat: Heartbeat, loss: Loss) -> None:
+        others, own = (
+            loss.rank > 0 and self._topology.servers > 1,
+            self._topology.server(self._rank),
+        )
+        if others and self._rank == self._topology.COORDINATOR and self.tell:
+            if loss.hung:
+                heartbeat.kill_if_here(loss.rank)
+            self.tell(loss.rank, obituary(heartbeat, loss))
+        elif others and self._rank != self._topology.COORDINATOR:
+            if self._topology.server(loss.rank) == own:
+                leave(WITHOUT)
+        else:
+            end_process(heartbeat, loss)
+
+
+def obituary(heartbeat: Heartbeat, loss: Loss) -> str:
+    """Return what became of a rank, with its name."""
+    how = "hung" if loss.hung else "died"
+    return f"{rank_name(loss.rank, heartbeat.host(loss.rank))} {how}: {loss.reason}"
+
+
 def end_process(heartbeat: Heartbeat, loss: Loss) -> NoReturn:
     """End this process because a rank is lost, come what may.
 
@@ -292,10 +326,7 @@ def end_process(heartbeat: Heartbeat, loss: Loss) -> NoReturn:
             if rank < 0:  # nobody may be left to print what is reported
                 report(f"{own_name()} leaves: {reason}", 1, aloud=True)
             else:
-                line = (
-                    f"{rank_name(rank, heartbeat.host(rank))} {'hung' if hung else 'died'}: "
-                    f"{reason}"
-                )
+                line = obituary(heartbeat, loss)
                 report(line, 1, speak=int(os.environ["RANK"]) == (1 if rank == 0 else 0))
                 if hung:
                     heartbeat.kill_if_here(rank)

@@ -9,7 +9,7 @@ import pytest
 
 from flowspec.core import dsi
 from flowspec.core.messages import Batch
-from flowspec.core.policies import METHODS, SERVED
+from flowspec.core.policies import ALL_METHODS, METHODS, SERVED
 from flowspec.core.stage import Gather, StageState
 from flowspec.models.cache import RowCache
 from tests.core.world import Case, Stage, World, greedy
@@ -53,6 +53,18 @@ def test_the_text_is_the_same_over_several_servers(method, lost, seeds, cache_st
     monkeypatch.setattr(dsi, "MOST", 5)
     bad += wrong(cases)
     assert not bad, f"{len(bad)} of {2 * len(cases)} runs are wrong, the first with {bad[0]}"
+
+
+@TIGHT
+@pytest.mark.parametrize("method", ALL_METHODS)
+@pytest.mark.parametrize(
+    "seeds", [range(2), pytest.param(range(2, RUNS // 2), marks=pytest.mark.slow)]
+)
+def test_servers_that_die_take_nothing_along(method, seeds, cache_step):
+    """Unless the last one dies, too."""
+    cases = [Case(s, method, 0.1, servers=n, die=n - 1) for s in seeds for n in (2, 3, 4)]
+    bad = wrong(cases)
+    assert not bad, f"{len(bad)} of {len(cases)} runs are wrong, the first with {bad[0]}"
 
 
 def test_the_fuzz_of_several_servers_uses_them_gives_up_and_catches_up(monkeypatch):

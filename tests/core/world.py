@@ -220,6 +220,8 @@ class Case:
     number: int = REQUEST
     """the request's id"""
     servers: int = 1
+    die: int = 0
+    """so many servers die on the way, at least one lives"""
 
     def __post_init__(self):
         self.random = r = random.Random(self.seed)
@@ -278,6 +280,7 @@ class World:
         self.asked: dict[int, Asked] = {}
         self.heap, self.tick, self.last = [], itertools.count(), {}
         self.prunes = [deque() for _ in self.stages]  # on their way to each
+        self.dead: set[int] = set()
 
     @property
     def out(self) -> list[int]:
@@ -290,6 +293,8 @@ class World:
     def run(self) -> list[int]:
         """The text of the first case, once all texts are complete or given up."""
         self.begin()
+        for server in self.random.sample(range(self.case.servers), self.case.die):
+            self._post("death", 0.0, 60.0 * self.random.random(), ("death", server))
         for case in self.cases[1:]:
             self._post(f"arrival{case.number}", 0.0, case.at, ("arrival", case))
             if case.cancelled is not None:
@@ -314,6 +319,14 @@ class World:
         if case.drafts:
             self._post("draft", now, self.random.random(), ("news", Read(case.number)))
         self._perform(self.scheduler.admit(asked.decoding, now), now)
+
+    def _on_death(self, now, server) -> None:
+        """Nothing reaches a server any more, nor comes from it; rank 0 hears of it later."""
+        self.dead.add(server)
+        self._post("death", now, 3.0 * self.random.random(), ("loss", server))
+
+    def _on_loss(self, now, server) -> None:
+        self._perform(self.scheduler.lost(server, now), now)
 
     def _on_cancel(self, now, number) -> None:
         if self.asked[number].reason is None:
@@ -393,6 +406,8 @@ class World:
             self._end(decision.request)
 
     def _on_prefill(self, now, k, request, tokens):
+        if self.topology.server(k + 1) in self.dead:
+            return
         told, _ = self.stages[k].perform(Chunk(request, len(tokens)), tokens)
         self._tell(now, told)
         if not self.topology.is_last(k + 1):
@@ -401,6 +416,8 @@ class World:
     def _on_batch(self, now, k, batch):
         stage, choices = self.stages[k], {}
         last, server = self.topology.is_last(k + 1), self.topology.server(k + 1)
+        if server in self.dead:
+            return
 
         def between() -> None:
             if self.interrupted():

@@ -70,8 +70,8 @@ class Command:
         return found
 
     def signal(self, rank: int, number: int) -> None:
-        [pid] = [pid for pid, name in self.alive().items() if name == str(rank)]
-        os.kill(pid, number)
+        pids = [pid for pid, name in self.alive().items() if name == str(rank)]
+        os.kill(max(pids), number)  # a rank of a server has a guard, which started it
 
     def say(self, line: str) -> None:
         self.process.stdin.write(line.encode() + b"\n")

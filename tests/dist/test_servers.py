@@ -1,12 +1,15 @@
 """Several target servers over processes."""
 
 import json
+import signal
+import socket
 
 import pytest
 
 from flowspec.text import Text
 
 PROMPT = "for i in range"
+HOST = socket.gethostname()
 
 
 @pytest.mark.slow
@@ -20,3 +23,36 @@ def test_servers_write_the_text_of_plain_decoding(pair, command, stages, members
     assert result["token_ids"] == pair.greedy(Text(pair.target).encode(PROMPT), 40)
     assert result["world_size"] == 1 + 2 * stages * members and result["method"] == "dsi"
     assert "rank 2 of " in run.err
+
+
+def while_decoding(command, config, *words, **more):
+    run = command(config, "--prompt", PROMPT, "--method", "dsi", "emulate.stage_ms=60", "emulate.draft_ms=5", *words, **more)
+    run.wait_until(lambda: len(run.out) > len(PROMPT))
+    return run
+
+
+LIVE = [pytest.param(signal.SIGKILL, "died: the connection broke"), pytest.param(signal.SIGSTOP, "hung: no heartbeat for 5 s", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("number,reason", LIVE)
+def test_a_run_goes_on_without_a_server(pair, command, number, reason, tmp_path):
+    results = tmp_path / "r.jsonl"
+    run = while_decoding(command, pair.config(1), "dsi.servers=3", "--json", results, env={"FLOWSPEC_HEARTBEAT": "0.5,5"})
+    run.signal(2, number)
+    assert run.end() == 0, run.err
+    [result] = [json.loads(line) for line in results.open()]
+    assert result["token_ids"] == pair.greedy(Text(pair.target).encode(PROMPT), 40)
+    assert f"flowspec: rank 2 (server 2, stage 1, {HOST}) {reason}; the run goes on with 2 of 3 servers\n" in run.err
+    assert "Traceback" not in run.err
+
+
+@pytest.mark.slow
+def test_a_server_of_several_ranks_leaves_as_a_whole_and_the_last_one_ends_the_run(pair, command):
+    run = while_decoding(command, pair.config(2), "dsi.servers=2", "--max-new-tokens", 120)
+    run.signal(4, signal.SIGKILL)
+    run.wait_until(lambda: "the run goes on with 1 of 2 servers" in run.err)
+    run.signal(1, signal.SIGKILL)
+    assert run.end() == 1
+    last = run.err.splitlines()[-1]
+    assert last.startswith(("flowspec: rank 1 (server 1, stage 1,", "flowspec: rank 2 (server 1, stage 2,")), run.err
+    assert "Traceback" not in run.err
