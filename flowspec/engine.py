@@ -246,6 +246,8 @@ class Engine:
             "stages": self.topology.stages,
             "emulated": self.config.emulate.active,
         }
+        if self.topology.servers > 1:
+            facts["servers"] = self.topology.servers
         trace.write(path, spans, facts)
         log.info("timeline written to %s", path)
 

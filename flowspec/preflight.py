@@ -78,7 +78,6 @@ def check_servers(config: Config, topology: Topology) -> None:
         all(drafter.kind != "eagle3" for drafter in config.drafters),
         f"{several}, and drafter.kind eagle3 reads layers of one target: take eagle or lm",
     )
-    need(config.trace is None, f"{several}, and a trace shows one target: set trace to null")
 
 
 def check_autotp(config: Config, manifest: Manifest) -> None:

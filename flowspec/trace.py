@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,10 +52,16 @@ class Fates:
         self._alive: set[int] = set()
         self._accepted: set[int] = set()
         self._died: dict[int, float] = {}
+        self._named: dict[int, int] = {}
 
-    def sent(self, ids: Sequence[int], parents: Sequence[int]) -> None:
-        self._parents.update(zip(ids, parents, strict=True))
-        self._alive.update(ids)
+    def sent(
+        self, ids: Sequence[int], parents: Sequence[int], named: Mapping[int, int] | None = None
+    ) -> None:
+        """Record that nodes were sent, whose ids are names on a server (core/dsi.py) if `named`."""
+        self._named.update(named or {})
+        nodes = [self._named.get(i, i) for i in ids]
+        self._parents.update(zip(nodes, (self._named.get(p, p) for p in parents), strict=True))
+        self._alive.update(node for node in nodes if node not in self._accepted)
 
     def decided(self, path: Iterable[int], root: int, now: float) -> None:
         """Record that `path` became text and that `root` and its descendants live on."""
@@ -72,7 +78,7 @@ class Fates:
         """Return the verdict on work on these nodes that began at `begin`, and two counts.
 
         The counts are how many of the nodes were accepted and how many were dead by then."""
-        nodes = list(ids)
+        nodes = [self._named.get(i, i) for i in ids]
         accepted = sum(i in self._accepted for i in nodes)
         dead = sum(self._died.get(i, begin + 1) <= begin for i in nodes)
         return (

@@ -100,11 +100,13 @@ class Summary:
     """Each sender 0..S sent so many bytes of segments to the next rank of the ring."""
 
 
-def summary(spans: Sequence[Span]) -> Summary:
-    """Return the figures of spans; raise UserError if the last stage computed no segment."""
-    window = _decoding(spans)
-    seconds = _length(window)
+def summary(spans: Sequence[Span], servers: int = 1) -> Summary:
+    """Return the figures of spans; raise UserError if no last stage computed a segment.
+
+    Of several servers, the stages count one after the other."""
     stages = range(1, max(s.rank for s in spans) + 1)
+    window = _decoding(spans, len(stages) // servers)
+    seconds = _length(window)
     work = [s for s in spans if _is_work(s)]
     utilisation = tuple(
         _length(_both(window, _times(s for s in work if s.rank == stage))) / seconds
@@ -138,16 +140,18 @@ def _is_work(span: Span) -> bool:
     )
 
 
-def _decoding(spans: Sequence[Span]) -> list[Interval]:
-    """Return the decode phase; raise UserError if there is none."""
+def _decoding(spans: Sequence[Span], stages: int = 0) -> list[Interval]:
+    """Return the decode phase; raise UserError if there is none.
+
+    Every stages-th rank is a last stage; 0 stands for the last rank that computed a segment."""
+    stages = stages or max((s.rank for s in spans if _is_work(s)), default=1)
     begins: dict[int, float] = {}
     ends: dict[int, float] = {}
-    last = max(s.rank for s in spans)
     for s in spans:
         request = s.facts.get("request")
         if request is not None:
             ends[request] = max(s.end, ends.get(request, s.end))
-            if _is_work(s) and s.rank == last:
+            if _is_work(s) and s.rank % stages == 0:
                 begins[request] = min(s.begin, begins.get(request, s.begin))
     need(bool(begins), "the trace holds no decoding: the last stage computed no segment")
     return _union((begin, ends[request]) for request, begin in begins.items())
@@ -176,7 +180,7 @@ def in_words(spans: Sequence[Span], facts: dict[str, Any]) -> str:
 
     They say where the time went, what became of the rows, and what the largest loss is and what to
     try."""
-    figures = summary(spans)
+    figures = summary(spans, facts.get("servers", 1))
     bubbles, accepted, dead = (
         round(100 * share) for share in (figures.bubbles, figures.accepted_rows, figures.dead_rows)
     )

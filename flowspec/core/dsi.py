@@ -39,9 +39,11 @@ class _Flight(NamedTuple):
 
 
 class _Copy:
-    """A copy is what one server has of one request."""
+    """A copy is what one server has of one request.
 
-    def __init__(self) -> None:
+    Its names are those of no other server, but for the first root, which all call 0."""
+
+    def __init__(self, server: int, servers: int) -> None:
         self.names: dict[int, int] = {}
         """This maps each node that has been sent, and may still matter, to its name there."""
         self.back: set[int] = set()
@@ -52,7 +54,7 @@ class _Copy:
         """So many nodes of the text are text there, too."""
         self.prune = Prune(0, -1, 0)
         """This was said last: the first root is named 0."""
-        self._last = 0  # the newest name
+        self._last, self._step = server, servers  # the newest name, and how far the next one is
         self._promised: int | None = 0  # the name of the next node, which has been told already
 
     def missing(self, decoding: Decoding) -> int:
@@ -98,7 +100,7 @@ class _Copy:
         return self._promised
 
     def _new(self) -> int:
-        self._last += 1
+        self._last += self._step
         return self._last
 
     def send(self, decoding: Decoding, number: int, ids: Sequence[int]) -> Segment:
@@ -155,8 +157,8 @@ class Servers:
         self._lost: set[int] = set()
 
     def admit(self, request: int) -> None:
-        for copies in self._copies:
-            copies[request] = _Copy()
+        for server, copies in enumerate(self._copies):
+            copies[request] = _Copy(server, len(self._copies))
 
     def end(self, request: int) -> None:
         for copies in self._copies:
@@ -209,6 +211,15 @@ class Servers:
                 piece = Piece(far[0].request.id, copies[far[0].request.id].send(far[0], number, ()))
                 return Batch((piece,), server)
         return None
+
+    def named(self, server: int, request: int, number: int) -> dict[int, int]:
+        """Return the nodes of a segment in flight by their names on a server."""
+        return self._copies[server][request].out[number].nodes
+
+    def out(self, server: int, request: int, number: int) -> tuple[int, ...]:
+        """Return the names on a server of what a segment in flight holds; () if nobody waits."""
+        flight = self._copies[server][request].out.get(number)
+        return tuple(flight.nodes) if flight else ()
 
     def decided(self, decoding: Decoding) -> list[tuple[int, Prune]]:
         """Return what servers are to be told of a request whose text has grown."""

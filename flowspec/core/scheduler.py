@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -114,6 +114,18 @@ class Scheduler:
         self.decodings.pop(request, None)
         if self._servers:
             self._servers.end(request)
+
+    def named(self, server: int, request: int, number: int) -> Mapping[int, int]:
+        """Return the nodes of a segment that has just left by what a server calls them.
+
+        What is not in the map has the same name everywhere."""
+        return self._servers.named(server, request, number) if self._servers else {}
+
+    def out(self, server: int, request: int, number: int) -> tuple[int, ...]:
+        """Return what a segment in flight held, by the server's names; () if nobody waits."""
+        if self._servers:
+            return self._servers.out(server, request, number)
+        return self.decodings[request].out.get(number, ())
 
     def nodes(self, server: int, request: int, number: int, names: Sequence[int]) -> Sequence[int]:
         """Return the nodes that came back from a server in a segment, by what it calls them.

@@ -350,7 +350,7 @@ class Driver:
         """Take in a message; what concerns requests that are over is dropped."""
         live = self._live.get(message.meta.get("request", 0))
         if message.kind in ("choices", "features"):
-            self._back(message, self._topology.server(rank))
+            self._back(message, rank)
         elif message.kind in wire.NEWS:
             self._step(wire.read_news(message))
         elif message.kind == "report":
@@ -358,7 +358,7 @@ class Driver:
         elif message.kind == "pong":
             self._pong(rank, message)
         elif message.kind == "prompt_features" and live and self._is_read(rank):
-            self._prompt_features(live, message)
+            self._prompt_features(live, rank, message)
         elif message.kind == "text_features" and live:
             assert self._draft is not None, "features that nobody asked for"
             layers, at = message.meta["layers"], message.meta["at"]
@@ -435,7 +435,8 @@ class Driver:
                 self._transport.send_next(wire.batch(action), action.server)
                 for request, segment in action.pieces:
                     if self._live[request].log.on:
-                        self._live[request].fates.sent(segment.ids, segment.parents)
+                        named = self._scheduler.named(action.server, request, segment.number)
+                        self._live[request].fates.sent(segment.ids, segment.parents, named)
             elif isinstance(action, Draft) and self._draft:
                 self._draft.draft(action)
             elif isinstance(action, Wake):
@@ -483,26 +484,36 @@ class Driver:
         servers = (s for s in range(self._topology.servers) if s not in self._gone)
         return self._topology.server(rank) == next(servers)
 
-    def _prompt_features(self, live: _Live, message: Message) -> None:
+    def _prompt_features(self, live: _Live, rank: int, message: Message) -> None:
         assert self._draft is not None, "features that nobody asked for"
         since, now = self._transport.inbox.since, self._clock.now()
-        live.log.arrived(message, self._topology.stages, 0, since, now, None)
+        live.log.arrived(message, self._topology.number(rank), 0, since, now, None)
         self._draft.learn(live.request.id, message.tensors[0])
 
-    def _back(self, message: Message, server: int) -> None:
-        answers = wire.read_answers(message)
+    def _back(self, message: Message, rank: int) -> None:
+        answers, server = wire.read_answers(message), self._topology.server(rank)
+        if any(live.log.on for live in self._live.values()):
+            self._note(message, rank, answers)
         known = [
             (self._live[a.request], self._by_node(server, a))
             for a in answers
             if a.request in self._live
         ]
-        for live, answer in known:
-            if live.log.on:
-                since, now = self._transport.inbox.since, self._clock.now()
-                came = live.decoding.out.get(answer.number, ())
-                segment = Segment(answer.number, came, (), ())
-                live.log.arrived(message, self._topology.stages, 0, since, now, segment)
         self._step(Back(tuple(self._returned(live, answer) for live, answer in known)))
+
+    def _note(self, message: Message, rank: int, answers: Sequence[wire.Answer]) -> None:
+        """Note that segments came back, for those requests that are traced."""
+        server, since, now = (
+            self._topology.server(rank),
+            self._transport.inbox.since,
+            self._clock.now(),
+        )
+        for answer in answers:
+            live = self._live.get(answer.request)
+            if live and live.log.on:
+                came = self._scheduler.out(server, answer.request, answer.number)
+                segment = Segment(answer.number, came, (), ())
+                live.log.arrived(message, self._topology.number(rank), 0, since, now, segment)
 
     def _by_node(self, server: int, answer: wire.Answer) -> wire.Answer:
         """Return an answer of a server with its nodes as rank 0 calls them."""
@@ -595,7 +606,7 @@ class Driver:
             return
         del self._ending[live.request.id]
         if live.log.on:
-            stage = self._topology.stage  # spans call a rank by the number of its stage
+            stage = self._topology.number  # spans call a rank by the number of its stage
             notes = {stage(rank): report.spans for rank, report in stats.reports.items()}
             # the quickest of QUESTIONS round trips (Cristian 1989): off by at most half of it
             offsets = {stage(rank): min(pongs)[1] for rank, pongs in live.pongs.items()}

@@ -101,8 +101,8 @@ class Worker:
 
     def __post_init__(self) -> None:
         rank, topology = self.transport.rank, self.transport.topology
-        self._stage, self._is_last = topology.stage(rank), topology.is_last(rank)
-        self._before = self._stage - 1
+        self._number, self._is_last = topology.number(rank), topology.is_last(rank)
+        self._before = 0 if topology.is_first(rank) else self._number - 1
         self._clock = self.transport.inbox.clock
         self._pulse = self.transport.pulses[rank]
         self.machine = StageMachine(rank, topology)
@@ -164,7 +164,7 @@ class Worker:
         self._hear_control()
         live, rows = self._live.get(message.meta["request"]), message.tensors[0]
         if live is not None:
-            live.log.arrived(message, self._before, self._stage, since, taken, None)
+            live.log.arrived(message, self._before, self._number, since, taken, None)
             self._handle(Chunk(live.request, len(rows)), rows)
 
     def _batch(self, message: Message) -> None:
@@ -174,7 +174,7 @@ class Worker:
         batch, apart = wire.read_batch(message), self._spent.apart
         for request, segment in batch.pieces:
             if live := self._live.get(request):
-                live.log.arrived(message, self._before, self._stage, since, taken, segment)
+                live.log.arrived(message, self._before, self._number, since, taken, segment)
         arrived = Arrived(batch, taken - since, since - message.meta["sent"])
         self._handle(arrived, message.tensors[-1])
         self._spent.overhead += time.thread_time() - begun - (self._spent.apart - apart)
@@ -389,8 +389,7 @@ class Worker:
         Return False if it was abandoned on the way, at the end of the next of its layers."""
         group = Group(self.transport.topology.members, sharing is SHARING[True])
         row_bytes = self.emulate.row_bytes(self.model.config.hidden_size)
-        number = self.transport.topology.number(self.transport.rank)
-        seconds = self.emulate.group_seconds(number, rows, group, row_bytes)
+        seconds = self.emulate.group_seconds(self._number, rows, group, row_bytes)
         while (left := begun + seconds - self._clock.now()) > 0:
             if self._hear_control(min(left, self.LOOK)) and self._needed():
                 continue
@@ -404,7 +403,7 @@ class Worker:
         for part, live in zip(forward.parts, lives, strict=True):
             segment = part.segment
             about = {"segment": segment.number, "ids": segment.ids} if segment else {}
-            live.log.add(self._stage, "compute", "prefill", begun, begun + spent, **about)
+            live.log.add(self._number, "compute", "prefill", begun, begun + spent, **about)
             live.computed += len(part.rows) if segment else 0
         log.debug("%d rows in %.2f ms", forward.rows, spent * 1000)
         self._spent.busy += spent

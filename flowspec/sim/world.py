@@ -341,7 +341,8 @@ class World:
         for action in actions:
             if isinstance(action, Batch):
                 for request, segment in action.pieces:
-                    self._live[request].fates.sent(segment.ids, segment.parents)
+                    named = self.scheduler.named(action.server, request, segment.number)
+                    self._live[request].fates.sent(segment.ids, segment.parents, named)
                     self._live[request].sent(action.server, segment)
                 self._send(0, action, now, server=action.server)
             elif isinstance(action, Prunes):

@@ -52,7 +52,6 @@ def test_what_is_right_is_not_refused(pair, monkeypatch):
         (["--method", "fast"], ["method", "fast", "flowspec"]),
         (["--method", "flowspce"], ["method", "did you mean flowspec"]),
         (["dsi.servers=0"], ["dsi.servers is 0", "at least 1"]),
-        (["dsi.servers=2", "trace=t.json"], ["dsi.servers is 2", "trace"]),
         (["drafter.kind=ngrma"], ["drafter.kind", "did you mean ngram"]),
         (["drafter.kind=oracle"], ["drafter.kind", "oracle", "ngram"]),
         (["drafter.path=no/where"], ["drafter.path", "no/where"]),

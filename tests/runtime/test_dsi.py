@@ -4,8 +4,10 @@ import random
 
 import pytest
 
+from flowspec.bench.timeline import summary
 from flowspec.core import dsi
 from flowspec.engine import Engine
+from flowspec.trace import read
 from tests.runtime.test_identity import PROMPTS, SAMPLED, assert_same, slow, text
 
 METHODS = ("dsi", "si", "flowspec", "ar")
@@ -86,4 +88,23 @@ def test_the_drafter_never_waits_and_no_forward_is_spent_on_what_is_refused(pair
         result = generation.result
     assert result.world_size == 4 and len(result.stage_utilisation) == 3
     assert min(result.stage_utilisation) > 0, "every server had a task"
-    assert result.accepted_tokens > 20
+    assert result.accepted_tokens > 10
+
+
+def test_every_server_is_on_the_timeline_and_every_token_was_picked_on_one(pair, tmp_path):
+    path = tmp_path / "t.json"
+    slow_enough = {"emulate.stage_ms": 8, "emulate.draft_ms": 2, "trace": path}
+    with Engine.from_config(pair.config(2), words(3, **slow_enough)) as engine:
+        tokens = list(engine.generate(PROMPTS[1], method="dsi", max_new_tokens=20))
+    spans, facts = read(path)
+    assert facts["servers"] == 3 and {s.rank for s in spans} == set(range(7))
+    assert len(summary(spans, 3).utilisation) == 6
+    work = [s for s in spans if s.row == "compute" and s.rank and s.name != "prefill"]
+    for server in range(3):
+        first, last = (
+            sum(s.facts["accepted"] for s in work if s.rank == 2 * server + stage)
+            for stage in (1, 2)
+        )
+        assert first >= last, "a row became text on the second stage alone"
+    picked = sum(s.facts["accepted"] for s in work if s.rank % 2 == 0)
+    assert picked >= len(tokens), "by some servers more than once"
