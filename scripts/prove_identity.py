@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from flowspec import Engine
 from flowspec.config import DTYPES
-from flowspec.core.policies import METHODS, SHARED
+from flowspec.core.policies import METHODS, SERVED, SHARED
 from flowspec.core.policy import SWITCHES, PolicyConfig, TreeConfig
 from flowspec.files import ROOT
 from flowspec.lossless import first_difference, tolerance_of
@@ -48,6 +48,7 @@ LM, EAGLE = (
 DRAFTERS = {"lm": LM, "eagle": EAGLE, "ngram": "{kind: ngram}", "mixture": f"[{EAGLE}, {LM}]"}
 TIMES = "{stage_ms: 3, token_ms: 0.05, draft_ms: 1, link_ms: 0.5}"
 SPECULATIVE = [m for m in METHODS if m != "ar"]
+LOOKAHEADS = (None, 1, 2, 5, 16)
 
 
 def random_tree(draw: random.Random) -> TreeConfig:
@@ -102,10 +103,14 @@ def prove(
     for number, written in enumerate(prompts):
         prompt = (*other[number : number + context], *engine.text.encode(written))
         engine.config = dataclasses.replace(
-            engine.config, tree=random_tree(draw), policy=random_switches(draw)
+            engine.config,
+            tree=random_tree(draw),
+            policy=random_switches(draw),
+            dsi=dataclasses.replace(engine.config.dsi, lookahead=draw.choice(LOOKAHEADS)),
         )
         close = tolerance_of(engine)
-        about = f"{where} prompt {number} {engine.config.tree} {engine.config.policy}"
+        settings = engine.config.tree, engine.config.policy, engine.config.dsi
+        about = f"{where} prompt {number} {settings}"
         sampled = (
             [{"temperature": 0.8, "top_p": 0.9, "seed": s} for s in (1, 2, 3)]
             if number % 4 == 0
@@ -118,7 +123,8 @@ def prove(
                 proof.compare(
                     f"{about} transformers", generate(model, prompt, tokens), want, gaps, close
                 )
-            for method in (*SPECULATIVE, *(SHARED if engine.topology.members > 1 else ())):
+            shared = SHARED if engine.topology.members > 1 else ()
+            for method in (*SPECULATIVE, *SERVED, *shared):
                 got = [
                     t.id
                     for t in engine.generate(
@@ -143,6 +149,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--stages", type=int, nargs="*", default=list(STAGES))
     parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks of each stage")
+    parser.add_argument("--servers", type=int, default=1, help="targets, each with all stages")
     parser.add_argument("--seed", type=int, default=0, help="of the trees")
     parser.add_argument(
         "--model",
@@ -183,7 +190,8 @@ def main() -> int:
             if not out.exists():
                 members = args.tensor_parallel
                 split(str(args.model), stages, out, members=members, layers=STAGES[stages])
-            config.write_text(f"stages: {out}\ndrafter: {kind}\n{settings}")
+            servers = f"dsi: {{servers: {args.servers}}}"
+            config.write_text(f"stages: {out}\ndrafter: {kind}\n{servers}\n{settings}")
             with Engine.from_config(config) as engine:
                 prove(
                     engine,
@@ -201,9 +209,11 @@ def main() -> int:
                 flush=True,
             )
     same = proof.texts - proof.ties - proof.bugs
-    print(f"{proof.texts} texts, {proof.tokens} tokens ({args.dtype}, {args.tensor_parallel} ranks a stage, tree seed {args.seed}): "
-          f"{same} identical, "
-          f"{proof.ties} parted at a tie, {proof.bugs} bugs")  # fmt: skip
+    over = f"{args.dtype}, {args.servers} servers, {args.tensor_parallel} ranks a stage"
+    print(
+        f"{proof.texts} texts, {proof.tokens} tokens ({over}, tree seed {args.seed}): {same} "
+        f"identical, {proof.ties} parted at a tie, {proof.bugs} bugs"
+    )
     return 1 if proof.bugs else 0
 
 
