@@ -171,12 +171,15 @@ class Servers:
             k for k, numbers in enumerate(busy) if len(numbers) < flights and k not in self._lost
         ]
 
-    def lose(self, server: int, decoding: Decoding) -> tuple[list[int], list[int]]:
-        """Go on without a server.
-
-        Return the numbers of the request's segments that were in flight there, and those of its
-        nodes that are on no other server and have come back from none."""
+    def lose(self, server: int) -> None:
+        """Go on without a server."""
         self._lost.add(server)
+
+    def stranded(self, server: int, decoding: Decoding) -> tuple[list[int], list[int]]:
+        """Return the numbers of a request's segments that were in flight on a lost server.
+
+        Return also those of its nodes there that are on no other server and have come back from
+        none."""
         copy, elsewhere = self._copies[server][decoding.request.id], set[int]()
         for k, copies in enumerate(self._copies):
             other = copies[decoding.request.id]

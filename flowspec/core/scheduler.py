@@ -166,8 +166,9 @@ class Scheduler:
     def lost(self, server: int, now: float) -> list[Action]:
         """Go on without a target server: what was in flight there goes to another one."""
         assert self._servers is not None
+        self._servers.lose(server)
         decisions = [
-            decoding.lost(*self._servers.lose(server, decoding), now)
+            decoding.lost(*self._servers.stranded(server, decoding), now)
             for decoding in self.decodings.values()
         ]
         return self._decided(decisions) + self._fill(now)
