@@ -22,5 +22,8 @@ class Learnt:
     weights: dict[tuple[int, bool], Weights] = field(default_factory=dict)
     """This maps (number of drafters, whether they are coupled with the target's noise) to how far
     the drafters' lists are to be believed."""
+    verified: list[float] = field(default_factory=lambda: [4.0, 1.0])
+    """These are how many drafts of speculative inference the target has accepted and rejected. It
+    begins with 4 and 1, as if some had been."""
     findings: dict[float, Findings] = field(default_factory=dict)
     """This maps a temperature to whether speculation has paid."""

@@ -81,7 +81,7 @@ class Dsi:
     """There are so many target servers, each of which holds the whole split model."""
     lookahead: int | None = None
     """So many levels are drafted for a task. None (null) is `auto`: dsi takes what keeps its
-    servers busy, si takes 5."""
+    servers busy, si what is best at the measured latencies and acceptance."""
 
     def __post_init__(self) -> None:
         need(self.servers >= 1, f"dsi.servers is {self.servers}: it must be at least 1")

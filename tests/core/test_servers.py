@@ -5,9 +5,21 @@ import itertools
 import numpy as np
 import pytest
 
+from flowspec.core.curve import Curve
 from flowspec.core.decoding import Decoding
-from flowspec.core.messages import Answered, Back, Batch, Drafted, Proposal, Prunes, Read, Returned
+from flowspec.core.messages import (
+    Answered,
+    Back,
+    Batch,
+    Cost,
+    Drafted,
+    Proposal,
+    Prunes,
+    Read,
+    Returned,
+)
 from flowspec.core.policies import make_policy
+from flowspec.core.policies.chain import best_lookahead
 from flowspec.core.policy import Dsi, PolicyConfig, TreeConfig
 from flowspec.core.request import Request, Sampling
 from flowspec.core.scheduler import Scheduler
@@ -19,7 +31,7 @@ PROMPT = (7, 8, 9)
 class Ring:
     """A scheduler over servers that answer when they are told to; the target counts on from 100."""
 
-    def __init__(self, servers: int, method: str = "dsi", lookahead: int = 2):
+    def __init__(self, servers: int, method: str = "dsi", lookahead: int | None = 2):
         self.topology = Topology(1, servers=servers)
         self.scheduler, self.method = Scheduler(self.topology), method
         self.dsi = Dsi(servers=servers, lookahead=lookahead)
@@ -140,3 +152,21 @@ def test_a_server_that_lacks_much_of_a_text_catches_up_when_it_has_nothing_to_do
             break
     [behind] = ring.flights[1]
     assert 32 <= len(behind.ids) <= 64 and len(ring.decoding.tokens) >= 32
+
+
+def test_si_takes_the_lookahead_that_is_best_for_what_is_measured():
+    assert [best_lookahead(a, 1.0, t, 16) for a, t in ((0.93, 3.03), (0.87, 1.485))] == [6, 2]
+    assert best_lookahead(0.63, 2.5, 37.7, 16) == 4 and best_lookahead(0.999, 1.0, 100.0, 16) == 16
+    assert best_lookahead(0.01, 1.0, 1.0, 16) == 1
+    ring = Ring(1, "si", lookahead=None)
+    ring.begin(new=60)
+    assert ring.decoding.policy.lookahead == 5, "before anything is measured"
+    ring.scheduler.learnt.ring.measured(Cost(1, Curve.line(20.6, 0.0), 0.0))
+    for _ in itertools.takewhile(lambda _: len(ring.decoding.tokens) < 40, range(200)):
+        ring.now += 6.8 if ring.asked else 20.6
+        ring.draft() if ring.asked else ring.back(0)
+    accepted, rejected = ring.scheduler.learnt.verified
+    assert rejected == 1 and accepted > 30, "all were right"
+    assert ring.decoding.policy.lookahead == best_lookahead(
+        accepted / (accepted + 1), 6.8, 20.6, 16
+    )

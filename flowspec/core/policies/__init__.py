@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
+from flowspec.core.policies.chain import Chain
 from flowspec.core.policies.continuous import Continuous
 from flowspec.core.policies.lookahead import Lookahead
 from flowspec.core.policies.pipedec import PipeDec
@@ -27,19 +28,6 @@ class _About(NamedTuple):
     dsi: Dsi
 
 
-CHAIN = 5
-"""Speculative inference drafts so many tokens a round by default, as its papers do."""
-
-
-def _rounds(about: _About) -> Policy:
-    """Draft a chain (or a tree, if the configuration says so), wait, verify: SI."""
-    levels = about.dsi.lookahead or CHAIN
-    shape = about.tree
-    budget, top_k = shape.budget or 1 + levels * (shape.top_k or 1), shape.top_k or 1
-    depth = shape.depth or max(1, levels - 1)
-    return Rounds(TreeConfig(budget=budget, top_k=top_k, depth=depth), pieces=1)
-
-
 _MAKERS: dict[str, Callable[[_About], Policy]] = {
     "ar": lambda of: Rounds(dataclasses.replace(of.tree, budget=1), pieces=1),
     "serial": lambda of: Rounds(of.tree, pieces=1),
@@ -56,7 +44,7 @@ Megatron's way (arXiv 1909.08053) and Galaxy's (arXiv 2405.17245), which spreads
 stages of several members the other methods share them in Megatron's way."""
 _MAKERS |= dict.fromkeys(SHARED, _MAKERS["serial"])
 _MAKERS |= {
-    "si": _rounds,
+    "si": lambda of: Chain(of.tree, of.topology, of.dsi.lookahead),
     "dsi": lambda of: Lookahead(of.tree, of.topology, of.dsi.lookahead),
 }
 SERVED = ("si", "dsi")
