@@ -50,7 +50,7 @@ def check_run(config: Config, ranks: Sequence[int] | None = None) -> Manifest:
     manifest = manifest_of(config)
     topology = manifest.topology
     devices = 1 if isinstance(config.device, str) else len(config.device)
-    split = f"the model is split for {topology.world_size} (rank 0 and {topology.stages})"
+    split = f"the run is of {topology.world_size} (rank 0 and {topology.words})"
     need(devices in (1, topology.world_size), f"device lists {devices} ranks, {split}")
     config.emulate.check_stages(topology.stages, topology.servers)
     check_servers(config, topology)

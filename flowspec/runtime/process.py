@@ -90,11 +90,10 @@ def check_world(topology: Topology, one_clock: bool) -> None:
     global _known
     _known = topology
     started, world_size = int(os.environ["WORLD_SIZE"]), topology.world_size
-    members = f" of {topology.members} ranks" if topology.members > 1 else ""
     need(
         started == world_size,
-        f"wrong world size: the model is split for {world_size} ranks (rank 0 and "
-        f"{topology.stages} stages{members}), torchrun started {started}",
+        f"wrong world size: the run is of {world_size} ranks (rank 0 and {topology.words}), "
+        f"torchrun started {started}",
     )
     here = int(os.environ.get("LOCAL_WORLD_SIZE", started))
     need(
