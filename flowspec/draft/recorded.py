@@ -175,7 +175,8 @@ class SyntheticDrafter:
         self._seed = seed
         self._made: dict[int, Proposal] = {}  # by node
         self._paths = _ByPath(self._longer, request)
-        self._logq = np.log(np.maximum(self._profile, 1e-9) / self._profile.sum())
+        shares = np.maximum(self._profile, 1e-9)
+        self._logq = np.log(shares / shares.sum())
 
     def propose(self, nodes: Sequence[DraftNode]) -> Drafted:
         for node in nodes:
