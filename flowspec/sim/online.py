@@ -369,11 +369,14 @@ class _Writing:
             elif isinstance(action, Tell):
                 self._events.append(action.event)
             elif isinstance(action, Pass):
-                back = (
-                    self._known.returned(self._scheduler, server.number, piece)
-                    for piece in action.batch.pieces
-                )
-                self._events.append(Back(tuple(back)))
+                self._came_back(server, action.batch)
+
+    def _came_back(self, server: _Server, batch: Batch) -> None:
+        """Let rank 0 decide at once: it knows from here on that the server has nothing to do."""
+        back = (
+            self._known.returned(self._scheduler, server.number, piece) for piece in batch.pieces
+        )
+        self._perform(self._scheduler.handle(Back(tuple(back)), time.monotonic()))
 
     def _compute(self, server: _Server) -> None:
         latencies = self._online.latencies

@@ -135,6 +135,7 @@ def test_a_server_waits_abandons_and_ends_with_its_pipe():
     thread.start()
     assert os.read(hear, 99) == b"ready\n"
     os.write(ask, b"1 0.0")
+    time.sleep(0.02)  # so that the rest of the line comes apart
     os.write(ask, b"01\n")
     assert os.read(hear, 99) == b"1 whole\n"
     os.write(
@@ -158,6 +159,7 @@ def test_servers_are_gone_when_the_block_ends_however_it_ends():
             with online(3, SHORT) as ring:
                 pids = [process.pid for process in ring.processes]
                 assert len(pids) == 3 and all(map(alive, pids))
+                assert [os.getpgid(pid) for pid in pids] == pids  # Ctrl-C is not for them
                 if error:
                     raise error
         except (KeyboardInterrupt, ValueError):
@@ -206,6 +208,47 @@ def test_a_server_that_hangs_is_named_and_ended(monkeypatch):
         with pytest.raises(RankLost, match=r"nothing was heard of target server 1 for 0\.2"):
             ring.write(plain(3), 1)
     assert not any(map(alive, pids))
+
+
+def test_a_forward_is_told_once_to_end_and_then_ends_at_once(monkeypatch):
+    """Server 2 computes for ten minutes what can never become text; at first it is too slow to hear of it."""
+    ended: list[str] = []
+    say = Process.say
+
+    def lasting(process, *words):
+        second = process.title == "target server 2"
+        if second and not words[1:]:
+            ended.append(words[0])
+        say(process, *((words[0], 600) if second and words[1:] else words))
+
+    with online(2, SHORT) as ring:
+        monkeypatch.setattr(Process, "say", lasting)
+        pid = ring.processes[1].pid
+        os.kill(pid, signal.SIGSTOP)
+        goes_on = threading.Timer(0.5, os.kill, (pid, signal.SIGCONT))
+        goes_on.start()
+        written = bench.write(ring, Way("dsi", 1, 2), Chance(9, 0.0), SEED)
+        goes_on.join()
+    assert written.abandoned == len(ended) == len(set(ended)) > 0
+
+
+def test_a_text_begins_when_nothing_of_the_one_before_is_under_way(monkeypatch):
+    """The drafter still drafts when the first text ends, whose drafts are all wrong."""
+    ends: list[float] = []
+    over: list[float] = []
+    wait, hear = Drafter.wait, Drafter.hear
+
+    def heard(drafter):
+        hear(drafter)
+        over.append(time.monotonic())
+
+    monkeypatch.setattr(Drafter, "wait", lambda self, end: ends.append(end) or wait(self, end))
+    monkeypatch.setattr(Drafter, "hear", heard)
+    with online(2, Latencies(0.002, 0.002, 0.05, 0.05)) as ring:
+        for n in range(2):
+            bench.write(ring, Way("dsi", 1, 2), Chance(4, 0.0), SEED + n)
+    assert len(over) == len(ends) >= 2
+    assert all(heard >= end for heard, end in zip(over, ends, strict=True))
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
