@@ -254,10 +254,11 @@ def test_a_text_begins_when_nothing_of_the_one_before_is_under_way(monkeypatch):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_servers_outlive_neither_ctrl_c_nor_the_death_of_rank_0(how):
     script = (
-        "from tests.runtime.test_online import *\n"
+        "from flowspec.sim.online import Latencies, online\n"
         "with online(2, Latencies(*[600.0] * 4)) as ring:\n"
         "    print(*[process.pid for process in ring.processes], flush=True)\n"
-        "    ring.write(plain(3), 1)\n"
+        "    ring.processes[0].say(1, 600.0)\n"
+        "    ring.heard([])\n"
     )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen([sys.executable, "-c", script], **pipes) as rank:
