@@ -9,9 +9,10 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from flowspec.errors import UserError, need
 from flowspec.schema import build, choice
@@ -105,6 +106,52 @@ class Estimates(NamedTuple):
 
     acceptances: tuple[Acceptance, ...]
     latencies: tuple[Latency, ...]
+
+
+Files = Sequence[tuple[str, Estimates]]
+"""These are files that were read: the path of each, and what it holds."""
+One = TypeVar("One", Acceptance, Latency)
+
+
+def the_acceptance(
+    files: Files, rule: str | None = None, temperature: float | None = None
+) -> tuple[str, Acceptance]:
+    """Return the one estimate of this rule and temperature, and the path of its file.
+
+    Where neither is given, greedy is preferred. Raise UserError unless there is exactly one."""
+
+    def asked(one: Acceptance) -> bool:
+        return rule in (None, one.rule) and temperature in (None, one.temperature)
+
+    found = [(path, one) for path, held in files for one in held.acceptances]
+    fit = [(path, one) for path, one in found if asked(one)]
+    if rule is None and temperature is None and len(fit) > 1:
+        fit = [(path, one) for path, one in fit if one.rule == "greedy"] or fit
+    return _single("acceptance", files, found, fit, lambda one: f"{one.rule} {one.temperature:g}")
+
+
+def the_latency(files: Files) -> tuple[str, Latency]:
+    """Return the one estimate of latencies, and the path of its file.
+
+    Raise UserError unless there is exactly one."""
+    found = [(path, one) for path, held in files for one in held.latencies]
+    return _single("latency", files, found, found, lambda one: f"{one.target} and {one.draft}")
+
+
+def _single(
+    kind: str,
+    files: Files,
+    found: list[tuple[str, One]],
+    fit: list[tuple[str, One]],
+    name: Callable[[One], str],
+) -> tuple[str, One]:
+    """Return the only one of `fit`; `found` are all of this kind."""
+    if len(fit) == 1:
+        return fit[0]
+    where, names = ", ".join(path for path, _ in files), ", ".join(name(one) for _, one in found)
+    need(bool(found), f"no {kind} in {where}: `flowspec estimate {kind} --json` writes it")
+    how = "several fit" if fit else "none fits"
+    raise UserError(f"of the {kind} estimates in {where} {how}: {names}")
 
 
 def to_line(estimate: Acceptance | Latency) -> str:

@@ -175,12 +175,12 @@ def _row(own: list[Record], methods: dict[str, list[Record]]) -> Row:
         method=own[0].method,
         rates=rates,
         ratios={prompt: median(values) for prompt, values in over["ar"].items()},
-        rate=_spread(rates.values()),
+        rate=spread(rates.values()),
         noise=max(
             ((max(v) - min(v)) / median(v) for v in measured.values() if len(v) > 1), default=None
         ),
         over={
-            base: _spread(ratio for values in found.values() for ratio in values)
+            base: spread(ratio for values in found.values() for ratio in values)
             for base, found in over.items()
         },
         accepted_per_segment=_median(r.accepted_per_segment for r in own),
@@ -224,7 +224,7 @@ def _median(values: Iterable[float | None]) -> float | None:
     return median(found) if found else None
 
 
-def _spread(values: Iterable[float]) -> Spread | None:
+def spread(values: Iterable[float]) -> Spread | None:
     found = list(values)
     return Spread(median(found), min(found), max(found)) if found else None
 
@@ -276,7 +276,7 @@ LEGEND = (
 )
 
 
-def _ranged(spread: Spread | None, digits: str, unit: str = "") -> str:
+def ranged(spread: Spread | None, digits: str, unit: str = "") -> str:
     """Return a text like `1.50x (1.20..1.90)`, without the range where it says nothing."""
     if spread is None:
         return _NONE
@@ -289,7 +289,7 @@ def _maybe(value: float | None, digits: str) -> str:
 
 
 def _over(base: str, row: Row) -> str:
-    return _ranged(row.over.get(base), ".2f", "x")
+    return ranged(row.over.get(base), ".2f", "x")
 
 
 _KEYS = (
@@ -297,7 +297,7 @@ _KEYS = (
     _Column("method", lambda row: row.method),
 )
 _SPEED = (
-    _Column("tokens/s", lambda row: _ranged(row.rate, ".1f")),
+    _Column("tokens/s", lambda row: ranged(row.rate, ".1f")),
     _Column("noise", lambda row: _maybe(row.noise, ".0%")),
     *(_Column(f"vs {base}", functools.partial(_over, base)) for base in BASES),
     _Column("sim.", lambda row: _maybe(row.simulated, ".1f")),

@@ -1,4 +1,5 @@
-"""`flowspec simulate dsi` simulates SI and DSI in time units; `simulate dsi heatmap` maps them."""
+"""`flowspec simulate dsi` simulates SI and DSI, in time units or by waiting; `simulate dsi heatmap`
+maps them."""
 
 from __future__ import annotations
 
@@ -6,8 +7,9 @@ import argparse
 import dataclasses
 import json
 import math
+import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +19,7 @@ from flowspec.bench import heatmap
 from flowspec.bench.timeline import MISSING, can_draw
 from flowspec.commands.options import number
 from flowspec.errors import UserError, need
+from flowspec.estimates import RULES, load_estimates, the_acceptance, the_latency
 from flowspec.files import replacing
 from flowspec.output import Parser
 from flowspec.preflight import check_writable
@@ -36,12 +39,21 @@ from flowspec.sim.dsi import (
 ABOUT = """Speculative inference (SI) and distributed SI (DSI, arXiv 2405.14105) against decoding
 alone (non-SI): how long a text takes if drafts are accepted independently. Nothing is computed and
 no message has a cost; every figure printed here is simulated. Latencies have any unit, the same
-one. `simulate dsi heatmap` does so over a grid (see its --help)."""
+one. With --online, forwards are waits of so many milliseconds, and scheduling, messages and the
+processes of the target servers are real. `simulate dsi heatmap` counts over a grid (see its
+--help)."""
 ABOUT_MAP = """The paper's grid of drafter latencies and acceptance rates, in target latencies, with
 each method's best lookahead for which the servers suffice. It writes DIR/settings.csv (a line a
 setting), DIR/heatmap.csv (a line a cell) and a PNG a map. Every figure is simulated."""
 LONGEST_LOOKAHEAD = 1000
 """With --lookahead auto, longer ones are not tried."""
+DEFAULTS = {"target_latency": 1.0, "drafter_latency": 0.1, "acceptance": 0.9}
+SHARED = {"servers": 7, "tokens": 1000, "seed": 1}
+REPEATS, ONLINE_REPEATS, MAP_REPEATS = 100, 5, 5
+BESIDE = 1000
+"""Beside what was waited for stands the mean of so many texts that were counted."""
+POLICIES = {"non-SI": "ar", "SI": "si", "DSI": "dsi"}
+"""This maps a method of the table to the policy that writes with it."""
 MOST_TOKENS, MOST_TEXTS, MOST_NDIM = 100_000, 5_000_000, 100
 """More would take minutes, or gigabytes."""
 
@@ -59,13 +71,13 @@ class Row(NamedTuple):
 
 def _parser() -> Parser:
     parser = Parser(prog="flowspec simulate dsi", description=ABOUT)
-    for flag, default, what in (
-        ("target-latency", 1.0, "of a target forward"),
-        ("drafter-latency", 0.1, "of a drafter forward"),
-        ("acceptance", 0.9, "the probability that a draft is accepted"),
+    for flag, what in (
+        ("target-latency", "of a target forward"),
+        ("drafter-latency", "of a drafter forward"),
+        ("acceptance", "the probability that a draft is accepted"),
     ):
-        told = f"{what} (default {default:g})"
-        parser.add_argument(f"--{flag}", type=float, default=default, metavar="X", help=told)
+        told = f"{what} (default {DEFAULTS[flag.replace('-', '_')]:g}, without --estimates)"
+        parser.add_argument(f"--{flag}", type=float, metavar="X", help=told)
     for flag in ("target", "drafter"):
         told = f"of a text's first {flag} forward, which reads the prompt (default: as later ones)"
         parser.add_argument(f"--first-{flag}-latency", type=float, metavar="X", help=told)
@@ -75,7 +87,21 @@ def _parser() -> Parser:
         metavar="K[,K]",
         help="drafts that are verified together, or SI's and DSI's; auto (default): the best one",
     )
-    _add_shared(parser, repeats=100)
+    parser.add_argument(
+        "--estimates",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="take what no flag gives from files of `flowspec estimate --json`",
+    )
+    parser.add_argument("--rule", choices=RULES, help="of the estimated acceptance")
+    parser.add_argument(
+        "--temperature", type=float, metavar="X", help="of the estimated acceptance; 0 is greedy"
+    )
+    parser.add_argument(
+        "--online", action="store_true", help="wait for the latencies, in milliseconds"
+    )
+    _add_shared(parser, f"{REPEATS}, with --online {ONLINE_REPEATS}")
     parser.add_argument("--json", metavar="FILE", help="write a line a method")
     return parser
 
@@ -88,38 +114,85 @@ def _map_parser() -> Parser:
     )
     source.add_argument("--draw", metavar="FILE", help="draw this heatmap.csv again instead")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write to")
-    _add_shared(parser, repeats=5)
+    _add_shared(parser, str(MAP_REPEATS))
     return parser
 
 
-def _add_shared(parser: argparse.ArgumentParser, repeats: int) -> None:
+def _add_shared(parser: argparse.ArgumentParser, repeats: str) -> None:
     for flag, default, what in (
-        ("servers", 7, "DSI has at most so many target servers"),
-        ("tokens", 1000, "the length of a text"),
+        ("servers", SHARED["servers"], "DSI has at most so many target servers"),
+        ("tokens", SHARED["tokens"], "the length of a text"),
         ("repeats", repeats, "texts a setting"),
-        ("seed", 1, "of the chance"),
+        ("seed", SHARED["seed"], "of the chance"),
     ):
         told = f"{what} (default {default})"
-        parser.add_argument(f"--{flag}", type=int, default=default, metavar="N", help=told)
+        parser.add_argument(f"--{flag}", type=int, metavar="N", help=told)
 
 
 def main(argv: Sequence[str]) -> int:
     if list(argv[:1]) == ["heatmap"]:
         return _map(_map_parser().parse_args(argv[1:]))
     options = _parser().parse_args(argv)
+    taken = _take(options)
     check_writable(options.json)
-    _check_shared(options, texts=1)
-    setting = _setting(options)
-    rows = _rows(options, setting)
+    _check_shared(options, ONLINE_REPEATS if options.online else REPEATS, texts=1)
+    try:
+        setting = _setting(options)
+        lookaheads = _lookaheads(options, setting)
+    except UserError as error:
+        raise UserError("; ".join([str(error), *taken])) from None
+    for line in taken:
+        print(line)
+    rows = _rows(options, setting, lookaheads)
     _show(options, rows)
+    lines = _online(options, setting, rows) if options.online else [row._asdict() for row in rows]
     if options.json:
-        _write(options, rows)
+        _write(options, lines)
     return 0
 
 
 # ---- what is asked for ---------------------------------------------------------------------------
-def _check_shared(options: argparse.Namespace, texts: int) -> None:
-    """Raise UserError for a number that cannot be simulated; `texts` are those of one repeat."""
+def _take(options: argparse.Namespace) -> list[str]:
+    """Fill in what no flag gives, from --estimates or else by default; return what is from where.
+
+    The latencies of a model, the first and the later ones, are from one source."""
+    need(
+        bool(options.estimates and options.acceptance is None)
+        or (options.rule is None and options.temperature is None),
+        "--rule and --temperature say which acceptance to take from --estimates",
+    )
+    if not options.estimates:
+        _fill(options, DEFAULTS)
+        return []
+    files, taken = [(path, load_estimates(path)) for path in options.estimates], []
+    if options.acceptance is None:
+        path, one = the_acceptance(files, options.rule, options.temperature)
+        options.acceptance = one.acceptance
+        about = f"{one.rule} {one.temperature:g}, {one.draft} for {one.target}"
+        taken.append(f"from {path}: acceptance {one.acceptance:.4g} ({about})")
+    for flag, model in (("target", "target"), ("drafter", "draft")):
+        if getattr(options, f"{flag}_latency") is None:
+            path, latency = the_latency(files)
+            later, first = getattr(latency, f"{model}_ms"), getattr(latency, f"{model}_first_ms")
+            _fill(options, {f"{flag}_latency": later, f"first_{flag}_latency": first})
+            ms = f"{getattr(options, f'first_{flag}_latency'):.4g} ms, then {later:.4g} ms"
+            taken.append(f"from {path}: {flag} latency {ms} ({getattr(latency, model)})")
+    need(bool(taken), "--estimates: flags give the acceptance and both latencies")
+    return taken
+
+
+def _fill(options: argparse.Namespace, values: Mapping[str, float]) -> None:
+    """Set those options that were not given."""
+    for name, value in values.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+
+
+def _check_shared(options: argparse.Namespace, repeats: int, texts: int) -> None:
+    """Fill in the numbers that were not given; raise UserError for one that cannot be simulated.
+
+    `texts` are those of one repeat."""
+    _fill(options, SHARED | {"repeats": repeats})
     for name in ("servers", "tokens", "repeats"):
         value = getattr(options, name)
         need(value >= 1, f"--{name} is {value}: it must be at least 1")
@@ -188,62 +261,149 @@ def _lookahead(
 
 
 # ---- what is simulated and shown -----------------------------------------------------------------
-def _rows(options: argparse.Namespace, candidates: Setting) -> list[Row]:
+def _rows(
+    options: argparse.Namespace, candidates: Setting, lookaheads: tuple[int, int]
+) -> list[Row]:
     rng = np.random.default_rng(options.seed)
     rows = [Row("non-SI", None, 1, alone(candidates), 0.0)]
-    k_si, k_dsi = _lookaheads(options, candidates)
+    k_si, k_dsi = lookaheads
     for name, k, simulate in (("SI", k_si, simulate_si), ("DSI", k_dsi, simulate_dsi)):
         setting = dataclasses.replace(candidates, lookahead=k)
-        mean, error = estimate(simulate(setting, options.repeats, rng))
+        mean, error = estimate(simulate(setting, _texts(options), rng))
         servers = int(servers_needed(setting)) if name == "DSI" else 1
         rows.append(Row(name, k, servers, float(mean), float(error)))
     return rows
 
 
-def _ratios(row: Row, rows: list[Row]) -> dict[str, float]:
+def _texts(options: argparse.Namespace) -> int:
+    """Return how many texts are counted."""
+    return BESIDE if options.online else options.repeats
+
+
+def _ratios(cost: float, alone: float, si: float) -> dict[str, float]:
     """Return how many times as fast a method is as the others."""
-    alone, si, _ = (other.mean for other in rows)
     others = {"non-SI": alone, "SI": si, "the faster of both": min(alone, si)}
-    return {name: cost / row.mean for name, cost in others.items()}
+    return {name: other / cost for name, other in others.items()}
 
 
 def _show(options: argparse.Namespace, rows: list[Row]) -> None:
+    about = f"{options.tokens} tokens, mean of {_texts(options)} texts, seed {options.seed}"
+    shown = []
+    for row in rows:
+        ratios = _ratios(row.mean, rows[0].mean, rows[1].mean)
+        error = "-" if math.isnan(row.error) else f"{row.error:.2g}"
+        costs = {"time": f"{row.mean:.6g}", "standard error": error}
+        over = {f"/ {name}": f"{ratio:.2f}x" for name, ratio in ratios.items()}
+        shown.append(_named(row.method, row.lookahead, row.servers) | costs | over)
+    _print(f"simulated: time of a text of {about}", shown)
+
+
+def _named(method: str, lookahead: int | None, servers: int) -> dict[str, str]:
+    k = "-" if lookahead is None else str(lookahead)
+    return {"method": method, "lookahead": k, "servers": str(servers)}
+
+
+def _print(title: str, rows: list[dict[str, str]]) -> None:
+    """Print a table whose columns are the keys."""
     from rich.table import Table
 
     from flowspec.bench.report import console
 
-    about = f"{options.tokens} tokens, mean of {options.repeats} texts, seed {options.seed}"
-    table = Table(title=f"simulated: time of a text of {about}")
-    heads = ["method", "lookahead", "servers", "time", "standard error"]
-    for head in (*heads, *(f"/ {name}" for name in _ratios(rows[0], rows))):
+    table = Table(title=title)
+    for head in rows[0]:
         table.add_column(head, justify="left" if head == "method" else "right")
     for row in rows:
-        ratios = (f"{ratio:.2f}x" for ratio in _ratios(row, rows).values())
-        k = "-" if row.lookahead is None else str(row.lookahead)
-        error = "-" if math.isnan(row.error) else f"{row.error:.2g}"
-        table.add_row(row.method, k, str(row.servers), f"{row.mean:.6g}", error, *ratios)
+        table.add_row(*row.values())
     console().print(table)
 
 
-def _write(options: argparse.Namespace, rows: list[Row]) -> None:
+def _write(options: argparse.Namespace, lines: list[dict]) -> None:
     asked = {k: v for k, v in vars(options).items() if k != "json"}
     with replacing(options.json) as beside, open(beside, "w") as file:
-        for row in rows:
-            figures = row._asdict() | {"error": None if math.isnan(row.error) else row.error}
+        for line in lines:
+            figures = {k: None if v != v else v for k, v in line.items()}  # no error: not a number
             file.write(json.dumps(figures | {"asked": asked, "simulated": True}) + "\n")
+
+
+# ---- by waiting ----------------------------------------------------------------------------------
+def _online(options: argparse.Namespace, setting: Setting, rows: list[Row]) -> list[dict]:
+    """Write the texts while forwards are waits; show and return what came of each method."""
+    from flowspec.bench.online import Chance, Latencies, Way, measure
+
+    ways = {
+        row.method: Way(POLICIES[row.method], row.lookahead, servers)
+        for row, servers in zip(rows, (1, 1, options.servers), strict=True)
+    }
+    about = sum(row.mean for row in rows) * options.repeats / 1000
+    print(f"waiting for about {about:.0f} s", file=sys.stderr)
+    milliseconds = (
+        setting.target + setting.late_target,
+        setting.target,
+        float(setting.drafter + setting.late_drafter),
+        float(setting.drafter),
+    )
+    done = measure(
+        ways,
+        Chance(options.tokens, options.acceptance),
+        Latencies(*(ms / 1000 for ms in milliseconds)),
+        options.repeats,
+        options.seed,
+    )
+    times = {name: [1000 * one.seconds for one in written] for name, written in done.items()}
+    lines = [
+        {
+            "method": row.method,
+            "lookahead": row.lookahead,
+            "servers": ways[row.method].servers,
+            "times": times[row.method],
+            "ratios": [
+                _ratios(*paired)
+                for paired in zip(times[row.method], times["non-SI"], times["SI"], strict=True)
+            ],
+            "forwards": [one.forwards for one in done[row.method]],
+            "abandoned": [one.abandoned for one in done[row.method]],
+            "drafts": [one.drafts for one in done[row.method]],
+            "offline": row.mean,
+        }
+        for row in rows
+    ]
+    _show_online(options, lines)
+    return lines
+
+
+def _show_online(options: argparse.Namespace, lines: list[dict]) -> None:
+    from flowspec.bench.report import ranged, spread
+
+    shown = []
+    for line in lines:
+        off = statistics.median(line["times"]) / line["offline"] - 1
+        costs = {"ms": ranged(spread(line["times"]), ".1f"), "off": f"{off:+.1%}"}
+        over = {
+            f"/ {name}": ranged(spread(ratios[name] for ratios in line["ratios"]), ".2f", "x")
+            for name in line["ratios"][0]
+        }
+        shown.append(_named(line["method"], line["lookahead"], line["servers"]) | costs | over)
+    about = f"{options.tokens} tokens, median (least..most) of {options.repeats} texts"
+    _print(
+        f"simulated by waiting, no model: a text of {about}, seed {options.seed}; off: from the "
+        "time above",
+        shown,
+    )
 
 
 # ---- heat maps -----------------------------------------------------------------------------------
 def _map(options: argparse.Namespace) -> int:
     folder = Path(options.out)
     if options.draw:
+        given = [f"--{name}" for name in (*SHARED, "repeats") if getattr(options, name) is not None]
+        need(not given, f"--draw: nothing is simulated, so {', '.join(given)} would mean nothing")
         need(can_draw(), MISSING)
         heat = heatmap.read(options.draw)
         _make(folder)
     else:
         ndim = options.ndim
         need(1 <= ndim <= MOST_NDIM, f"--ndim is {ndim}: it must be 1 to {MOST_NDIM}")
-        _check_shared(options, texts=ndim * (ndim + 1) ** 2)
+        _check_shared(options, MAP_REPEATS, texts=ndim * (ndim + 1) ** 2)
         _make(folder)
         heat = _simulate_map(options, folder)
     if not can_draw():

@@ -175,7 +175,8 @@ class SyntheticDrafter:
         self._seed = seed
         self._made: dict[int, Proposal] = {}  # by node
         self._paths = _ByPath(self._longer, request)
-        self._logq = np.log(np.maximum(self._profile, 1e-9) / self._profile.sum())
+        shares = np.maximum(self._profile, 1e-9)
+        self._logq, self._coverage = np.log(shares / shares.sum()), min(0.999, float(shares.sum()))
 
     def propose(self, nodes: Sequence[DraftNode]) -> Drafted:
         for node in nodes:
@@ -205,7 +206,7 @@ class SyntheticDrafter:
             rank = int(np.searchsorted(self._profile.cumsum(), draw, side="right"))
             if rank < len(wrong):
                 wrong[rank] = self._text[path]
-        return Proposal(wrong, self._logq, coverage=min(0.999, float(self._profile.sum())))
+        return Proposal(wrong, self._logq, coverage=self._coverage)
 
 
 OFF = -3

@@ -238,6 +238,37 @@ class Job:
     """The request arrives at this time, in seconds."""
 
 
+class KnownText:
+    """A known text stands for what target servers compute: their choices are looked up in it."""
+
+    def __init__(self, text: Sequence[int], servers: int):
+        self._text = text
+        self._after: list[dict[int, int]] = [{-1: -1} for _ in range(servers)]
+        """For each server, this maps the name of a node that was sent to the index of the text's
+        token after it."""
+
+    def sent(self, server: int, segment: Segment) -> None:
+        after = self._after[server]
+        for name, parent in zip(segment.ids, segment.parents, strict=True):
+            after[name] = after[parent] + 1
+
+    def choice(self, server: int, name: int) -> int | None:
+        """Return the target's token after a node of the text; None behind the end of the text."""
+        at = self._after[server][name]
+        return self._text[at] if at < len(self._text) else None
+
+    def returned(self, scheduler: Scheduler, server: int, piece: Piece) -> Returned:
+        """Return what rank 0 hears when a segment comes back from a server."""
+        request, segment = piece
+        nodes = scheduler.nodes(server, request, segment.number, segment.ids)
+        choices = {
+            node: choice
+            for node, name in zip(nodes, segment.ids, strict=False)
+            if (choice := self.choice(server, name)) is not None
+        }
+        return Returned(request, segment.number, tuple(choices), lambda node, path: choices[node])
+
+
 class _Live:
     """This is what the world holds of a request."""
 
@@ -246,19 +277,7 @@ class _Live:
         self.decoding = Decoding(job.request, job.policy, learnt, job.guesser is not None)
         self.awaited = job.request.prompt_length - 1 if features else 0
         """So many rows of the prompt's features are still to come."""
-        self.after: list[dict[int, int]] = [{-1: -1} for _ in range(servers)]
-        """For each server, this maps the name of a node that was sent to the index of the text's
-        token after it."""
-
-    def sent(self, server: int, segment: Segment) -> None:
-        after = self.after[server]
-        for name, parent in zip(segment.ids, segment.parents, strict=True):
-            after[name] = after[parent] + 1
-
-    def choice(self, server: int, name: int) -> int | None:
-        """Return the target's token after a node of the text; None behind the end of the text."""
-        text, at = self.job.text, self.after[server][name]
-        return text[at] if at < len(text) else None
+        self.known = KnownText(job.text, servers)
 
 
 class World:
@@ -343,7 +362,7 @@ class World:
                 for request, segment in action.pieces:
                     named = self.scheduler.named(action.server, request, segment.number)
                     self._live[request].fates.sent(segment.ids, segment.parents, named)
-                    self._live[request].sent(action.server, segment)
+                    self._live[request].known.sent(action.server, segment)
                 self._send(0, action, now, server=action.server)
             elif isinstance(action, Prunes):
                 for request, prune in action.prunes:
@@ -414,18 +433,11 @@ class World:
             self._read(live, now)
 
     def _on_returned(self, now: float, server: int, batch: Batch) -> None:
-        self._handle(now, Back(tuple(self._returned(server, piece) for piece in batch.pieces)))
-
-    def _returned(self, server: int, piece: Piece) -> Returned:
-        request, segment = piece
-        live = self._live[request]
-        nodes = self.scheduler.nodes(server, request, segment.number, segment.ids)
-        choices = {
-            node: choice
-            for node, name in zip(nodes, segment.ids, strict=False)
-            if (choice := live.choice(server, name)) is not None
-        }
-        return Returned(request, segment.number, tuple(choices), lambda node, path: choices[node])
+        back = (
+            self._live[piece.request].known.returned(self.scheduler, server, piece)
+            for piece in batch.pieces
+        )
+        self._handle(now, Back(tuple(back)))
 
     # ---- links and stages ------------------------------------------------------------------------
     def _send(
@@ -522,7 +534,7 @@ class World:
     def _walked(self, stage: _Stage, part: Part, segment: Segment) -> int:
         """Return how many nodes of a segment the last stage finds to be text."""
         server = self._topology.server(stage.rank)
-        choices = [self._live[part.request].choice(server, name) for name in segment.ids]
+        choices = [self._live[part.request].known.choice(server, name) for name in segment.ids]
         return len(
             stage.machine.walk(part, lambda k: -1 if (found := choices[k]) is None else found)
         )

@@ -273,7 +273,7 @@ def test_a_forward_is_abandoned_once_at_the_end_of_its_layer_whatever_prunes_fol
     stage.machine.handle(Begin(wanted.id))
     for number, id in enumerate((0, 8)):
         batch = Batch((Piece(wanted.id, segment := Segment(number, (id,), (-1,), (1,))),))
-        world._live[wanted.id].sent(0, segment)
+        world._live[wanted.id].known.sent(0, segment)
         world._on_arrival(0.0, stage, (0.0, 0.0, batch))
     world._on_decided(0.011, stage, Decided(wanted.id, Prune(1, -1, 7)))
     world._on_decided(0.012, stage, Decided(wanted.id, Prune(2, -1, 8)))

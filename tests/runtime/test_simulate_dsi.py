@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from flowspec.bench import heatmap
 from flowspec.cli import main
 from flowspec.errors import UserError
+from flowspec.estimates import Acceptance, Latency, to_line
 from flowspec.sim.dsi import Estimate, dsi_token, si_token
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -92,6 +94,156 @@ def test_one_text_has_no_standard_error(tmp_path, capsys):
     assert main(["simulate", "dsi", "--repeats", "1", "--json", str(file)]) == 0
     assert [json.loads(line)["error"] for line in file.read_text().splitlines()] == [0, None, None]
     assert "nan" not in capsys.readouterr().out
+
+
+# ---- estimates -----------------------------------------------------------------------------------
+def acceptance(rule: str, temperature: float, value: float) -> str:
+    return to_line(
+        Acceptance(
+            target="big",
+            draft="little",
+            dtype="float32",
+            rule=rule,
+            temperature=temperature,
+            seed=0,
+            max_new_tokens=9,
+            prompts=3,
+            acceptance=value,
+            low=0.0,
+            high=1.0,
+            worth=9.0,
+            accepted=9.0,
+            rejected=9.0,
+        )
+    )
+
+
+def latency(target: tuple[float, float] = (50.0, 20.0), draft=(5.0, 2.0)) -> str:
+    ranges = {
+        f"{name}_range_ms": (1.0, 99.0)
+        for name in ("target_first", "target", "draft_first", "draft")
+    }
+    return to_line(
+        Latency(
+            target="big",
+            draft="little",
+            dtype="float32",
+            threads=1,
+            prompts=3,
+            prompt_tokens=9.0,
+            max_new_tokens=9,
+            repeats=1,
+            target_first_ms=target[0],
+            target_ms=target[1],
+            draft_first_ms=draft[0],
+            draft_ms=draft[1],
+            **ranges,
+        )
+    )
+
+
+RATES = [
+    acceptance("greedy", 0.0, 0.9),
+    acceptance("coupled", 0.8, 0.7),
+    acceptance("classic", 0.8, 0.75),
+    acceptance("coupled", 1.0, 0.6),
+]
+TAKEN = (
+    "acceptance",
+    "target_latency",
+    "first_target_latency",
+    "drafter_latency",
+    "first_drafter_latency",
+)
+
+
+@pytest.fixture
+def estimates(tmp_path, monkeypatch):
+    """Files of estimates in the folder in which the command runs."""
+    monkeypatch.chdir(tmp_path)
+    for name, lines in (
+        ("pair", RATES),
+        ("one", RATES[1:2]),
+        ("times", [latency()]),
+        ("both", [*RATES, latency()]),
+        ("twice", [latency(), latency()]),
+        ("mean", RATES[1:3]),
+        ("slow", [RATES[0], latency(draft=(30.0, 30.0))]),
+        ("early", [RATES[0], latency(target=(10.0, 20.0))]),
+    ):
+        (tmp_path / f"{name}.json").write_text("".join(line + "\n" for line in lines))
+
+
+@pytest.mark.parametrize(
+    "words,taken",
+    [
+        ("--estimates both.json", (0.9, 20, 50, 2, 5)),
+        ("--estimates pair.json times.json", (0.9, 20, 50, 2, 5)),
+        ("--estimates one.json times.json", (0.7, 20, 50, 2, 5)),
+        ("--estimates both.json --temperature 0", (0.9, 20, 50, 2, 5)),
+        ("--estimates both.json --temperature 1", (0.6, 20, 50, 2, 5)),
+        ("--estimates both.json --temperature 0.8 --rule classic", (0.75, 20, 50, 2, 5)),
+        ("--estimates both.json --rule classic", (0.75, 20, 50, 2, 5)),
+        ("--estimates both.json --acceptance 0.5", (0.5, 20, 50, 2, 5)),
+        ("--estimates both.json --target-latency 40", (0.9, 40, None, 2, 5)),
+        ("--estimates both.json --drafter-latency 4", (0.9, 20, 50, 4, None)),
+        ("--estimates both.json --first-target-latency 60", (0.9, 20, 60, 2, 5)),
+        ("--estimates pair.json --target-latency 9 --drafter-latency 2", (0.9, 9, None, 2, None)),
+        ("", (0.9, 1, None, 0.1, None)),
+    ],
+)
+def test_what_no_flag_gives_is_taken_from_estimates(words, taken, estimates, capsys):
+    assert main(["simulate", "dsi", *words.split(), "--repeats", "2", "--json", "o.jsonl"]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("from ")]
+    for line in map(json.loads, Path("o.jsonl").read_text().splitlines()):
+        assert tuple(line["asked"][name] for name in TAKEN) == taken
+    given = [
+        flag for flag in ("acceptance", "target-latency", "drafter-latency") if f"--{flag}" in words
+    ]
+    assert len(told) == (3 - len(given) if words else 0)
+
+
+def test_it_is_said_what_is_taken_from_where(estimates, capsys):
+    words = ["--estimates", "pair.json", "times.json", "--rule", "coupled", "--temperature", "0.8"]
+    assert main(["simulate", "dsi", *words]) == 0
+    assert capsys.readouterr().out.splitlines()[:3] == [
+        "from pair.json: acceptance 0.7 (coupled 0.8, little for big)",
+        "from times.json: target latency 50 ms, then 20 ms (big)",
+        "from times.json: drafter latency 5 ms, then 2 ms (little)",
+    ]
+
+
+@pytest.mark.parametrize(
+    "words,named",
+    [
+        ("pair.json", "no latency in pair.json: `flowspec estimate latency --json` writes it"),
+        ("pair.json --target-latency 9", "no latency in pair.json"),
+        ("times.json", "no acceptance in times.json"),
+        ("twice.json --acceptance 0.5", "in twice.json several fit: big and little, big and"),
+        ("times.json both.json", "in times.json, both.json several fit"),
+        ("pair.json pair.json", "several fit"),
+        ("mean.json times.json", "several fit: coupled 0.8, classic 0.8"),
+        ("both.json --temperature 0.8", "several fit: greedy 0, coupled 0.8, classic"),
+        ("both.json --rule coupled", "several fit"),
+        ("both.json --temperature 0.5", "none fits: greedy 0, coupled 0.8"),
+        ("both.json --rule coupled --temperature 0", "none fits"),
+        ("both.json --rule best", "--rule"),
+        ("both.json --rule greedy --acceptance 0.5", "--rule and --temperature say which"),
+        ("both.json --acceptance 1 --target-latency 2 --drafter-latency 1", "--estimates: flags"),
+        (
+            "slow.json",
+            "--drafter-latency is 30: it must be above 0 and at most the target's 20; from",
+        ),
+        (
+            "early.json",
+            "--first-target-latency is 10.0: it must be at least that of later ones, 20; from",
+        ),
+    ],
+)
+def test_estimates_that_do_not_say_it_are_one_line_and_end_with_2(words, named, estimates, capsys):
+    assert main(["simulate", "dsi", "--estimates", *words.split()]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1) and named in err
 
 
 # ---- the grid ------------------------------------------------------------------------------------
@@ -231,6 +383,15 @@ def test_without_matplotlib_the_tables_are_written_and_drawing_says_what_to_inst
         ("heatmap --out x --ndim 101", "--ndim is 101"),
         ("heatmap --out x --ndim 3 --draw f.csv", "--draw"),
         ("heatmap --out x --ndim 100 --repeats 50", "--repeats is 50"),
+        ("heatmap --out x --draw f.csv --servers 7 --seed 0", "so --servers, --seed would mean"),
+        ("heatmap --out x --draw f.csv --tokens 9", "so --tokens would mean"),
+        ("heatmap --out x --draw f.csv --repeats 9", "so --repeats would mean"),
+        ("heatmap --out x --ndim 2 --online", "--online"),
+        ("--online --tokens 0", "--tokens is 0"),
+        ("--online --lookahead 1", "it takes 10"),
+        ("--rule greedy", "--rule and --temperature say which"),
+        ("--temperature 0", "--rule and --temperature say which"),
+        ("--estimates no/pair.json", "cannot read no/pair.json"),
         ("heatmap --out x --draw no/where.csv", "cannot read no/where.csv"),
         ("heatmap --out /proc/x --ndim 2", "--out: cannot make /proc/x"),
         ("heatmap --out /proc --ndim 2", "--out: cannot write /proc"),

@@ -30,8 +30,14 @@ class Lookahead(Attached):
         self.budget, self.top_k = config.budget or self.AHEAD, config.top_k or 1
         self.levels = config.depth or math.inf
         self._topology, self._lookahead = topology, lookahead
-        self.credits = self.budget  # whether a server has nothing to do is the scheduler's matter
         self.scorer = Scorer(calibrate=False, ngrams=False)
+
+    @property
+    def credits(self) -> int:
+        """Return how many segments may be in flight.
+
+        Of several servers, the scheduler knows which have nothing to do."""
+        return self.ring.credits(self._topology) if self._topology.servers == 1 else self.budget
 
     @property
     def lookahead(self) -> int:
