@@ -18,17 +18,16 @@ def words(servers: int, **more) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "servers,stages,members,drafter",
+    "servers,stages,members,drafter,verify_on",
     [
-        (2, 1, 1, "lm"),
-        (3, 2, 1, "eagle"),
-        slow(1, 1, 1, "lm"),
-        slow(2, 1, 2, "ngram"),
-        slow(7, 1, 1, "lm"),
-        slow(2, 2, 2, "eagle"),
+        (2, 1, 1, "lm", "last"),
+        (3, 2, 1, "eagle", "last"),
+        slow(1, 1, 1, "lm", "last"),
+        slow(2, 1, 2, "ngram", "last"),
+        slow(7, 1, 1, "lm", "coordinator"),
+        slow(2, 2, 2, "eagle", "coordinator"),
     ],
 )
-@pytest.mark.parametrize("verify_on", ["last", slow("coordinator")])
 def test_every_method_writes_transformers_greedy_text(
     pair, servers, stages, members, drafter, verify_on, monkeypatch
 ):
@@ -41,8 +40,9 @@ def test_every_method_writes_transformers_greedy_text(
                 assert_same(text(engine, prompt, method=method), want)
 
 
-@pytest.mark.parametrize("lookahead", [1, slow(2), 5, slow(16), "auto"])
-@pytest.mark.parametrize("servers", [3, slow(2), slow(7)])
+@pytest.mark.parametrize(
+    "servers,lookahead", [(3, 1), (3, 5), (3, "auto"), slow(2, 2), slow(7, 16), slow(7, 1)]
+)
 def test_any_lookahead_writes_the_same_sampled_text(pair, servers, lookahead):
     settings = {"dsi.lookahead": lookahead, "tree.top_k": 1 if lookahead == 5 else "auto"}
     with Engine.from_config(pair.config(1), words(servers, **settings)) as engine:
@@ -52,7 +52,7 @@ def test_any_lookahead_writes_the_same_sampled_text(pair, servers, lookahead):
                 assert_same(text(engine, PROMPTS[1], method=method, **sampling), want)
 
 
-@pytest.mark.parametrize("seed", [0, *map(slow, range(1, 8))])
+@pytest.mark.parametrize("seed", [0, *map(slow, range(1, 5))])
 def test_servers_of_different_speed_and_trees_of_any_shape_write_the_same_text(pair, seed):
     r = random.Random(seed)
     servers, stages = r.randint(2, 4), r.randint(1, 2)
