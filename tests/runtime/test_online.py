@@ -254,7 +254,9 @@ def test_a_text_begins_when_nothing_of_the_one_before_is_under_way(monkeypatch):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_servers_outlive_neither_ctrl_c_nor_the_death_of_rank_0(how):
     script = (
+        "import signal\n"
         "from flowspec.sim.online import Latencies, online\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "with online(2, Latencies(*[600.0] * 4)) as ring:\n"
         "    print(*[process.pid for process in ring.processes], flush=True)\n"
         "    ring.processes[0].say(1, 600.0)\n"
@@ -265,7 +267,10 @@ def test_servers_outlive_neither_ctrl_c_nor_the_death_of_rank_0(how):
         pids = [int(word) for word in rank.stdout.readline().split()]
         assert len(pids) == 2 and all(map(alive, pids))
         rank.send_signal(how)
-        assert rank.wait(30) == -how
+        try:
+            assert rank.wait(30) == -how
+        finally:
+            rank.kill()
     until = time.monotonic() + 30
     while any(map(alive, pids)) and time.monotonic() < until:
         time.sleep(0.01)
