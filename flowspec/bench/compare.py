@@ -293,7 +293,7 @@ def _run(
         repeat,
         generation.request,
         generation.result,
-        timeline.summary(generation.spans, engine.topology.servers),
+        timeline.summary(generation.spans, engine.topology.stages),
         statistics.median(drafts) if drafts else None,
         gaps,
     )

@@ -100,13 +100,14 @@ class Summary:
     """Each sender 0..S sent so many bytes of segments to the next rank of the ring."""
 
 
-def summary(spans: Sequence[Span], servers: int = 1) -> Summary:
+def summary(spans: Sequence[Span], each: int = 0) -> Summary:
     """Return the figures of spans; raise UserError if no last stage computed a segment.
 
-    Of several servers, the stages count one after the other."""
-    stages = range(1, max(s.rank for s in spans) + 1)
-    window = _decoding(spans, len(stages) // servers)
+    Each target server has so many stages; they count one after the other. 0 stands for all: there
+    is one server."""
+    window = _decoding(spans, each)
     seconds = _length(window)
+    stages = range(1, max(s.rank for s in spans) + 1)
     work = [s for s in spans if _is_work(s)]
     utilisation = tuple(
         _length(_both(window, _times(s for s in work if s.rank == stage))) / seconds
@@ -140,18 +141,18 @@ def _is_work(span: Span) -> bool:
     )
 
 
-def _decoding(spans: Sequence[Span], stages: int = 0) -> list[Interval]:
+def _decoding(spans: Sequence[Span], each: int) -> list[Interval]:
     """Return the decode phase; raise UserError if there is none.
 
-    Every stages-th rank is a last stage; 0 stands for the last rank that computed a segment."""
-    stages = stages or max((s.rank for s in spans if _is_work(s)), default=1)
+    Each server has so many stages, as in `summary`."""
+    each = each or max(s.rank for s in spans)
     begins: dict[int, float] = {}
     ends: dict[int, float] = {}
     for s in spans:
         request = s.facts.get("request")
         if request is not None:
             ends[request] = max(s.end, ends.get(request, s.end))
-            if _is_work(s) and s.rank % stages == 0:
+            if _is_work(s) and s.rank % each == 0:
                 begins[request] = min(s.begin, begins.get(request, s.begin))
     need(bool(begins), "the trace holds no decoding: the last stage computed no segment")
     return _union((begin, ends[request]) for request, begin in begins.items())
@@ -167,6 +168,12 @@ def _bytes_from(rank: int, spans: Sequence[Span]) -> int:
     )
 
 
+def stages_of(facts: dict[str, Any]) -> int:
+    """Return how many stages each server has by the facts of a trace; 0 if they do not tell."""
+    stages = facts.get("stages")
+    return stages if type(stages) is int and stages > 0 else 0
+
+
 # ---- in words ------------------------------------------------------------------------------------
 _FILL = (
     "a deeper tree (tree.depth, tree.budget) or smaller segments (tree.segment), or fewer stages"
@@ -180,7 +187,7 @@ def in_words(spans: Sequence[Span], facts: dict[str, Any]) -> str:
 
     They say where the time went, what became of the rows, and what the largest loss is and what to
     try."""
-    figures = summary(spans, facts.get("servers", 1))
+    figures = summary(spans, stages_of(facts))
     bubbles, accepted, dead = (
         round(100 * share) for share in (figures.bubbles, figures.accepted_rows, figures.dead_rows)
     )
@@ -241,13 +248,15 @@ _LEGEND = (
 _MARGIN = 9
 
 
-def sketch(spans: Sequence[Span], width: int = 100, window: Interval | None = None) -> list[str]:
+def sketch(
+    spans: Sequence[Span], width: int = 100, window: Interval | None = None, each: int = 0
+) -> list[str]:
     """Return lines of at most `width` characters.
 
     They show rank 0's drafting, each stage's forwards, the time in ms, and a legend. A character is
     an equal part of the window (default: the first 1.5 s of decoding). It shows what filled most of
-    this part, or idle if more than half of it was."""
-    first, last = _window(spans, window)
+    this part, or idle if more than half of it was. `each` is as in `summary`."""
+    first, last = _window(spans, window, each)
     columns = width - _MARGIN
     ranks = range(max(s.rank for s in spans) + 1)
     rows = [
@@ -263,11 +272,11 @@ def sketch(spans: Sequence[Span], width: int = 100, window: Interval | None = No
     return [*lines, f"{'ms':<{_MARGIN}}{_axis(first - zero, last - zero, columns)}", _LEGEND]
 
 
-def _window(spans: Sequence[Span], window: Interval | None) -> Interval:
+def _window(spans: Sequence[Span], window: Interval | None, each: int) -> Interval:
     """Return what to show, on the spans' clock; by default the first 1.5 s of decoding."""
     zero, end = min(s.begin for s in spans), max(s.end for s in spans)
     first, last = (
-        (zero + window[0], zero + window[1]) if window else (_decoding(spans)[0][0], math.inf)
+        (zero + window[0], zero + window[1]) if window else (_decoding(spans, each)[0][0], math.inf)
     )
     last = min(last, end if window else first + SHOWN, end)
     need(zero <= first < last, f"nothing to show: the timeline is {end - zero:.3f} s long")
@@ -375,7 +384,7 @@ def draw(
     figure = Figure(figsize=(14, 6), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    first, last = _window(spans, window)
+    first, last = _window(spans, window, stages_of(facts))
     zero = min(s.begin for s in spans)
     lanes = list(_lanes(spans))
     axes.set_xlim((first - zero) * 1e3, (last - zero) * 1e3)
@@ -495,9 +504,11 @@ def _legend(axes: Axes, spans: Sequence[Span]) -> None:
     )
 
 
-def window(spans: Sequence[Span], first: float | None, last: float | None) -> Interval:
+def window(
+    spans: Sequence[Span], first: float | None, last: float | None, each: int = 0
+) -> Interval:
     """Return what to draw, in seconds since the first span.
 
-    It is as given, or else SHOWN seconds from where decoding begins."""
-    begin = _decoding(spans)[0][0] - min(s.begin for s in spans) if first is None else first
+    It is as given, or else SHOWN seconds from where decoding begins. `each` is as in `summary`."""
+    begin = _decoding(spans, each)[0][0] - min(s.begin for s in spans) if first is None else first
     return begin, begin + SHOWN if last is None else last

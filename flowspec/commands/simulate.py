@@ -288,7 +288,7 @@ def _show(
     outcome = results[len(cells) - 1, chosen[-1]][-1]
     facts = {"method": chosen[-1], "stages": cells[-1].topology.stages, "simulated": True}
     if len(results) == 1 or options.png or options.trace_file:
-        print("\n".join(timeline.sketch(outcome.spans)))
+        print("\n".join(timeline.sketch(outcome.spans, each=cells[-1].topology.stages)))
         print(timeline.in_words(outcome.spans, facts))
     if options.trace_file:
         trace.write(options.trace_file, outcome.spans, facts)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flowspec.bench.timeline import MISSING, SHOWN, can_draw, draw, in_words, window
+from flowspec.bench.timeline import MISSING, SHOWN, can_draw, draw, in_words, stages_of, window
 from flowspec.output import Parser
 from flowspec.trace import read
 
@@ -45,6 +45,6 @@ def main(argv: Sequence[str]) -> int:
         print(f"no picture: {MISSING}", file=sys.stderr)
         return 0
     path = options.png or Path(options.file).with_suffix(".png")
-    draw(spans, path, facts, window(spans, options.first, options.last))
+    draw(spans, path, facts, window(spans, options.first, options.last, stages_of(facts)))
     print(f"drawn: {path}", file=sys.stderr)
     return 0

@@ -184,6 +184,20 @@ def test_a_timeline_without_decoding_has_no_figures():
         summary([other(1, "compute", "prefill", 0, 1)])
 
 
+def test_decoding_begins_on_a_last_stage_of_any_server():
+    spans = [s for s in example() if (s.rank, s.row) != (2, "compute")]
+    assert max(s.rank for s in spans) == 2, "it sent"
+    for stages in (0, 2):  # one server of two stages
+        with pytest.raises(UserError, match="the last stage computed no segment"):
+            summary(spans, stages)
+    with pytest.raises(UserError, match="the last stage computed no segment"):
+        in_words(spans, FACTS | {"stages": 2})
+    assert (
+        summary(spans, 1).utilisation[1] == 0
+    )  # two servers, the second of which had nothing to do
+    assert in_words(spans, FACTS | {"stages": 1}).startswith("stages computed")
+
+
 # ---- in_words ---------------------------------------------------------------------------------------
 def test_the_verdict_says_where_the_time_went_what_became_of_the_rows_and_what_to_try():
     assert in_words(example(), FACTS).splitlines() == [
