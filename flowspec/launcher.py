@@ -101,6 +101,11 @@ def _say(line: str, code: int) -> int:
     return code
 
 
+def is_rank() -> bool:
+    """Return whether torchrun started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
 # ---- a rank of a target server -------------------------------------------------------------------
 _GUARDED = "FLOWSPEC_GUARDED"
 
@@ -120,8 +125,3 @@ def guard() -> int | None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     code = child.wait()
     return 0 if code < 0 or code == WITHOUT else code
-
-
-def is_rank() -> bool:
-    """Return whether torchrun started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ

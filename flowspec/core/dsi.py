@@ -15,7 +15,7 @@ This module is pure (no torch, clock or I/O).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from flowspec.core.decoding import Decoding
@@ -69,8 +69,8 @@ class _Copy:
             anchor = self.names[text[self.have][0]]
             self.have += 1
         self._give_up(decoding)
-        needed = {node for node, _ in text[self.have :]} | tree.nodes.keys()
-        self.names = {node: name for node, name in self.names.items() if node in needed}
+        coming = {node for node, _ in text[self.have :]}
+        self.names = {n: name for n, name in self.names.items() if n in tree or n in coming}
         self.back &= self.names.keys()
         root = self._root(text[self.have][0] if self.have < len(text) else tree.root.id)
         if (anchor, root) == self.prune[1:]:
@@ -154,7 +154,8 @@ class Servers:
 
     def __init__(self, topology: Topology):
         self._copies: list[dict[int, _Copy]] = [{} for _ in range(topology.servers)]
-        self._lost: set[int] = set()
+        self.alive = [*range(topology.servers)]
+        """These servers are not lost."""
 
     def admit(self, request: int) -> None:
         for server, copies in enumerate(self._copies):
@@ -167,13 +168,7 @@ class Servers:
     def free(self, flights: int) -> list[int]:
         """Return the servers that have fewer than so many segments in flight."""
         busy = [{n for copy in copies.values() for n in copy.out} for copies in self._copies]
-        return [
-            k for k, numbers in enumerate(busy) if len(numbers) < flights and k not in self._lost
-        ]
-
-    def lose(self, server: int) -> None:
-        """Go on without a server."""
-        self._lost.add(server)
+        return [k for k in self.alive if len(busy[k]) < flights]
 
     def stranded(self, server: int, decoding: Decoding) -> tuple[list[int], list[int]]:
         """Return the numbers of a request's segments that were in flight on a lost server.
@@ -183,7 +178,7 @@ class Servers:
         copy, elsewhere = self._copies[server][decoding.request.id], set[int]()
         for k, copies in enumerate(self._copies):
             other = copies[decoding.request.id]
-            elsewhere |= other.back if k in self._lost else other.names.keys()
+            elsewhere |= other.names.keys() if k in self.alive else other.back
         sent = {node for flight in copy.out.values() for node in flight.nodes.values()}
         numbers, copy.out = [*copy.out], {}
         return numbers, sorted(sent - elsewhere)
@@ -208,28 +203,24 @@ class Servers:
     def catch_up(self, flights: int, decodings: Iterable[Decoding], number: int) -> Batch | None:
         """Return rows of the texts for a server that has nothing to do and lacks many of them."""
         for server in self.free(flights):
-            copies = self._copies[server]
-            far = [d for d in decodings if copies[d.request.id].missing(d) >= BEHIND]
-            if far:
-                piece = Piece(far[0].request.id, copies[far[0].request.id].send(far[0], number, ()))
-                return Batch((piece,), server)
+            for decoding in decodings:
+                request = decoding.request.id
+                copy = self._copies[server][request]
+                if copy.missing(decoding) >= BEHIND:
+                    return Batch((Piece(request, copy.send(decoding, number, ())),), server)
         return None
 
-    def named(self, server: int, request: int, number: int) -> dict[int, int]:
-        """Return the nodes of a segment in flight by their names on a server."""
-        return self._copies[server][request].out[number].nodes
+    def named(self, server: int, request: int, number: int) -> Mapping[int, int]:
+        """Return the nodes of a segment in flight by their names on a server.
 
-    def out(self, server: int, request: int, number: int) -> tuple[int, ...]:
-        """Return the names on a server of what a segment in flight holds; () if nobody waits."""
+        There are none if nobody waits for it."""
         flight = self._copies[server][request].out.get(number)
-        return tuple(flight.nodes) if flight else ()
+        return flight.nodes if flight else {}
 
     def decided(self, decoding: Decoding) -> list[tuple[int, Prune]]:
         """Return what servers are to be told of a request whose text has grown."""
-        copies = [(k, c[decoding.request.id]) for k, c in enumerate(self._copies)]
-        return [
-            (k, copy.prune) for k, copy in copies if k not in self._lost and copy.settle(decoding)
-        ]
+        copies = [(k, self._copies[k][decoding.request.id]) for k in self.alive]
+        return [(k, copy.prune) for k, copy in copies if copy.settle(decoding)]
 
     def returned(self, server: int, request: int, number: int, names: Sequence[int]) -> list[int]:
         """Take in that a segment came back; return the nodes of these names.

@@ -172,6 +172,7 @@ class Attached:
     These are the request's tree, the run's ring, and a scorer of candidates."""
 
     scorer: Scorer
+    top_k: int
 
     def attach(
         self, tree: TokenTree, learnt: Learnt, request: Request, levels_left: Callable[[], int]
@@ -182,6 +183,17 @@ class Attached:
 
     def rerooted(self) -> None:
         raise NotImplementedError
+
+    def proposed(self, nodes: list[Node], drafted: Drafted) -> None:
+        for node, tokens, scores in self.scorer.scored(nodes, drafted, self.top_k):
+            for token, score in zip(tokens, scores, strict=True):
+                self.tree.add(node, token, score)
+
+    def verify_now(self, segments_out: int) -> bool:
+        return True
+
+    def keeps(self, child: Node) -> bool:
+        return True
 
     def reach(self, node: Node) -> float:
         return DUE

@@ -79,7 +79,7 @@ class Scheduler:
         self._number = 0  # of the newest batch of this run
         self._drafting: list[Decoding] = []  # those with nodes in the drafter's present forward
         self._draft_begun = 0.0
-        self._server: int | None = 0  # to which the next batch goes
+        self._server = 0  # to which the next batch goes
 
     @property
     def ring(self) -> Ring:
@@ -89,6 +89,11 @@ class Scheduler:
     def _shared(self) -> bool:
         """Whether several requests are in the ring."""
         return len(self.decodings) > 1
+
+    @property
+    def servers(self) -> Sequence[int]:
+        """Return the target servers that are not lost."""
+        return self._servers.alive if self._servers else (0,)
 
     def forget(self) -> None:
         """Forget what was learnt: the next request is like the first. None is in the ring."""
@@ -116,16 +121,12 @@ class Scheduler:
             self._servers.end(request)
 
     def named(self, server: int, request: int, number: int) -> Mapping[int, int]:
-        """Return the nodes of a segment that has just left by what a server calls them.
+        """Return the nodes of a segment in flight by what a server calls them.
 
-        What is not in the map has the same name everywhere."""
-        return self._servers.named(server, request, number) if self._servers else {}
-
-    def out(self, server: int, request: int, number: int) -> tuple[int, ...]:
-        """Return what a segment in flight held, by the server's names; () if nobody waits."""
+        There are none if nobody waits for it."""
         if self._servers:
-            return self._servers.out(server, request, number)
-        return self.decodings[request].out.get(number, ())
+            return self._servers.named(server, request, number)
+        return {id: id for id in self.decodings[request].out.get(number, ())}
 
     def nodes(self, server: int, request: int, number: int, names: Sequence[int]) -> Sequence[int]:
         """Return the nodes that came back from a server in a segment, by what it calls them.
@@ -166,7 +167,7 @@ class Scheduler:
     def lost(self, server: int, now: float) -> list[Action]:
         """Go on without a target server: what was in flight there goes to another one."""
         assert self._servers is not None
-        self._servers.lose(server)
+        self._servers.alive.remove(server)
         decisions = [
             decoding.lost(*self._servers.stranded(server, decoding), now)
             for decoding in self.decodings.values()
@@ -254,9 +255,10 @@ class Scheduler:
         comes back then waits for another, and the two ride together from then on."""
         if self._servers:
             flights, decodings = self.ring.credits(self._topology), [*self.decodings.values()]
-            self._server = self._servers.next(flights, decodings)
-            if self._server is None:
+            server = self._servers.next(flights, decodings)
+            if server is None:
                 return []
+            self._server = server
         elif self._shared:
             batches = {number for d in self.decodings.values() for number in d.out}
             if len(batches) >= self.ring.credits(self._topology):
@@ -327,7 +329,7 @@ class Scheduler:
         due = sum(offer.due for offer in offers)
         extra = self._extra(offers, due)
         pieces = [self._piece(o, o.due + n) for o, n in zip(offers, extra, strict=True)]
-        return Batch(tuple(piece for piece in pieces if piece), self._server or 0)
+        return Batch(tuple(piece for piece in pieces if piece), self._server)
 
     def _extra(self, offers: list[_Offer], due: int) -> list[int]:
         """Return how many nodes of each offer go beside those that are due."""
@@ -350,7 +352,7 @@ class Scheduler:
         if not kept:
             return None
         segment = decoding.send(self._number, nodes[:kept])
-        if self._servers and self._server is not None:
+        if self._servers:
             segment = self._servers.send(self._server, decoding, segment)
         return Piece(decoding.request.id, segment)
 

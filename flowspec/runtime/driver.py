@@ -224,7 +224,6 @@ class Driver:
         self._live: dict[int, _Live] = {}
         self._ending: dict[int, _Live] = {}  # over, but not all stages have reported
         self._wake_at: float | None = None
-        self._gone: set[int] = set()  # servers that are lost
         self._verifying = self._bookkeeping = 0.0
         self._lock = threading.Lock()
         self._streams: list[Stream] = []  # of all requests that are not done
@@ -329,15 +328,14 @@ class Driver:
 
     def _go_on(self, lost: _Lost) -> None:
         """Do without the server of a lost rank; raise RankLost if it was the last one."""
-        server = self._topology.server(lost.rank)
-        if server in self._gone:
+        server, left = self._topology.server(lost.rank), len(self._scheduler.servers) - 1
+        if server not in self._scheduler.servers:
             return
-        self._gone.add(server)
-        servers, ranks = self._topology.servers, self._topology.ring(server)
-        if len(self._gone) == servers:
+        if not left:
             raise RankLost(lost.why)
-        left = f"the run goes on with {servers - len(self._gone)} of {servers} servers"
-        print(f"flowspec: {lost.why}; {left}", file=sys.stderr, flush=True)
+        going = f"the run goes on with {left} of {self._topology.servers} servers"
+        print(f"flowspec: {lost.why}; {going}", file=sys.stderr, flush=True)
+        ranks = self._topology.ring(server)
         self._transport.abandon(ranks)
         for rank in ranks:
             self._transport.pulses[rank].at()
@@ -481,8 +479,7 @@ class Driver:
     # ---- what arrives ----------------------------------------------------------------------------
     def _is_read(self, rank: int) -> bool:
         """Return whether the drafter reads the prompt's features of this rank's server."""
-        servers = (s for s in range(self._topology.servers) if s not in self._gone)
-        return self._topology.server(rank) == next(servers)
+        return self._topology.server(rank) == self._scheduler.servers[0]
 
     def _prompt_features(self, live: _Live, rank: int, message: Message) -> None:
         assert self._draft is not None, "features that nobody asked for"
@@ -491,29 +488,16 @@ class Driver:
         self._draft.learn(live.request.id, message.tensors[0])
 
     def _back(self, message: Message, rank: int) -> None:
-        answers, server = wire.read_answers(message), self._topology.server(rank)
-        if any(live.log.on for live in self._live.values()):
-            self._note(message, rank, answers)
-        known = [
-            (self._live[a.request], self._by_node(server, a))
-            for a in answers
-            if a.request in self._live
-        ]
+        server, known = self._topology.server(rank), list[tuple[_Live, wire.Answer]]()
+        for answer in wire.read_answers(message):
+            if live := self._live.get(answer.request):
+                if live.log.on:
+                    since, now = self._transport.inbox.since, self._clock.now()
+                    came = self._scheduler.named(server, answer.request, answer.number)
+                    segment = Segment(answer.number, tuple(came), (), ())
+                    live.log.arrived(message, self._topology.number(rank), 0, since, now, segment)
+                known.append((live, self._by_node(server, answer)))
         self._step(Back(tuple(self._returned(live, answer) for live, answer in known)))
-
-    def _note(self, message: Message, rank: int, answers: Sequence[wire.Answer]) -> None:
-        """Note that segments came back, for those requests that are traced."""
-        server, since, now = (
-            self._topology.server(rank),
-            self._transport.inbox.since,
-            self._clock.now(),
-        )
-        for answer in answers:
-            live = self._live.get(answer.request)
-            if live and live.log.on:
-                came = self._scheduler.out(server, answer.request, answer.number)
-                segment = Segment(answer.number, came, (), ())
-                live.log.arrived(message, self._topology.number(rank), 0, since, now, segment)
 
     def _by_node(self, server: int, answer: wire.Answer) -> wire.Answer:
         """Return an answer of a server with its nodes as rank 0 calls them."""
@@ -599,9 +583,7 @@ class Driver:
     def _done(self, live: _Live) -> None:
         """End the stream of a request that is over once every stage has said what it did for it."""
         stats = live.stats
-        awaited = {
-            r for r in self._topology.stage_ranks if self._topology.server(r) not in self._gone
-        }
+        awaited = {rank for k in self._scheduler.servers for rank in self._topology.ring(k)}
         if not awaited <= stats.reports.keys() or not live.reported:
             return
         del self._ending[live.request.id]

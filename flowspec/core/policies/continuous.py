@@ -255,12 +255,6 @@ class Continuous(Attached):
         more = float(self.ring.times[2]) - self.ring.base
         return 0 < self.PATIENCE * self.ring.draft < reach * self.ring.base - more
 
-    def verify_now(self, segments_out: int) -> bool:
-        return True
-
-    def keeps(self, child: Node) -> bool:
-        return True
-
     def _score_of(self, reach: float) -> float:
         """Return the score of a node that is accepted with probability `reach`, given the present
         root."""

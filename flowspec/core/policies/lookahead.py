@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 
-from flowspec.core.messages import Drafted
 from flowspec.core.policy import Attached, TreeConfig, best_first
 from flowspec.core.score import Scorer
 from flowspec.core.topology import Topology
@@ -51,11 +50,6 @@ class Lookahead(Attached):
     def rerooted(self) -> None:
         """The tree is all there is to know."""
 
-    def proposed(self, nodes: list[Node], drafted: Drafted) -> None:
-        for node, tokens, scores in self.scorer.scored(nodes, drafted, self.top_k):
-            for token, score in zip(tokens, scores, strict=True):
-                self.tree.add(node, token, score)
-
     def draft(self) -> list[Node]:
         """Return the best nodes of the deepest level, if there may be a level below it."""
         if len(self.tree) >= self.budget:
@@ -76,12 +70,6 @@ class Lookahead(Attached):
         if self.tree.root.sent and len(positions) < self.lookahead and not last:
             return []
         return sorted(unsent, key=lambda node: node.id)
-
-    def verify_now(self, segments_out: int) -> bool:
-        return True
-
-    def keeps(self, child: Node) -> bool:
-        return True
 
     def explain(self) -> list[str]:
         return [*super().explain(), f"lookahead {self.lookahead}"]

@@ -70,9 +70,3 @@ class PipeDec(Attached):
             self.layer = [self.tree.add(nodes[id], token, -key) for key, id, token in best]
             self.candidates = []
         return self.layer if best else []
-
-    def verify_now(self, segments_out: int) -> bool:
-        return True
-
-    def keeps(self, child: Node) -> bool:
-        return True

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 
-from flowspec.core.messages import Drafted
 from flowspec.core.policy import Attached, TreeConfig, best_first
 from flowspec.core.score import Scorer
 from flowspec.core.tree import Node
@@ -40,11 +39,6 @@ class Rounds(Attached):
             return
         self.level = 0
         self.planned = None
-
-    def proposed(self, nodes: list[Node], drafted: Drafted) -> None:
-        for node, tokens, scores in self.scorer.scored(nodes, drafted, self.top_k):
-            for token, score in zip(tokens, scores, strict=True):
-                self.tree.add(node, token, score)
 
     def draft(self) -> list[Node]:
         """Return the best top_k nodes of the deepest level; none once the tree is deep enough."""
