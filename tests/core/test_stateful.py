@@ -26,8 +26,8 @@ from tests.core.test_fuzz import CacheMutants
 from tests.core.world import REQUEST, Case, Stage, World, greedy
 
 BOUNDS = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
-FAST = settings(max_examples=30, stateful_step_count=40, derandomize=True, **BOUNDS)
-LONG = settings(max_examples=60, stateful_step_count=60, print_blob=True, **BOUNDS)
+FAST = settings(max_examples=20, stateful_step_count=40, derandomize=True, **BOUNDS)
+LONG = settings(max_examples=30, stateful_step_count=60, print_blob=True, **BOUNDS)
 CASES = st.builds(Case, seed=st.integers(0, 2**32), method=st.sampled_from(METHODS))
 SECONDS = st.floats(0.001, 3.0)
 

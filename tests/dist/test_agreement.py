@@ -3,7 +3,10 @@
 import json
 import socket
 
+import pytest
 
+
+@pytest.mark.slow
 def test_ranks_with_layers_of_two_splits_are_refused_by_name(pair, command, tmp_path):
     """Layers 2 and 3 would run twice: on rank 1 of one split and on rank 2 of another."""
     with socket.socket() as probe:

@@ -63,7 +63,8 @@ def test_a_killed_rank_ends_the_run_and_is_named(pair, command, when, rank):
     assert_ends_naming(run, rank, "died: killed by signal 9")
 
 
-@pytest.mark.parametrize("method", ["tp", pytest.param("galaxy", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("method", ["tp", "galaxy"])
 def test_a_killed_member_of_a_stage_is_named_by_the_others(pair, command, method):
     run = command(pair.config(1, members=2), "--prompt", PROMPT, "--max-new-tokens", 100, "--method", method, "emulate.stage_ms=30", "tree.budget=2")
     run.wait_until(lambda: len(run.out) > len(PROMPT))
@@ -112,9 +113,10 @@ def test_a_launcher_that_stops_ends_every_rank_and_each_says_why(pair, command):
         assert f"flowspec: {name} leaves: the launcher or the first rank's host is gone (torch's store was silent for 5 s)" in run.err
 
 
+@SLOW
 @pytest.mark.parametrize(
     "rank,words",
-    [(0, "rank 1 (stage 1) did not come to {}"), pytest.param(1, f"{NAMES[1]} could not connect to the run's store at {{}}", marks=SLOW)],
+    [(0, "rank 1 (stage 1) did not come to {}"), (1, f"{NAMES[1]} could not connect to the run's store at {{}}")],
 )
 def test_a_rank_that_waits_for_others_in_vain_names_them_and_leaves(pair, command, rank, words):
     with socket.socket() as probe:

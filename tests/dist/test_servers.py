@@ -31,9 +31,10 @@ def while_decoding(command, config, *words, **more):
     return run
 
 
-LIVE = [pytest.param(signal.SIGKILL, "died: the connection broke"), pytest.param(signal.SIGSTOP, "hung: no heartbeat for 5 s", marks=pytest.mark.slow)]
+LIVE = [(signal.SIGKILL, "died: the connection broke"), (signal.SIGSTOP, "hung: no heartbeat for 5 s")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number,reason", LIVE)
 def test_a_run_goes_on_without_a_server(pair, command, number, reason, tmp_path):
     results = tmp_path / "r.jsonl"

@@ -174,8 +174,8 @@ def test_memory_is_back_where_it_was_after_many_requests(pair):
     """Of what the ranks hold for requests, nothing is left; what is learnt of the ring has its own bounds."""
     with Engine.from_config(pair.config(2)) as engine:
         held = []
-        for _ in range(5):
-            for _ in range(10):
+        for _ in range(4):
+            for _ in range(5):
                 going = [engine.submit(p, method=m, **s) for p, m, s in asks(7, 10)]
                 for generation in going:
                     for _ in generation:

@@ -38,16 +38,16 @@ def test_every_method_continues_real_text_as_transformers_does(stages, drafter, 
     )
     with Engine.from_config(tmp_path / "config.yaml") as engine:
         prompt = PROMPTS[stages]
-        want = generate(target, engine.text.encode(prompt), 64)
+        want = generate(target, engine.text.encode(prompt), 32)
         for method in (*METHODS, "ar"):
             assert [
-                t.id for t in engine.generate(prompt, method=method, max_new_tokens=64)
+                t.id for t in engine.generate(prompt, method=method, max_new_tokens=32)
             ] == want, (method, prompt)
         sampled = [
             [
                 t.id
                 for t in engine.generate(
-                    prompt, method=m, max_new_tokens=64, temperature=0.8, top_p=0.9, seed=5
+                    prompt, method=m, max_new_tokens=32, temperature=0.8, top_p=0.9, seed=5
                 )
             ]
             for m in (*METHODS, "ar")

@@ -35,13 +35,13 @@ def test_every_method_writes_transformers_greedy_text(
     settings = words(servers, verify_on=verify_on)
     with Engine.from_config(pair.config(stages, None, drafter, members), settings) as engine:
         for prompt in PROMPTS:
-            want = pair.greedy(prompt, 40)
+            want = pair.greedy(prompt, 24)
             for method in METHODS:
-                assert_same(text(engine, prompt, method=method), want)
+                assert_same(text(engine, prompt, method=method, max_new_tokens=24), want)
 
 
 @pytest.mark.parametrize(
-    "servers,lookahead", [(3, 1), (3, 5), (3, "auto"), slow(2, 2), slow(7, 16), slow(7, 1)]
+    "servers,lookahead", [(3, 5), (3, "auto"), slow(3, 1), slow(2, 2), slow(7, 16), slow(7, 1)]
 )
 def test_any_lookahead_writes_the_same_sampled_text(pair, servers, lookahead):
     settings = {"dsi.lookahead": lookahead, "tree.top_k": 1 if lookahead == 5 else "auto"}

@@ -831,7 +831,7 @@ def wait_for_the_drafter(engine):
     assert done.wait(60)
 
 
-@pytest.mark.parametrize("verify_on", ["coordinator", "last"])
+@pytest.mark.parametrize("verify_on", [slow("coordinator"), "last"])
 def test_the_features_at_commits_are_the_targets_own(pair, monkeypatch, verify_on):
     """Whatever came back when, the drafter gets for each token of the text what transformers computes there."""
     got = features_given(monkeypatch, "commit")
@@ -852,7 +852,7 @@ def test_the_features_at_commits_are_the_targets_own(pair, monkeypatch, verify_o
 
 
 @pytest.mark.parametrize(
-    "stages,layers", [(1, None), (2, None), (3, "2,2,4"), slow(3, None), slow(4, "3,1,1,3")]
+    "stages,layers", [(1, None), (3, "2,2,4"), slow(2, None), slow(3, None), slow(4, "3,1,1,3")]
 )
 def test_what_an_eagle3_head_learns_is_what_enters_the_targets_layers(
     deep, monkeypatch, stages, layers

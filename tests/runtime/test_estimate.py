@@ -78,7 +78,9 @@ def drafted(model, prompt, text, sampling) -> list[Run]:
     return found
 
 
-@pytest.mark.parametrize("temperature,rule", [(0.0, "greedy"), (0.9, "coupled")])
+@pytest.mark.parametrize(
+    "temperature,rule", [pytest.param(0.0, "greedy", marks=pytest.mark.slow), (0.9, "coupled")]
+)
 def test_runs_are_those_of_a_drafter_that_drafts_token_by_token(pair, measured, temperature, rule):
     found = measured("acceptance", pair.draft, "--temperatures", "0,0.9", "--seed", 7)
     one = next(a for a in found.acceptances if a.rule == rule)

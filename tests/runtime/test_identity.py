@@ -8,6 +8,8 @@ from flowspec.core.policies import METHODS as ALL_METHODS
 from flowspec.engine import Engine
 
 METHODS = [*(m for m in ALL_METHODS if m != "ar"), "ar"]
+N = 24
+"""tokens of a text"""
 PROMPTS = [[5], [7, 8, 9, 10, 11], list(range(40, 75))]
 SAMPLED = [
     dict(temperature=0.8, top_p=0.9, seed=1),
@@ -35,7 +37,7 @@ def slow(*values):
 @pytest.mark.parametrize(
     "stages,layers,drafter",
     [
-        (1, None, "ngram"),
+        slow(1, None, "ngram"),
         (2, "1,5", "lm"),
         slow(4, "2,1,1,2", "ngram"),
         slow(6, None, "lm"),
@@ -46,9 +48,9 @@ def slow(*values):
 def test_every_method_writes_transformers_greedy_text(pair, stages, layers, drafter):
     with Engine.from_config(pair.config(stages, layers, drafter)) as engine:
         for prompt in PROMPTS:
-            want = pair.greedy(prompt, 40)
+            want = pair.greedy(prompt, N)
             for method in METHODS:
-                assert_same(text(engine, prompt, method=method), want)
+                assert_same(text(engine, prompt, method=method, max_new_tokens=N), want)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +63,7 @@ def test_every_method_writes_the_same_sampled_text(pair, stages, verify_on, coup
         pair.config(stages), [f"verify_on={verify_on}", f"policy.coupled={coupled}"]
     ) as engine:
         for settings in SAMPLED:
+            settings = settings | {"max_new_tokens": N}
             want = text(engine, PROMPTS[1], method="ar", **settings)
             for method in METHODS[:-1]:
                 assert_same(text(engine, PROMPTS[1], method=method, **settings), want)
@@ -90,7 +93,7 @@ def test_any_tree_and_segment(pair, cache_step, seed):
         "{stage_ms: 3, token_ms: 0.2, draft_ms: 1, link_ms: 2, link_mbps: 5, hidden_scale: 4}",
         slow("{stage_ms: [1, 6, 2], link_ms: 0}"),
         slow("{link_ms: 15}"),
-        "{draft_ms: 10}",
+        slow("{draft_ms: 10}"),
     ],
 )
 def test_any_delay(pair, emulate):

@@ -131,6 +131,7 @@ def test_a_weak_head_agrees_as_often_as_asked():
         weaken.weakened(-head, features, chosen, 0.9)
 
 
+@pytest.mark.slow
 def test_a_weak_draft_is_a_checkpoint_with_a_head_of_its_own(pair, tmp_path, capsys):
     words = [
         "--draft",

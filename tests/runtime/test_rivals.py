@@ -25,6 +25,7 @@ def test_where_two_texts_differ_first():
     assert first_difference([1, 2], [1, 2, 3]) == first_difference([1, 2, 3], [1, 2]) == 2
 
 
+@pytest.mark.slow
 def test_rivals_run_on_the_same_prompts_and_write_the_same_text(pair, tmp_path, capsys):
     draft = AutoModelForCausalLM.from_pretrained(pair.draft).eval()
     with Engine.from_config(pair.config(2)) as engine:
