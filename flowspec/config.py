@@ -173,7 +173,8 @@ class Config:
 
     def shared(self) -> dict[str, str]:
         """Return what must be equal on all ranks of a run, as a map of keys to values as text."""
-        found = {"drafter": ", ".join(drafter.kind for drafter in self.drafters)}
+        about = (f"{d.kind} on {d.ranks} ranks" if d.ranks else d.kind for d in self.drafters)
+        found = {"drafter": ", ".join(about)}
         for key in (f.name for f in dataclasses.fields(self) if f.name not in OWN):
             value = getattr(self, key)
             inner = (

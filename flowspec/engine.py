@@ -24,6 +24,7 @@ from flowspec.core.costs import Costs
 from flowspec.core.policies import make_policy, spreads
 from flowspec.core.policy import PolicyConfig
 from flowspec.core.request import Request, Sampling
+from flowspec.draft.config import DrafterConfig
 from flowspec.draft.registry import make_drafter
 from flowspec.errors import need
 from flowspec.generation import Generation, Result
@@ -42,6 +43,7 @@ from flowspec.rank import (
 from flowspec.runtime import wire
 from flowspec.runtime.drafting import DraftThread
 from flowspec.runtime.driver import Driver, Stats, Submission
+from flowspec.runtime.pool import PoolDrafter
 from flowspec.runtime.waiting import receive
 from flowspec.text import Text, TextStream
 from flowspec.trace import Span
@@ -137,17 +139,18 @@ class Engine:
     def wait_until_loaded(
         self, show: Callable[[int, dict], None] = lambda rank, facts: None
     ) -> None:
-        """Wait until every stage holds its weights; raise RankLost if one stands still.
+        """Wait until every rank holds its weights; raise RankLost if one stands still.
 
-        `show(rank, {megabytes, seconds})` is called on the way, and with `what` when the stage is
+        `show(rank, {megabytes, seconds})` is called on the way, and with `what` when the rank is
         done."""
-        waiting = len(self.topology.stage_ranks)
+        waiting = len(self.topology.control_peers(0))
         while waiting:
             rank, message = receive(self._transport)
             show(rank, message.meta)
             if message.kind == "loaded":
                 waiting -= 1
-                self._driver.has_room(rank, message.meta["cache_rows"])
+                if self.topology.leads(rank):
+                    self._driver.has_room(rank, message.meta["cache_rows"])
         if self._losses:
             self._losses.tell = self._driver.lost
 
@@ -225,7 +228,7 @@ class Engine:
             self._driver.close()
             if self._draft:
                 self._draft.close()
-            for rank in self.topology.stage_ranks:
+            for rank in self.topology.control_peers(0):
                 self._transport.send_control(rank, wire.STOP)
             self._transport.close()
             leaving, self._on_close = self._on_close, []
@@ -284,8 +287,24 @@ class Engine:
         )
         if head and config.deterministic:
             head.alone = True
+        pools: dict[int, PoolDrafter] = {}
+
+        def pool(drafter: DrafterConfig) -> PoolDrafter:
+            first = len(pools)
+            ranks = self.topology.drafter_ranks[first : first + drafter.ranks]
+            made = PoolDrafter(self._transport, ranks)
+            pools.update(dict.fromkeys(ranks, made))
+            return made
+
         drafter = make_drafter(
-            config.drafters, config.folder, manifest, head, dtype, device, lambda size: pulse.move()
+            config.drafters,
+            config.folder,
+            manifest,
+            head,
+            dtype,
+            device,
+            lambda size: pulse.move(),
+            pool,
         )
         pulse.at()
         least = config.emulate.draft_ms / 1000 if config.computes else 0.0
@@ -297,6 +316,7 @@ class Engine:
             manifest.vocab_size,
             verifying,
             config.emulate.hidden_scale,
+            pools,
         )
 
     def request(self, tokens: tuple[int, ...], sampling: Sampling, id: int = 0) -> Request:

@@ -35,10 +35,11 @@ MODEL_FACTS = {
 
 
 def manifest_of(config: Config) -> Manifest:
-    """Return the manifest of the split model, for as many servers as are configured.
+    """Return the manifest of the split model, for as many servers and drafters as are configured.
 
     Raise UserError if it is missing, damaged or too new."""
-    return Manifest.load(config.stages_path, config.dsi.servers)
+    drafters = sum(drafter.ranks for drafter in config.drafters)
+    return Manifest.load(config.stages_path, config.dsi.servers, drafters)
 
 
 def check_run(config: Config, ranks: Sequence[int] | None = None) -> Manifest:
@@ -63,7 +64,7 @@ def check_run(config: Config, ranks: Sequence[int] | None = None) -> Manifest:
     for rank in ranks:
         folder = manifest.folder(rank)
         check_same_model(manifest, read_config(folder), str(folder / CONFIG), AGAIN)
-    if 0 in ranks:
+    if any(rank == topology.COORDINATOR or topology.drafts(rank) for rank in ranks):
         for drafter in config.drafters:
             check_drafter(drafter, config.folder, manifest)
     return manifest

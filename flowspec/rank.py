@@ -1,4 +1,4 @@
-"""This module has what it takes to be a rank, and all that a stage (ranks 1..S) is.
+"""This module has what it takes to be a rank, and all that a stage or a drafter of its own is.
 
 Rank 0 is engine.py."""
 
@@ -16,6 +16,8 @@ from flowspec.comm.codec import Limits
 from flowspec.comm.shaped import shaped
 from flowspec.config import Config, load_config
 from flowspec.core.policies.continuous import Continuous
+from flowspec.draft.config import DrafterConfig
+from flowspec.draft.registry import make_drafter
 from flowspec.errors import RankLost, need
 from flowspec.models.device import free_bytes
 from flowspec.models.families import family_of, read_config
@@ -24,6 +26,7 @@ from flowspec.models.stage import StageModel, load_head, load_stage, rehearse
 from flowspec.preflight import check_run, manifest_of
 from flowspec.runtime import wire
 from flowspec.runtime.group import Crew, Follower, ShardedHead
+from flowspec.runtime.pool import DrafterRank
 from flowspec.runtime.worker import Worker
 
 if TYPE_CHECKING:
@@ -53,7 +56,8 @@ def join(config: Config) -> Member:
     manifest = check_run(config, [rank])
     set_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     warm_up(config, manifest, rank)
-    takes_part = rank != topology.COORDINATOR or not config.verifies_last
+    coordinates = rank == topology.COORDINATOR and config.verifies_last
+    takes_part = not (coordinates or topology.drafts(rank))
     facts = facts_of(
         config.shared(), manifest, dtype_name(config, manifest, rank) if takes_part else None
     )
@@ -90,11 +94,12 @@ def warm_up(config: Config, manifest: Manifest, rank: int) -> None:
     if device != "cpu":
         one = torch.ones(1, 1, device=device)
         torch.mm(one, one)
-    if rank > 0:
+    own = manifest.topology.drafts(rank)
+    if rank > 0 and not own:
         family_of(read_config(manifest.folder(rank))).classes()
         return
     for drafter in config.drafters:
-        if drafter.computes:
+        if drafter.computes and bool(drafter.ranks) == own:
             family_of(read_config(drafter.checkpoint(config.folder))).classes()
 
 
@@ -153,7 +158,38 @@ def dtype_name(config: Config, manifest: Manifest, rank: int) -> str:
 
 
 def work(config: Config, manifest: Manifest, transport: Transport) -> None:
-    """Load this rank's stage and serve until rank 0 ends the run."""
+    """Load what this rank computes with, and serve until rank 0 ends the run."""
+    (draft if transport.topology.drafts(transport.rank) else compute)(config, manifest, transport)
+
+
+def draft(config: Config, manifest: Manifest, transport: Transport) -> None:
+    """Be a rank that drafts for rank 0."""
+    rank, begun, size = transport.rank, time.monotonic(), 0
+    own = drafter_of(config, transport.topology.drafter_ranks.index(rank))
+    dtype, device = compute_dtype(config, manifest, rank), checked_device(config, rank)
+    pulse = transport.pulses[rank]
+
+    def progress(sum: int) -> None:
+        nonlocal size
+        pulse.move()
+        size = sum
+
+    pulse.at("loading its draft model")
+    drafter = make_drafter([own], config.folder, manifest, None, dtype, device, progress)
+    assert drafter is not None
+    pulse.at()
+    seconds, what = time.monotonic() - begun, f"draft model {own.path}"
+    transport.send_control(0, wire.loaded(size / 1e6, seconds, what, 0))
+    DrafterRank(transport, drafter, manifest.vocab_size, config.emulate.draft_ms / 1000).run()
+
+
+def drafter_of(config: Config, index: int) -> DrafterConfig:
+    """Return with what the index-th of the drafters' own ranks drafts, from 0 on."""
+    return [drafter for drafter in config.drafters for _ in range(drafter.ranks)][index]
+
+
+def compute(config: Config, manifest: Manifest, transport: Transport) -> None:
+    """Be a member of a stage."""
     rank, begun = transport.rank, time.monotonic()
     dtype, device = compute_dtype(config, manifest, rank), checked_device(config, rank)
     said = begun

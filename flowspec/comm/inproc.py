@@ -50,6 +50,7 @@ def ring(topology: Topology, clock: Clock | None = None) -> list[InprocTransport
     links: list[Links | None] = [None]  # rank 0's
     for _ in topology.stage_ranks:
         links += thread_links(topology.members)
+    links += [None] * topology.drafters
     return [
         InprocTransport(rank, topology, inboxes, pulses, links[rank]) for rank in topology.ranks
     ]

@@ -84,11 +84,11 @@ class ShapedTransport:
         self._next = [_Link(emulate, inner.inbox.clock) for _ in self.topology.next(self.rank)]
         # what a leader and its followers tell each other is part of the emulated forward
         # (Emulate.group_seconds)
-        leaders = (to for to in self.topology.control_peers(self.rank) if self.topology.leads(to))
+        own = self.topology.group(self.rank)
         self._control = {
             to: _Link(emulate, inner.inbox.clock)
-            for to in leaders
-            if self.topology.leads(self.rank)
+            for to in self.topology.control_peers(self.rank)
+            if to not in own
         }
 
     def send_next(self, message: Message, server: int = 0) -> None:

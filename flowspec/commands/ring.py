@@ -119,12 +119,14 @@ def _rank(command: RingCommand, options: argparse.Namespace) -> NoReturn:
 
 
 def _guarded(options: argparse.Namespace) -> int | None:
-    """Return the exit code of this rank as a child, if it is of one of several servers."""
+    """Return the exit code of this rank as a child, if a run can do without it."""
+    from flowspec.preflight import manifest_of
+
     try:
-        _, config = configuration(options)
+        topology = manifest_of(configuration(options)[1]).topology
     except UserError:  # to be said where it is said of every rank
         return None
-    return guard() if config.dsi.servers > 1 else None
+    return guard() if topology.spare(int(os.environ["RANK"])) else None
 
 
 def _serve(command: RingCommand, options: argparse.Namespace) -> int:

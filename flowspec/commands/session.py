@@ -21,7 +21,7 @@ def show_loading(engine: Engine) -> None:
         size, seconds = facts["megabytes"], facts["seconds"]
         what = facts.get("what", "loading")
         print(
-            f"rank {rank} of {engine.topology.stage_ranks[-1]}: {what}, {size:.1f} MB in {seconds:.1f} s",
+            f"rank {rank} of {engine.topology.ranks[-1]}: {what}, {size:.1f} MB in {seconds:.1f} s",
             file=sys.stderr,
             flush=True,
         )

@@ -99,6 +99,8 @@ class Draft(NamedTuple):
 
     asks: tuple[tuple[int, tuple[DraftNode, ...]], ...]
     """These are pairs of a request and its nodes."""
+    lap: float = 0.0
+    """A token without speculation takes so many seconds."""
 
 
 class Commit(NamedTuple):

@@ -223,7 +223,8 @@ class Scheduler:
         if not asks:
             return []
         self._drafting, self._draft_begun = [d for d, _ in asks], now
-        return [Draft(tuple((d.request.id, nodes) for d, nodes in asks))]
+        lap = self.ring.lap(self._topology)
+        return [Draft(tuple((d.request.id, nodes) for d, nodes in asks), lap)]
 
     def _sends(self, now: float) -> list[Action]:
         actions: list[Action] = []

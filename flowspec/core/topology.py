@@ -21,29 +21,39 @@ class Topology:
 
     There may be several target `servers` (DSI), each of which holds the whole target: a ring of
     its own, with the same stages, that begins and ends at the same rank 0. Rank
-    1 + (server * stages + stage) * members + member counts server, stage and member from 0 on."""
+    1 + (server * stages + stage) * members + member counts server, stage and member from 0 on.
+
+    The last ranks may be `drafters`: they draft for rank 0, and talk with it alone."""
 
     stages: int
     members: int = 1
     servers: int = 1
+    drafters: int = 0
 
     COORDINATOR = 0
     FIRST = 1
     """This rank leads the first stage of the first server."""
 
     @classmethod
-    def of_world(cls, world_size: int, members: int = 1, servers: int = 1) -> Topology:
+    def of_world(
+        cls, world_size: int, members: int = 1, servers: int = 1, drafters: int = 0
+    ) -> Topology:
         """Return the topology of `servers` servers, each of which alone were `world_size` ranks.
 
-        Raise ValueError if there is none."""
+        Besides, there are `drafters` ranks that draft. Raise ValueError if there is none."""
         stages, rest = divmod(world_size - 1, members)
         if rest:
             raise ValueError(f"{world_size - 1} ranks are no stages of {members}")
-        return cls(stages, members, servers)
+        return cls(stages, members, servers, drafters)
 
     @property
     def world_size(self) -> int:
-        return 1 + self.servers * self._each
+        return self._behind + self.drafters
+
+    @property
+    def _behind(self) -> int:
+        """Return the first number that is no stage's rank."""
+        return self.FIRST + self.servers * self._each
 
     @property
     def _each(self) -> int:
@@ -57,7 +67,16 @@ class Topology:
     @property
     def stage_ranks(self) -> range:
         """Return the leaders of all stages, server by server in the order of their layers."""
-        return range(self.FIRST, self.world_size, self.members)
+        return range(self.FIRST, self._behind, self.members)
+
+    @property
+    def drafter_ranks(self) -> range:
+        """Return the ranks that draft for rank 0."""
+        return range(self._behind, self.world_size)
+
+    def drafts(self, rank: int) -> bool:
+        """Return whether a rank is there to draft for rank 0."""
+        return rank in self.drafter_ranks
 
     def ring(self, server: int) -> range:
         """Return the leaders of a server's stages, in the order of their layers."""
@@ -70,12 +89,27 @@ class Topology:
         return [self.ring(server) for server in range(self.servers)]
 
     def server(self, rank: int) -> int:
-        """Return to which server a rank belongs, from 0 on; the coordinator counts as of 0."""
+        """Return to which server a stage's rank belongs, from 0 on; the coordinator's is 0."""
         return (rank - self.FIRST) // self._each if rank else 0
 
     def place(self, rank: int) -> int:
-        """Return the rank that has this rank's place in the first server: it holds the same."""
-        return (rank - self.FIRST) % self._each + self.FIRST if rank else rank
+        """Return the rank that has this rank's place in the first server: it reads the same files.
+
+        A drafter reads the coordinator's."""
+        if rank == self.COORDINATOR or self.drafts(rank):
+            return self.COORDINATOR
+        return (rank - self.FIRST) % self._each + self.FIRST
+
+    def spare(self, rank: int) -> Sequence[int]:
+        """Return the ranks that a run does without if it loses this one; if none, it ends.
+
+        Those are a drafter, or one of several servers."""
+        if self.drafts(rank):
+            return [rank]
+        if rank == self.COORDINATOR or self.servers == 1:
+            return []
+        first = self.FIRST + self.server(rank) * self._each
+        return range(first, first + self._each)
 
     @property
     def hops(self) -> int:
@@ -105,18 +139,19 @@ class Topology:
 
     def member(self, rank: int) -> int:
         """Return which member of its stage a rank is, from 0 on; the leader is 0."""
-        return (rank - self.FIRST) % self.members if rank else 0
+        return 0 if rank == self.COORDINATOR or self.drafts(rank) else (rank - 1) % self.members
 
     def leader(self, rank: int) -> int:
         return rank - self.member(rank)
 
     def leads(self, rank: int) -> bool:
         """Return whether a rank is part of the ring."""
-        return self.member(rank) == 0
+        return self.member(rank) == 0 and not self.drafts(rank)
 
     def group(self, rank: int) -> range:
         """Return the ranks of a rank's stage, the leader first."""
-        return range(self.leader(rank), self.leader(rank) + (self.members if rank else 1))
+        leader = self.leader(rank)
+        return range(leader, leader + (self.members if leader in self.stage_ranks else 1))
 
     def followers(self, rank: int) -> range:
         """Return the ranks that this rank leads."""
@@ -139,7 +174,9 @@ class Topology:
     def control_peers(self, rank: int) -> Sequence[int]:
         """Return the ranks with which this rank talks beside the ring."""
         if rank == self.COORDINATOR:
-            return self.stage_ranks
+            return (*self.stage_ranks, *self.drafter_ranks)
+        if self.drafts(rank):
+            return (self.COORDINATOR,)
         if self.leads(rank):
             return (self.COORDINATOR, *self.followers(rank))
         return (self.leader(rank),)
@@ -156,12 +193,16 @@ class Topology:
         """Return what the ring is made of, for whoever reads a table: "4 stages"."""
         stages = f"{self.stages} stage{'' if self.stages == 1 else 's'}"
         stages = stages if self.members == 1 else f"{stages} of {self.members} ranks"
-        return stages if self.servers == 1 else f"{self.servers} servers of {stages}"
+        stages = stages if self.servers == 1 else f"{self.servers} servers of {stages}"
+        drafters = f"{self.drafters} drafter{'' if self.drafters == 1 else 's'}"
+        return f"{stages}, {drafters}" if self.drafters else stages
 
     def title(self, rank: int) -> str:
         """Return what a rank is, for whoever reads a message: "stage 2", "stage 2, member 1"."""
         if rank == self.COORDINATOR:
             return "coordinator"
+        if self.drafts(rank):
+            return f"drafter {rank - self._behind + 1}"
         server = "" if self.servers == 1 else f"server {self.server(rank) + 1}, "
         member = "" if self.members == 1 else f", member {self.member(rank)}"
         return f"{server}stage {self.stage(rank)}{member}"

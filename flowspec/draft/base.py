@@ -5,6 +5,7 @@ A drafter only guesses: nothing it does can change the text.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -35,6 +36,10 @@ class Session(Protocol):
         """Take in the target's features [n, width] at the next tokens of the text, in its order."""
         return None
 
+    def end(self) -> None:
+        """The request is over."""
+        return None
+
 
 Asks = Sequence[tuple[Any, Sequence[DraftNode]]]
 """These are pairs of a session, which the drafter that is asked has begun, and nodes of it."""
@@ -48,6 +53,8 @@ class Drafter(Protocol):
     features: bool
     """The drafter reads the target's last hidden rows as its features. They are behind the final
     norm; lm_head makes logits from them."""
+    lap: float = 0.0
+    """A token without speculation takes so many seconds, as far as is known."""
     layers: tuple[int, ...] = ()
     """The inputs of these target layers, side by side, are the drafter's features instead. They
     come by `learn`, a while after a commit."""
@@ -66,6 +73,22 @@ class Drafter(Protocol):
 
         There is one answer a session, and no session is asked twice. A node's parent was proposed
         to before, or is committed."""
+
+
+class RemoteSession(Session, Protocol):
+    """A remote session is one request in a drafter that computes elsewhere."""
+
+    def saw(self, nodes: Sequence[DraftNode]) -> None:
+        """Take in nodes that only others are asked for; children of them may be asked for later."""
+
+
+class Remote(Drafter, ABC):
+    """A remote drafter computes on other ranks, while others compute here, and may be left out."""
+
+    @abstractmethod
+    def start(self, asks: Asks) -> Callable[[], tuple[list[Drafted], float]]:
+        """Begin to do as `propose`; return what waits for the answers, and says after how many
+        seconds they were there."""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,9 @@ class DrafterConfig:
     path: str | None = None
     """The path is the draft model's checkpoint for lm, the head's folder for eagle and eagle3, or
     the name of either on the Hugging Face hub."""
+    ranks: int = 0
+    """So many ranks of their own, behind those of the stages, draft with it (lm alone), and share
+    the nodes of a forward where that is faster. With 0 it drafts on rank 0."""
     where: str = field(default="drafter", compare=False, metadata={"internal": True})
     """This is the key under which the drafter stands in the configuration."""
 
@@ -73,6 +76,15 @@ class DrafterConfig:
         need(
             self.kind in KINDS,
             f"{self.where}.kind is {self.kind}: {hint}choose one of {', '.join(KINDS)}",
+        )
+        need(
+            self.ranks >= 0 and (self.kind == "lm" or not self.ranks),
+            f"{self.where}.ranks is {self.ranks}: "
+            + (
+                "it must be 0 or more"
+                if self.kind == "lm"
+                else f"a drafter of kind {self.kind} drafts on rank 0, leave it out"
+            ),
         )
         missing = self.computes and self.path is None
         need(

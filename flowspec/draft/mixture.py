@@ -7,20 +7,25 @@ token's favour than what the list says, and a list of one token still says somet
 cannot go on from a node, its z is the same for all candidates, so it prefers none. In an emulated
 run all members share one forward: `emulate.draft_ms` is taken once for what is asked of all of
 them.
+
+Members that compute elsewhere are asked first and compute meanwhile. They are left out where they
+cost more time than they save (core/pool.py, Patience).
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from flowspec.core.messages import Commit, Drafted
+from flowspec.core.messages import Commit, Drafted, DraftNode
+from flowspec.core.pool import Patience
 from flowspec.core.request import Request
-from flowspec.draft.base import Asks, Drafter, Noise, Session
+from flowspec.draft.base import Asks, Drafter, Noise, Remote, Session
 
 NOTHING = -1
 """This stands where a list has no token."""
@@ -29,11 +34,20 @@ NOTHING = -1
 class MixtureSession(Session):
     """A MixtureSession holds the members' sessions of one request."""
 
-    def __init__(self, members: Sequence[Drafter], sessions: Sequence[Session]):
+    def __init__(
+        self, members: Sequence[Drafter], sessions: Sequence[Session], patience: Patience | None
+    ):
         self.sessions = sessions
-        self._members = members
+        self._members, self._patience = members, patience
+        self.guesses: dict[int, dict[frozenset[int], int]] = {}
+        """This maps a node to the token that each set of members would have guessed after it."""
 
     def commit(self, commit: Commit, features: Tensor | None = None) -> None:
+        if self._patience:
+            for node, token in zip(commit.path, commit.tokens, strict=True):
+                for some, guess in self.guesses.get(node, {}).items():
+                    self._patience.judged(some, guess == token)
+            self.guesses = {id: of for id, of in self.guesses.items() if id >= commit.root}
         for member, session in zip(self._members, self.sessions, strict=True):
             session.commit(commit, features if member.features else None)
 
@@ -41,6 +55,10 @@ class MixtureSession(Session):
         for member, session in zip(self._members, self.sessions, strict=True):
             if member.layers:
                 session.learn(features)
+
+    def end(self) -> None:
+        for session in self.sessions:
+            session.end()
 
 
 class MixtureDrafter(Drafter):
@@ -53,6 +71,9 @@ class MixtureDrafter(Drafter):
         self._members = members
         self.features = any(member.features for member in members)
         self.layers = next((member.layers for member in members if member.layers), ())
+        self._elsewhere = {k: m for k, m in enumerate(members) if isinstance(m, Remote)}
+        here = frozenset(k for k in range(len(members)) if k not in self._elsewhere)
+        self._patience = Patience(len(members), here) if self._elsewhere else None
 
     def begin(
         self, request: Request, noise: Noise | None, features: Tensor | None = None
@@ -61,17 +82,56 @@ class MixtureDrafter(Drafter):
             member.begin(request, noise, features if member.features or member.layers else None)
             for member in self._members
         ]
-        return MixtureSession(self._members, sessions)
+        return MixtureSession(self._members, sessions, self._patience)
 
     def propose(self, asks: Asks) -> list[Drafted]:
-        answers = [
-            member.propose([(session.sessions[k], nodes) for session, nodes in asks])
-            for k, member in enumerate(self._members)
-        ]
+        patience = self._patience
+        asked = patience.chosen(self.lap) if patience else frozenset(range(len(self._members)))
+        answers = self._answers(asks, asked)
+        if patience and asked == patience.sets[-1]:
+            for k, (session, nodes) in enumerate(asks):
+                self._note(session, nodes, [answer[k] for answer in answers])
         return [
             united([node.id for node in nodes], [answer[k] for answer in answers])
             for k, (_, nodes) in enumerate(asks)
         ]
+
+    def _answers(self, asks: Asks, asked: frozenset[int]) -> list[list[Drafted]]:
+        """Return the answers of each member; those of members that are not asked are empty."""
+        own = {
+            k: [(session.sessions[k], nodes) for session, nodes in asks]
+            for k in range(len(self._members))
+        }
+        for k in self._elsewhere.keys() - asked:
+            for session, nodes in own[k]:
+                session.saw(nodes)
+        waiting = {k: self._elsewhere[k].start(own[k]) for k in self._elsewhere.keys() & asked}
+        begun = time.monotonic()
+        answers = [
+            self._members[k].propose(own[k])
+            if k not in self._elsewhere
+            else [Drafted.pack((), ())] * len(asks)
+            for k in own
+        ]
+        took = dict.fromkeys(own.keys() - self._elsewhere.keys(), time.monotonic() - begun)
+        for k, wait in waiting.items():
+            answers[k], took[k] = wait()
+        if self._patience:
+            for k, seconds in took.items():
+                self._patience.took(k, seconds)
+        return answers
+
+    def _note(
+        self, session: MixtureSession, nodes: Sequence[DraftNode], answers: Sequence[Drafted]
+    ) -> None:
+        """Note what each set of members that could have been asked guesses after these nodes."""
+        assert self._patience is not None
+        for some in self._patience.sets:
+            answer = united([node.id for node in nodes], [answers[k] for k in sorted(some)])
+            for row, node in enumerate(answer.nodes):
+                session.guesses.setdefault(node, {})[some] = int(answer.tokens[row, 0])
+            for node in {node.id for node in nodes} - {*answer.nodes}:
+                session.guesses.setdefault(node, {})[some] = NOTHING
 
 
 class _Lists(NamedTuple):

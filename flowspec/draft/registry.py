@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flowspec.draft.base import Drafter
+from flowspec.draft.base import Drafter, Remote
 from flowspec.draft.config import DrafterConfig
 from flowspec.models.manifest import Manifest
 
@@ -24,8 +24,11 @@ def make_drafter(
     dtype: torch.dtype,
     device: str,
     progress: Callable[[int], None] = lambda size: None,
+    remote: Callable[[DrafterConfig], Remote] | None = None,
 ) -> Drafter | None:
     """Return the drafter for this target, with several as one; None for kind none.
+
+    `remote` makes those that have ranks of their own; without it, they compute here.
 
     Paths are relative to `folder`. `head` is the target's lm_head, for kinds that have none of
     their own (config.needs_lm_head). `progress(bytes)` is called as a draft model's tensors
@@ -33,7 +36,11 @@ def make_drafter(
     made = [
         drafter
         for config in configs
-        if (drafter := _one(config, folder, manifest, head, dtype, device, progress))
+        if (
+            drafter := remote(config)
+            if remote and config.ranks
+            else _one(config, folder, manifest, head, dtype, device, progress)
+        )
     ]
     if len(made) < 2:
         return made[0] if made else None

@@ -99,6 +99,8 @@ class Manifest:
     root: Path = field(default=Path(), compare=False, metadata={"internal": True})
     servers: int = field(default=1, metadata={"internal": True})
     """In this run so many servers hold the stages (DSI)."""
+    drafters: int = field(default=0, metadata={"internal": True})
+    """In this run so many ranks draft for rank 0."""
 
     def __post_init__(self) -> None:
         need(self.format >= 1, f"format is {self.format}")
@@ -114,7 +116,7 @@ class Manifest:
     @property
     def topology(self) -> Topology:
         """Return the topology of a run of the split model."""
-        return Topology.of_world(len(self.ranks), self.tensor_parallel, self.servers)
+        return Topology.of_world(len(self.ranks), self.tensor_parallel, self.servers, self.drafters)
 
     def entry(self, rank: int) -> RankEntry:
         """Return what a rank of the run reads."""
@@ -128,10 +130,10 @@ class Manifest:
         return self.root / entry.file
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], servers: int = 1) -> Manifest:
+    def load(cls, path: str | os.PathLike[str], servers: int = 1, drafters: int = 0) -> Manifest:
         """Read the manifest from stages.yaml, or from the folder that holds it.
 
-        In the run, so many servers hold what it describes.
+        In the run, so many servers hold what it describes, and so many ranks draft.
 
         Raise UserError if it is missing, damaged or too new."""
         path = Path(path)
@@ -145,7 +147,7 @@ class Manifest:
             "upgrade flowspec or split again",
         )
         try:
-            return build(cls, values, root=path.parent, servers=servers)
+            return build(cls, values, root=path.parent, servers=servers, drafters=drafters)
         except UserError as error:
             raise UserError(f"{path}: {error}: {AGAIN}") from None
 
@@ -158,7 +160,9 @@ class Manifest:
 
     def _plain(self) -> dict[str, Any]:
         plain = {"format": self.format, **asdict(self)}
-        left_out = {"root", "servers"} | ({"embedding"} if self.embedding is None else set())
+        left_out = {"root", "servers", "drafters"} | (
+            {"embedding"} if self.embedding is None else set()
+        )
         left_out |= {"tensor_parallel"} if self.tensor_parallel == 1 else set()
         return {key: value for key, value in plain.items() if key not in left_out}
 

@@ -107,7 +107,9 @@ class DraftThread:
 
     def end(self, request: int) -> None:
         """Forget a request, which need not be there."""
-        self._requests.pop(request, None)
+        reading = self._requests.pop(request, None)
+        if reading:
+            self._queue.put(lambda: reading.session.end() if reading.session else None)
 
     def layer_features(self, request: int, layers: Sequence[int], at: int, rows: Tensor) -> None:
         """Take in the inputs of these layers, [n, len(layers) * hidden].
@@ -134,7 +136,7 @@ class DraftThread:
         """Run a drafter forward; `Answered` comes to the inbox. All its requests have been read."""
         cost = self.cost  # it may be forgotten by the time this is done
         asks = [(request, self._requests[request], nodes) for request, nodes in draft.asks]
-        self._queue.put(lambda: self._propose(asks, cost))
+        self._queue.put(lambda: self._propose(asks, cost, draft.lap))
 
     def commit(self, request: int, commit: Commit, features: Tensor | None) -> None:
         """Tell the drafter of a commit, with the target's features [len(commit.path), hidden].
@@ -173,8 +175,9 @@ class DraftThread:
         self._inbox.put(Local(Read(request.id)))
 
     def _propose(
-        self, asks: list[tuple[int, _Reading, tuple[DraftNode, ...]]], cost: RowCost
+        self, asks: list[tuple[int, _Reading, tuple[DraftNode, ...]]], cost: RowCost, lap: float
     ) -> None:
+        self._drafter.lap = lap
         sessions = [(_session(reading), nodes) for _, reading, nodes in asks]
         drafted, seconds = self._at_least(
             [reading.log for _, reading, _ in asks], lambda: self._drafter.propose(sessions)

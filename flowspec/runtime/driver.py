@@ -46,6 +46,7 @@ from flowspec.models.stage import Head
 from flowspec.runtime import wire
 from flowspec.runtime.drafting import DraftThread, Local
 from flowspec.runtime.picking import Picks
+from flowspec.runtime.pool import LOST, PoolDrafter
 from flowspec.runtime.stream import Stream
 from flowspec.runtime.tracing import SpanLog, merged
 from flowspec.runtime.waiting import receive
@@ -198,7 +199,8 @@ class Driver:
     """The driver serves requests, many at a time.
 
     `draft` is None if nothing is ever drafted. `head` is given if rank 0 verifies
-    (verify_on: coordinator). `hidden_scale` is that of emulated links, for the bytes in a trace."""
+    (verify_on: coordinator). `hidden_scale` is that of emulated links, for the bytes in a trace.
+    `pools` are the drafters on ranks of their own, by rank."""
 
     def __init__(
         self,
@@ -207,7 +209,9 @@ class Driver:
         vocabulary: int,
         head: Head | None = None,
         hidden_scale: float = 1.0,
+        pools: Mapping[int, PoolDrafter] = {},
     ):
+        self._pools = pools
         self._transport, self._draft, self._head, self._vocabulary = (
             transport,
             draft,
@@ -327,25 +331,37 @@ class Driver:
             self._hear(rank, message)
 
     def _go_on(self, lost: _Lost) -> None:
-        """Do without the server of a lost rank; raise RankLost if it was the last one."""
+        """Do without a lost rank, and all that its part of the run has.
+
+        Raise RankLost if it was of the last server."""
+        if self._topology.drafts(lost.rank):
+            self._abandon([lost.rank], lost.why, "without it")
+            self._pools[lost.rank].hear(lost.rank, LOST)
+            return
         server, left = self._topology.server(lost.rank), len(self._scheduler.servers) - 1
         if server not in self._scheduler.servers:
             return
         if not left:
             raise RankLost(lost.why)
-        going = f"the run goes on with {left} of {self._topology.servers} servers"
-        print(f"flowspec: {lost.why}; {going}", file=sys.stderr, flush=True)
         ranks = self._topology.ring(server)
-        self._transport.abandon(ranks)
+        self._abandon(ranks, lost.why, f"with {left} of {self._topology.servers} servers")
         for rank in ranks:
-            self._transport.pulses[rank].at()
             self._room.pop(rank, None)
         self._perform(self._scheduler.lost(server, self._clock.now()))
         for live in [*self._ending.values()]:
             self._done(live)
 
+    def _abandon(self, ranks: Sequence[int], why: str, how: str) -> None:
+        print(f"flowspec: {why}; the run goes on {how}", file=sys.stderr, flush=True)
+        self._transport.abandon(ranks)
+        for rank in ranks:
+            self._transport.pulses[rank].at()
+
     def _hear(self, rank: int, message: Message) -> None:
         """Take in a message; what concerns requests that are over is dropped."""
+        if rank in self._pools:
+            self._pools[rank].hear(rank, message)
+            return
         live = self._live.get(message.meta.get("request", 0))
         if message.kind in ("choices", "features"):
             self._back(message, rank)

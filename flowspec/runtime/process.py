@@ -277,10 +277,10 @@ def _pace() -> dict[str, float]:
 
 
 class Losses:
-    """Losses say what becomes of a run that loses a rank: it ends, or does without a server.
+    """Losses say what becomes of a run that loses a rank: it ends, or does without that rank.
 
-    Where several target servers hold the model (DSI), rank 0 goes on with the others. The other
-    ranks of a lost server leave, and ranks of other servers need not care."""
+    It can do without a drafter, and without one of several target servers (DSI), whose other ranks
+    leave. Ranks that are not concerned need not care."""
 
     def __init__(self, topology: Topology, rank: int):
         self._topology, self._rank = topology, rank
@@ -288,16 +288,13 @@ class Losses:
         """Rank 0 calls this with a rank that is lost and what became of it, once it is set."""
 
     def __call__(self, heartbeat: Heartbeat, loss: Loss) -> None:
-        others, own = (
-            loss.rank > 0 and self._topology.servers > 1,
-            self._topology.server(self._rank),
-        )
-        if others and self._rank == self._topology.COORDINATOR and self.tell:
+        without = self._topology.spare(loss.rank) if loss.rank > 0 else ()
+        if without and self._rank == self._topology.COORDINATOR and self.tell:
             if loss.hung:
                 heartbeat.kill_if_here(loss.rank)
             self.tell(loss.rank, obituary(heartbeat, loss))
-        elif others and self._rank != self._topology.COORDINATOR:
-            if self._topology.server(loss.rank) == own:
+        elif without and self._rank != self._topology.COORDINATOR:
+            if self._rank in without:
                 leave(WITHOUT)
         else:
             end_process(heartbeat, loss)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,13 +16,26 @@ from flowspec.comm.base import Message
 from flowspec.comm.codec import Limit, Limits
 from flowspec.core.cost import Point
 from flowspec.core.curve import Curve
-from flowspec.core.messages import PREFILL_ROWS, Batch, Cost, Idle, Piece, Prune, Segment, Started
+from flowspec.core.messages import (
+    KEPT,
+    PREFILL_ROWS,
+    Batch,
+    Commit,
+    Cost,
+    Drafted,
+    DraftNode,
+    Idle,
+    Piece,
+    Prune,
+    Segment,
+    Started,
+)
 from flowspec.core.policy import PolicyConfig
 from flowspec.core.request import Request, Sampling
 from flowspec.core.stage import Admitted, Gather
 from flowspec.trace import Span
 
-FORMAT = 6
+FORMAT = 7
 """This is the version of the messages below, of their names and contents. Raise it with every
 change: ranks that would misread each other then do not start."""
 
@@ -369,11 +384,86 @@ def peak(megabytes: float) -> Message:
     return Message("peak", {"megabytes": megabytes})
 
 
+# ---- between rank 0 and its drafters -------------------------------------------------
+def take_on(request: Request, coupled: bool) -> Message:
+    """A drafter is to read the prompt of a request; `prefilled` answers when it has.
+
+    If `coupled` is set, its ranking has the target's sampling noise in it."""
+    about = {
+        "request": request.id,
+        "coupled": coupled,
+        "sampling": dataclasses.asdict(request.sampling),
+    }
+    return Message("take_on", about, (torch.tensor(request.prompt, dtype=torch.int32),))
+
+
+def read_take_on(message: Message) -> tuple[Request, bool]:
+    prompt, about = tuple(message.tensors[0].tolist()), message.meta
+    request = Request(id=about["request"], prompt=prompt, sampling=read_sampling(message))
+    return request, about["coupled"]
+
+
+def ask(asked: Mapping[int, Sequence[DraftNode]]) -> Message:
+    """A drafter is to propose children for these nodes of some requests."""
+    table = [node for nodes in asked.values() for node in nodes]
+    about = [[request, len(nodes)] for request, nodes in asked.items()]
+    return Message("ask", {"asks": about}, (torch.tensor(table, dtype=torch.int32),))
+
+
+def read_ask(message: Message) -> dict[int, list[DraftNode]]:
+    nodes = iter(DraftNode(*row) for row in message.tensors[0].tolist())
+    return {request: [*islice(nodes, n)] for request, n in message.meta["asks"]}
+
+
+def drafted(answers: Mapping[int, Drafted]) -> Message:
+    """A drafter proposes so many children for nodes of some requests."""
+    about = [[r, *each.tokens.shape, each.coupled] for r, each in answers.items()]
+    each = [*answers.values()]
+    parts = (
+        [np.array(one.nodes, np.int64) for one in each],
+        [one.tokens for one in each],
+        [one.z[:, :, 0] for one in each],
+        [one.coverage for one in each],
+    )
+    flat = (np.concatenate([array.ravel() for array in part]) for part in parts)
+    return Message("drafted", {"answers": about}, tuple(map(torch.from_numpy, flat)))
+
+
+def read_drafted(message: Message) -> dict[int, Drafted]:
+    nodes, tokens, z, coverage = (part.numpy() for part in message.tensors)
+    answers, row, at = {}, 0, 0
+    for request, n, k, coupled in message.meta["answers"]:
+        rows, cells = slice(row, row + n), slice(at, at + n * k)
+        answers[request] = Drafted(
+            tuple(nodes[rows].tolist()),
+            tokens[cells].reshape(n, k),
+            z[cells].reshape(n, k, 1),
+            coupled,
+            coverage[rows],
+        )
+        row, at = row + n, at + n * k
+    return answers
+
+
+def text(request: int, commit: Commit) -> Message:
+    """The text of a request has grown, which a drafter is to follow."""
+    return Message("text", {"request": request, "commit": commit})
+
+
+def read_text(message: Message) -> tuple[int, Commit]:
+    path, tokens, accepted, root = message.meta["commit"]
+    return message.meta["request"], Commit(tuple(path), tuple(tokens), tuple(accepted), root)
+
+
 # ---- how much each can hold ----------------------------------------------------------------------
 FACTS = 1 << 16
 """Any message but a traced report holds at most so many bytes of JSON."""
 SPANS = 1 << 14
 """A stage notes at most so many bytes of JSON for each position of a traced text."""
+NODE = 64
+"""A node, its token and whether it was accepted take at most so many bytes of JSON."""
+TOGETHER = 64
+"""So many requests, each with a whole tree, fit into one forward of a drafter on another rank."""
 ELEMENT = 8
 """The widest dtype takes so many bytes."""
 
@@ -417,5 +507,9 @@ def limits(tree: int, hidden: int, layers: int, positions: int) -> Limits:
         "compute": Limit(FACTS, numbers + features + 4 * rows * (rows + positions)),
         "move": Limit(FACTS, 4 * positions + numbers),
         "text_features": Limit(FACTS, layers * features),
+        "text": Limit(FACTS + NODE * rows, 0),
+        "take_on": Limit(FACTS, ELEMENT * positions),
+        "ask": Limit(FACTS, TOGETHER * numbers),
+        "drafted": Limit(FACTS, TOGETHER * 2 * ELEMENT * (1 + KEPT) * rows),
         "report": Limit(FACTS + SPANS * positions, 0),
     }

@@ -83,6 +83,8 @@ class Alone:
                 flat += [prune for _, prune in action.prunes]
             elif isinstance(action, Decision):
                 flat += [action.commit, *([action.finish] if action.finish else [])]
+            elif isinstance(action, Draft):
+                flat.append(action._replace(lap=0.0))
             else:
                 flat.append(action)
         return flat

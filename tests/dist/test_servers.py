@@ -1,4 +1,4 @@
-"""Several target servers over processes."""
+"""Several target servers, and drafters on ranks of their own, over processes."""
 
 import json
 import signal
@@ -56,4 +56,19 @@ def test_a_server_of_several_ranks_leaves_as_a_whole_and_the_last_one_ends_the_r
     assert run.end() == 1
     last = run.err.splitlines()[-1]
     assert last.startswith(("flowspec: rank 1 (server 1, stage 1,", "flowspec: rank 2 (server 1, stage 2,")), run.err
+    assert "Traceback" not in run.err
+
+
+@pytest.mark.parametrize("number,reason", [LIVE[0], pytest.param(*LIVE[1], marks=pytest.mark.slow)])
+def test_a_run_without_its_drafter_ends_in_plain_decoding(pair, command, number, reason, tmp_path):
+    results, drafter = tmp_path / "r.jsonl", f"drafter={{kind: lm, path: {pair.draft}, ranks: 1}}"
+    words = ["--prompt", PROMPT, drafter, "emulate.stage_ms=60", "--json", results]
+    run = command(pair.config(1), *words, env={"FLOWSPEC_HEARTBEAT": "0.5,5"})
+    run.wait_until(lambda: len(run.out) > len(PROMPT))
+    run.signal(2, number)
+    assert run.end() == 0, run.err
+    [result] = [json.loads(line) for line in results.open()]
+    assert result["token_ids"] == pair.greedy(Text(pair.target).encode(PROMPT), 40)
+    assert result["world_size"] == 3 and "rank 2 of 2: draft model" in run.err
+    assert f"flowspec: rank 2 (drafter 1, {HOST}) {reason}; the run goes on without it\n" in run.err
     assert "Traceback" not in run.err

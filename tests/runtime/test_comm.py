@@ -4,6 +4,7 @@ A scenario is a function that every rank runs on its end of the ring. Threads ru
 world of three processes (this file as a program) runs all scenarios after one another and writes down what it saw.
 """
 
+import dataclasses
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,7 +27,19 @@ from flowspec.comm.codec import Limit, decode, encode, payload_size
 from flowspec.comm.heartbeat import Heartbeat, is_rank_of_this_run
 from flowspec.comm.shaped import Arrivals, ShapedTransport, shaped, wire_bytes
 from flowspec.core.cost import Emulate
-from flowspec.core.messages import FRAME_BYTES, PREFILL_ROWS, Batch, Piece, Prune, Segment, Started
+from flowspec.core.messages import (
+    FRAME_BYTES,
+    KEPT,
+    PREFILL_ROWS,
+    Batch,
+    Commit,
+    Drafted,
+    DraftNode,
+    Piece,
+    Prune,
+    Segment,
+    Started,
+)
 from flowspec.core.policy import PolicyConfig
 from flowspec.core.request import Request, Sampling
 from flowspec.core.topology import Topology
@@ -243,6 +257,33 @@ def test_segments_of_several_requests_are_read_as_they_were_sent():
         )
 
 
+def proposed(ids, k=KEPT) -> Drafted:
+    z = np.random.default_rng(1).normal(size=(len(ids), k, 1))
+    tokens = np.arange(len(ids) * k).reshape(len(ids), k)
+    return Drafted(tuple(ids), tokens, z, True, np.full(len(ids), 0.5))
+
+
+def test_what_rank_0_and_its_drafters_tell_each_other_arrives():
+    request = Request(id=3, prompt=(4, 5), sampling=Sampling(temperature=0.7, seed=9))
+    assert wire.read_take_on(sent(wire.take_on(request, True))) == (request, True)
+    asked = {3: [DraftNode(7, 6, 5)], 4: [DraftNode(1, 0, 2), DraftNode(2, 1, 3)]}
+    assert wire.read_ask(sent(wire.ask(asked))) == asked
+    told = {3: proposed([7]), 4: proposed([]), 5: proposed([1, 2], 3), 6: Drafted.pack((), ())}
+    heard = wire.read_drafted(sent(wire.drafted(told)))
+    assert heard.keys() == told.keys()
+    for said, got in zip(told.values(), heard.values(), strict=True):
+        assert said.nodes == got.nodes and said.coupled == got.coupled
+        for name in ("tokens", "z", "coverage"):
+            np.testing.assert_array_equal(getattr(said, name), getattr(got, name))
+    commit = Commit((3, 4), (8, 9), (True, False), 6)
+    assert wire.read_text(sent(wire.text(3, commit))) == (3, commit)
+
+
+def sent(message: Message) -> Message:
+    header, payload = encode(message)
+    return decode(header, payload, wire.limits(200, 64, 4, 1000))
+
+
 def test_all_that_a_ring_says_is_within_the_limits_of_its_kind():
     tree, hidden, layers = 200, 64, 4
     limits = wire.limits(tree, hidden, layers, 1000)
@@ -259,6 +300,10 @@ def test_all_that_a_ring_says_is_within_the_limits_of_its_kind():
         wire.report(1, wire.Report(0.0, 0, 0, 0.0, [], 0.0, 0.0, [])),
         wire.pong(wire.ping(1)),
         wire.loaded(1.0, 2.0, "layers 0 to 3", 10**9),
+        wire.take_on(dataclasses.replace(request, prompt=(9,) * 1000), True),
+        wire.ask({k: [DraftNode(i, i, i) for i in ids] for k in range(wire.TOGETHER)}),
+        wire.drafted(dict.fromkeys(range(wire.TOGETHER), proposed(ids))),
+        wire.text(1, Commit((2**31,) * tree, (2**31,) * tree, (False,) * tree, 2**31)),
         wire.STOP,
     ]
     for message in said:

@@ -706,6 +706,9 @@ class Noting:
     def learn(self, features):
         self.heard.append(("learn", len(features)))
 
+    def end(self):
+        """A session of this drafter holds nothing."""
+
 
 def ended(thread) -> None:
     """Once it has done all its jobs."""
