@@ -7,4 +7,5 @@ cd "$root"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy flowspec
-exec "$python" -m pytest -n 2 --dist worksteal "$@"  # two at once: most of them wait or compute on one thread
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # two at once: with two threads each they would wait for each other
+exec "$python" -m pytest -n 2 --dist worksteal "$@"
