@@ -307,7 +307,8 @@ class Engine:
             pool,
         )
         pulse.at()
-        least = config.emulate.draft_ms / 1000 if config.computes else 0.0
+        here = any(drafter.computes and not drafter.ranks for drafter in config.drafters)
+        least = config.emulate.draft_ms / 1000 if here else 0.0
         self._draft = DraftThread(drafter, self._transport.inbox, least) if drafter else None
         verifying = None if config.verifies_last else head
         return Driver(

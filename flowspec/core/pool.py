@@ -149,6 +149,8 @@ class Patience:
     """All drafters are asked until so many guesses of each set were judged."""
     FORGET = 0.98
     """A guess counts by this factor less for each later one."""
+    SHARE = 0.02
+    """Asking all of them, so that what is known is not old, may take this share of the time."""
 
     def __init__(self, drafters: int, always: frozenset[int] = frozenset()):
         """Those in `always` are asked in any case."""
@@ -156,7 +158,8 @@ class Patience:
         self._always = always
         self._judged: dict[frozenset[int], tuple[int, float, float]] = {}
         """This maps a set to (guesses, their weight, that of the right ones)."""
-        self._forwards = 0
+        self._tried = 0.0
+        """All were asked at this time."""
 
     @property
     def sets(self) -> list[frozenset[int]]:
@@ -177,12 +180,12 @@ class Patience:
         weights = self.FORGET * weight + 1, self.FORGET * good + right
         self._judged[drafters] = (seen + 1, *weights)
 
-    def chosen(self, lap: float) -> frozenset[int]:
+    def chosen(self, lap: float, now: float) -> frozenset[int]:
         """Return the drafters to be asked; a token without speculation takes `lap` seconds."""
-        self._forwards += 1
         sets = self.sets
         known = all(self._judged.get(some, (0,))[0] >= self.JUDGED for some in sets)
-        if not known or self._forwards % OFTEN == 0:
+        if not known or max(self._took) < self.SHARE * (now - self._tried):
+            self._tried = now
             return sets[-1]
         return min(sets, key=lambda some: self._token(some, lap))
 

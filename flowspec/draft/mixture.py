@@ -14,9 +14,10 @@ cost more time than they save (core/pool.py, Patience).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -85,19 +86,28 @@ class MixtureDrafter(Drafter):
         return MixtureSession(self._members, sessions, self._patience)
 
     def propose(self, asks: Asks) -> list[Drafted]:
-        patience = self._patience
-        asked = patience.chosen(self.lap) if patience else frozenset(range(len(self._members)))
+        patience, asked = self._patience, frozenset(range(len(self._members)))
+        if patience:
+            asked = patience.chosen(self.lap, time.monotonic())
         answers = self._answers(asks, asked)
         if patience and asked == patience.sets[-1]:
             for k, (session, nodes) in enumerate(asks):
-                self._note(session, nodes, [answer[k] for answer in answers])
+                self._note(session, nodes, {m: answer[k] for m, answer in answers.items()})
         return [
-            united([node.id for node in nodes], [answer[k] for answer in answers])
+            self._united(nodes, {m: answer[k] for m, answer in answers.items()})
             for k, (_, nodes) in enumerate(asks)
         ]
 
-    def _answers(self, asks: Asks, asked: frozenset[int]) -> list[list[Drafted]]:
-        """Return the answers of each member; those of members that are not asked are empty."""
+    def _united(self, nodes: Sequence[DraftNode], answers: Mapping[int, Drafted]) -> Drafted:
+        """Return one answer of all members; who was not asked is taken to agree with the others."""
+        ids, asked = [node.id for node in nodes], sorted(answers)
+        answer = united(ids, [answers[k] for k in asked])
+        z = np.repeat(answer.z.mean(2, keepdims=True), len(self._members), 2)
+        z[:, :, asked] = answer.z
+        return dataclasses.replace(answer, z=z)
+
+    def _answers(self, asks: Asks, asked: frozenset[int]) -> dict[int, list[Drafted]]:
+        """Return the answers of each member that is asked."""
         own = {
             k: [(session.sessions[k], nodes) for session, nodes in asks]
             for k in range(len(self._members))
@@ -107,13 +117,9 @@ class MixtureDrafter(Drafter):
                 session.saw(nodes)
         waiting = {k: self._elsewhere[k].start(own[k]) for k in self._elsewhere.keys() & asked}
         begun = time.monotonic()
-        answers = [
-            self._members[k].propose(own[k])
-            if k not in self._elsewhere
-            else [Drafted.pack((), ())] * len(asks)
-            for k in own
-        ]
-        took = dict.fromkeys(own.keys() - self._elsewhere.keys(), time.monotonic() - begun)
+        here = [k for k in own if k not in self._elsewhere]
+        answers = {k: self._members[k].propose(own[k]) for k in here}
+        took = dict.fromkeys(here, time.monotonic() - begun)
         for k, wait in waiting.items():
             answers[k], took[k] = wait()
         if self._patience:
@@ -122,16 +128,17 @@ class MixtureDrafter(Drafter):
         return answers
 
     def _note(
-        self, session: MixtureSession, nodes: Sequence[DraftNode], answers: Sequence[Drafted]
+        self, session: MixtureSession, nodes: Sequence[DraftNode], answers: Mapping[int, Drafted]
     ) -> None:
         """Note what each set of members that could have been asked guesses after these nodes."""
         assert self._patience is not None
+        ids = [node.id for node in nodes]
         for some in self._patience.sets:
-            answer = united([node.id for node in nodes], [answers[k] for k in sorted(some)])
-            for row, node in enumerate(answer.nodes):
-                session.guesses.setdefault(node, {})[some] = int(answer.tokens[row, 0])
-            for node in {node.id for node in nodes} - {*answer.nodes}:
-                session.guesses.setdefault(node, {})[some] = NOTHING
+            answer = united(ids, [answers[k] for k in sorted(some)])
+            guesses = dict.fromkeys(ids, NOTHING)
+            guesses |= dict(zip(answer.nodes, answer.tokens[:, :1].ravel().tolist(), strict=False))
+            for id, guess in guesses.items():
+                session.guesses.setdefault(id, {})[some] = guess
 
 
 class _Lists(NamedTuple):
