@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -184,6 +184,13 @@ class Config:
             )
             found |= {name: "auto" if each is None else str(each) for name, each in inner.items()}
         return found
+
+    def drafters_on(self, topology: Topology, rank: int) -> Sequence[DrafterConfig]:
+        """Return the drafters that compute on a rank, which may be there for one alone."""
+        if topology.drafts(rank):
+            own = [drafter for drafter in self.drafters for _ in range(drafter.ranks)]
+            return [own[topology.drafter_ranks.index(rank)]]
+        return [d for d in self.drafters if not d.ranks] if rank == topology.COORDINATOR else []
 
     def device_of(self, rank: int) -> str:
         devices = (self.device,) if isinstance(self.device, str) else self.device

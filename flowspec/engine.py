@@ -307,7 +307,7 @@ class Engine:
             pool,
         )
         pulse.at()
-        here = any(drafter.computes and not drafter.ranks for drafter in config.drafters)
+        here = any(drafter.computes for drafter in config.drafters_on(self.topology, 0))
         least = config.emulate.draft_ms / 1000 if here else 0.0
         self._draft = DraftThread(drafter, self._transport.inbox, least) if drafter else None
         verifying = None if config.verifies_last else head

@@ -64,9 +64,8 @@ def check_run(config: Config, ranks: Sequence[int] | None = None) -> Manifest:
     for rank in ranks:
         folder = manifest.folder(rank)
         check_same_model(manifest, read_config(folder), str(folder / CONFIG), AGAIN)
-    if any(rank == topology.COORDINATOR or topology.drafts(rank) for rank in ranks):
-        for drafter in config.drafters:
-            check_drafter(drafter, config.folder, manifest)
+    for drafter in dict.fromkeys(d for rank in ranks for d in config.drafters_on(topology, rank)):
+        check_drafter(drafter, config.folder, manifest)
     return manifest
 
 

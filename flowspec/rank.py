@@ -16,7 +16,6 @@ from flowspec.comm.codec import Limits
 from flowspec.comm.shaped import shaped
 from flowspec.config import Config, load_config
 from flowspec.core.policies.continuous import Continuous
-from flowspec.draft.config import DrafterConfig
 from flowspec.draft.registry import make_drafter
 from flowspec.errors import RankLost, need
 from flowspec.models.device import free_bytes
@@ -94,12 +93,10 @@ def warm_up(config: Config, manifest: Manifest, rank: int) -> None:
     if device != "cpu":
         one = torch.ones(1, 1, device=device)
         torch.mm(one, one)
-    own = manifest.topology.drafts(rank)
-    if rank > 0 and not own:
+    if rank > 0 and not manifest.topology.drafts(rank):
         family_of(read_config(manifest.folder(rank))).classes()
-        return
-    for drafter in config.drafters:
-        if drafter.computes and bool(drafter.ranks) == own:
+    for drafter in config.drafters_on(manifest.topology, rank):
+        if drafter.computes:
             family_of(read_config(drafter.checkpoint(config.folder))).classes()
 
 
@@ -165,7 +162,7 @@ def work(config: Config, manifest: Manifest, transport: Transport) -> None:
 def draft(config: Config, manifest: Manifest, transport: Transport) -> None:
     """Be a rank that drafts for rank 0."""
     rank, begun, size = transport.rank, time.monotonic(), 0
-    own = drafter_of(config, transport.topology.drafter_ranks.index(rank))
+    [own] = config.drafters_on(transport.topology, rank)
     dtype, device = compute_dtype(config, manifest, rank), checked_device(config, rank)
     pulse = transport.pulses[rank]
 
@@ -181,11 +178,6 @@ def draft(config: Config, manifest: Manifest, transport: Transport) -> None:
     seconds, what = time.monotonic() - begun, f"draft model {own.path}"
     transport.send_control(0, wire.loaded(size / 1e6, seconds, what, 0))
     DrafterRank(transport, drafter, manifest.vocab_size, config.emulate.draft_ms / 1000).run()
-
-
-def drafter_of(config: Config, index: int) -> DrafterConfig:
-    """Return with what the index-th of the drafters' own ranks drafts, from 0 on."""
-    return [drafter for drafter in config.drafters for _ in range(drafter.ranks)][index]
 
 
 def compute(config: Config, manifest: Manifest, transport: Transport) -> None:

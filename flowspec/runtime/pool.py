@@ -112,7 +112,7 @@ class PoolDrafter(Remote):
         ended = self._clock.now()
         while sent:
             rank, message, ended = self._heard.get()
-            if message.kind == "drafted":
+            if message.kind == "drafted" and rank in sent:
                 _, rows, since = sent.pop(rank)
                 self.shares.observe(rank, rows, ended - since)
                 for request, answer in wire.read_drafted(message).items():

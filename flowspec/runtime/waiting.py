@@ -36,7 +36,7 @@ def receive(transport: Transport, until: float = math.inf) -> Any:
         for rank, (pulse, (_, since)) in enumerate(zip(transport.pulses, last, strict=True)):
             if pulse.doing and now - since > transport.still:
                 raise RankLost(
-                    f"rank {rank} (stage {rank}) hung: it stood still for {transport.still:g} s: "
+                    f"rank {rank} ({transport.topology.title(rank)}) hung: it stood still for {transport.still:g} s: "
                     f"{pulse.doing}"
                 )
         if now - max(since for _, since in last) > STALL:

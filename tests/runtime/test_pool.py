@@ -7,6 +7,7 @@ import pytest
 from flowspec import UserError
 from flowspec.config import load_config
 from flowspec.engine import Engine
+from flowspec.preflight import check_run
 from tests.runtime.test_identity import METHODS, PROMPTS, SAMPLED, assert_same, slow, text
 
 
@@ -90,6 +91,16 @@ def test_a_lost_rank_is_done_without_and_the_last_one_ends_in_plain_decoding(
     said = capsys.readouterr().err
     for rank in left:
         assert f"rank {rank} is gone; the run goes on without it" in said
+
+
+def test_each_rank_needs_the_files_of_its_own_drafter_alone(pair):
+    """The other hosts of a run may not have them."""
+    words = [f"drafter=[{{kind: ngram}}, {lm(pair, 1)}, {{kind: lm, path: elsewhere, ranks: 1}}]"]
+    config = load_config(pair.config(1), words)
+    for rank in range(3):
+        assert check_run(config, [rank]).topology.world_size == 4
+    with pytest.raises(UserError, match=r"drafter\.2\.path"):
+        check_run(config, [3])
 
 
 def test_what_is_wrong_is_said_by_its_key(pair):
