@@ -20,9 +20,9 @@ SHIPPED = [
 ]
 LAYERS = [
     {"core", "errors", "version", "files", "output", "schema", "trace", "estimates"},
-    {"models", "sampling", "text", "comm", "sim"},
+    {"models", "sampling", "rejection", "text", "comm", "sim"},
     {"draft"},
-    {"runtime"},
+    {"runtime", "host"},
     {"config", "preflight", "rank", "generation", "engine", "lossless", "launcher"},
     {"bench", ""},  # "" is flowspec/__init__.py
     {"commands"},

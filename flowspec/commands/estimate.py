@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from flowspec.commands.options import number, numbers
+from flowspec.commands.options import count, number, numbers
 from flowspec.core.request import Sampling
 from flowspec.errors import need
 from flowspec.estimates import Acceptance, Latency, to_line
@@ -160,10 +160,7 @@ def _latencies(options: argparse.Namespace) -> list[Latency]:
 
 def _count(options: argparse.Namespace, name: str) -> int:
     """Return the number of an option, which must be 1 or more."""
-    flag = "--" + name.replace("_", "-")
-    count = int(number(getattr(options, name), int, flag))
-    need(count >= 1, f"{flag} is {count}: it must be at least 1")
-    return count
+    return count(getattr(options, name), "--" + name.replace("_", "-"))
 
 
 # ---- what is shown -------------------------------------------------------------------------------

@@ -77,6 +77,13 @@ def configuration(options: argparse.Namespace) -> tuple[Path, Config]:
     return path, load_config(path, overrides)
 
 
+def count(text: str, flag: str) -> int:
+    """Return the number of a flag, which must be 1 or more."""
+    found = int(number(text, int, flag))
+    need(found >= 1, f"{flag} is {found}: it must be at least 1")
+    return found
+
+
 def number(text: str, kind: type, flag: str) -> int | float:
     try:
         return kind(text)

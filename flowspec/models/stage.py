@@ -434,6 +434,10 @@ class CachedText:
         assert out is not None
         return out
 
+    def cut(self, at: int) -> None:
+        """Forget the text from this position on; there is no tree."""
+        self._rows.cache.gather(self.state.cut(at))
+
     def prune(self, prune: Prune) -> None:
         """Follow a decision in the books and the cache."""
         gather = self.state.prune(prune)

@@ -1,0 +1,1 @@
+"""One process, no ranks: algorithms that need none, over the same models, caches and sampling."""

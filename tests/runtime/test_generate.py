@@ -1,0 +1,136 @@
+"""`flowspec generate`: one process, whatever is guessed the text is the target's."""
+
+import json
+
+import pytest
+import torch
+
+from flowspec.cli import main as cli
+from flowspec.commands.generate import main
+from flowspec.core.request import Request, Sampling
+from flowspec.engine import Engine
+from flowspec.host.reader import Reader, Whole
+from flowspec.host.speculative import Keyed, Rejection, write
+from tests.runtime.test_identity import PROMPTS, SAMPLED, text
+
+
+@pytest.fixture(scope="module")
+def models(pair):
+    return {
+        name: Whole.load(getattr(pair, name), torch.float32, "cpu", 320)
+        for name in ("target", "draft")
+    }
+
+
+def written(models, prompt, rule, gamma=4, n=24, drafter="draft", eos=(), **sampling):
+    request = Request(
+        id=1,
+        prompt=tuple(prompt),
+        sampling=Sampling(max_new_tokens=n, **sampling),
+        eos=frozenset(eos),
+    )
+    made = rule(request.sampling)
+    readers = Reader(models["target"]), Reader(models[drafter]) if drafter else None
+    blocks = [*write(request, made, *readers, gamma)]
+    return blocks, [w.token for block in blocks for w in block], readers
+
+
+def keyed(sampling):
+    return Keyed(sampling, 320)
+
+
+@pytest.mark.parametrize("gamma", [1, 4, 9])
+@pytest.mark.parametrize("drafter", ["draft", "target", None])
+def test_greedy_text_is_that_of_transformers(pair, models, gamma, drafter):
+    for prompt in PROMPTS:
+        blocks, tokens, (target, _) = written(models, prompt, keyed, gamma, drafter=drafter)
+        assert tokens == pair.greedy(prompt, 24)
+        assert target.forwards == len(blocks)
+        if drafter == "target":  # it is always right
+            assert {w.origin for block in blocks for w in block} <= {"draft", "bonus", "plain"}
+            assert len(blocks) == -(-24 // (gamma + 1))
+        if drafter is None:
+            assert {w.origin for block in blocks for w in block} == {"plain"}
+
+
+def test_keyed_text_is_that_of_the_ring(pair, models):
+    with Engine.from_config(pair.config(1)) as engine:
+        for settings in SAMPLED:
+            want = text(engine, PROMPTS[1], method="ar", max_new_tokens=24, **settings)
+            for gamma in (1, 5):
+                assert written(models, PROMPTS[1], keyed, gamma, **settings)[1] == want
+
+
+def test_a_text_ends_at_its_length_and_at_an_end_token(pair, models):
+    want = pair.greedy(PROMPTS[1], 24)
+    for n in range(1, 8):
+        assert written(models, PROMPTS[1], keyed, n=n)[1] == want[:n]
+    for k in (3, 4, 5):
+        until = want.index(want[k]) + 1
+        assert written(models, PROMPTS[1], keyed, eos=[want[k]])[1] == want[:until]
+
+
+@pytest.mark.slow
+def test_rejection_draws_the_same_distribution_from_the_model_as_the_target_alone(models):
+    """The first token behind a prompt, by 400 texts each way: their counts do not differ."""
+    settings = dict(temperature=1.0, top_k=4)
+    counts = {}
+    for gamma, drafter in ((1, None), (1, "draft")):
+        found = torch.zeros(320)
+        for seed in range(400):
+            _, tokens, _ = written(
+                models, PROMPTS[1], Rejection, gamma, 2, drafter, seed=seed, **settings
+            )
+            found[tokens[0]] += 1
+        counts[drafter] = found
+    some = sum(counts.values()) > 0
+    assert 1 < some.sum() <= 4
+    both = torch.stack([c[some] for c in counts.values()])
+    want = both.sum(0, keepdim=True) / 2
+    assert float(((both - want) ** 2 / want).sum()) < 21.1  # 3 degrees of freedom, p = 1e-4
+
+
+def test_a_seed_gives_the_same_text_and_another_another(models):
+    settings = dict(temperature=1.0)
+    one, same, other = (
+        written(models, PROMPTS[1], Rejection, seed=seed, **settings)[1] for seed in (4, 4, 5)
+    )
+    assert one == same != other
+
+
+def test_a_draft_that_is_the_target_loses_no_guess(models):
+    blocks, _, _ = written(models, PROMPTS[1], Rejection, drafter="target", temperature=0.7, seed=2)
+    assert all(w.origin != "resampled" for block in blocks for w in block)
+
+
+def test_the_command_writes_a_line_a_prompt_and_says_where_tokens_came_from(pair, tmp_path, capsys):
+    out = tmp_path / "o.jsonl"
+    words = ["--target", pair.target, "--draft", pair.draft, "--max-new-tokens", 12, "-v"]
+    words += ["--prompt", "def add(a, b):", "--prompt", "for i in", "--json", out]
+    assert main([str(word) for word in words]) == 0
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    said = capsys.readouterr().out
+    for record in records:
+        assert record["new_tokens"] == len(record["token_ids"]) == sum(record["origins"].values())
+        assert f"12 tokens in {record['target_forwards']} forwards of the target" in said
+        assert record["text"] in said
+    assert [r["finish_reason"] for r in records] == ["length"] * 2
+
+
+@pytest.mark.parametrize(
+    "words,line",
+    [
+        (["--method", "ar", "--draft", "{draft}"], "--draft is of no use to --method ar"),
+        ([], "--method speculative needs --draft"),
+        (["--draft", "{draft}", "--gamma", "0"], "--gamma is 0"),
+        (["--draft", "{draft}", "--top-p", "3"], "--top-p is 3"),
+        (["--draft", "{draft}", "--temperature", "hot"], "--temperature"),
+        (["--draft", "nowhere"], "--draft"),
+        (["--draft", "{draft}", "--json", "{target}"], "--json"),
+    ],
+)
+def test_what_is_wrong_is_one_line(pair, words, line, capsys):
+    words = [word.format(target=pair.target, draft=pair.draft) for word in words]
+    assert cli(["generate", "--target", str(pair.target), "--prompt", "a", *words]) == 2
+    said = capsys.readouterr().err
+    assert line in said and said.count("\n") == 1
