@@ -1,4 +1,5 @@
-"""`flowspec bench` measures methods: `compare` one request at a time, `load` several."""
+"""`flowspec bench` measures methods: `compare` one request at a time, `load` several, `sampling` in
+one process."""
 
 from __future__ import annotations
 
@@ -231,6 +232,13 @@ COMMANDS = {
 
 def main(words: Sequence[str]) -> int:
     asks = not {"-h", "--help"}.isdisjoint(words)
+    if words and words[0] == "sampling":
+        from flowspec.commands import bench_sampling
+
+        return bench_sampling.main(words[1:])
     name = words[0] if words and words[0] in COMMANDS else "compare" if asks else ""
-    need(bool(name), f"bench knows {' and '.join(COMMANDS)}: flowspec bench compare CONFIG ...")
+    need(
+        bool(name),
+        f"bench knows {', '.join(COMMANDS)} and sampling: flowspec bench compare CONFIG ...",
+    )
     return COMMANDS[name].main(words[1:] if list(words[:1]) == [name] else words)

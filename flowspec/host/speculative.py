@@ -7,7 +7,7 @@ on both sides and keeps what is equal, so that the text is that of plain decodin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flowspec.core.request import Request, Sampling
-from flowspec.host.reader import Reader
+from flowspec.host.reader import Reader, Whole
 from flowspec.rejection import reject
 from flowspec.sampling import filtered, noise_for, pick
 
@@ -116,3 +116,33 @@ def _guesses(text: Sequence[int], rule: Rule, draft: Reader, n: int) -> list[int
         [logits] = draft.logits([*text, *guesses], 1)
         guesses.append(rule.guess(logits, len(text) + len(guesses)))
     return guesses
+
+
+class Begun(NamedTuple):
+    """A text is begun."""
+
+    blocks: Iterator[list[Written]]
+    """Its tokens come as many at a time as a forward of the target brings."""
+    forwards: Callable[[], dict[str, int]]
+    """This says how many forwards of the target and of the drafter there were."""
+
+
+class Pair:
+    """A pair is a target and a draft model, by these names, and how guesses are judged."""
+
+    def __init__(self, models: Mapping[str, Whole], rule: str, gamma: int):
+        """`rule` is rejection or keyed; a greedy text is the same by both."""
+        self._models, self._rule, self._gamma = models, rule, gamma
+
+    def begin(self, request: Request, drafter: str | None) -> Begun:
+        """Begin a text. What guesses is the draft model, the target itself or nothing (None)."""
+        sampling, target = request.sampling, Reader(self._models["target"])
+        draft = Reader(self._models[drafter]) if drafter else None
+        keyed = self._rule == "keyed" or draft is None or sampling.temperature == 0
+        vocabulary = self._models["target"].vocabulary
+        rule: Rule = Keyed(sampling, vocabulary) if keyed else Rejection(sampling)
+        readers = {"target": target} | ({"draft": draft} if draft else {})
+        return Begun(
+            write(request, rule, target, draft, self._gamma),
+            lambda: {f"{name}_forwards": reader.forwards for name, reader in readers.items()},
+        )

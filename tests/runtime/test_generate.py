@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from flowspec.bench.sampling import SIDES
 from flowspec.cli import main as cli
 from flowspec.commands.generate import main
 from flowspec.core.request import Request, Sampling
@@ -121,7 +122,7 @@ def test_the_command_writes_a_line_a_prompt_and_says_where_tokens_came_from(pair
     "words,line",
     [
         (["--method", "ar", "--draft", "{draft}"], "--draft is of no use to --method ar"),
-        ([], "--method speculative needs --draft"),
+        ([], "--draft DIR is missing"),
         (["--draft", "{draft}", "--gamma", "0"], "--gamma is 0"),
         (["--draft", "{draft}", "--top-p", "3"], "--top-p is 3"),
         (["--draft", "{draft}", "--temperature", "hot"], "--temperature"),
@@ -134,3 +135,31 @@ def test_what_is_wrong_is_one_line(pair, words, line, capsys):
     assert cli(["generate", "--target", str(pair.target), "--prompt", "a", *words]) == 2
     said = capsys.readouterr().err
     assert line in said and said.count("\n") == 1
+
+
+# ---- bench sampling ------------------------------------------------------------------------------
+def sampling_words(pair, *more):
+    words = ["bench", "sampling", "--target", pair.target, "--draft", pair.draft]
+    return [str(word) for word in (*words, "--num-runs", 3, "-N", 12, "-K", 3, *more)]
+
+
+def test_a_table_of_decoding_alone_and_speculatively(pair, tmp_path, capsys):
+    out = tmp_path / "runs.jsonl"
+    assert cli(sampling_words(pair, "--json", out)) == 0
+    runs = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(runs) == 9 and all(run["new_tokens"] == 12 for run in runs)
+    forwards = {side: [r["target_forwards"] for r in runs if r["side"] == side] for side in SIDES}
+    assert forwards["ar"] == [12] * 3 and forwards["the target drafts"] == [3] * 3
+    said = capsys.readouterr().out
+    assert all(side in said for side in ("ar", "speculative")) and "T = 0.6" in said
+
+
+def test_a_target_that_rejects_its_own_guesses_is_a_fault(pair, monkeypatch):
+    monkeypatch.setitem(SIDES, "the target drafts", "draft")
+    with pytest.raises(AssertionError, match="a guess of the target itself was rejected"):
+        cli(sampling_words(pair, "--temperature", 2))
+
+
+def test_what_is_wrong_with_a_bench_is_one_line(pair, capsys):
+    assert cli(sampling_words(pair, "--num-runs", 0)) == 2
+    assert "--num-runs is 0" in capsys.readouterr().err

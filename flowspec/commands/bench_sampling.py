@@ -1,0 +1,66 @@
+"""`flowspec bench sampling` measures speculative decoding in one process."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+
+from flowspec.commands.options import DEMO_PROMPT, count
+from flowspec.commands.pair import add_pair, load, request_of, task_of
+from flowspec.files import kept_lines
+from flowspec.output import Parser
+from flowspec.preflight import check_writable
+
+ABOUT = """Decoding alone against speculative decoding of the same pair of models in one process,
+and the target as its own draft, of which no guess may be rejected. The first run of each does not
+count; runs take turns, and texts are as long as asked."""
+DEFAULTS = {"temperature": "0.6", "top_k": "25", "top_p": "0.9", "seed": "1"}
+
+
+def _options(words: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(prog="flowspec bench sampling", description=ABOUT)
+    add_pair(parser)
+    parser.add_argument("--num-runs", default="50", metavar="N", help="texts a row (default 50)")
+    parser.add_argument("-N", dest="tokens", metavar="N", help="new tokens a text (default 40)")
+    parser.add_argument("--json", metavar="FILE", help="write a line a run")
+    parser.set_defaults(**DEFAULTS)
+    options = parser.parse_args(words)
+    options.max_new_tokens = options.tokens or options.max_new_tokens or "40"
+    if not (options.prompt or options.prompt_file):
+        options.prompt = [DEMO_PROMPT]
+    return options
+
+
+def main(words: Sequence[str]) -> int:
+    options = _options(words)
+    check_writable(options.json)
+    runs = count(options.num_runs, "--num-runs")
+    task = task_of(options, drafts=True)
+    asked = [
+        dataclasses.replace(
+            request_of(task, task.prompts[k % len(task.prompts)], k), eos=frozenset()
+        )
+        for k in range(runs + 1)
+    ]
+    pair = load(task, options.dtype, options.threads)
+    from rich.console import Console
+
+    from flowspec.bench.sampling import measure, table
+
+    found = []
+    with kept_lines(options.json, "--json") as keep:
+        for run in measure(pair, asked):
+            found.append(run)
+            keep(json.dumps(run._asdict()))
+    sampling = task.sampling
+    Console().print(
+        table(
+            found,
+            f"{runs} texts of {sampling.max_new_tokens} tokens, {task.gamma} guesses, T = "
+            f"{sampling.temperature:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g}, "
+            f"rule {task.rule}, {options.dtype}",
+        )
+    )
+    return 0

@@ -1,0 +1,146 @@
+"""What the commands that decode in one process share: the pair of models, and what is asked."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from flowspec.commands.options import SAMPLING, count, number
+from flowspec.core.request import Request, Sampling
+from flowspec.errors import UserError, need
+from flowspec.models.families import read_config
+from flowspec.models.hub import MODEL_FILES, local_folder
+from flowspec.preflight import check_prompt, read_prompts
+from flowspec.text import Text, check_same_tokens, load_tokenizer
+
+if TYPE_CHECKING:
+    from flowspec.host.speculative import Pair
+
+RULES = {
+    "rejection": "keep a guess with probability min(1, p / q), else draw from what is left of p "
+    "(leviathan, chen): the target's distribution",
+    "keyed": "draw with the same keyed noise on both sides and keep what is equal: the text of "
+    "--method ar with the same seed",
+}
+SAME = {"leviathan": "rejection", "chen": "rejection"}
+"""These papers' rules draw alike (flowspec/rejection.py)."""
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_pair(parser: argparse.ArgumentParser) -> None:
+    """Add the two models, how guesses are judged, prompts, sampling, and what computes."""
+    parser.add_argument("--target", required=True, metavar="DIR", help="the target's checkpoint")
+    parser.add_argument("--draft", metavar="DIR", help="the draft model's; not for method ar")
+    parser.add_argument(
+        "--rule",
+        default="rejection",
+        choices=[*RULES, *SAME],
+        metavar="RULE",
+        help="; ".join(f"{name}: {what}" for name, what in RULES.items()),
+    )
+    parser.add_argument(
+        "-K", "--gamma", default="4", metavar="N", help="guesses for a forward (default 4)"
+    )
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT")
+    parser.add_argument("--prompt-file", metavar="FILE", help=".txt: a prompt a line; or .jsonl")
+    for name, (kind, what) in SAMPLING.items():
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, metavar="N" if kind is int else "X", help=what)
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="(default float32)")
+    parser.add_argument("--threads", metavar="N", help="threads to compute with (default: torch's)")
+
+
+class Task(NamedTuple):
+    """What the command line asks for, checked."""
+
+    text: Text
+    target: Path
+    draft: Path | None
+    prompts: list[tuple[int, ...]]
+    sampling: Sampling
+    positions: int
+    """A text has at most so many tokens, prompt and all."""
+    rule: str
+    gamma: int
+
+
+def task_of(options: argparse.Namespace, drafts: bool) -> Task:
+    """Return what the command line asks for; `drafts` says whether it takes a draft model.
+
+    Raise UserError, which names the flag, for what is wrong."""
+    need(drafts or options.draft is None, "--draft is of no use to --method ar: leave it out")
+    need(not drafts or options.draft is not None, "--draft DIR is missing: it names a draft model")
+    target = local_folder(options.target, "--target", MODEL_FILES)
+    text, config = Text(target), read_config(target)
+    positions, draft = config["max_position_embeddings"], None
+    if drafts:
+        draft = local_folder(options.draft, "--draft", MODEL_FILES)
+        check_same_tokens(text.tokenizer, load_tokenizer(draft), f"--draft {options.draft}")
+        positions = min(positions, read_config(draft)["max_position_embeddings"])
+    return Task(
+        text=text,
+        target=target,
+        draft=draft,
+        prompts=_prompts(options, text, positions, config["vocab_size"]),
+        sampling=_sampling(options),
+        positions=positions,
+        rule=SAME.get(options.rule, options.rule),
+        gamma=count(options.gamma, "--gamma"),
+    )
+
+
+def _prompts(
+    options: argparse.Namespace, text: Text, positions: int, vocabulary: int
+) -> list[tuple[int, ...]]:
+    from flowspec.models.unsplit import Limits
+
+    said = [*options.prompt]
+    said += read_prompts(options.prompt_file) if options.prompt_file else []
+    need(bool(said), "no prompt: give --prompt TEXT or --prompt-file FILE")
+    encoded = [text.encode(prompt) for prompt in said]
+    for n, tokens in enumerate(encoded, 1):
+        check_prompt(tokens, Limits(positions, vocabulary), f"prompt {n}")
+    return encoded
+
+
+def _sampling(options: argparse.Namespace) -> Sampling:
+    given = {
+        name: number(getattr(options, name), kind, "--" + name.replace("_", "-"))
+        for name, (kind, _) in SAMPLING.items()
+        if getattr(options, name) is not None
+    }
+    try:
+        return Sampling(**given)  # type: ignore[arg-type]
+    except UserError as error:
+        raise UserError(f"--{str(error).removeprefix('sampling.').replace('_', '-', 2)}") from None
+
+
+def request_of(task: Task, prompt: tuple[int, ...], number: int) -> Request:
+    """Return the request for the number-th text, which has a seed of its own."""
+    sampling, room = task.sampling, task.positions - len(prompt)
+    seed = secrets.randbits(63) if sampling.seed is None else sampling.seed + number
+    sampling = dataclasses.replace(
+        sampling, seed=seed, max_new_tokens=min(sampling.max_new_tokens, room)
+    )
+    return Request(id=number, prompt=prompt, sampling=sampling, eos=task.text.eos)
+
+
+def load(task: Task, dtype: str, threads: str | None) -> Pair:
+    """Load the models that the command line names."""
+    import torch
+
+    from flowspec.host.reader import Whole
+    from flowspec.host.speculative import Pair
+
+    if threads is not None:
+        torch.set_num_threads(count(threads, "--threads"))
+    vocabulary = read_config(task.target)["vocab_size"]
+    folders = {"target": task.target} | ({"draft": task.draft} if task.draft else {})
+    models = {
+        name: Whole.load(folder, getattr(torch, dtype), "cpu", vocabulary)
+        for name, folder in folders.items()
+    }
+    return Pair(models, task.rule, task.gamma)
