@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from rich.table import Table
@@ -27,47 +28,86 @@ class Run(NamedTuple):
     seconds: float
     new_tokens: int
     target_forwards: int
-    rejected: int
-    """So many drafts had a guess that was rejected."""
+    rejected: int | None
+    """So many drafts had a guess that was rejected; None if that is not known."""
 
 
-def measure(pair: Pair, requests: Sequence[Request]) -> Iterator[Run]:
+Side = Callable[[Request], tuple[int, int, "int | None"]]
+"""This writes a text and returns the last three facts of its run."""
+
+
+def own(pair: Pair) -> dict[str, Side]:
+    """Return our sides."""
+
+    def side(drafter: str | None) -> Side:
+        def write(request: Request) -> tuple[int, int, int]:
+            made = pair.begin(request, drafter)
+            written = [token for block in made.blocks for token in block]
+            rejected = sum(token.origin == "resampled" for token in written)
+            return len(written), made.forwards()["target_forwards"], rejected
+
+        return write
+
+    return {name: side(drafter) for name, drafter in SIDES.items()}
+
+
+def transformers(target: Path, draft: Path, dtype: str) -> dict[str, Side]:
+    """Return transformers' `generate` of the same pair, alone and with the draft as assistant."""
+    from flowspec.bench.unsplit import answers
+    from flowspec.models.unsplit import load_unsplit
+
+    model, assistant = (
+        load_unsplit(target, dtype, "--target"),
+        load_unsplit(draft, dtype, "--draft"),
+    )
+    model.generation_config.eos_token_id = None  # a text is as long as asked
+    answer = answers(model, assistant)
+
+    def side(name: str) -> Side:
+        def write(request: Request) -> tuple[int, int, None]:
+            sampling = request.sampling
+            asked = {"side": name, "tokens": [*request.prompt], "seed": sampling.seed}
+            asked |= {name: getattr(sampling, name) for name in FILTERS}
+            found = answer(asked | {"new_tokens": sampling.max_new_tokens})
+            return len(found["token_ids"]), found["facts"]["target_forwards"], None
+
+        return write
+
+    return {"transformers": side("transformers"), "transformers, assisted": side("assisted")}
+
+
+FILTERS = ("temperature", "top_k", "top_p", "min_p")
+
+
+def measure(sides: Mapping[str, Side], requests: Sequence[Request]) -> Iterator[Run]:
     """Yield the runs of each side over each request, which take turns in a shuffled order.
 
     The first request warms up and does not count."""
     for k, request in enumerate(requests):
-        for side in random.Random(k).sample([*SIDES], len(SIDES)):
-            run = _run(pair, request, side, k)
-            assert side != SANE or not run.rejected, "a guess of the target itself was rejected"
+        for name in random.Random(k).sample([*sides], len(sides)):
+            begun = time.perf_counter()
+            facts = sides[name](request)
+            run = Run(name, k, time.perf_counter() - begun, *facts)
+            assert name != SANE or not run.rejected, "a guess of the target itself was rejected"
             if k:
                 yield run
 
 
-def _run(pair: Pair, request: Request, side: str, k: int) -> Run:
-    begun = time.perf_counter()
-    made = pair.begin(request, SIDES[side])
-    written = [token for block in made.blocks for token in block]
-    seconds = time.perf_counter() - begun
-    rejected = sum(token.origin == "resampled" for token in written)
-    return Run(side, k, seconds, len(written), made.forwards()["target_forwards"], rejected)
-
-
-def table(runs: Sequence[Run], title: str) -> Table:
+def table(runs: Sequence[Run], sides: Iterable[str], title: str) -> Table:
     """Return the mean time of a text with its standard deviation, and what follows from it."""
     shown = Table(title=title)
     for name in ("", "s a text, +/- std", "tokens/s", "speed-up", "pairs", "tokens a forward"):
         shown.add_column(name, justify="left" if not name else "right")
-    seconds = {side: [run.seconds for run in runs if run.side == side] for side in SIDES}
-    alone = seconds["ar"]
-    for side, own in seconds.items():
+    alone = [run.seconds for run in runs if run.side == "ar"]
+    for side in sides:
         mine = [run for run in runs if run.side == side]
-        tokens = sum(run.new_tokens for run in mine)
-        ratios = [a / b for a, b in zip(alone, own, strict=True)]
+        took, tokens = [run.seconds for run in mine], sum(run.new_tokens for run in mine)
+        ratios = [a / b for a, b in zip(alone, took, strict=True)]
         shown.add_row(
             side,
-            f"{statistics.mean(own):.3f} +/- {statistics.pstdev(own):.3f}",
-            f"{tokens / sum(own):.1f}",
-            f"{sum(alone) / sum(own):.2f}x",
+            f"{statistics.mean(took):.3f} +/- {statistics.pstdev(took):.3f}",
+            f"{tokens / sum(took):.1f}",
+            f"{sum(alone) / sum(took):.2f}x",
             f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}..{max(ratios):.2f})",
             f"{tokens / sum(run.target_forwards for run in mine):.2f}",
         )

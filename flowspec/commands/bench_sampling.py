@@ -24,6 +24,11 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
     add_pair(parser)
     parser.add_argument("--num-runs", default="50", metavar="N", help="texts a row (default 50)")
     parser.add_argument("-N", dest="tokens", metavar="N", help="new tokens a text (default 40)")
+    parser.add_argument(
+        "--against",
+        choices=["transformers"],
+        help="also transformers' generate of the same pair, alone and assisted",
+    )
     parser.add_argument("--json", metavar="FILE", help="write a line a run")
     parser.set_defaults(**DEFAULTS)
     options = parser.parse_args(words)
@@ -47,17 +52,21 @@ def main(words: Sequence[str]) -> int:
     pair = load(task, options.dtype, options.threads)
     from rich.console import Console
 
-    from flowspec.bench.sampling import measure, table
+    from flowspec.bench.sampling import measure, own, table, transformers
 
+    sides = own(pair)
+    if options.against and task.draft:
+        sides |= transformers(task.target, task.draft, options.dtype)
     found = []
     with kept_lines(options.json, "--json") as keep:
-        for run in measure(pair, asked):
+        for run in measure(sides, asked):
             found.append(run)
             keep(json.dumps(run._asdict()))
     sampling = task.sampling
     Console().print(
         table(
             found,
+            sides,
             f"{runs} texts of {sampling.max_new_tokens} tokens, {task.gamma} guesses, T = "
             f"{sampling.temperature:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g}, "
             f"rule {task.rule}, {options.dtype}",

@@ -154,6 +154,15 @@ def test_a_table_of_decoding_alone_and_speculatively(pair, tmp_path, capsys):
     assert all(side in said for side in ("ar", "speculative")) and "T = 0.6" in said
 
 
+def test_transformers_stands_beside_us(pair, tmp_path):
+    out = tmp_path / "runs.jsonl"
+    assert cli(sampling_words(pair, "--json", out, "--against", "transformers")) == 0
+    runs = [json.loads(line) for line in out.read_text().splitlines()]
+    theirs = [run for run in runs if run["side"] == "transformers, assisted"]
+    assert len(runs) == 15 and len(theirs) == 3
+    assert all(run["new_tokens"] == 12 > run["target_forwards"] - 1 for run in theirs)
+
+
 def test_a_target_that_rejects_its_own_guesses_is_a_fault(pair, monkeypatch):
     monkeypatch.setitem(SIDES, "the target drafts", "draft")
     with pytest.raises(AssertionError, match="a guess of the target itself was rejected"):
