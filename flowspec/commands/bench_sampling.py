@@ -45,7 +45,7 @@ def main(words: Sequence[str]) -> int:
     task = task_of(options, drafts=True)
     asked = [
         dataclasses.replace(
-            request_of(task, task.prompts[k % len(task.prompts)], k), eos=frozenset()
+            request_of(task, task.prompts[k % len(task.prompts)], k, k), eos=frozenset()
         )
         for k in range(runs + 1)
     ]

@@ -118,10 +118,10 @@ def _sampling(options: argparse.Namespace) -> Sampling:
         raise UserError(f"--{str(error).removeprefix('sampling.').replace('_', '-', 2)}") from None
 
 
-def request_of(task: Task, prompt: tuple[int, ...], number: int) -> Request:
-    """Return the request for the number-th text, which has a seed of its own."""
+def request_of(task: Task, prompt: tuple[int, ...], number: int, later: int = 0) -> Request:
+    """Return the request for the number-th text; its seed is so much later than the asked one."""
     sampling, room = task.sampling, task.positions - len(prompt)
-    seed = secrets.randbits(63) if sampling.seed is None else sampling.seed + number
+    seed = secrets.randbits(63) if sampling.seed is None else sampling.seed + later
     sampling = dataclasses.replace(
         sampling, seed=seed, max_new_tokens=min(sampling.max_new_tokens, room)
     )
