@@ -119,7 +119,7 @@ def test_a_wrong_word_is_refused_by_name(pair, refused, words, named):
         (["bench", "load", "--requests", "1,0"], "--requests is 1,0"),
         (["bench", "load", "--requests", "many"], "--requests"),
         (["bench", "load", "--repeats", "0"], "--repeats is 0"),
-        (["bench", "laod"], "compare and load"),
+        (["bench", "laod"], "compare, load and sampling"),
         (["bench", "load", "--output", "no/where/runs.jsonl"], "--output: cannot write"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
