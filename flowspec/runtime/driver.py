@@ -212,6 +212,7 @@ class Driver:
         pools: Mapping[int, PoolDrafter] = {},
     ):
         self._pools = pools
+        self._gone: set[int] = set()  # drafters that are lost
         self._transport, self._draft, self._head, self._vocabulary = (
             transport,
             draft,
@@ -335,6 +336,9 @@ class Driver:
 
         Raise RankLost if it was of the last server."""
         if self._topology.drafts(lost.rank):
+            if lost.rank in self._gone:  # each link to it says so
+                return
+            self._gone.add(lost.rank)
             self._abandon([lost.rank], lost.why, "without it")
             self._pools[lost.rank].hear(lost.rank, LOST)
             return

@@ -79,7 +79,8 @@ def test_a_lost_rank_is_done_without_and_the_last_one_ends_in_plain_decoding(
             if message.kind == "ask":
                 left[to] -= 1
                 if left[to] == 0:
-                    engine._driver.lost(to, f"rank {to} is gone")
+                    for _ in range(2):  # as two links would say
+                        engine._driver.lost(to, f"rank {to} is gone")
             if left.get(to, 1) > 0 or message.kind == "stop":
                 say(to, message)
 
@@ -90,7 +91,7 @@ def test_a_lost_rank_is_done_without_and_the_last_one_ends_in_plain_decoding(
         assert engine._last.result.drafted_tokens == 0
     said = capsys.readouterr().err
     for rank in left:
-        assert f"rank {rank} is gone; the run goes on without it" in said
+        assert said.count(f"rank {rank} is gone; the run goes on without it") == 1
 
 
 def test_each_rank_needs_the_files_of_its_own_drafter_alone(pair):
