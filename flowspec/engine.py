@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import logging
 import os
-import secrets
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -45,6 +44,7 @@ from flowspec.runtime.drafting import DraftThread
 from flowspec.runtime.driver import Driver, Stats, Submission
 from flowspec.runtime.pool import PoolDrafter
 from flowspec.runtime.waiting import receive
+from flowspec.sampling import settled
 from flowspec.text import Text, TextStream
 from flowspec.trace import Span
 
@@ -324,11 +324,7 @@ class Engine:
         """Return the request for these tokens.
 
         It has a seed, and at most as many new tokens as the model has positions for."""
-        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        room = self.manifest.max_positions - len(tokens)
-        sampling = dataclasses.replace(
-            sampling, seed=seed, max_new_tokens=min(sampling.max_new_tokens, room)
-        )
+        sampling = settled(sampling, self.manifest.max_positions - len(tokens))
         return Request(id=id, prompt=tokens, sampling=sampling, eos=self.text.eos)
 
     def _finished(self, config: Config, generation: Generation) -> Result:

@@ -12,7 +12,9 @@ still win get exact noise. All that decides is computed in float64 from the logi
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import secrets
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -93,6 +95,15 @@ class NoiseRows:
             if len(self._rows) > self._keep:
                 self._rows.popitem(last=False)
         return row
+
+
+def settled(sampling: Sampling, room: int, later: int = 0) -> Sampling:
+    """Return how a request is sampled: with a seed, and at most `room` new tokens.
+
+    The seed is drawn if none is asked for, else it is so much later than the asked one."""
+    seed = secrets.randbits(63) if sampling.seed is None else sampling.seed + later
+    most = min(sampling.max_new_tokens, room)
+    return dataclasses.replace(sampling, seed=seed, max_new_tokens=most)
 
 
 def noise_for(sampling: Sampling, vocabulary: int) -> NoiseRows | None:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from flowspec.bench import report, timeline
 from flowspec.bench.forecast import Forecaster, Models, check_simulable, emulated, obstacle, rate
-from flowspec.bench.rivals import Ask
+from flowspec.bench.rivals import Ask, asked
 from flowspec.config import Config
 from flowspec.core.cost import Emulate
 from flowspec.core.costs import Costs, merged, read
@@ -157,14 +157,8 @@ class Rivals:
     def run(
         self, name: str, number: int, repeat: int, tokens: Sequence[int], sampling: Sampling
     ) -> Beside:
-        asked = {
-            "side": name,
-            "tokens": list(tokens),
-            "new_tokens": min(sampling.max_new_tokens, self.room - len(tokens)),
-            "seed": sampling.seed or 0,
-            **{key: getattr(sampling, key) for key in ("temperature", "top_k", "top_p", "min_p")},
-        }
-        answer = self.ask(asked)
+        new_tokens = min(sampling.max_new_tokens, self.room - len(tokens))
+        answer = self.ask(asked(name, tokens, sampling, new_tokens))
         seconds = answer["prefill_seconds"], answer["decode_seconds"]
         return Beside(name, sampling.temperature, number, repeat, answer["token_ids"], *seconds)
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from flowspec.core.request import Sampling
 from flowspec.errors import RankLost
 
 Ask = Callable[[dict], dict]
@@ -29,6 +30,17 @@ QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+
+
+def asked(side: str, tokens: Sequence[int], sampling: Sampling, new_tokens: int) -> dict:
+    """Return what a rival is asked for."""
+    return {
+        "side": side,
+        "tokens": list(tokens),
+        "new_tokens": new_tokens,
+        "seed": sampling.seed or 0,
+        **{key: getattr(sampling, key) for key in ("temperature", "top_k", "top_p", "min_p")},
+    }
 
 
 def serve(answer: Ask, facts: dict) -> None:

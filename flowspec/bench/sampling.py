@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
+from flowspec.bench.rivals import asked
 from flowspec.core.request import Request
 from flowspec.host.speculative import Pair
 
@@ -66,17 +67,12 @@ def transformers(target: Path, draft: Path, dtype: str) -> dict[str, Side]:
     def side(name: str) -> Side:
         def write(request: Request) -> tuple[int, int, None]:
             sampling = request.sampling
-            asked = {"side": name, "tokens": [*request.prompt], "seed": sampling.seed}
-            asked |= {name: getattr(sampling, name) for name in FILTERS}
-            found = answer(asked | {"new_tokens": sampling.max_new_tokens})
+            found = answer(asked(name, request.prompt, sampling, sampling.max_new_tokens))
             return len(found["token_ids"]), found["facts"]["target_forwards"], None
 
         return write
 
     return {"transformers": side("transformers"), "transformers, assisted": side("assisted")}
-
-
-FILTERS = ("temperature", "top_k", "top_p", "min_p")
 
 
 def measure(sides: Mapping[str, Side], requests: Sequence[Request]) -> Iterator[Run]:

@@ -7,8 +7,9 @@ import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
+from flowspec.commands import bench_sampling
 from flowspec.commands.options import (
     benchmark_prompts,
     methods,
@@ -224,21 +225,25 @@ def _lead_load(engine: Engine, options: argparse.Namespace, prompts: list[str]) 
     return 0 if same else 1
 
 
-COMMANDS = {
+class _Command(Protocol):
+    """A command is one of `bench`'s: a command of a ring, or a module."""
+
+    def main(self, words: Sequence[str], /) -> int:
+        """Run it, and return the exit code."""
+        ...
+
+
+COMMANDS: dict[str, _Command] = {
     "compare": RingCommand("bench compare", ABOUT, _add_arguments, _prompts, _lead, _check),
     "load": RingCommand("bench load", LOAD, _add_load_arguments, _prompts, _lead_load, _check_load),
+    "sampling": bench_sampling,
 }
 
 
 def main(words: Sequence[str]) -> int:
     asks = not {"-h", "--help"}.isdisjoint(words)
-    if words and words[0] == "sampling":
-        from flowspec.commands import bench_sampling
-
-        return bench_sampling.main(words[1:])
     name = words[0] if words and words[0] in COMMANDS else "compare" if asks else ""
-    need(
-        bool(name),
-        f"bench knows {', '.join(COMMANDS)} and sampling: flowspec bench compare CONFIG ...",
-    )
+    *others, last = COMMANDS
+    known = f"{', '.join(others)} and {last}"
+    need(bool(name), f"bench knows {known}: flowspec bench compare CONFIG ...")
     return COMMANDS[name].main(words[1:] if list(words[:1]) == [name] else words)

@@ -17,13 +17,14 @@ ABOUT = """Decoding alone against speculative decoding of the same pair of model
 and the target as its own draft, of which no guess may be rejected. The first run of each does not
 count; runs take turns, and texts are as long as asked."""
 DEFAULTS = {"temperature": "0.6", "top_k": "25", "top_p": "0.9", "seed": "1"}
+DEFAULTS |= {"max_new_tokens": "40"}
 
 
 def _options(words: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="flowspec bench sampling", description=ABOUT)
     add_pair(parser)
     parser.add_argument("--num-runs", default="50", metavar="N", help="texts a row (default 50)")
-    parser.add_argument("-N", dest="tokens", metavar="N", help="new tokens a text (default 40)")
+    parser.add_argument("-N", dest="max_new_tokens", metavar="N", help="as --max-new-tokens (40)")
     parser.add_argument(
         "--against",
         choices=["transformers"],
@@ -32,7 +33,6 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="write a line a run")
     parser.set_defaults(**DEFAULTS)
     options = parser.parse_args(words)
-    options.max_new_tokens = options.tokens or options.max_new_tokens or "40"
     if not (options.prompt or options.prompt_file):
         options.prompt = [DEMO_PROMPT]
     return options

@@ -38,6 +38,17 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
         metavar="CONFIG | key=value",
         help="a YAML file (default: the demo) and overrides of its keys",
     )
+    add_prompts(parser)
+    parser.add_argument("--method", help=" ".join(ALL_METHODS))
+    parser.add_argument("--version", action="version", version=f"flowspec {__version__}")
+    add_sampling(parser)
+    parser.add_argument(
+        "--log-level", default="warning", choices=["debug", "info", "warning", "error"]
+    )
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    """Add what `given_prompts` reads."""
     parser.add_argument(
         "--prompt",
         action="append",
@@ -50,15 +61,23 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=".txt: a prompt a line; .jsonl: an object with `prompt` a line",
     )
-    parser.add_argument("--method", help=" ".join(ALL_METHODS))
-    parser.add_argument("--version", action="version", version=f"flowspec {__version__}")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add what `given_sampling` reads."""
     for name, (kind, what) in SAMPLING.items():
         parser.add_argument(
             "--" + name.replace("_", "-"), metavar="N" if kind is int else "X", help=what
         )
-    parser.add_argument(
-        "--log-level", default="warning", choices=["debug", "info", "warning", "error"]
-    )
+
+
+def given_sampling(options: argparse.Namespace) -> dict[str, int | float]:
+    """Return the fields of Sampling that flags give."""
+    return {
+        name: number(text, kind, "--" + name.replace("_", "-"))
+        for name, (kind, _) in SAMPLING.items()
+        if (text := getattr(options, name)) is not None
+    }
 
 
 def configuration(options: argparse.Namespace) -> tuple[Path, Config]:
@@ -70,10 +89,7 @@ def configuration(options: argparse.Namespace) -> tuple[Path, Config]:
     overrides = [] if CHECKOUT or path != DEMO else [f"stages={BUILD / 'demo'}"]
     overrides += [word for word in options.words if "=" in word]
     overrides += [f"method={options.method}"] if options.method is not None else []
-    for name, (kind, _) in SAMPLING.items():
-        text = getattr(options, name)
-        if text is not None:
-            overrides.append(f"sampling.{name}={number(text, kind, '--' + name.replace('_', '-'))}")
+    overrides += [f"sampling.{name}={value}" for name, value in given_sampling(options).items()]
     return path, load_config(path, overrides)
 
 

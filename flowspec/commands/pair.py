@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from flowspec.commands.options import SAMPLING, count, number
+from flowspec.commands.options import (
+    add_prompts,
+    add_sampling,
+    count,
+    given_prompts,
+    given_sampling,
+)
 from flowspec.core.request import Request, Sampling
 from flowspec.errors import UserError, need
 from flowspec.models.families import read_config
 from flowspec.models.hub import MODEL_FILES, local_folder
-from flowspec.preflight import check_prompt, read_prompts
+from flowspec.preflight import check_prompt
 from flowspec.text import Text, check_same_tokens, load_tokenizer
 
 if TYPE_CHECKING:
@@ -44,11 +48,8 @@ def add_pair(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-K", "--gamma", default="4", metavar="N", help="guesses for a forward (default 4)"
     )
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT")
-    parser.add_argument("--prompt-file", metavar="FILE", help=".txt: a prompt a line; or .jsonl")
-    for name, (kind, what) in SAMPLING.items():
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, metavar="N" if kind is int else "X", help=what)
+    add_prompts(parser)
+    add_sampling(parser)
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="(default float32)")
     parser.add_argument("--threads", metavar="N", help="threads to compute with (default: torch's)")
 
@@ -97,8 +98,7 @@ def _prompts(
 ) -> list[tuple[int, ...]]:
     from flowspec.models.unsplit import Limits
 
-    said = [*options.prompt]
-    said += read_prompts(options.prompt_file) if options.prompt_file else []
+    said = given_prompts(options)
     need(bool(said), "no prompt: give --prompt TEXT or --prompt-file FILE")
     encoded = [text.encode(prompt) for prompt in said]
     for n, tokens in enumerate(encoded, 1):
@@ -107,11 +107,7 @@ def _prompts(
 
 
 def _sampling(options: argparse.Namespace) -> Sampling:
-    given = {
-        name: number(getattr(options, name), kind, "--" + name.replace("_", "-"))
-        for name, (kind, _) in SAMPLING.items()
-        if getattr(options, name) is not None
-    }
+    given = given_sampling(options)
     try:
         return Sampling(**given)  # type: ignore[arg-type]
     except UserError as error:
@@ -120,11 +116,9 @@ def _sampling(options: argparse.Namespace) -> Sampling:
 
 def request_of(task: Task, prompt: tuple[int, ...], number: int, later: int = 0) -> Request:
     """Return the request for the number-th text; its seed is so much later than the asked one."""
-    sampling, room = task.sampling, task.positions - len(prompt)
-    seed = secrets.randbits(63) if sampling.seed is None else sampling.seed + later
-    sampling = dataclasses.replace(
-        sampling, seed=seed, max_new_tokens=min(sampling.max_new_tokens, room)
-    )
+    from flowspec.sampling import settled
+
+    sampling = settled(task.sampling, task.positions - len(prompt), later)
     return Request(id=number, prompt=prompt, sampling=sampling, eos=task.text.eos)
 
 

@@ -91,23 +91,27 @@ class Shares:
         for request, nodes in asks:
             self.saw(request, nodes)
         self._forwards += 1
-        fastest = sorted(self.costs, key=self._seconds)
-        plans = [self._plan(asks, fastest[:n]) for n in range(1, len(fastest) + 1)]
+        plans = self._plans(asks)
         if not (plans and plans[-1]):
             return {}
-        known = all(self._seen[rank] >= TRIED for rank in plans[-1])
-        turn, tries = divmod(self._forwards, OFTEN)
-        if not known:
-            plans = plans[-1:]
-        elif tries == 0:
-            plans = [plans[turn % len(plans)]]
-        best = min(plans, key=self._longest)
+        best = plans[0] if len(plans) == 1 else min(plans, key=self._longest)
         rows = {rank: self._rows(rank, asked) for rank, asked in best.items()}
         for rank, asked in best.items():
             for request, nodes in asked.items():
                 self._trees[request].held[rank].update(node.id for node in nodes)
                 self._trees[request].behind[rank] = 0
         return {rank: (asked, rows[rank]) for rank, asked in best.items()}
+
+    def _plans(self, asks: Sequence[tuple[int, Sequence[DraftNode]]]) -> list[dict[int, Asked]]:
+        """Return the plans to choose from, none if there is no rank; a single one costs nothing."""
+        fastest = [*self.costs]
+        if len(fastest) > 1:
+            fastest.sort(key=self._seconds)
+        plans = [self._plan(asks, fastest[:n]) for n in range(1, len(fastest) + 1)]
+        if plans and any(self._seen[rank] < TRIED for rank in plans[-1]):
+            return plans[-1:]
+        turn, tries = divmod(self._forwards, OFTEN)
+        return [plans[turn % len(plans)]] if plans and tries == 0 else plans
 
     def _rows(self, rank: int, asked: Asked) -> int:
         """Return how many rows a rank would compute for this: nodes, and text that it lacks."""

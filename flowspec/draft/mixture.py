@@ -89,14 +89,13 @@ class MixtureDrafter(Drafter):
         patience, asked = self._patience, frozenset(range(len(self._members)))
         if patience:
             asked = patience.chosen(self.lap, time.monotonic())
-        answers = self._answers(asks, asked)
-        if patience and asked == patience.sets[-1]:
-            for k, (session, nodes) in enumerate(asks):
-                self._note(session, nodes, {m: answer[k] for m, answer in answers.items()})
-        return [
-            self._united(nodes, {m: answer[k] for m, answer in answers.items()})
-            for k, (_, nodes) in enumerate(asks)
-        ]
+        answers, made = self._answers(asks, asked), list[Drafted]()
+        for k, (session, nodes) in enumerate(asks):
+            own = {member: answer[k] for member, answer in answers.items()}
+            made.append(self._united(nodes, own))
+            if len(asked) == len(self._members):
+                self._note(session, nodes, own, made[-1])
+        return made
 
     def _united(self, nodes: Sequence[DraftNode], answers: Mapping[int, Drafted]) -> Drafted:
         """Return one answer of all members; who was not asked is taken to agree with the others."""
@@ -128,13 +127,19 @@ class MixtureDrafter(Drafter):
         return answers
 
     def _note(
-        self, session: MixtureSession, nodes: Sequence[DraftNode], answers: Mapping[int, Drafted]
+        self,
+        session: MixtureSession,
+        nodes: Sequence[DraftNode],
+        answers: Mapping[int, Drafted],
+        whole: Drafted,
     ) -> None:
-        """Note what each set of members that could have been asked guesses after these nodes."""
-        assert self._patience is not None
-        ids = [node.id for node in nodes]
-        for some in self._patience.sets:
-            answer = united(ids, [answers[k] for k in sorted(some)])
+        """Note what each set of members that could have been asked guesses after these nodes.
+
+        `whole` is the answer of all."""
+        ids, sets = [node.id for node in nodes], self._patience.sets if self._patience else ()
+        for some in sets:
+            every = len(some) == len(answers)
+            answer = whole if every else united(ids, [answers[k] for k in sorted(some)])
             guesses = dict.fromkeys(ids, NOTHING)
             guesses |= dict(zip(answer.nodes, answer.tokens[:, :1].ravel().tolist(), strict=False))
             for id, guess in guesses.items():

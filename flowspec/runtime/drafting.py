@@ -6,12 +6,12 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flowspec.comm.base import Inbox
+from flowspec.comm.base import Clock, Inbox
 from flowspec.core.cost import RowCost
 from flowspec.core.messages import Answered, Commit, Draft, DraftNode, Read
 from flowspec.core.request import Request
@@ -188,13 +188,18 @@ class DraftThread:
 
     def _at_least(self, logs: Sequence[SpanLog], work: Callable):
         """Return the result of `work()` and its seconds, stretched to the emulated least."""
-        begun = self._clock.now()
-        result = work()
-        self._clock.sleep(begun + self._least - self._clock.now())
-        ended = self._clock.now()
+        result, begun, ended = at_least(self._clock, self._least, work)
         for log in logs:
             log.add(0, "draft", "draft", begun, ended)
         return result, ended - begun
+
+
+def at_least(clock: Clock, least: float, work: Callable) -> tuple[Any, float, float]:
+    """Return the result of `work()`, stretched to so many seconds, and when it began and ended."""
+    begun = clock.now()
+    result = work()
+    clock.sleep(begun + least - clock.now())
+    return result, begun, clock.now()
 
 
 def _session(reading: _Reading) -> Session:

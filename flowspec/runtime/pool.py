@@ -16,6 +16,7 @@ from flowspec.core.pool import Asked, Shares
 from flowspec.core.request import Request
 from flowspec.draft.base import Asks, Drafter, Noise, Remote, RemoteSession, Session
 from flowspec.runtime import wire
+from flowspec.runtime.drafting import at_least
 from flowspec.sampling import noise_for
 
 LOST = Message("lost")
@@ -176,7 +177,4 @@ class DrafterRank:
             self._sessions.pop(message.meta["request"], None)
 
     def _at_least(self, work: Callable):
-        begun = self._clock.now()
-        result = work()
-        self._clock.sleep(begun + self._least - self._clock.now())
-        return result
+        return at_least(self._clock, self._least, work)[0]
