@@ -54,7 +54,7 @@ class _Sender:
                 for part in _parts(message):
                     dist.send(part, self.peer, group=self._group)
             except RuntimeError:
-                return self._lost(self.peer, "the connection broke while sending")
+                return self._lost(self.peer, "the connection broke")
             # a message that cannot be encoded is reported; the thread must not just fall silent
             except Exception as error:
                 return self._lost(self.peer, f"a {message.kind} message could not be sent: {error}")
