@@ -13,7 +13,7 @@ from rich.table import Table
 
 from flowspec.bench.rivals import asked
 from flowspec.core.request import Request
-from flowspec.host.speculative import Pair
+from flowspec.host.decoding import Pair
 
 SIDES = {"ar": None, "speculative": "draft", "the target drafts": "target"}
 """This maps a row of the table to what guesses."""
@@ -42,10 +42,10 @@ def own(pair: Pair) -> dict[str, Side]:
 
     def side(drafter: str | None) -> Side:
         def write(request: Request) -> tuple[int, int, int]:
-            made = pair.begin(request, drafter)
-            written = [token for block in made.blocks for token in block]
+            begun = pair.begin([request], drafter)
+            written = [token for block in begun.blocks for token in block.written]
             rejected = sum(token.origin == "resampled" for token in written)
-            return len(written), made.forwards()["target_forwards"], rejected
+            return len(written), begun.readers["target"].forwards, rejected
 
         return write
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 
 from flowspec.commands.options import DEMO_PROMPT, count
-from flowspec.commands.pair import add_pair, load, request_of, task_of
+from flowspec.commands.pair import add_pair, models_of, pair_of, request_of, task_of
 from flowspec.files import kept_lines
 from flowspec.output import Parser
 from flowspec.preflight import check_writable
@@ -42,14 +42,14 @@ def main(words: Sequence[str]) -> int:
     options = _options(words)
     check_writable(options.json)
     runs = count(options.num_runs, "--num-runs")
-    task = task_of(options, drafts=True)
+    task = task_of(options, "speculative")
     asked = [
         dataclasses.replace(
             request_of(task, task.prompts[k % len(task.prompts)], k, k), eos=frozenset()
         )
         for k in range(runs + 1)
     ]
-    pair = load(task, options.dtype, options.threads)
+    pair = pair_of(task, models_of(task, options.dtype, options.threads))
     from rich.console import Console
 
     from flowspec.bench.sampling import measure, own, table, transformers
@@ -67,7 +67,7 @@ def main(words: Sequence[str]) -> int:
         table(
             found,
             sides,
-            f"{runs} texts of {sampling.max_new_tokens} tokens, {task.gamma} guesses, T = "
+            f"{runs} texts of {sampling.max_new_tokens} tokens, {task.shape['gamma']} guesses, T = "
             f"{sampling.temperature:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g}, "
             f"rule {task.rule}, {options.dtype}",
         )
