@@ -69,6 +69,12 @@ def add_pair(parser: argparse.ArgumentParser) -> None:
     )
     shape.add_argument("--max-beam-len", metavar="N", help="levels of the tree")
     shape.add_argument("--max-budget", metavar="N", help="nodes of the tree")
+    shape.add_argument(
+        "--as-published",
+        action="store_true",
+        help="method specexec: the likeliest tokens by the draft model's probabilities alone, "
+        "where by default they are the likeliest with the noise that is known",
+    )
     add_prompts(parser)
     add_sampling(parser)
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="(default float32)")
@@ -89,6 +95,7 @@ class Task(NamedTuple):
     rule: str
     shape: dict[str, int]
     """These are the numbers of SHAPES."""
+    coupled: bool
 
 
 def task_of(options: argparse.Namespace, method: str) -> Task:
@@ -96,6 +103,10 @@ def task_of(options: argparse.Namespace, method: str) -> Task:
 
     Raise UserError, which names the flag, for what is wrong."""
     drafts = method != "ar"
+    need(
+        method == "specexec" or not options.as_published,
+        f"--as-published is of no use to --method {method}",
+    )
     need(drafts or options.draft is None, "--draft is of no use to --method ar: leave it out")
     need(not drafts or options.draft is not None, "--draft DIR is missing: it names a draft model")
     target = local_folder(options.target, "--target", MODEL_FILES)
@@ -115,6 +126,7 @@ def task_of(options: argparse.Namespace, method: str) -> Task:
         method=method,
         rule=_rule(options.rule, method),
         shape=_shape(options, method),
+        coupled=not options.as_published,
     )
 
 
@@ -197,4 +209,4 @@ def pair_of(task: Task, models: dict[str, Whole]) -> Pair:
         grower = Branches(shape["max_n_beams"], shape["max_beam_len"])
     else:
         grower = Branches(1, shape.get("gamma", 0))
-    return Pair(models, grower, task.rule)
+    return Pair(models, grower, task.rule, task.coupled)

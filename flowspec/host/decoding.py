@@ -188,9 +188,14 @@ class Begun(NamedTuple):
 class Pair:
     """A pair is a target and a draft model, by these names, and what is made of guesses."""
 
-    def __init__(self, models: Mapping[str, Whole], grower: Grower, rule: str):
-        """`rule` is rejection or keyed; a greedy text is the same by both."""
+    def __init__(
+        self, models: Mapping[str, Whole], grower: Grower, rule: str, coupled: bool = True
+    ):
+        """`rule` is rejection or keyed; a greedy text is the same by both.
+
+        `coupled` is as for `Keyed`."""
         self._models, self._grower, self._rule = models, grower, rule
+        self._coupled = coupled
 
     def begin(self, requests: Sequence[Request], drafter: str | None) -> Begun:
         """Begin texts. What guesses is the draft model, the target itself or nothing (None)."""
@@ -212,5 +217,5 @@ class Pair:
     def _judging(self, request: Request, drafter: str | None) -> Rule:
         sampling = request.sampling
         if self._rule == "keyed" or drafter is None or sampling.temperature == 0:
-            return Keyed(sampling, self._models["target"].vocabulary)
+            return Keyed(sampling, self._models["target"].vocabulary, self._coupled)
         return Rejection(sampling)

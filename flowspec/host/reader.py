@@ -45,13 +45,19 @@ class Reader:
     """A reader reads the rows of texts that are written together, and counts."""
 
     def __init__(self, whole: Whole):
-        self._whole = whole
+        self._whole, self._sessions = whole, list[LmSession]()
         self.forwards, self.seconds = 0, 0.0
         """So many forwards were made of rows of trees, and took so many seconds, with lm_head."""
 
     def begin(self, request: Request) -> LmSession:
         """Read the prompt but for its last token, which is the first root of the text's tree."""
-        return LmSession(self._whole.model, request, None)
+        self._sessions.append(LmSession(self._whole.model, request, None))
+        return self._sessions[-1]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Return the bytes of the texts' keys and values."""
+        return sum(session.cache_bytes for session in self._sessions)
 
     def read(self, asks: Sequence[Rows]) -> list[TreeLogits]:
         """Return the logits [vocabulary], float32, after each of the nodes of different texts.

@@ -27,9 +27,6 @@ class Drawn(NamedTuple):
 class Rule(Protocol):
     """A rule is what one text's guesses are drawn and judged by."""
 
-    temperature: float
-    """The draft model's probabilities are those at this temperature."""
-
     def draw(self, logits: Tensor, position: int, branches: int) -> Drawn:
         """Return what is guessed for a position, at which so many branches go on.
 
@@ -50,9 +47,13 @@ class Keyed:
     What is equal is kept, so the text is that of plain decoding with this seed. Greedy tokens are
     the case without noise."""
 
-    def __init__(self, sampling: Sampling, vocabulary: int):
+    SPREAD = 0.6
+    """The target's logits are taken to differ from the draft model's by about so much."""
+
+    def __init__(self, sampling: Sampling, vocabulary: int, coupled: bool = True):
+        """If it is `coupled`, the noise is known to `chances` too."""
         self._sampling, self._noise = sampling, noise_for(sampling, vocabulary)
-        self.temperature = sampling.temperature or 1.0
+        self._coupled = coupled
 
     def draw(self, logits: Tensor, position: int, branches: int) -> Drawn:
         if branches == 1:  # the rest would say the same, and takes a pass over all tokens
@@ -67,6 +68,27 @@ class Keyed:
         tokens = ranked.topk(distinct(q, branches)).indices
         return Drawn(tokens.tolist(), shared(q[tokens], branches))
 
+    def chances(self, logits: Tensor, positions: Sequence[int]) -> Tensor:
+        """Return the log of the probability [n, vocabulary], float64, that a token is the target's.
+
+        `logits` [n, vocabulary] are the draft model's at these positions. Uncoupled it is that of
+        the draft model, softmax(logits / T). Coupled, the target's token is the argmax of
+        logits + T g with noise g that is known and logits that are not quite the draft model's:
+        softmax((logits + T g) / SPREAD), which is not at a loss for T = 0 either."""
+        sampling, noise = self._sampling, self._noise
+        temperature = sampling.temperature or 1.0
+        if not self._coupled:
+            return torch.log_softmax(logits.double() / temperature, -1)
+        if noise is None:
+            return torch.log_softmax(logits.double() / self.SPREAD, -1)
+        known = torch.stack([noise(position)[: logits.shape[1]] for position in positions])
+        x = (
+            torch.stack([filtered(row, sampling) for row in logits])
+            if sampling.filters
+            else logits.double() / temperature
+        )
+        return torch.log_softmax((x + known) * (temperature / self.SPREAD), -1)
+
     def judge(
         self, logits: Tensor, position: int, tokens: Sequence[int], q: Tensor | None
     ) -> tuple[int | None, int]:
@@ -79,7 +101,7 @@ class Rejection:
 
     def __init__(self, sampling: Sampling):
         assert sampling.temperature > 0 and sampling.seed is not None
-        self._sampling, self.temperature = sampling, sampling.temperature
+        self._sampling = sampling
         self._generator = torch.Generator().manual_seed(sampling.seed % (1 << 63))
 
     def draw(self, logits: Tensor, position: int, branches: int) -> Drawn:

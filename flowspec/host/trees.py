@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from flowspec.core.messages import DraftNode
-from flowspec.host.rules import Rule
+from flowspec.host.rules import Keyed, Rule
 
 Asking = Generator[Sequence[DraftNode], Tensor, "Tree"]
 """It asks for the draft model's logits [n, vocabulary] after n nodes, as often as it needs some,
@@ -79,10 +79,10 @@ class Branches(NamedTuple):
 class Likeliest(NamedTuple):
     """The nodes of the highest cumulative probability are the tree (SpecExec, arXiv 2406.02532).
 
-    That is the product of the draft model's probabilities on the way from the root. Of all nodes
-    within the length the `budget` likeliest are found: a child is never likelier than its parent,
-    so it is enough to go on from nodes that are among the likeliest so far, at most `width` of them
-    in a forward, until none is left."""
+    That is the product of the probabilities on the way from the root (`Keyed.chances`). Of all
+    nodes within the length the `budget` likeliest are found: a child is never likelier than its
+    parent, so it is enough to go on from nodes that are among the likeliest so far, at most `width`
+    of them in a forward, until none is left."""
 
     budget: int
     width: int
@@ -91,11 +91,13 @@ class Likeliest(NamedTuple):
     def grow(
         self, root: DraftNode, ids: Iterator[int], rule: Rule, position: int, height: int
     ) -> Asking:
+        assert isinstance(rule, Keyed), "what was not drawn from q cannot be kept by rejection"
         found = _Found.root(root)
         length = min(self.length, height)
         while len(ends := found.ends(length)[: self.width]):
             logits = yield [found.node(k) for k in ends]
-            found = found.with_children(ends, logits / rule.temperature, self.budget, ids)
+            chances = rule.chances(logits, [position + 1 + int(d) for d in found.depth[ends]])
+            found = found.with_children(ends, chances, self.budget, ids)
         return found.tree()
 
 
@@ -124,19 +126,18 @@ class _Found(NamedTuple):
         return np.flatnonzero(self.open & (self.depth < length))
 
     def with_children(
-        self, ends: np.ndarray, logits: Tensor, budget: int, ids: Iterator[int]
+        self, ends: np.ndarray, chances: Tensor, budget: int, ids: Iterator[int]
     ) -> _Found:
         """Return the root and the `budget` likeliest of these nodes and of the children of `ends`.
 
-        `logits` [len(ends), vocabulary] are those behind the ends."""
-        logits = logits.double()
-        best = logits.topk(min(budget, logits.shape[1]))
-        logq = (best.values - logits.logsumexp(1, keepdim=True)).clamp(max=0).numpy()
-        scores = (self.score[ends, None] + logq).ravel()
+        `chances` [len(ends), vocabulary] are the logs of the probabilities behind the ends."""
+        best = chances.topk(min(budget, chances.shape[1]))
+        # rounding may not make a child likelier than its parent
+        scores = (self.score[ends, None] + best.values.clamp(max=0).numpy()).ravel()
         # of equals the earlier is first, so no child comes before its parent
         order = np.argsort(-np.concatenate([self.score, scores]), kind="stable")[: budget + 1]
         old, new = order[order < len(self.id)], order[order >= len(self.id)] - len(self.id)
-        above = ends[new // logq.shape[1]]
+        above = ends[new // best.values.shape[1]]
         parts = (
             (self.id, np.fromiter((next(ids) for _ in new), np.int64, len(new))),
             (self.parent, self.id[above]),

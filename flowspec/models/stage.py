@@ -426,6 +426,11 @@ class CachedText:
     def __init__(self, model: StageModel):
         self.state, self._rows = StageState(), Cached(model)
 
+    @property
+    def size(self) -> int:
+        """Return the bytes of the keys and values for which there is room."""
+        return self._rows.cache.capacity * self._rows.model.row_bytes
+
     def prefill(self, rows: Tensor) -> Tensor:
         """Put rows of the text, at its end, through the model; return their features [n, hidden].
 
@@ -433,10 +438,6 @@ class CachedText:
         out = self._rows.forward(rows, self.state.extend(len(rows)))
         assert out is not None
         return out
-
-    def cut(self, at: int) -> None:
-        """Forget the text from this position on; there is no tree."""
-        self._rows.cache.gather(self.state.cut(at))
 
     def prune(self, prune: Prune) -> None:
         """Follow a decision in the books and the cache."""

@@ -210,3 +210,52 @@ def test_a_target_that_rejects_its_own_guesses_is_a_fault(pair, monkeypatch):
 def test_what_is_wrong_with_a_bench_is_one_line(pair, capsys):
     assert cli(sampling_words(pair, "--num-runs", 0)) == 2
     assert "--num-runs is 0" in capsys.readouterr().err
+
+
+# ---- bench specexec ------------------------------------------------------------------------------
+def trees_words(pair, *more):
+    words = ["bench", "specexec", "--target", pair.target, "--draft", pair.draft]
+    return [str(word) for word in (*words, "--num-runs", 2, "--max-new-tokens", 12, *more)]
+
+
+def test_a_table_of_trees_by_their_size(pair, tmp_path, capsys):
+    out = tmp_path / "runs.jsonl"
+    assert (
+        cli(
+            trees_words(
+                pair, "--max-budget", "4,20", "--max-beam-len", 3, "--as-published", "--json", out
+            )
+        )
+        == 0
+    )
+    runs = [json.loads(line) for line in out.read_text().splitlines()]
+    sides = ["ar", "specexec 4", "specexec 20", "specinfer 4", "specinfer 20"]
+    sides += ["published 4", "published 20"]
+    assert sorted(run["side"] for run in runs) == sorted(2 * sides)
+    said = capsys.readouterr().out
+    for run in runs:
+        name, _, budget = run["side"].partition(" ")
+        assert run["side"] in said and run["new_tokens"] == 12
+        iterations = run["target_forwards"]
+        if name == "ar":
+            assert iterations == 12 and run["nodes"] == 0
+            continue
+        assert run["height"] <= 3 * iterations and run["nodes"] <= int(budget) * iterations
+        assert run["height"] > 0 and run["draft_seconds"] > 0 and run["cache_mb"] > 0
+    trees = {run["side"]: run["nodes"] / run["target_forwards"] for run in runs}
+    assert trees["specexec 20"] > 10 > trees["specexec 4"]
+
+
+@pytest.mark.parametrize(
+    "words,line",
+    [
+        (["--max-budget", "0,4"], "--max-budget is 0,4"),
+        (["--max-budget", "few"], "--max-budget is 'few'"),
+        (["--gen-type", "tree"], "--gen-type: 'tree' is not known here"),
+        (["--gamma", "3"], "--gamma is of no use to --method spec"),
+    ],
+)
+def test_what_is_wrong_with_trees_is_one_line(pair, words, line, capsys):
+    assert cli(trees_words(pair, *words)) == 2
+    said = capsys.readouterr().err
+    assert line in said and said.count("\n") == 1

@@ -264,7 +264,7 @@ def likeliest(table, budget, length, temperature):
 @pytest.mark.parametrize("width", [1, 3, 100])
 def test_the_tree_is_that_of_the_likeliest_nodes(budget, width):
     table, length = logits(5)[1], 4
-    rule = Keyed(Sampling(temperature=0.8, seed=1), VOCABULARY)
+    rule = Keyed(Sampling(temperature=0.8, seed=1), VOCABULARY, coupled=False)
     growing = Likeliest(budget, width, length).grow(
         DraftNode(0, -1, 0), itertools.count(1), rule, 0, 100
     )
