@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich import box
 from rich.table import Table
 
 from flowspec.bench.rivals import asked
@@ -138,10 +137,12 @@ def table(runs: Sequence[Run], sides: Iterable[str], title: str) -> Table:
 
 def trees_table(runs: Sequence[Run], sides: Iterable[str], title: str) -> Table:
     """Return a row a side: what an iteration (a tree, a forward of the target) brings and takes."""
-    caption = "of a tree: new tokens, nodes, levels, ms of draft and target; cache in MB"
-    shown = Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    caption = (
+        "of a tree: tokens, nodes, levels, ms of draft and target; rate in tokens/s, cache in MB"
+    )
+    shown = Table(title=title, caption=caption, box=None, padding=(0, 0, 0, 2))
     shown.add_column("", no_wrap=True)
-    names = ("tokens", "tokens/s", "speed-up, pairs", "nodes", "levels", "draft", "target", "cache")
+    names = ("tokens", "rate", "speed-up", "nodes", "levels", "draft", "target", "cache")
     for name in names:
         shown.add_column(name, justify="right", no_wrap=True)
     for side in sides:
@@ -178,5 +179,5 @@ def _speed(runs: Sequence[Run], side: str) -> tuple[str, str, str]:
     return (
         f"{tokens / seconds:.1f}",
         f"{sum(alone.values()) / seconds:.2f}x",
-        f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}..{max(ratios):.2f})",
+        f"{statistics.median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})",
     )
