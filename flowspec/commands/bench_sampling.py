@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from flowspec.commands.options import DEMO_PROMPT, count
 from flowspec.commands.pair import add_pair, load, request_of, task_of
+from flowspec.errors import need
 from flowspec.files import kept_lines
 from flowspec.output import Parser
 from flowspec.preflight import check_writable
@@ -49,6 +50,11 @@ def main(words: Sequence[str]) -> int:
         )
         for k in range(runs + 1)
     ]
+    placed = task.placement
+    need(
+        not (options.against and placed and placed.emulated),
+        "--against: emulated times compare with no real ones",
+    )
     pair = load(task, options.dtype, options.threads)
     from rich.console import Console
 
@@ -61,7 +67,7 @@ def main(words: Sequence[str]) -> int:
     with kept_lines(options.json, "--json") as keep:
         for run in measure(sides, asked):
             found.append(run)
-            keep(json.dumps(run._asdict()))
+            keep(json.dumps(run._asdict() | task.facts))
     sampling = task.sampling
     Console().print(
         table(
@@ -69,7 +75,7 @@ def main(words: Sequence[str]) -> int:
             sides,
             f"{runs} texts of {sampling.max_new_tokens} tokens, {task.gamma} guesses, T = "
             f"{sampling.temperature:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g}, "
-            f"rule {task.rule}, {options.dtype}",
+            f"rule {task.rule}, {options.dtype}" + (f", {placed.words}" if placed else ""),
         )
     )
     return 0

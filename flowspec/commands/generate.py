@@ -95,6 +95,7 @@ def _one(task: Task, request: Request, pair: Pair, options: argparse.Namespace) 
         "origins": dict(origins),
         "temperature": request.sampling.temperature,
         "seed": request.sampling.seed,
+        **task.facts,
         **forwards(),
     }
     if options.verbose:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowspec.commands.options import (
     add_prompts,
@@ -13,10 +14,12 @@ from flowspec.commands.options import (
     given_prompts,
     given_sampling,
 )
+from flowspec.commands.placing import add_offload, in_runs, placement_of
 from flowspec.core.request import Request, Sampling
 from flowspec.errors import UserError, need
 from flowspec.models.families import read_config
 from flowspec.models.hub import MODEL_FILES, local_folder
+from flowspec.models.placement import Placement
 from flowspec.preflight import check_prompt
 from flowspec.text import Text, check_same_tokens, load_tokenizer
 
@@ -52,6 +55,7 @@ def add_pair(parser: argparse.ArgumentParser) -> None:
     add_sampling(parser)
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="(default float32)")
     parser.add_argument("--threads", metavar="N", help="threads to compute with (default: torch's)")
+    add_offload(parser)
 
 
 class Task(NamedTuple):
@@ -66,6 +70,14 @@ class Task(NamedTuple):
     """A text has at most so many tokens, prompt and all."""
     rule: str
     gamma: int
+    placement: Placement | None
+    """The target's layers are there; None means on a CPU, like the draft model's."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Return what a result says of the placement."""
+        where = self.placement and (self.placement.offload or "auto")
+        return {"offload": where, "emulated": bool(self.placement and self.placement.emulated)}
 
 
 def task_of(options: argparse.Namespace, drafts: bool) -> Task:
@@ -90,6 +102,7 @@ def task_of(options: argparse.Namespace, drafts: bool) -> Task:
         positions=positions,
         rule=SAME.get(options.rule, options.rule),
         gamma=count(options.gamma, "--gamma"),
+        placement=placement_of(options),
     )
 
 
@@ -131,10 +144,16 @@ def load(task: Task, dtype: str, threads: str | None) -> Pair:
 
     if threads is not None:
         torch.set_num_threads(count(threads, "--threads"))
-    vocabulary = read_config(task.target)["vocab_size"]
-    folders = {"target": task.target} | ({"draft": task.draft} if task.draft else {})
-    models = {
-        name: Whole.load(folder, getattr(torch, dtype), "cpu", vocabulary)
-        for name, folder in folders.items()
-    }
+    vocabulary, kind = read_config(task.target)["vocab_size"], getattr(torch, dtype)
+    placed, device = task.placement, "cpu"
+    if placed:
+        target = Whole.placed(task.target, kind, placed, vocabulary)
+        device = str(target.model.device)
+        if placed.offload is None:
+            print(f"layers: {in_runs(target.places)}", file=sys.stderr)
+    else:
+        target = Whole.load(task.target, kind, device, vocabulary)
+    models = {"target": target}
+    if task.draft:
+        models["draft"] = Whole.load(task.draft, kind, device, vocabulary)
     return Pair(models, task.rule, task.gamma)

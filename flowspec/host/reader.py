@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowspec.draft.rows import PREFILL_ROWS
+from flowspec.models.placement import Placement
 from flowspec.models.stage import CachedText, Head, StageModel, load_whole, rehearse
 
 
@@ -19,6 +20,8 @@ class Whole(NamedTuple):
     model: StageModel
     head: Head
     vocabulary: int
+    places: Sequence[str] = ()
+    """The layers are there, in words, if they have a placement."""
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype, device: str, vocabulary: int) -> Whole:
@@ -26,6 +29,16 @@ class Whole(NamedTuple):
         model, head = load_whole(folder, dtype, device)
         rehearse(model, head)
         return cls(model, head, min(vocabulary, head.vocabulary))
+
+    @classmethod
+    def placed(
+        cls, folder: Path, dtype: torch.dtype, placement: Placement, vocabulary: int
+    ) -> Whole:
+        """Load a checkpoint whose layers are somewhere else. Raise UserError as `load` does."""
+        from flowspec.models.offload import load_placed
+
+        model, head, places = load_placed(folder, dtype, placement)
+        return cls(model, head, min(vocabulary, head.vocabulary), places)
 
 
 class Reader:
