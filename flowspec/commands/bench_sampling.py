@@ -65,7 +65,7 @@ def main(words: Sequence[str]) -> int:
         sides |= transformers(task.target, task.draft, options.dtype)
     found = []
     with kept_lines(options.json, "--json") as keep:
-        for run in measure(sides, asked):
+        for run in measure(sides, asked, exact=placed is None):
             found.append(run)
             keep(json.dumps(run._asdict() | task.facts))
     sampling = task.sampling

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -27,10 +28,10 @@ from torch import Tensor, nn
 
 from flowspec.comm.base import Clock
 from flowspec.errors import need
-from flowspec.models.families import family_of, layer_of, module_tensors, read_config
+from flowspec.models.families import LAYER_NAME, family_of, layer_of, module_tensors, read_config
 from flowspec.models.placement import Placement
 from flowspec.models.stage import Head, StageModel, load_whole, stored_as
-from flowspec.models.weights import Checkpoint, Portion
+from flowspec.models.weights import Checkpoint, Portion, torch_dtype
 
 BUFFERS = 2
 """So many streamed layers hold weights: the one that computes, and the next."""
@@ -46,18 +47,55 @@ class Store(Protocol):
 class Disk:
     """The layers stay in the checkpoint's files: nothing is written, so nothing is left behind."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype):
-        """Read tensors as `dtype`. Raise UserError if the checkpoint's index is damaged."""
-        self._checkpoint, self._dtype = Checkpoint(folder), dtype
-        self._family = family_of(read_config(folder))
+    def __init__(self, folder: Path, dtype: torch.dtype, rooms: Sequence[Room] = ()):
+        """Read tensors as `dtype`. Raise UserError if the checkpoint's index is damaged.
+
+        If there are rooms, the layers that are read lie in them by turns."""
+        self._checkpoint, self.dtype = Checkpoint(folder), dtype
+        self._family, self._rooms = family_of(read_config(folder)), cycle(rooms or [None])
         self._names: dict[int | None, list[str]] = {}
         for name in self._checkpoint.names:
             self._names.setdefault(layer_of(name), []).append(name)
 
     def read(self, layer: int) -> Iterator[tuple[str, Tensor]]:
-        file, prefix = Portion(self._checkpoint, self._names.get(layer, [])), f"layers.{layer}."
-        for name, tensor in module_tensors(file, self._family, 0, stored_as(self._dtype)):
+        prefix, names = f"layers.{layer}.", self._names.get(layer, [])
+        file = _Lodged(self._checkpoint, names, next(self._rooms))
+        for name, tensor in module_tensors(file, self._family, 0, stored_as(self.dtype)):
             yield name.removeprefix(prefix), tensor
+
+
+class Room:
+    """A room is memory for a layer, which is used again: new pages cost more than what is read.
+
+    For a GPU it is pinned."""
+
+    def __init__(self, pinned: bool):
+        self._pinned = pinned
+        self._tensors: dict[object, Tensor] = {}
+
+    def of(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return where this tensor of any layer may lie."""
+        match = LAYER_NAME.fullmatch(name)
+        key = (match and match[2], *shape, dtype)
+        if key not in self._tensors:
+            self._tensors[key] = torch.empty(tuple(shape), dtype=dtype, pin_memory=self._pinned)
+        return self._tensors[key]
+
+
+class _Lodged(Portion):
+    """What is read of this portion lies in a room, if there is one."""
+
+    def __init__(self, checkpoint: Checkpoint, names: Sequence[str], room: Room | None):
+        super().__init__(checkpoint, names)
+        self._room = room
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        if self._room is None:
+            return super().read(name, dtype)
+        info = self.info(name)
+        out = self._room.of(name, info.shape, dtype or torch_dtype(info.dtype))
+        self.read_into(name, out)
+        return out
 
 
 class Host:
@@ -347,10 +385,13 @@ def _put(
     model: StageModel, apart: Mapping[int, Place], disk: Disk, device: torch.device, folder: Path
 ) -> dict[int, Streamed]:
     """Put layers where they stay, and return those that are streamed."""
-    in_host = [k for k, place in apart.items() if place.store == "cpu"]
+    in_host, pinned = (
+        [k for k, place in apart.items() if place.store == "cpu"],
+        device.type == "cuda",
+    )
     stores: dict[str, Store] = {
-        "disk": disk,
-        "cpu": Host(disk, in_host, pinned=device.type == "cuda"),
+        "disk": Disk(folder, disk.dtype, [Room(pinned) for _ in range(BUFFERS)]),
+        "cpu": Host(disk, in_host, pinned),
     }
     streamed = {}
     for k, place in apart.items():
