@@ -3,7 +3,7 @@
 ZeRO's third stage takes the parameters out of a module and brings them back around each submodule's
 forward, the next ones ahead of time (arXiv 2207.00032, section 6). The module is the StageModel,
 without what stays on the device. DeepSpeed wants a process group; that of this one process is in
-memory and listens to nobody.
+memory, and listens on loopback only.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def partition(model: StageModel, device: torch.device, nvme: Path | None) -> Non
     Raise UserError if the disk cannot be used."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     with contextlib.redirect_stdout(sys.stderr):  # it tells there what it builds
         import deepspeed
 

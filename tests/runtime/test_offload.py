@@ -221,6 +221,54 @@ def test_a_model_of_one_layer_streams_too(tmp_path, pair):
         assert torch.allclose(Reader(whole).logits([1, 2, 3], 1), want, atol=1e-5)
 
 
+@ACCELERATE
+def test_a_gpu_has_computed_before_a_layer_goes_and_copied_before_one_is_used(monkeypatch):
+    """The order of what the ring asks of CUDA, with all of that made up."""
+    from flowspec.models.offload import Ring, Streamed
+
+    log = []
+
+    class Made:
+        def __init__(self, *what):
+            self.what = what
+
+        def record_event(self):
+            return Made("computed", sum(what == "compute" for what, *_ in log) - 1)
+
+        def synchronize(self):
+            log.append(self.what)
+
+        __enter__ = __exit__ = lambda self, *_: None
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Made("copied"))
+    for name in ("current_stream", "stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, Made)
+    ring = Ring(
+        [
+            Streamed(lambda k=k: log.append(("fetch", k)), lambda k=k: log.append(("drop", k)))
+            for k in range(3)
+        ],
+        torch.device("cuda:0"),
+    )
+    for turn in (0, 1, 2, 0, 1, 2):
+        ring.arrived(turn)
+        log.append(("compute", turn))
+        ring.let_go(turn)
+    ring._thread.shutdown()
+    # the fetching thread's steps, in its order: each drop behind its event, each copy awaited
+    steps = [entry for entry in log if entry[0] != "compute"]
+    first, rest = steps[:4], steps[4:]
+    assert first == [("fetch", 0), ("copied",), ("fetch", 1), ("copied",)]
+    for n, k in enumerate((0, 1, 2, 0, 1, 2)):
+        event, *others = rest[4 * n : 4 * n + 4]
+        assert event == ("computed", n)
+        assert others == [("drop", k), ("fetch", (k + 2) % 3), ("copied",)]
+    for n, entry in enumerate(log):
+        if entry[0] == "compute":  # the copy that it needs has been awaited
+            turn = sum(what == "compute" for what, *_ in log[:n])
+            assert log[:n].count(("copied",)) > turn
+
+
 class Still(Clock):
     """A clock that only its sleeper moves."""
 
