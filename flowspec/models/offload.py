@@ -318,7 +318,8 @@ def _room(placement: Placement) -> dict[int | str, int]:
     asked = {name: size for name, size in (placement.memory or {}).items() if name != "disk"}
     for name in asked:
         need(name == "cpu" or int(name) < here, f"--max-memory names GPU {name}, torch sees {here}")
-    return get_max_memory(asked or None)
+    found = get_max_memory(asked or None)
+    return {"cpu" if name == "mps" else name: size for name, size in found.items()}
 
 
 def _found(places: Mapping[str, int | str], module: str) -> int | str:
@@ -385,10 +386,8 @@ def _put(
     model: StageModel, apart: Mapping[int, Place], disk: Disk, device: torch.device, folder: Path
 ) -> dict[int, Streamed]:
     """Put layers where they stay, and return those that are streamed."""
-    in_host, pinned = (
-        [k for k, place in apart.items() if place.store == "cpu"],
-        device.type == "cuda",
-    )
+    in_host = [k for k, place in apart.items() if place.store == "cpu"]
+    pinned = device.type == "cuda"
     stores: dict[str, Store] = {
         "disk": Disk(folder, disk.dtype, [Room(pinned) for _ in range(BUFFERS)]),
         "cpu": Host(disk, in_host, pinned),

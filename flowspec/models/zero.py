@@ -40,7 +40,8 @@ def partition(model: StageModel, device: torch.device, nvme: Path | None) -> Non
         import deepspeed
 
         if not dist.is_initialized():
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         settings = _settings(model, device, nvme)
         stays = {name: getattr(model, name) for name in STAY}
         for name in STAY:

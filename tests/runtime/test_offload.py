@@ -17,12 +17,12 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from flowspec.bench.sampling import SIDES
 from flowspec.cli import main as cli
-from flowspec.comm.base import Clock
 from flowspec.files import ROOT
 from flowspec.host.reader import Reader, Whole
 from flowspec.host.speculative import Rejection
 from flowspec.models import placement
 from flowspec.models.placement import Placement, memory_of
+from tests.clock import VirtualClock
 from tests.runtime.test_generate import keyed, sampling_words, written
 from tests.runtime.test_identity import PROMPTS, SAMPLED
 
@@ -269,26 +269,12 @@ def test_a_gpu_has_computed_before_a_layer_goes_and_copied_before_one_is_used(mo
             assert log[:n].count(("copied",)) > turn
 
 
-class Still(Clock):
-    """A clock that only its sleeper moves."""
-
-    def __init__(self):
-        self.time = 100.0
-
-    def now(self):
-        return self.time
-
-    def sleep(self, seconds):
-        assert seconds >= 0
-        self.time += seconds
-
-
 @ACCELERATE
 @pytest.mark.parametrize("gb", [13.5, None])
 def test_a_forward_over_an_emulated_link_takes_what_it_streams(pair, monkeypatch, gb):
     from flowspec.models import offload
 
-    clock = Still()
+    clock = VirtualClock()
     monkeypatch.setattr(offload, "Clock", lambda: clock)
     whole = placed(pair.target, Placement("cpu", gbps=25.0, gb=gb))
     drained(whole)
@@ -308,20 +294,20 @@ def test_a_forward_over_an_emulated_link_takes_what_it_streams(pair, monkeypatch
 def test_a_link_carries_one_layer_at_a_time_from_when_there_is_room():
     from flowspec.models.offload import Link
 
-    clock = Still()
-    link = Link(2.0, clock)
-    link.carry(100.0)
-    assert clock.time == 102.0
-    link.carry(101.0)  # asked for while the link was busy
-    assert clock.time == 104.0
-    clock.time = 110.0
-    link.carry(109.0)  # what has really taken a second takes one more
-    assert clock.time == 111.0
-    clock.time = 120.0
-    link.carry(111.0)  # it has taken nine seconds
-    assert clock.time == 120.0
-    link.carry(120.0)
-    assert clock.time == 122.0
+    clock = VirtualClock()
+    link, begun = Link(2.0, clock), clock.time
+    link.carry(begun)
+    assert clock.time - begun == 2
+    link.carry(begun + 1)  # asked for while the link was busy
+    assert clock.time - begun == 4
+    clock.time += 6
+    link.carry(begun + 9)  # what has really taken a second takes one more
+    assert clock.time - begun == 11
+    clock.time += 9
+    link.carry(begun + 11)  # it has really taken nine
+    assert clock.time - begun == 20
+    link.carry(begun + 20)
+    assert clock.time - begun == 22
 
 
 # ---- a map over devices --------------------------------------------------------------------------
