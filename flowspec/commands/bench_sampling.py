@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from flowspec.commands.options import DEMO_PROMPT, count
 from flowspec.commands.pair import Task, add_pair, models_of, pair_of, request_of, task_of
 from flowspec.core.request import Request
+from flowspec.errors import need
 from flowspec.files import kept_lines
 from flowspec.output import Parser
 from flowspec.preflight import check_writable
@@ -54,13 +55,13 @@ def requests_of(task: Task, n: int) -> list[Request]:
     return [dataclasses.replace(request, eos=frozenset()) for request in requests]
 
 
-def kept(runs: Iterable[Run], path: str | None) -> list[Run]:
+def kept(runs: Iterable[Run], path: str | None, task: Task) -> list[Run]:
     """Return the runs, a line of each of which is written to a file as it comes."""
     found = []
     with kept_lines(path, "--json") as keep:
         for run in runs:
             found.append(run)
-            keep(json.dumps(run.record()))
+            keep(json.dumps(run.record() | task.facts))
     return found
 
 
@@ -69,6 +70,11 @@ def main(words: Sequence[str]) -> int:
     check_writable(options.json)
     task = task_of(options, "speculative")
     asked = requests_of(task, count(options.num_runs, "--num-runs") + 1)
+    placed = task.placement
+    need(
+        not (options.against and placed and placed.emulated),
+        "--against: emulated times compare with no real ones",
+    )
     pair = pair_of(task, models_of(task, options.dtype, options.threads))
     from rich.console import Console
 
@@ -77,7 +83,7 @@ def main(words: Sequence[str]) -> int:
     sides = own(pair)
     if options.against and task.draft:
         sides |= transformers(task.target, task.draft, options.dtype)
-    found = kept(measure(sides, asked), options.json)
+    found = kept(measure(sides, asked, exact=placed is None), options.json, task)
     sampling = task.sampling
     Console().print(
         table(
@@ -85,7 +91,7 @@ def main(words: Sequence[str]) -> int:
             sides,
             f"{len(asked) - 1} texts of {sampling.max_new_tokens} tokens, {task.shape['gamma']} guesses, T = "
             f"{sampling.temperature:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g}, "
-            f"rule {task.rule}, {options.dtype}",
+            f"rule {task.rule}, {options.dtype}" + (f", {placed.words}" if placed else ""),
         )
     )
     return 0

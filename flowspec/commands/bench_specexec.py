@@ -27,6 +27,13 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--gen-type", default=",".join(TYPES), metavar="M,M", help=f"of {', '.join(TYPES)} (both)"
     )
+    parser.add_argument(
+        "--zero",
+        action="store_const",
+        dest="offload",
+        const="deepspeed",
+        help="the same as --offload deepspeed",
+    )
     parser.add_argument("--num-runs", default="10", metavar="N", help="texts a row (default 10)")
     parser.add_argument("--json", metavar="FILE", help="write a line a run")
     parser.set_defaults(**DEFAULTS)
@@ -53,11 +60,17 @@ def main(words: Sequence[str]) -> int:
 
     sides = {"ar": written(pair_of(some, models), None)}
     sides |= {name: written(pair_of(task, models), "draft") for name, task in tasks.items()}
-    found = kept(measure(sides, asked), options.json)
+    found = kept(measure(sides, asked), options.json, some)
     sampling = some.sampling
     title = f"{len(asked) - 1} texts of {sampling.max_new_tokens} tokens, T = "
     title += f"{sampling.temperature:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g}, "
-    Console().print(trees_table(found, sides, title + options.dtype))
+    Console().print(
+        trees_table(
+            found,
+            sides,
+            title + options.dtype + (f", {some.placement.words}" if some.placement else ""),
+        )
+    )
     return 0
 
 

@@ -154,6 +154,7 @@ class _Text:
             "temperature": request.sampling.temperature,
             "seed": request.sampling.seed,
             "target_forwards": len(self._times),
+            **task.facts,
             "draft_forwards": self._asked,
             "drafted": self._nodes,
         }

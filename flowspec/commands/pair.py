@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowspec.commands.options import (
     add_prompts,
@@ -13,10 +14,12 @@ from flowspec.commands.options import (
     given_prompts,
     given_sampling,
 )
+from flowspec.commands.placing import add_offload, in_runs, placement_of
 from flowspec.core.request import Request, Sampling
 from flowspec.errors import UserError, need
 from flowspec.models.families import read_config
 from flowspec.models.hub import MODEL_FILES, local_folder
+from flowspec.models.placement import Placement
 from flowspec.preflight import check_prompt
 from flowspec.text import Text, check_same_tokens, load_tokenizer
 
@@ -79,6 +82,7 @@ def add_pair(parser: argparse.ArgumentParser) -> None:
     add_sampling(parser)
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="(default float32)")
     parser.add_argument("--threads", metavar="N", help="threads to compute with (default: torch's)")
+    add_offload(parser)
 
 
 class Task(NamedTuple):
@@ -96,6 +100,14 @@ class Task(NamedTuple):
     shape: dict[str, int]
     """These are the numbers of SHAPES."""
     coupled: bool
+    placement: Placement | None
+    """The target's layers are there; None means on a CPU, like the draft model's."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Return what a result says of the placement."""
+        where = self.placement and (self.placement.offload or "auto")
+        return {"offload": where, "emulated": bool(self.placement and self.placement.emulated)}
 
 
 def task_of(options: argparse.Namespace, method: str) -> Task:
@@ -127,6 +139,7 @@ def task_of(options: argparse.Namespace, method: str) -> Task:
         rule=_rule(options.rule, method),
         shape=_shape(options, method),
         coupled=not options.as_published,
+        placement=placement_of(options),
     )
 
 
@@ -188,12 +201,19 @@ def models_of(task: Task, dtype: str, threads: str | None) -> dict[str, Whole]:
 
     if threads is not None:
         torch.set_num_threads(count(threads, "--threads"))
-    vocabulary = read_config(task.target)["vocab_size"]
-    folders = {"target": task.target} | ({"draft": task.draft} if task.draft else {})
-    return {
-        name: Whole.load(folder, getattr(torch, dtype), "cpu", vocabulary)
-        for name, folder in folders.items()
-    }
+    vocabulary, kind = read_config(task.target)["vocab_size"], getattr(torch, dtype)
+    placed, device = task.placement, "cpu"
+    if placed:
+        target = Whole.placed(task.target, kind, placed, vocabulary)
+        device = str(target.model.device)
+        if placed.offload is None:
+            print(f"layers: {in_runs(target.places)}", file=sys.stderr)
+    else:
+        target = Whole.load(task.target, kind, device, vocabulary)
+    models = {"target": target}
+    if task.draft:
+        models["draft"] = Whole.load(task.draft, kind, device, vocabulary)
+    return models
 
 
 def pair_of(task: Task, models: dict[str, Whole]) -> Pair:

@@ -15,6 +15,7 @@ from flowspec.core.request import Request
 from flowspec.draft.lm import LmSession
 from flowspec.models.device import on_host
 from flowspec.models.logits import TreeLogits
+from flowspec.models.placement import Placement
 from flowspec.models.stage import Head, StageModel, load_whole, rehearse, verify_together
 
 
@@ -32,6 +33,8 @@ class Whole(NamedTuple):
     model: StageModel
     head: Head
     vocabulary: int
+    places: Sequence[str] = ()
+    """The layers are there, in words, if they have a placement."""
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype, device: str, vocabulary: int) -> Whole:
@@ -39,6 +42,16 @@ class Whole(NamedTuple):
         model, head = load_whole(folder, dtype, device)
         rehearse(model, head)
         return cls(model, head, min(vocabulary, head.vocabulary))
+
+    @classmethod
+    def placed(
+        cls, folder: Path, dtype: torch.dtype, placement: Placement, vocabulary: int
+    ) -> Whole:
+        """Load a checkpoint whose layers are somewhere else. Raise UserError as `load` does."""
+        from flowspec.models.offload import load_placed
+
+        model, head, places = load_placed(folder, dtype, placement)
+        return cls(model, head, min(vocabulary, head.vocabulary), places)
 
 
 class Reader:

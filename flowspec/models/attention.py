@@ -36,6 +36,16 @@ class Seen:
         self.in_order = in_order and self.rows == 1
         """Attention lays keys and values out in the order of positions."""
 
+        self._twins: dict[torch.device, Seen] = {}
+
+    def to(self, device: torch.device) -> Seen:
+        """Return the same for layers on this device, which may be another."""
+        if device == self._device:
+            return self
+        if device not in self._twins:
+            self._twins[device] = Seen(self._admitted, device, self.in_order)
+        return self._twins[device]
+
     @cached_property
     def unseen(self) -> Tensor:
         """Return which cache rows from base on each row must not see, bool [n, length - base]."""

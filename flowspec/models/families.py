@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from flowspec.models.autotp import JoinedFile
-    from flowspec.models.weights import TensorFile
+    from flowspec.models.weights import Portion, TensorFile
 
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
@@ -240,7 +240,7 @@ EXPERT_NAME = re.compile(r"(layers\.\d+\.)block_sparse_moe\.experts\.(\d+)\.w([1
 
 
 def module_tensors(
-    file: TensorFile | JoinedFile,
+    file: TensorFile | JoinedFile | Portion,
     family: Family,
     first_layer: int,
     dtype: torch.dtype | None = None,
@@ -271,7 +271,7 @@ def _local_name(name: str, first_layer: int) -> str:
 
 
 def _fused(
-    file: TensorFile | JoinedFile,
+    file: TensorFile | JoinedFile | Portion,
     names: list[str],
     parts: tuple[str, ...],
     dtype: torch.dtype | None,

@@ -25,12 +25,12 @@ from flowspec.models import attention, jit, kernels, native, vector
 from flowspec.models.attention import Seen
 from flowspec.models.cache import Caches, Part, RowCache, joined, split
 from flowspec.models.device import on_host, placed
-from flowspec.models.families import HEAD, family_of, module_tensors, read_config
+from flowspec.models.families import HEAD, family_of, layer_of, module_tensors, read_config
 from flowspec.models.kernels import PackedLinear
 from flowspec.models.manifest import Manifest
 from flowspec.models.parallel import Megatron, ParallelLayer, Way, embedded
 from flowspec.models.shard import narrowed
-from flowspec.models.weights import Checkpoint, TensorFile
+from flowspec.models.weights import Checkpoint, Portion, TensorFile
 
 Needed = Callable[[], bool]
 ALWAYS: Needed = lambda: True  # noqa: E731
@@ -79,15 +79,25 @@ class StageModel(nn.Module):
         self.eval()
 
     def load(
-        self, tensors: Iterable[tuple[str, Tensor]], device: str, source: str, dtype: torch.dtype
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        device: str,
+        source: str,
+        dtype: torch.dtype,
+        apart: Iterable[int] = (),
     ) -> StageModel:
         """Take each tensor as it comes (the caller holds one at a time) and return the model.
 
         On a CPU that has kernels for `dtype` the matrices are packed as they come, and everything
-        else is float32 (kernels.py). Raise UserError if tensors are missing or of another shape."""
+        else is float32 (kernels.py). Raise UserError if tensors are missing or of another shape.
+        The layers `apart` have none: they stay on the meta device, as the dtype of the rows."""
         waiting = dict(self.named_parameters())
         packs = not self._whole and packs_weights(self.config.to_dict(), dtype, device)
         self.dtype = torch.float32 if packs else dtype
+        for k in apart:
+            self.layers[k].to(self.dtype).requires_grad_(False)
+            for name, _ in self.layers[k].named_parameters(f"layers.{k}"):
+                del waiting[name]
         for name, tensor in tensors:
             expected = waiting.pop(name, None)
             if expected is None:
@@ -627,20 +637,18 @@ def load_whole(
     dtype: torch.dtype,
     device: str,
     progress: Callable[[int], None] = lambda size: None,
+    apart: Container[int] = (),
 ) -> tuple[StageModel, Head]:
     """Return a whole checkpoint as one stage and its head, which is a draft model.
 
-    `progress` is as for `load_stage`."""
+    `progress` is as for `load_stage`. Nothing is read of the layers `apart` (offload.py)."""
     config, checkpoint = read_config(folder), Checkpoint(folder)
-    family = family_of(config)
-    model = StageModel(config, config["num_hidden_layers"], first=True, last=True)
-    files = {checkpoint.file(name).path: checkpoint.file(name) for name in checkpoint.names}
-    tensors = (
-        pair
-        for file in files.values()
-        for pair in module_tensors(file, family, 0, stored_as(dtype))
-    )
-    model.load(_counted(tensors, progress), device, str(folder), dtype)
+    layers = range(config["num_hidden_layers"])
+    model = StageModel(config, len(layers), first=True, last=True)
+    here = [name for name in checkpoint.names if layer_of(name) not in apart]
+    tensors = module_tensors(Portion(checkpoint, here), family_of(config), 0, stored_as(dtype))
+    left_out = [k for k in layers if k in apart]
+    model.load(_counted(tensors, progress), device, str(folder), dtype, left_out)
     tied = HEAD not in checkpoint.names
     need(
         not tied or bool(config.get("tie_word_embeddings")),

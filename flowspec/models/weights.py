@@ -290,6 +290,22 @@ class Checkpoint:
         raise UserError(_no_checkpoint(self.folder))
 
 
+class Portion:
+    """A portion is some tensors of a checkpoint, of whatever shards, read as those of one file."""
+
+    def __init__(self, checkpoint: Checkpoint, names: Sequence[str]):
+        self._checkpoint, self.names = checkpoint, names
+
+    def info(self, name: str) -> TensorInfo:
+        return self._checkpoint.info(name)
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return self._checkpoint.file(name).read(name, dtype)
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        self._checkpoint.file(name).read_into(name, out)
+
+
 def _shards_of_index(folder: Path) -> dict[str, str]:
     try:
         shard_of = json.loads((folder / INDEX).read_bytes())["weight_map"]
