@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowspec.errors import UserError
+from flowspec.models.quantised import Tensors, quantisation
 
 if TYPE_CHECKING:
     import torch
-
-    from flowspec.models.autotp import JoinedFile
-    from flowspec.models.weights import TensorFile
 
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
@@ -116,11 +114,7 @@ def check_config(config: dict) -> None:
                 f"config.json: rope type {kind} changes with the length of the text and is not "
                 "supported"
             )
-    if config.get("quantization_config"):
-        raise UserError(
-            "config.json: quantization_config: quantized checkpoints are not supported, give the "
-            "unquantized one"
-        )
+    quantisation(config)
 
 
 def family_of(config: dict) -> Family:
@@ -240,7 +234,7 @@ EXPERT_NAME = re.compile(r"(layers\.\d+\.)block_sparse_moe\.experts\.(\d+)\.w([1
 
 
 def module_tensors(
-    file: TensorFile | JoinedFile,
+    file: Tensors,
     family: Family,
     first_layer: int,
     dtype: torch.dtype | None = None,
@@ -271,7 +265,7 @@ def _local_name(name: str, first_layer: int) -> str:
 
 
 def _fused(
-    file: TensorFile | JoinedFile,
+    file: Tensors,
     names: list[str],
     parts: tuple[str, ...],
     dtype: torch.dtype | None,
