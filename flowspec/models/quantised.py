@@ -127,7 +127,7 @@ def quantisation(config: dict) -> Quantisation | None:
     """Return how the checkpoint of this config.json is quantised; None if it is not.
 
     Raise UserError, by name, for what is not supported."""
-    about = config.get(SECTION) or config.get("compression_config")
+    about = config.get(SECTION)
     if not about:
         return None
     need(isinstance(about, dict), f"config.json: {SECTION} is {about!r}: it must be an object")

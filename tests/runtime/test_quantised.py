@@ -13,6 +13,7 @@ from flowspec.models.families import check_config
 from flowspec.models.manifest import Manifest
 from flowspec.models.quantised import Dequantised, plain
 from flowspec.models.stage import load_head, load_stage, load_whole
+from flowspec.models.unsplit import load_unsplit
 from flowspec.models.weights import Checkpoint
 from tests.quantised import FORMATS, save_quantised, scheme, section
 from tests.stages import Hand
@@ -262,3 +263,23 @@ def test_a_quantised_checkpoint_is_neither_converted_nor_cut_into_shards(tmp_pat
     words = ["--model", str(tmp_path / "whole"), "--stages", "2", "--output", str(tmp_path / "out")]
     assert split([*words, *more]) == 2
     assert f"{more[0]}: the layers of a quantised checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("family", "form"), [("llama", "packed"), ("mixtral", "gptq")])
+def test_transformers_gets_the_plain_matrices(tmp_path, family, form):
+    """For `verify --reference` and the rivals: transformers would need a package for each format."""
+    wanted = made(tmp_path, family, form)
+    model = load_unsplit(tmp_path, "float32", "--reference")
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS[None]).logits[0], wanted)
+
+
+def test_what_transformers_cannot_have_is_one_line(tmp_path):
+    made(tmp_path, "llama", "gptq")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UserError, match="--reference: .* quant_method 'bitsandbytes' is not supported"
+    ):
+        load_unsplit(tmp_path, "float32", "--reference")
