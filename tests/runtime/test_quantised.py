@@ -280,6 +280,6 @@ def test_what_transformers_cannot_have_is_one_line(tmp_path):
     config |= {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        UserError, match="--reference: .* quant_method 'bitsandbytes' is not supported"
+        UserError, match=r"--reference: .* quant_method 'bitsandbytes' is not supported"
     ):
         load_unsplit(tmp_path, "float32", "--reference")
