@@ -471,17 +471,25 @@ def dequantise(layout: Layout, numbers: Numbers, read: dict[str, Tensor], out: T
         z = z[:outputs].to(s.dtype)
     else:
         z = torch.tensor([[numbers.middle]], dtype=s.dtype)
-    s, z = (some.expand(outputs, s.shape[1]) for some in (s, z))
-    q = _integers(read[layout.weight], layout, numbers.bits, layout.packed)[:, :inputs]
-    group = (
-        read[layout.index].long()
-        if layout.index in read
-        else torch.arange(inputs) // (numbers.group or inputs)
-    )
+    s, z = (some.expand(outputs, s.shape[1]).contiguous() for some in (s, z))
+    q = _integers(read[layout.weight], layout, numbers.bits, layout.packed)[:, :inputs].contiguous()
+    size, index = numbers.group or inputs, read.get(layout.index)
+    if index is not None and torch.equal(index, torch.arange(inputs, dtype=index.dtype) // size):
+        index = None  # many files write down that neighbours are a group
     step = max(1, BLOCK // inputs)
     for start in range(0, outputs, step):
         rows = slice(start, start + step)
-        out[rows] = (q[rows].to(s.dtype) - z[rows][:, group]) * s[rows][:, group]
+        scales, zeros = (_of_inputs(some[rows], inputs, size, index) for some in (s, z))
+        out[rows] = (q[rows].to(s.dtype) - zeros) * scales
+
+
+def _of_inputs(table: Tensor, inputs: int, size: int, index: Tensor | None) -> Tensor:
+    """Return as [rows, inputs] what [rows, groups] says of groups.
+
+    Input i is of group index[i], or if there is no index of group i // size."""
+    if index is not None:
+        return table[:, index.long()]
+    return table[:, :, None].expand(-1, -1, size).flatten(1)[:, :inputs]
 
 
 def _table(stored: Tensor, layout: Layout) -> Tensor:
