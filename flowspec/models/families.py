@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -78,8 +78,8 @@ FAMILIES = {
 CONFIG = "config.json"
 
 
-def read_config(folder: Path) -> dict:
-    """Return the config.json of a checkpoint or a stage.
+def read_config(folder: Path, card: Callable[[dict], dict] = lambda config: config) -> dict:
+    """Return the config.json of a checkpoint or a stage, or what `card` makes of it.
 
     Raise UserError if it cannot be read, or if its model would not be computed right."""
     path = folder / CONFIG
@@ -92,6 +92,7 @@ def read_config(folder: Path) -> dict:
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a JSON object")
     try:
+        config = card(config)
         check_config(config)
     except UserError as error:
         raise UserError(f"{folder}/{error}") from None
