@@ -60,7 +60,8 @@ def told_kind(config: dict) -> str | None:
     if SPECULATORS in config:
         return config[SPECULATORS]
     named = any("eagle3" in str(name).lower() for name in config.get("architectures") or [])
-    return "eagle3" if named or "draft_vocab_size" in config or READS in config else None
+    only3 = ("draft_vocab_size", READS, "eagle_config")
+    return "eagle3" if named or any(key in config for key in only3) else None
 
 
 def kind_of(folder: Path) -> str:

@@ -334,7 +334,7 @@ class Linear:
             )
         layout, numbers = self.layout, self.numbers
         outputs, inputs = self._size()
-        groups = math.ceil(inputs / (numbers.group or inputs))
+        groups = self._groups(inputs)
         if layout.index in self.parts:
             self._fits(layout.index, (inputs,))
         alone = ((1,), (1, 1)) if layout is PLAIN and groups == 1 else ()
@@ -350,7 +350,7 @@ class Linear:
         shape = self.info().shape
         read = {leaf: self.file.read(name) for leaf, name in self.parts.items()}
         if self.layout.index in read:
-            groups = math.ceil(shape[1] / (self.numbers.group or shape[1]))
+            groups = self._groups(shape[1])
             named = read[self.layout.index].aminmax()
             strange = [int(k) for k in named if not 0 <= k < groups]
             need(
@@ -364,6 +364,9 @@ class Linear:
     def _each(self) -> int:
         """Return how many integers lie in a stored one."""
         return 1 if self.layout.packed is None else WORD // self.numbers.bits
+
+    def _groups(self, inputs: int) -> int:
+        return math.ceil(inputs / (self.numbers.group or inputs))
 
     def _shape(self, leaf: str) -> tuple[int, ...]:
         return self.file.info(self.parts[leaf]).shape
@@ -390,7 +393,8 @@ class Linear:
         The last word of a row may be filled only in part; then `weight_shape` tells."""
         layout, name = self.layout, self.parts[self.layout.weight]
         stored = self._shape(layout.weight)
-        need(len(stored) == 2, f"{self.where}: {name} has shape {list(stored)}: it is no matrix")
+        matrix = len(stored) == 2 and min(stored) > 0
+        need(matrix, f"{self.where}: {name} has shape {list(stored)}: it is no matrix")
         size = [*layout.turned(stored)]
         if layout.packed is not None:
             size[layout.packed] *= self._each

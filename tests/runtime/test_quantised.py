@@ -233,6 +233,7 @@ def spoiled(folder, leaf: str, change) -> str:
         ("gptq", "qzeros", lambda t: t[:, :-1], "has shape [2, 7]"),
         ("gptq", "scales", lambda t: t[:1], "has shape [1, 64]"),
         ("gptq", "qweight", lambda t: t.flatten(), "it is no matrix"),
+        ("awq", "qweight", lambda t: t[:0], "it is no matrix"),
         ("gptq", "qweight", lambda t: t.float(), "is stored as F32"),
         ("gptq", "g_idx", lambda t: t[:-1], "has shape [63]"),
         ("packed", "weight_shape", lambda t: t + 8, "tells [72, 72]"),
