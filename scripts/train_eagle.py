@@ -15,6 +15,7 @@ deeper .15, .23, .25 with 1, 2, 3 levels; at the root .26, .26, .27). --levels 1
 recipe. With --on-policy N it learns from N texts that the target writes first, going on from pieces
 of the given text (--prompt-tokens), at --temperature, by the sampling of a run (keyed by --seed, so
 --resume has the same texts written again). Where the target ends a text, another piece follows.
+Whether that helps was not to be seen on the demo target after 250 steps (docs/measured.md).
 Interrupt it at any time: what was learnt is kept in OUT (config.json and model.safetensors,
 float16) and in OUT.state.pt, from which --resume goes on. config.json tells by a hash of the
 target's embedding which target the head was made for, so that a run with another one refuses it.
