@@ -29,6 +29,7 @@ from flowspec.models.heads import check_head, kind_of
 from flowspec.models.hub import HUB_ID
 from flowspec.models.manifest import Manifest
 from flowspec.models.stage import CachedText, Head, load_head, load_stage
+from flowspec.preflight import check_run
 from flowspec.runtime import driver, wire
 from flowspec.runtime.drafting import DraftThread, Joined, Local
 from flowspec.runtime.tracing import SpanLog
@@ -345,6 +346,29 @@ def test_a_card_for_another_target_says_for_which(deep, tmp_path):
     (folder / "config.json").write_text(json.dumps(card))
     with pytest.raises(UserError, match=r"it tells of an EAGLE-3 head: set drafter.kind: eagle3"):
         check_head("eagle", folder, Manifest.load(deep.split(1)), "drafter.path")
+
+
+def test_only_rank_0_needs_the_files_of_a_head(pair):
+    """The other boxes have no copy of it, and do not have to know its kind to agree with rank 0."""
+    here, there = (
+        load_config(pair.config(2), [f"drafter={{head: {folder}}}"])
+        for folder in (pair.head, "nowhere")
+    )
+    check_run(there, [1])
+    with pytest.raises(UserError, match=r"drafter.head nowhere: no such folder"):
+        check_run(there, [0])
+    assert here.found().drafter.kind == "eagle" and there.drafter.needs_lm_head
+    assert here.found().shared() == there.shared()
+
+
+@pytest.mark.parametrize(
+    "words", ["{head: x, path: y}", "{head: x, kind: lm}", "{head: x, kind: ngram}"]
+)
+def test_a_head_stands_alone(pair, words):
+    with pytest.raises(UserError, match=r"drafter.head stands for kind and path"):
+        load_config(pair.config(2), [f"drafter={words}"])
+    with pytest.raises(UserError, match=r"drafter.kind is head: choose one of lm, eagle, eagle3"):
+        load_config(pair.config(2), ["drafter={kind: head, path: x}"])
 
 
 # hidden, intermediate, heads, key/value heads, their width, vocabulary, own vocabulary
