@@ -63,7 +63,7 @@ def awq(weight, group=32):
     }, meant
 
 
-def packed(weight, bits=4, group=32, symmetric=True, act_order=False):
+def packed(weight, bits=4, group=32, symmetric=True, act_order=False, old=False):
     inputs = weight.shape[1]
     index = torch.randperm(inputs) // group if act_order else None
     q, s, z, g, meant = rounded(
@@ -74,7 +74,9 @@ def packed(weight, bits=4, group=32, symmetric=True, act_order=False):
         "weight_scale": s,
         "weight_shape": torch.tensor(weight.shape),
     }
-    parts |= {} if symmetric else {"weight_zero_point": words(z.T, bits).T}
+    plain = (z - (1 << (bits - 1))).to(torch.int8)
+    zeros = plain if old else words(z.T, bits).T
+    parts |= {} if symmetric else {"weight_zero_point": zeros}
     parts |= {"weight_g_idx": g.int()} if act_order else {}
     return parts, meant
 
@@ -126,6 +128,10 @@ FORMATS = {
     "packed 8 bits": (
         lambda w: packed(w, 8, None, symmetric=False),
         scheme(8, None, symmetric=False),
+    ),
+    "packed asymmetric 0.9.2": (
+        lambda w: packed(w, 8, symmetric=False, old=True),
+        scheme(8, symmetric=False),
     ),
     "packed act-order": (
         lambda w: packed(w, act_order=True),

@@ -14,7 +14,8 @@ GPTQ (arXiv 2210.17323; the files of AutoGPTQ and GPTQModel): any input may be o
 AWQ (arXiv 2306.00978; the files of AutoAWQ, version gemm): 8 outputs lie in a word in the order
 AWQ_ORDER.
 compressed-tensors (pack-quantized, and int-quantized with plain int8): a symmetric layer stores no
-zero points. What quantises activations, too, is refused: it is another computation.
+zero points, and versions up to 0.9.2 do not pack them. What quantises activations, too, is refused:
+it is another computation.
 
 Whether a layer is quantised is told by the tensors that are there, so layers that the checkpoint's
 lists leave out (`ignore`, `modules_to_not_convert`) need no rule. This module imports torch only to
@@ -340,8 +341,9 @@ class Linear:
         alone = ((1,), (1, 1)) if layout is PLAIN and groups == 1 else ()
         self._fits(layout.scales, layout.turned((outputs, groups)), *alone)
         if layout.zeros in self.parts and numbers.zeros:
-            packed = math.ceil(outputs / self._each), groups
-            self._fits(layout.zeros, layout.turned(packed), *alone)
+            packed = self.file.info(self.parts[layout.zeros]).dtype == "I32"
+            words = math.ceil(outputs / self._each) if packed else outputs
+            self._fits(layout.zeros, layout.turned((words, groups)), *alone)
         dtype = self.file.info(self.parts[layout.scales]).dtype
         return TensorInfo(dtype, (outputs, inputs), 0, 0)
 
@@ -376,6 +378,8 @@ class Linear:
             return FLOATS
         if leaf in (self.layout.index, self.layout.shape):
             return INTEGERS
+        if self.layout is PACKED and leaf == self.layout.zeros:
+            return frozenset({"I32", "I8"})
         return frozenset({"I8" if self.layout.packed is None else "I32"})
 
     def _fits(self, leaf: str, *shapes: tuple[int, ...]) -> None:
@@ -470,9 +474,7 @@ def dequantise(layout: Layout, numbers: Numbers, read: dict[str, Tensor], out: T
     outputs, inputs = out.shape
     s = _table(read[layout.scales], layout)
     if numbers.zeros:
-        z = _integers(read[layout.zeros], layout, numbers.bits, 0)
-        z = (z + numbers.below) & ((1 << numbers.bits) - 1) if numbers.below else z
-        z = z[:outputs].to(s.dtype)
+        z = _zeros(read[layout.zeros], layout, numbers)[:outputs].to(s.dtype)
     else:
         z = torch.tensor([[numbers.middle]], dtype=s.dtype)
     s, z = (some.expand(outputs, s.shape[1]).contiguous() for some in (s, z))
@@ -501,10 +503,21 @@ def _table(stored: Tensor, layout: Layout) -> Tensor:
     return stored.view(1, 1) if stored.numel() == 1 else stored.T if layout.inputs_first else stored
 
 
+def _zeros(stored: Tensor, layout: Layout, numbers: Numbers) -> Tensor:
+    """Return the zero points [outputs, groups]; int8 ones are not packed, and count from the
+    middle."""
+    import torch
+
+    if stored.dtype == torch.int8:
+        return _table(stored, layout).short() + numbers.middle
+    z = _integers(stored, layout, numbers.bits, 0)
+    return (z + numbers.below) & ((1 << numbers.bits) - 1)
+
+
 def _integers(stored: Tensor, layout: Layout, bits: int, packed: int | None) -> Tensor:
     """Return the integers [outputs, ..] of a tensor whose dimension `packed` is packed."""
     table = _table(stored, layout)
-    if layout.packed is None or packed is None:
+    if packed is None:
         return table
     return unpacked(table.movedim(packed, -1), bits, layout.order).movedim(-1, packed)
 
