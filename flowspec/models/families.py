@@ -6,18 +6,16 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowspec.errors import UserError
+from flowspec.models.quantised import Tensors, quantisation
 
 if TYPE_CHECKING:
     import torch
-
-    from flowspec.models.autotp import JoinedFile
-    from flowspec.models.weights import Portion, TensorFile
 
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
@@ -80,8 +78,8 @@ FAMILIES = {
 CONFIG = "config.json"
 
 
-def read_config(folder: Path) -> dict:
-    """Return the config.json of a checkpoint or a stage.
+def read_config(folder: Path, card: Callable[[dict], dict] = lambda config: config) -> dict:
+    """Return the config.json of a checkpoint or a stage, or what `card` makes of it.
 
     Raise UserError if it cannot be read, or if its model would not be computed right."""
     path = folder / CONFIG
@@ -94,6 +92,7 @@ def read_config(folder: Path) -> dict:
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a JSON object")
     try:
+        config = card(config)
         check_config(config)
     except UserError as error:
         raise UserError(f"{folder}/{error}") from None
@@ -116,11 +115,7 @@ def check_config(config: dict) -> None:
                 f"config.json: rope type {kind} changes with the length of the text and is not "
                 "supported"
             )
-    if config.get("quantization_config"):
-        raise UserError(
-            "config.json: quantization_config: quantized checkpoints are not supported, give the "
-            "unquantized one"
-        )
+    quantisation(config)
 
 
 def family_of(config: dict) -> Family:
@@ -240,7 +235,7 @@ EXPERT_NAME = re.compile(r"(layers\.\d+\.)block_sparse_moe\.experts\.(\d+)\.w([1
 
 
 def module_tensors(
-    file: TensorFile | JoinedFile | Portion,
+    file: Tensors,
     family: Family,
     first_layer: int,
     dtype: torch.dtype | None = None,
@@ -271,7 +266,7 @@ def _local_name(name: str, first_layer: int) -> str:
 
 
 def _fused(
-    file: TensorFile | JoinedFile | Portion,
+    file: Tensors,
     names: list[str],
     parts: tuple[str, ...],
     dtype: torch.dtype | None,

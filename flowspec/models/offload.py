@@ -30,6 +30,7 @@ from flowspec.comm.base import Clock
 from flowspec.errors import need
 from flowspec.models.families import LAYER_NAME, family_of, layer_of, module_tensors, read_config
 from flowspec.models.placement import Placement
+from flowspec.models.quantised import plain
 from flowspec.models.stage import Head, StageModel, load_whole, stored_as
 from flowspec.models.weights import Checkpoint, Portion, torch_dtype
 
@@ -52,14 +53,16 @@ class Disk:
 
         If there are rooms, the layers that are read lie in them by turns."""
         self._checkpoint, self.dtype = Checkpoint(folder), dtype
-        self._family, self._rooms = family_of(read_config(folder)), cycle(rooms or [None])
+        self._where, self._config = str(folder), read_config(folder)
+        self._family, self._rooms = family_of(self._config), cycle(rooms or [None])
         self._names: dict[int | None, list[str]] = {}
         for name in self._checkpoint.names:
             self._names.setdefault(layer_of(name), []).append(name)
 
     def read(self, layer: int) -> Iterator[tuple[str, Tensor]]:
         prefix, names = f"layers.{layer}.", self._names.get(layer, [])
-        file = _Lodged(self._checkpoint, names, next(self._rooms))
+        lodged = _Lodged(self._checkpoint, names, next(self._rooms))
+        file = plain(lodged, self._config, self._where)
         for name, tensor in module_tensors(file, self._family, 0, stored_as(self.dtype)):
             yield name.removeprefix(prefix), tensor
 

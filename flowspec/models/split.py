@@ -24,12 +24,12 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 from flowspec.core.topology import WHOLE, Shard, Topology
-from flowspec.errors import UserError
+from flowspec.errors import UserError, need
 from flowspec.models.families import (
     CONFIG,
     EMBEDDING,
@@ -42,6 +42,7 @@ from flowspec.models.families import (
 from flowspec.models.fingerprint import embedding_hash
 from flowspec.models.hub import COORDINATOR_FILES, MODEL_FILES, local_folder
 from flowspec.models.manifest import CACHE_NAME, FILE_NAME, FORMAT, FileEntry, Manifest, RankEntry
+from flowspec.models.quantised import Tensors, parts, plain
 from flowspec.models.shard import Cut, check_members, copies, cut, is_added
 from flowspec.models.weights import (
     CHUNK,
@@ -116,6 +117,12 @@ def split(
     source = Source.open(local_folder(model, "--model", MODEL_FILES))
     ranges = layer_ranges(source.num_layers, stages, layers)
     check_members(source.config, members)
+    for option, given in (("--dtype", dtype != "auto"), ("--tensor-parallel", members > 1)):
+        need(
+            not given or source.tensors is source.checkpoint,
+            f"{option}: the layers of a quantised checkpoint are copied as they are stored, leave "
+            "it out",
+        )
     job = Job(source, ranges, members, DTYPES.get(dtype), progress or Progress())
     with staged_folder(target, job.total) as folder:
         manifest = job.write(folder)
@@ -152,9 +159,15 @@ class Source:
         A checkpoint that holds both matrices means them, whatever its config says (transformers
         takes it so, too)."""
         return (
-            bool(self.config.get("tie_word_embeddings", False))
-            and HEAD not in self.checkpoint.names
+            bool(self.config.get("tie_word_embeddings", False)) and HEAD not in self.tensors.names
         )
+
+    @cached_property
+    def tensors(self) -> Tensors:
+        """Return the checkpoint's tensors, with plain matrices where it has quantised layers.
+
+        Raise UserError if a layer lacks a tensor."""
+        return plain(self.checkpoint, self.config, str(self.folder))
 
     @property
     def head(self) -> str:
@@ -162,14 +175,15 @@ class Source:
 
     @property
     def dtype(self) -> str:
-        """Return the dtype of most of the checkpoint's bytes, by torch's name."""
+        """Return the dtype of most of the (plain) tensors' bytes, by torch's name."""
         sizes: Counter[str] = Counter()
         for name in (EMBEDDING, *self.layer_names(0, self.num_layers), NORM, self.head):
-            sizes[self.checkpoint.info(name).dtype] += self.checkpoint.info(name).nbytes
+            info = self.tensors.info(name)
+            sizes[info.dtype] += DTYPE_BYTES[info.dtype] * math.prod(info.shape)
         return TORCH_NAMES[sizes.most_common(1)[0][0]]
 
     def layer_names(self, start: int, stop: int) -> list[str]:
-        stored = set(self.checkpoint.names)
+        stored = set(self.tensors.names)
         return [
             name
             for layer in range(start, stop)
@@ -180,7 +194,8 @@ class Source:
         """Return the tensors that the architecture does not have.
 
         The rotary tables of old checkpoints, which are computed, are not among them."""
-        used = {EMBEDDING, NORM, HEAD, *self.layer_names(0, self.num_layers)}
+        needed = (EMBEDDING, NORM, HEAD, *self.layer_names(0, self.num_layers))
+        used = {part for name in needed for part in parts(self.tensors, name)}
         return [
             name
             for name in self.checkpoint.names
@@ -188,7 +203,7 @@ class Source:
         ]
 
     def _check_tensors(self) -> None:
-        stored = set(self.checkpoint.names)
+        stored = set(self.tensors.names)
         wanted = [EMBEDDING, *self.layer_names(0, self.num_layers), NORM, self.head]
         missing = [name for name in wanted if name not in stored]
         if missing:
@@ -197,9 +212,9 @@ class Source:
                 f"{self.folder} lacks tensors the model needs: {', '.join(missing[:3])}{more}"
             )
         for name in wanted:
-            if self.checkpoint.info(name).dtype not in FLOATS:
+            if self.tensors.info(name).dtype not in FLOATS:
                 raise UserError(
-                    f"{self.folder}: {name} is stored as {self.checkpoint.info(name).dtype}; "
+                    f"{self.folder}: {name} is stored as {self.tensors.info(name).dtype}; "
                     f"only {', '.join(sorted(FLOATS))} are supported"
                 )
         self._check_shapes()
@@ -211,9 +226,9 @@ class Source:
             (self.head, (vocab, hidden)),
             (NORM, (hidden,)),
         ):
-            if self.checkpoint.info(name).shape != shape:
+            if self.tensors.info(name).shape != shape:
                 raise UserError(
-                    f"{self.folder}: {name} has shape {list(self.checkpoint.info(name).shape)}, "
+                    f"{self.folder}: {name} has shape {list(self.tensors.info(name).shape)}, "
                     f"config.json says {list(shape)}"
                 )
         deepest = max((layer_of(name) or 0 for name in self.checkpoint.names), default=0)
@@ -243,12 +258,16 @@ class Job:
     def __post_init__(self) -> None:
         ring = self.topology
         self.tensors = [
-            [self._entry(name, self._shard(rank)) for name in self._names(rank)]
+            [
+                self._entry(part, self._shard(rank))
+                for name in self._names(rank)
+                for part in parts(self.source.tensors, name)
+            ]
             for rank in ring.ranks[1:]
         ]
         sharded = ring.group(ring.last) if self.members > 1 else ()
         self.heads = {
-            rank: [self._entry(self.source.head, shard)._replace(name=HEAD)]
+            rank: self._head_entries(shard)
             for rank, shard in [(0, WHOLE), *((rank, self._shard(rank)) for rank in sharded)]
         }
         written = [*self.tensors, *self.heads.values()]
@@ -288,6 +307,12 @@ class Job:
         first = [EMBEDDING] if self.topology.is_first(leader) else []
         last = [NORM] if self.topology.is_last(leader) else []
         return [*first, *self.source.layer_names(*self._layers(rank)), *last]
+
+    def _head_entries(self, shard: Shard) -> list[Entry]:
+        head = self.source.head
+        if head != HEAD:
+            return [self._entry(head, shard)._replace(name=HEAD)]
+        return [self._entry(part, shard) for part in parts(self.source.tensors, head)]
 
     def _layers(self, rank: int) -> tuple[int, int]:
         return self.ranges[self.topology.stage(rank) - 1] if rank else (0, 0)

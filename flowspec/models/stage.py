@@ -29,6 +29,7 @@ from flowspec.models.families import HEAD, family_of, layer_of, module_tensors, 
 from flowspec.models.kernels import PackedLinear
 from flowspec.models.manifest import Manifest
 from flowspec.models.parallel import Megatron, ParallelLayer, Way, embedded
+from flowspec.models.quantised import Tensors, plain
 from flowspec.models.shard import narrowed
 from flowspec.models.weights import Checkpoint, Portion, TensorFile
 
@@ -569,7 +570,7 @@ def load_stage(
     model = StageModel(
         config, entry.num_layers, ring.is_first(leader), ring.is_last(leader), links, autotp
     )
-    file: TensorFile | JoinedFile = TensorFile(path)
+    file: Tensors = plain(TensorFile(path), config, str(path))
     if autotp:
         from flowspec.models.autotp import JoinedFile, sharer
 
@@ -629,7 +630,9 @@ def load_head(manifest: Manifest, rank: int, dtype: torch.dtype, device: str) ->
     """Return the lm_head that lies beside this rank: rank 0 or the last stage, or its shard."""
     entry = manifest.entry(rank).lm_head
     assert entry is not None, f"the split has no head beside rank {rank}"
-    return Head(TensorFile(manifest.path(entry)).read(HEAD, stored_as(dtype)).to(device), dtype)
+    path, config = manifest.path(entry), read_config(manifest.folder(rank))
+    file = plain(TensorFile(path), config, str(path))
+    return Head(file.read(HEAD, stored_as(dtype)).to(device), dtype)
 
 
 def load_whole(
@@ -646,10 +649,11 @@ def load_whole(
     layers = range(config["num_hidden_layers"])
     model = StageModel(config, len(layers), first=True, last=True)
     here = [name for name in checkpoint.names if layer_of(name) not in apart]
-    tensors = module_tensors(Portion(checkpoint, here), family_of(config), 0, stored_as(dtype))
+    file = plain(Portion(checkpoint, here), config, str(folder))
+    tensors = module_tensors(file, family_of(config), 0, stored_as(dtype))
     left_out = [k for k in layers if k in apart]
     model.load(_counted(tensors, progress), device, str(folder), dtype, left_out)
-    tied = HEAD not in checkpoint.names
+    tied = HEAD not in file.names
     need(
         not tied or bool(config.get("tie_word_embeddings")),
         f"{folder} has no {HEAD}, and config.json does not tie it to the embedding",
@@ -657,6 +661,6 @@ def load_whole(
     weight = (
         model.get_parameter("embed_tokens.weight")
         if tied
-        else checkpoint.file(HEAD).read(HEAD, stored_as(dtype)).to(device)
+        else file.read(HEAD, stored_as(dtype)).to(device)
     )
     return model, Head(weight, dtype)
