@@ -161,6 +161,7 @@ class Engine:
         method: str | None = None,
         policy: PolicyConfig | None = None,
         stop: str | Sequence[str] = (),
+        known: Sequence[int] = (),
         **sampling: Any,
     ) -> Generation:
         """Begin with the continuation of a prompt (text, or token ids).
@@ -168,19 +169,21 @@ class Engine:
         Return an iterator of Token, to be read from any thread or by `async for`. Any number of
         requests may be in the ring; the text of none depends on the others. `method`, `policy` and
         the keywords of `Sampling` (temperature, top_p, top_k, min_p, seed, max_new_tokens) default
-        to the configuration's. Generation ends before a text in `stop`. Raise UserError, which says
-        what is wrong with the request."""
+        to the configuration's. Generation ends before a text in `stop`. The first tokens of the
+        text may be `known`, as of a run that broke: with the same seed it goes on as it would have,
+        and they count as new tokens. Raise UserError, which says what is wrong with the request."""
         config = dataclasses.replace(
             self.config, method=method or self.config.method, policy=policy or self.config.policy
         )
-        tokens = self.text.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
+        asked = self.text.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
+        tokens = (*asked, *known)
         check_prompt(tokens, self.manifest)
+        settings = dataclasses.replace(config.sampling, **sampling)
+        left = dataclasses.replace(settings, max_new_tokens=settings.max_new_tokens - len(known))
         config.check_method(self.topology.members)
         with self._lock:
             self._requests += 1
-            request = self.request(
-                tokens, dataclasses.replace(config.sampling, **sampling), self._requests
-            )
+            request = self.request(tokens, left, self._requests)
         features = self._draft is not None and self._draft.features
         chosen = make_policy(
             config.method, config.tree, config.policy, self.topology, features, config.dsi
@@ -191,8 +194,9 @@ class Engine:
         generation = Generation(
             request,
             self._driver.submit(submission),
-            TextStream(self.text.tokenizer, stops, request.prompt),
+            TextStream(self.text.tokenizer, stops, asked),
             functools.partial(self._finished, config),
+            known,
         )
         self._running.add(generation)
         return generation
@@ -331,20 +335,21 @@ class Engine:
         """Return the result of a generation whose stream has ended."""
         request, stats, ids = generation.request, generation.stats, generation.token_ids
         self._spans += stats.spans if config.trace else []
-        decode = stats.last_token - stats.first_token
+        decode, made = stats.last_token - stats.first_token, len(ids) - generation.known
         spent = max(stats.ended - stats.begun, 1e-9)
         stages = [stats.reports[rank] for rank in sorted(stats.reports)]
         return Result(
             method=config.method,
-            prompt_tokens=request.prompt_length,
+            prompt_tokens=request.prompt_length - generation.known,
             new_tokens=len(ids),
+            known_tokens=generation.known,
             token_ids=ids,
             text=generation.text,
             finish_reason=stats.finish_reason,
             prefill_seconds=(stats.first_token or stats.ended) - stats.begun,
             decode_seconds=decode,
-            tokens_per_second=(len(ids) - 1) / decode if len(ids) > 1 and decode > 0 else None,
-            accepted_per_segment=len(ids) / max(1, stats.returned_segments),
+            tokens_per_second=(made - 1) / decode if made > 1 and decode > 0 else None,
+            accepted_per_segment=made / max(1, stats.returned_segments),
             accepted_tokens=generation.accepted,
             drafted_tokens=stats.drafted,
             forwarded_tokens=sum(

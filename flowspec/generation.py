@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,6 +36,8 @@ class Result:
     method: str
     prompt_tokens: int
     new_tokens: int
+    known_tokens: int
+    """So many of the new tokens were known when the generation began (`Engine.submit`)."""
     token_ids: list[int]
     text: str
     """This was streamed: `token_ids` decoded, without bytes at the end that are no whole
@@ -47,9 +49,9 @@ class Result:
     decode_seconds: float
     """It took so many seconds from there to the last token."""
     tokens_per_second: float | None
-    """This is (new_tokens - 1) / decode_seconds; None for one token."""
+    """This is (new_tokens - known_tokens - 1) / decode_seconds; None for one token."""
     accepted_per_segment: float
-    """This is the number of new tokens over that of returned segments."""
+    """This is the number of new tokens that were not known over that of returned segments."""
     accepted_tokens: int
     """The draft had sent so many of the new tokens before the target picked them."""
     drafted_tokens: int
@@ -91,11 +93,16 @@ class Generation:
         ticket: Ticket,
         stream: TextStream,
         finished: Callable[[Generation], Result],
+        known: Sequence[int] = (),
     ):
-        """`stream` makes text of tokens; `finished` is called once, when all is known."""
-        self.request = request
+        """`stream` makes text of tokens; `finished` is called once, when all is known.
+
+        The request's prompt ends with the tokens of the text that are `known` already."""
+        self.request, self.known = request, len(known)
         self._ticket, self._stream, self._finished = ticket, stream, finished
-        self.token_ids: list[int] = []
+        self.token_ids = [*known]
+        for token in known:
+            stream.push(token)
         self.accepted = 0
         """So many of them the draft had sent before the target picked them."""
         self._stopped = False  # the reader wants no more

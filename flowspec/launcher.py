@@ -17,9 +17,11 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from flowspec.core.topology import Topology
 from flowspec.files import ROOT
+from flowspec.journal import JOURNAL
 from flowspec.output import WITHOUT
 
 QUIET = 128 + signal.SIGPIPE
@@ -27,18 +29,45 @@ QUIET = 128 + signal.SIGPIPE
 ends."""
 
 
-def launch(argv: Sequence[str], topology: Topology) -> int:
-    """Run `python -m flowspec *argv` as all ranks, on this host; return the exit code."""
+def launch(argv: Sequence[str], topology: Topology, restart: int = 0) -> int:
+    """Run `python -m flowspec *argv` as all ranks, on this host; return the exit code.
+
+    If a rank is lost they all are started again, at most `restart` times, and go on with what was
+    committed (journal.py)."""
     with tempfile.TemporaryDirectory(prefix="flowspec-") as folder:
         last_words = Path(folder) / "report"
         os.environ.update(_environment(last_words))
-        try:
-            _torchrun(argv, topology.world_size)
-            return 0
-        except KeyboardInterrupt:
-            return _say("interrupted", 130)
-        except Exception as error:
-            return _obituary(error, last_words, topology)
+        if restart:
+            os.environ[JOURNAL] = str(Path(folder) / "journal")
+        for left in range(restart, -1, -1):
+            end = _once(argv, topology, last_words)
+            if end.code != LOST or not left:
+                return end.code if end.line is None else _say(end.line, end.code)
+            _say(f"{end.line}; started again ({restart - left + 1} of {restart})", end.code)
+            last_words.unlink(missing_ok=True)
+        raise AssertionError("the last start has no other behind it")
+
+
+LOST = 1
+"""This is the exit code if a rank was lost, or failed."""
+
+
+class End(NamedTuple):
+    """How all ranks ended."""
+
+    code: int
+    line: str | None
+    """This is to be said of it."""
+
+
+def _once(argv: Sequence[str], topology: Topology, last_words: Path) -> End:
+    try:
+        _torchrun(argv, topology.world_size)
+        return End(0, None)
+    except KeyboardInterrupt:
+        return End(130, "interrupted")
+    except Exception as error:
+        return _obituary(error, last_words, topology)
 
 
 def _environment(last_words: Path) -> dict[str, str]:
@@ -70,21 +99,20 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _obituary(error: Exception, last_words: Path, topology: Topology) -> int:
-    """Say what the ranks said, or else what torchrun knows of the first that fell; return the exit
-    code."""
+def _obituary(error: Exception, last_words: Path, topology: Topology) -> End:
+    """Return what the ranks said, or else what torchrun knows of the first that fell."""
     if hasattr(error, "sigval"):  # torchrun's SignalException: we were told to go
-        return _say("interrupted", 130)
+        return End(130, "interrupted")
     with suppress(OSError, ValueError, IndexError):  # nobody said anything, or the disk was full
         said = json.loads(last_words.read_text().splitlines()[0])
-        return _say(said["line"], said["code"])
+        return End(said["code"], said["line"])
     failures = getattr(error, "failures", None)  # ChildFailedError
     if failures is None:
-        return _say(f"the ranks could not be started: {error}", 1)
+        return End(1, f"the ranks could not be started: {error}")
     from flowspec.runtime.process import rank_name
 
     if any(failure.exitcode == QUIET for failure in failures.values()):
-        return QUIET
+        return End(QUIET, None)
     rank, failure = min(
         failures.items(), key=lambda item: (item[1].exitcode == -signal.SIGTERM, item[1].timestamp)
     )
@@ -93,7 +121,7 @@ def _obituary(error: Exception, last_words: Path, topology: Topology) -> int:
         if failure.exitcode < 0
         else f"exit code {failure.exitcode}"
     )
-    return _say(f"{rank_name(rank, socket.gethostname(), topology)} died: {how}", 1)
+    return End(LOST, f"{rank_name(rank, socket.gethostname(), topology)} died: {how}")
 
 
 def _say(line: str, code: int) -> int:

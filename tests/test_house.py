@@ -19,7 +19,7 @@ SHIPPED = [
     ROOT / "split_models.py",
 ]
 LAYERS = [
-    {"core", "errors", "version", "files", "output", "schema", "trace", "estimates"},
+    {"core", "errors", "version", "files", "output", "schema", "trace", "estimates", "journal"},
     {"models", "sampling", "rejection", "text", "comm", "sim"},
     {"draft"},
     {"runtime", "host"},

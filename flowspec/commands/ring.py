@@ -57,6 +57,7 @@ class RingCommand:
     def main(self, words: Sequence[str]) -> int:
         parser = Parser(prog=f"flowspec {self.name}", description=self.about)
         add_shared(parser)
+        parser.set_defaults(restart="0")
         self.add_arguments(parser)
         options = parser.parse_intermixed_args(words)
         options.given = list(words)
@@ -81,7 +82,8 @@ def _launch(command: RingCommand, options: argparse.Namespace) -> int:
         )
         check_prompt(text.encode(prompt), manifest, f"prompt {number}")
     check_writable(str(config.trace_path) if config.trace else None, "trace")
-    return launch([*command.name.split(), *options.given], manifest.topology)
+    words = [*command.name.split(), *options.given]
+    return launch(words, manifest.topology, int(options.restart))
 
 
 # ---- as a rank -----------------------------------------------------------------------------------

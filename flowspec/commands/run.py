@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flowspec.commands.options import DEMO, DEMO_PROMPT, given_prompts
+from flowspec.commands.options import DEMO, DEMO_PROMPT, given_prompts, number
 from flowspec.commands.ring import RingCommand
 from flowspec.config import Config
 from flowspec.errors import need
@@ -32,6 +32,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="after each text: what was chosen (rows, segments, speculation) and why",
     )
     parser.add_argument(
+        "--restart",
+        metavar="N",
+        help="if a rank is lost, start all again, at most N times, and go on with the text (0)",
+    )
+    parser.add_argument(
         "--json", metavar="FILE", help="write one result object a line, a prompt each"
     )
 
@@ -46,6 +51,9 @@ def _prompts(options: argparse.Namespace, path: Path) -> list[str]:
 
 def _check(options: argparse.Namespace, config: Config, manifest: Manifest) -> None:
     check_writable(options.json)
+    times = number(options.restart, int, "--restart")
+    need(times >= 0, f"--restart is {times}: it must be 0 or more")
+    need(not (times and options.chat), "--restart goes on with prompts, not with a conversation")
 
 
 def _lead(engine: Engine, options: argparse.Namespace, prompts: list[str]) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from flowspec.engine import Engine
 from flowspec.errors import UserError
 from flowspec.files import kept_lines
-from flowspec.generation import Generation, Result
+from flowspec.generation import Generation, Result, Token
+from flowspec.journal import NONE, Journal
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
 
@@ -42,28 +43,51 @@ def run(
 
     With `explain`, also show what the policy chose. With `chat`, use the chat template, and hold a
     conversation if no prompt was given."""
+    journal = Journal.of_run()
     with kept_lines(json_path, "--json") as write:
         if chat and not prompts:
             converse(engine, stop, write, explain)
-        for prompt in prompts:
+        for number, prompt in enumerate(prompts):
+            past = journal.of(number) if journal else NONE
+            if past.result is not None:
+                write(past.result)
+                continue
+            asked: str | Sequence[int] = prompt
             if chat:
-                generation = engine.generate(
-                    engine.text.encode_chat([{"role": "user", "content": prompt}]), stop=stop
-                )
-            else:
+                asked = engine.text.encode_chat([{"role": "user", "content": prompt}])
+            elif past.seed is None:
                 print(prompt, end="", flush=True)
-                generation = engine.generate(prompt, stop=stop)
-            result = stream(generation)
+            seed = {} if past.seed is None else {"seed": past.seed}
+            generation = engine.generate(asked, stop=stop, known=past.tokens, **seed)
+            if journal:
+                journal.begin(number, generation.request.sampling.seed)
+                result = stream(_noted(generation, journal, number), generation)
+                journal.end(number, result.line())
+            else:
+                result = stream(generation, generation)
             write(result.line())
             print(table(result), file=sys.stderr, flush=True)
             _explain(generation, explain)
 
 
-def stream(generation: Generation) -> Result:
-    """Print the text as it is committed: green if accepted from the draft, plain if the target's
-    own."""
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+def _noted(generation: Generation, journal: Journal, number: int) -> Iterator[Token]:
+    """Yield the tokens, each when it is in the journal, which is when the next is known."""
+    before: Token | None = None
     for token in generation:
+        if before:
+            journal.commit(number, before.id)
+            yield before
+        before = token
+    if before:
+        yield before
+
+
+def stream(tokens: Iterable[Token], generation: Generation) -> Result:
+    """Print a generation's text as it is committed.
+
+    It is green if accepted from the draft, plain if the target's own."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for token in tokens:
         text = (
             f"{GREEN}{token.text}{RESET}"
             if colour and token.accepted and token.text
@@ -114,7 +138,7 @@ def converse(
         turns.append({"role": "user", "content": line})
         try:
             generation = engine.generate(engine.text.encode_chat(turns), stop=stops)
-            result = stream(generation)
+            result = stream(generation, generation)
         except UserError as error:  # the conversation outgrew the model
             print(f"flowspec: {error}", file=sys.stderr)
             return
