@@ -22,6 +22,8 @@ ABOUT = """Trees of guesses of several sizes against decoding alone: tokens a tr
 height of the trees, what both models take for one. The first run of each does not count; runs take
 turns, and texts are as long as asked. SpecInfer has as many branches as make a tree of at most
 --max-budget nodes. --as-published adds SpecExec as published, by that name."""
+WIDTH = 96
+"""The table's columns, of which none can do without its end, take so many characters."""
 TYPES = ("specexec", "specinfer")
 DEFAULTS = {"temperature": "0.6", "seed": "1", "max_new_tokens": "64"}
 DEFAULTS |= {"max_budget": "16,32,64,128,256,512,1024"}
@@ -72,13 +74,10 @@ def main(words: Sequence[str]) -> int:
     sampling = some.sampling
     title = f"{len(asked) - 1} texts of {sampling.max_new_tokens} tokens, T = "
     title += f"{sampling.temperature:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g}, "
-    Console().print(
-        trees_table(
-            found,
-            sides,
-            title + options.dtype + (f", {some.placement.words}" if some.placement else ""),
-        )
-    )
+    where = f", {some.placement.words}" if some.placement else ""
+    console = Console()
+    console.width = max(console.width, WIDTH)
+    console.print(trees_table(found, sides, title + options.dtype + where))
     return 0
 
 
