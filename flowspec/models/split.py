@@ -24,7 +24,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -35,8 +35,12 @@ from flowspec.models.families import (
     EMBEDDING,
     HEAD,
     NORM,
-    layer_of,
+    entrance_tensors,
+    family_of,
+    is_table,
     layer_tensors,
+    missing_tensors,
+    norm_tensors,
     read_config,
 )
 from flowspec.models.fingerprint import embedding_hash
@@ -137,7 +141,7 @@ class Source:
         Raise UserError if its config cannot be read or is not supported, or if its tensors are
         missing or do not fit the config."""
         config = read_config(folder)
-        source = cls(folder, config, Checkpoint(folder))
+        source = cls(folder, config, Checkpoint(folder, family_of(config).named))
         source._check_tensors()
         return source
 
@@ -164,39 +168,48 @@ class Source:
     def dtype(self) -> str:
         """Return the dtype of most of the checkpoint's bytes, by torch's name."""
         sizes: Counter[str] = Counter()
-        for name in (EMBEDDING, *self.layer_names(0, self.num_layers), NORM, self.head):
+        for name in self._used:
             sizes[self.checkpoint.info(name).dtype] += self.checkpoint.info(name).nbytes
         return TORCH_NAMES[sizes.most_common(1)[0][0]]
 
+    @cached_property
+    def _layers(self) -> dict[int, list[str]]:
+        return layer_tensors(self.checkpoint.names)
+
     def layer_names(self, start: int, stop: int) -> list[str]:
-        stored = set(self.checkpoint.names)
-        return [
-            name
-            for layer in range(start, stop)
-            for name in layer_tensors(self.config, layer, stored)
-        ]
+        return [name for layer in range(start, stop) for name in self._layers.get(layer, ())]
+
+    @property
+    def entrance(self) -> list[str]:
+        """Return what the first stage has before its layers."""
+        return [EMBEDDING, *entrance_tensors(family_of(self.config), self.checkpoint.names)]
+
+    @property
+    def exit(self) -> list[str]:
+        """Return what the last stage has behind its layers."""
+        return norm_tensors(self.checkpoint.names)
+
+    @property
+    def _used(self) -> list[str]:
+        return [*self.entrance, *self.layer_names(0, self.num_layers), *self.exit, self.head]
 
     def unused(self) -> list[str]:
         """Return the tensors that the architecture does not have.
 
-        The rotary tables of old checkpoints, which are computed, are not among them."""
-        used = {EMBEDDING, NORM, HEAD, *self.layer_names(0, self.num_layers)}
-        return [
-            name
-            for name in self.checkpoint.names
-            if name not in used and not name.endswith(".rotary_emb.inv_freq")
-        ]
+        The tables of old checkpoints, which are computed, are not among them."""
+        used = {*self._used, HEAD}
+        return [name for name in self.checkpoint.names if name not in used and not is_table(name)]
 
     def _check_tensors(self) -> None:
         stored = set(self.checkpoint.names)
-        wanted = [EMBEDDING, *self.layer_names(0, self.num_layers), NORM, self.head]
-        missing = [name for name in wanted if name not in stored]
+        missing = [name for name in self._used if name not in stored]
+        missing += missing_tensors(self._layers, self.num_layers)
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise UserError(
                 f"{self.folder} lacks tensors the model needs: {', '.join(missing[:3])}{more}"
             )
-        for name in wanted:
+        for name in self._used:
             if self.checkpoint.info(name).dtype not in FLOATS:
                 raise UserError(
                     f"{self.folder}: {name} is stored as {self.checkpoint.info(name).dtype}; "
@@ -216,7 +229,7 @@ class Source:
                     f"{self.folder}: {name} has shape {list(self.checkpoint.info(name).shape)}, "
                     f"config.json says {list(shape)}"
                 )
-        deepest = max((layer_of(name) or 0 for name in self.checkpoint.names), default=0)
+        deepest = max(self._layers, default=0)
         if deepest >= self.num_layers:
             raise UserError(
                 f"{self.folder} has weights of layer {deepest}, config.json says "
@@ -285,8 +298,8 @@ class Job:
 
     def _names(self, rank: int) -> list[str]:
         leader = self.topology.leader(rank)
-        first = [EMBEDDING] if self.topology.is_first(leader) else []
-        last = [NORM] if self.topology.is_last(leader) else []
+        first = self.source.entrance if self.topology.is_first(leader) else []
+        last = self.source.exit if self.topology.is_last(leader) else []
         return [*first, *self.source.layer_names(*self._layers(rank)), *last]
 
     def _layers(self, rank: int) -> tuple[int, int]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from copy import copy
+from inspect import signature
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from flowspec.core.stage import Admitted, StageState, Waiting
 from flowspec.core.topology import WHOLE, Shard
 from flowspec.errors import UserError, need
 from flowspec.models import attention, jit, kernels, native, vector
+from flowspec.models.adapted import Turned, adapted
 from flowspec.models.attention import Seen
 from flowspec.models.cache import Caches, Part, RowCache, joined, split
 from flowspec.models.device import on_host, placed
@@ -39,9 +42,10 @@ ALWAYS: Needed = lambda: True  # noqa: E731
 class StageModel(nn.Module):
     """A StageModel is the decoder layers [0, layers) of one rank, or its shard of them.
 
-    They are behind the embedding if `first`, and before the final norm if `last`. `links` lead to
-    the other members of the stage; they are None if the rank is a stage alone. If `whole` is set,
-    the tensors to load are those of whole layers, of which `share` makes shards."""
+    In the whole model they are the layers from `at` on. They are behind the embedding if `first`,
+    and before the final norm if `last`. `links` lead to the other members of the stage; they are
+    None if the rank is a stage alone. If `whole` is set, the tensors to load are those of whole
+    layers, of which `share` makes shards."""
 
     def __init__(
         self,
@@ -51,9 +55,11 @@ class StageModel(nn.Module):
         last: bool,
         links: Links | None = None,
         whole: bool = False,
+        at: int = 0,
     ):
         super().__init__()
-        classes = family_of(config).classes()
+        family = family_of(config)
+        classes = family.classes()
         shard = Shard(links.index, links.size) if links else WHOLE
         self.links, self._whole = links, whole
         self.share: Callable[[nn.Module], nn.Module] | None = None
@@ -62,20 +68,25 @@ class StageModel(nn.Module):
             | {"attn_implementation": attention.implementation()}
         )
         with torch.device("meta"):
-            self.embed_tokens = (
-                nn.Embedding(len(shard.of(self.config.vocab_size)), self.config.hidden_size)
-                if first
-                else None
-            )
-            self.layers = nn.ModuleList(classes.layer(self.config, k) for k in range(layers))
-            self.norm = (
-                classes.norm(self.config.hidden_size, eps=self.config.rms_norm_eps)
-                if last
-                else None
-            )
+            model = classes.model(self._of_shard(shard))
+        own = slice(at, at + layers)
+        self.layers = nn.ModuleList(map(adapted, model.get_submodule(family.theirs("layers"))[own]))
+        self.embed_tokens = model.get_input_embeddings() if first else None
+        self.norm = model.get_submodule(family.theirs("norm")) if last else None
+        self.entrance = family.entrance if first else ()
+        for name in self.entrance:
+            self.add_module(name, model.get_submodule(name))
+        for module in self.modules():
+            if buffers := [*module.named_buffers(recurse=False)]:  # in no file: never on meta
+                for leaf, buffer in buffers:
+                    setattr(module, leaf, torch.empty_like(buffer, device="cpu"))
+                model._init_weights(module)
+        kinds = getattr(self.config, "layer_types", None) or [None] * (at + layers)
+        self._kinds = kinds[own]
+        rotary = getattr(model, "rotary_emb", None)
+        self.rotary = rotary and type(rotary)(self.config)  # nor are its frequencies
         self.alone = False
         self.native = False
-        self.rotary = classes.rotary(self.config)  # its frequencies are in no file: never on meta
         self.eval()
 
     def load(
@@ -91,14 +102,16 @@ class StageModel(nn.Module):
         for name, tensor in tensors:
             expected = waiting.pop(name, None)
             if expected is None:
-                continue  # a layer of this family does not know it; say, stored rotary frequencies
+                continue  # a layer of this family does not know it
+            path, _, leaf = name.rpartition(".")
+            module = self.get_submodule(path)
+            if isinstance(module, Turned) and leaf == "weight":
+                tensor = tensor.T.contiguous()
             if expected.shape != tensor.shape:
                 raise UserError(
                     f"{source}: {name} has shape {tuple(tensor.shape)}, config.json asks for "
                     f"{tuple(expected.shape)}"
                 )
-            path, _, leaf = name.rpartition(".")
-            module = self.get_submodule(path)
             if packs and leaf == "weight" and isinstance(module, nn.Linear):
                 self.set_submodule(path, PackedLinear(tensor, module.bias, dtype))
                 continue
@@ -111,7 +124,8 @@ class StageModel(nn.Module):
             raise UserError(
                 f"{source}: {len(waiting)} tensors are missing, such as {next(iter(waiting))}"
             )
-        self.rotary.to(device)
+        if self.rotary is not None:
+            self.rotary.to(device)
         self.native = packs and all(native.suits(layer, self.config) for layer in self.layers)
         for k in range(len(self.layers)):  # one by one: a native layer copies matrices
             if self.native:
@@ -144,7 +158,7 @@ class StageModel(nn.Module):
     def row_bytes(self) -> int:
         """Return the bytes of the keys and values of a token in all layers."""
         config = self.config
-        groups = config.num_key_value_heads
+        groups = getattr(config, "num_key_value_heads", config.num_attention_heads)
         if self._whole and self.links:  # of which this rank keeps its share
             groups //= self.links.size
         row = 2 * groups * native.head_dim(config) * self.dtype.itemsize
@@ -175,12 +189,12 @@ class StageModel(nn.Module):
         that have been made shards are computed to the end."""
         caches, device = Caches(parts), self.device
         rows = placed(rows, device)
-        x = (self._embedded(rows.long()) if self.embed_tokens is not None else rows).to(self.dtype)
-        seen = [Seen(part.admitted, device, in_order=self.alone) for part in parts]
         positions = joined([torch.from_numpy(part.admitted.positions) for part in parts])
-        turns = self.rotary(x[None], placed(positions, device)[None])
-        turns = native.turns(*turns) if self.native else turns
-        around = native.Around(seen, turns, caches)
+        positions = placed(positions, device)
+        x = self._entered(rows.long(), positions) if self.embed_tokens is not None else rows
+        x = x.to(self.dtype)
+        seen = [Seen(part.admitted, device, in_order=self.alone) for part in parts]
+        around = [native.Around(seen, turns, caches) for turns in self._turns(x, positions)]
         out, entered = (
             self._through_shards(x, around, taps, needed, sharing)
             if self.links and not self._whole
@@ -192,7 +206,7 @@ class StageModel(nn.Module):
         return (out if self.norm is None else self._normed(out)), tapped
 
     def _through(
-        self, x: Tensor, around: native.Around, taps: Sequence[int], needed: Needed
+        self, x: Tensor, around: Sequence[native.Around], taps: Sequence[int], needed: Needed
     ) -> tuple[Tensor | None, dict[int, Tensor]]:
         """Return the rows [n, hidden] behind the layers, and what entered those of `taps`.
 
@@ -206,9 +220,9 @@ class StageModel(nn.Module):
                 entered[k] = x[0]
             x = layer(
                 x,
-                attention_mask=around.seen,
-                position_embeddings=around.turns,
-                past_key_values=around.caches,
+                attention_mask=around[k].seen,
+                position_embeddings=around[k].turns,
+                past_key_values=around[k].caches,
                 use_cache=True,
             )
         return x[0], entered
@@ -216,7 +230,7 @@ class StageModel(nn.Module):
     def _through_shards(
         self,
         x: Tensor,
-        around: native.Around,
+        around: Sequence[native.Around],
         taps: Sequence[int],
         needed: Needed,
         sharing: Way,
@@ -229,10 +243,43 @@ class StageModel(nn.Module):
         for k, layer in enumerate(self.layers):
             if k in taps:
                 entered[k] = shared.rows(x)
-            x = layer(x, shared, around, k > 0 and not needed())
+            x = layer(x, shared, around[k], k > 0 and not needed())
             if shared.abandon:
                 return None, entered
         return shared.rows(x), entered
+
+    def _of_shard(self, shard: Shard) -> Any:
+        """Return the configuration with the part of the vocabulary that a shard's embedding has."""
+        if shard.members == 1:
+            return self.config
+        config = copy(self.config)
+        config.vocab_size, config.pad_token_id = len(shard.of(config.vocab_size)), None
+        return config
+
+    def _turns(self, x: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor] | None]:
+        """Return the rotary positions for each layer; None where a family has none.
+
+        Some families turn by other angles in layers of another kind."""
+        if self.rotary is None:
+            return [None] * len(self.layers)
+        of_kinds = "layer_type" in signature(self.rotary.forward).parameters
+        kinds = self._kinds if of_kinds else [None] * len(self.layers)
+        made = {
+            kind: self.rotary(x[None], positions[None], *([kind] if of_kinds else []))
+            for kind in dict.fromkeys(kinds)
+        }
+        if self.native:
+            made = {kind: native.turns(*turns) for kind, turns in made.items()}
+        return [made[kind] for kind in kinds]
+
+    def _entered(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Return what enters the first layer, [n, hidden], at tokens (int64 [n]) of a text."""
+        x = self._embedded(tokens)
+        for name in self.entrance:
+            module = self.get_submodule(name)
+            x = x.to(self.dtype)
+            x = x + module(positions) if isinstance(module, nn.Embedding) else module(x)
+        return x
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         """Return the embeddings [n, hidden] of tokens (int64 [n])."""
@@ -255,7 +302,7 @@ def packs_weights(config: dict, dtype: torch.dtype, device: str) -> bool:
 
     Their rows and sums are float32. Experts come fused, which is no `nn.Linear`, so with experts
     only float32 is possible. Raise UserError where the kernels cannot and nothing else can."""
-    whole = dtype == torch.float32 or not config.get("num_local_experts")
+    whole = dtype == torch.float32 or family_of(config).linear
     possible = device == "cpu" and jit.available() and dtype in kernels.KINDS and whole
     need(
         dtype != torch.int8 or possible,
@@ -478,6 +525,29 @@ def verify_together(asks: Sequence[DraftRows]) -> list[tuple[np.ndarray, Tensor]
     return [(share.admitted.positions, rows) for share, rows in zip(shares, made, strict=True)]
 
 
+class Shape(NamedTuple):
+    """A shape is what a family makes of the products of features with the lm_head."""
+
+    scale: float = 1.0
+    """A product s becomes scale * s;"""
+    cap: float | None = None
+    """and that, s', becomes cap * tanh(s' / cap)."""
+
+    @classmethod
+    def of(cls, config: dict) -> Shape:
+        """Return the shape for a settled config.json."""
+        scale = (config.get("logit_scale") or 1.0) / (config.get("logits_scaling") or 1.0)
+        return cls(scale, config.get("final_logit_softcapping"))
+
+    def __call__(self, products: Tensor) -> Tensor:
+        """Return the logits, perhaps in the products' place."""
+        logits = products if self.scale == 1.0 else products.mul_(self.scale)
+        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
+
+
+AS_THEY_ARE = Shape()
+
+
 class Head:
     """A head is the lm_head, which makes features [n, hidden] into logits [n, vocabulary].
 
@@ -489,10 +559,13 @@ class Head:
     PIECE = 1 << 20
     """A piece has at most so many elements, in whole rows, but at least one row."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype | None = None):
+    def __init__(
+        self, weight: Tensor, dtype: torch.dtype | None = None, shape: Shape = AS_THEY_ARE
+    ):
         """Take `weight` [vocabulary, hidden] to compute with it as `dtype`.
 
         None means the weight's own dtype."""
+        self._shape = shape
         dtype = dtype or weight.dtype
         self.vocabulary, self.device = len(weight), weight.device
         packs = self.device.type == "cpu" and dtype in kernels.KINDS and jit.available()
@@ -515,10 +588,13 @@ class Head:
 
     @torch.inference_mode()
     def __call__(self, features: Tensor) -> Tensor:
+        return self._shape(self._products(features))
+
+    def _products(self, features: Tensor) -> Tensor:
         if self._packed is not None:
             return self._packed(features.float())
         if self.alone and len(features) > 1:
-            return torch.cat([self(row) for row in features.split(1)])
+            return torch.cat([self._products(row) for row in features.split(1)])
         features, weight = placed(features, self.device), self.weight
         if weight.dtype in (torch.float32, torch.float64):
             # for few rows this is much quicker than the other way round
@@ -556,7 +632,13 @@ def load_stage(
     path = manifest.path(entry)
     leader = ring.leader(rank)
     model = StageModel(
-        config, entry.num_layers, ring.is_first(leader), ring.is_last(leader), links, autotp
+        config,
+        entry.num_layers,
+        ring.is_first(leader),
+        ring.is_last(leader),
+        links,
+        autotp,
+        entry.layers[0],
     )
     file: TensorFile | JoinedFile = TensorFile(path)
     if autotp:
@@ -565,7 +647,7 @@ def load_stage(
         model.share = sharer(links, model.config, device)
         files = [TensorFile(manifest.path(manifest.entry(each))) for each in ring.group(rank)]
         file = JoinedFile(files, ring.member(rank), config)
-    tensors = module_tensors(file, family_of(config), entry.layers[0], stored_as(dtype))
+    tensors = module_tensors(file, entry.layers[0], stored_as(dtype))
     return model.load(_counted(tensors, progress), device, str(path), dtype)
 
 
@@ -618,7 +700,8 @@ def load_head(manifest: Manifest, rank: int, dtype: torch.dtype, device: str) ->
     """Return the lm_head that lies beside this rank: rank 0 or the last stage, or its shard."""
     entry = manifest.entry(rank).lm_head
     assert entry is not None, f"the split has no head beside rank {rank}"
-    return Head(TensorFile(manifest.path(entry)).read(HEAD, stored_as(dtype)).to(device), dtype)
+    weight = TensorFile(manifest.path(entry)).read(HEAD, stored_as(dtype)).to(device)
+    return Head(weight, dtype, Shape.of(read_config(manifest.folder(rank))))
 
 
 def load_whole(
@@ -630,15 +713,10 @@ def load_whole(
     """Return a whole checkpoint as one stage and its head, which is a draft model.
 
     `progress` is as for `load_stage`."""
-    config, checkpoint = read_config(folder), Checkpoint(folder)
-    family = family_of(config)
+    config = read_config(folder)
+    checkpoint = Checkpoint(folder, family_of(config).named)
     model = StageModel(config, config["num_hidden_layers"], first=True, last=True)
-    files = {checkpoint.file(name).path: checkpoint.file(name) for name in checkpoint.names}
-    tensors = (
-        pair
-        for file in files.values()
-        for pair in module_tensors(file, family, 0, stored_as(dtype))
-    )
+    tensors = module_tensors(checkpoint, 0, stored_as(dtype))
     model.load(_counted(tensors, progress), device, str(folder), dtype)
     tied = HEAD not in checkpoint.names
     need(
@@ -648,6 +726,6 @@ def load_whole(
     weight = (
         model.get_parameter("embed_tokens.weight")
         if tied
-        else checkpoint.file(HEAD).read(HEAD, stored_as(dtype)).to(device)
+        else checkpoint.read(HEAD, stored_as(dtype)).to(device)
     )
-    return model, Head(weight, dtype)
+    return model, Head(weight, dtype, Shape.of(config))

@@ -68,9 +68,9 @@ def test_what_a_forward_saw_is_forgotten_with_it():
     state = StageState()
     seen = Seen(state.extend(3).only(2), torch.device("cpu"))
     assert (
-        seen.slots[1].tolist() == [3]
-        and seen.unseen.shape == (1, 3)
-        and seen.order.tolist() == [0, 1, 2]
+        seen.spans(None)[0].counts.tolist() == [3]
+        and seen.unseen(None)[1].shape == (1, 3)
+        and seen.order(None).tolist() == [0, 1, 2]
     )
     forgotten = weakref.ref(seen)
     del seen
