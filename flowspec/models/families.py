@@ -54,6 +54,8 @@ class Family:
     prefix: str
     folder: str | None = None
     """transformers keeps it in this module; None means that of its model_type."""
+    inside: str = ""
+    """The model is this module of transformers' model, if not that itself."""
     halves: bool = False
     """A layer is x + attention(norm(x)) and then x + mlp(norm(x)), of q, k, v, o and gate, up, down
     or experts of these: so members of a stage can share it (shard.py)."""
@@ -93,9 +95,10 @@ class Family:
         return f"model.{first}{dot}{rest}" if first in ours else stored
 
 
-ROOTS = re.compile(r"((model|language_model|transformer)\.)*")
+ROOTS = re.compile(r"((model|language_model|transformer|gpt_neox|decoder)\.)*")
 """Behind these, if they are there, stand the names of the text's model."""
 TIED = {"tie_word_embeddings": True}
+SCALED = {"logit_scale": 0.0625}
 CAPPED = {"final_logit_softcapping": 30.0}
 GPT = {
     "n_embd": "hidden_size",
@@ -120,6 +123,39 @@ FAMILIES = {
         Family("olmo2", "Olmo2"),
         Family("glm4", "Glm4"),
         Family("gpt_oss", "GptOss", linear=False),
+        Family("arcee", "Arcee"),
+        Family("cohere", "Cohere", defaults=TIED | SCALED),
+        Family("cohere2", "Cohere2", defaults=TIED | SCALED),
+        Family("dots1", "Dots1", linear=False),
+        Family("ernie4_5", "Ernie4_5", defaults=TIED),
+        Family("exaone4", "Exaone4"),
+        Family("glm", "Glm"),
+        Family("glm4_moe", "Glm4Moe", linear=False),
+        Family("granite", "Granite"),
+        Family("helium", "Helium"),
+        Family("hunyuan_v1_dense", "HunYuanDenseV1"),
+        Family("ministral", "Ministral"),
+        Family("ministral3", "Ministral3"),
+        Family("nemotron", "Nemotron"),
+        Family("olmo3", "Olmo3"),
+        Family("olmoe", "Olmoe", linear=False),
+        Family("seed_oss", "SeedOss"),
+        Family("smollm3", "SmolLM3", defaults=TIED),
+        Family("stablelm", "StableLm"),
+        Family("starcoder2", "Starcoder2", defaults=TIED),
+        Family(
+            "gpt_neox",
+            "GPTNeoX",
+            names={"embed_in": "embed_tokens", "final_layer_norm": "norm", "embed_out": "lm_head"},
+        ),
+        Family(
+            "opt",
+            "OPT",
+            inside="decoder",
+            entrance=("embed_positions",),
+            names={"final_layer_norm": "norm"},
+            defaults=TIED,
+        ),
         Family(
             "gpt2",
             "GPT2",
@@ -257,7 +293,7 @@ def rope_types(config: dict) -> Iterator[str]:
 
 # ---- tensor names --------------------------------------------------------------------------------
 LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
-_TABLE = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.(masked_)?bias)")
+_TABLE = re.compile(r".*\.(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)")
 
 
 def layer_of(name: str) -> int | None:

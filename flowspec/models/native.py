@@ -62,6 +62,8 @@ class Around(NamedTuple):
     turns: tuple[Tensor, Tensor] | None
     """The rotary positions, as the layers take them; None in a family without."""
     caches: Caches
+    positions: Tensor
+    """The rows' positions, int64 [1, n]."""
 
 
 class Half(NamedTuple):
@@ -137,7 +139,7 @@ class NativeLayer(nn.Module):
             Half(
                 lambda x: self._normed(x, before),
                 qkv.products,
-                lambda products, around: self._mixed(products, *around),
+                lambda products, around: self._mixed(products, *around[:3]),
                 project.products,
             ),
             Half(

@@ -68,7 +68,7 @@ class StageModel(nn.Module):
             | {"attn_implementation": attention.implementation()}
         )
         with torch.device("meta"):
-            model = classes.model(self._of_shard(shard))
+            model = classes.model(self._of_shard(shard)).get_submodule(family.inside)
         own = slice(at, at + layers)
         self.layers = nn.ModuleList(map(adapted, model.get_submodule(family.theirs("layers"))[own]))
         self.embed_tokens = model.get_input_embeddings() if first else None
@@ -77,10 +77,11 @@ class StageModel(nn.Module):
         for name in self.entrance:
             self.add_module(name, model.get_submodule(name))
         for module in self.modules():
-            if buffers := [*module.named_buffers(recurse=False)]:  # in no file: never on meta
-                for leaf, buffer in buffers:
-                    setattr(module, leaf, torch.empty_like(buffer, device="cpu"))
+            for leaf in module._non_persistent_buffers_set:  # in no file: never on meta
+                setattr(module, leaf, torch.empty_like(getattr(module, leaf), device="cpu"))
                 model._init_weights(module)
+        asked = signature(self.layers[0].forward).parameters
+        self._cache_name = "layer_past" if "layer_past" in asked else "past_key_values"
         kinds = getattr(self.config, "layer_types", None) or [None] * (at + layers)
         self._kinds = kinds[own]
         rotary = getattr(model, "rotary_emb", None)
@@ -96,7 +97,7 @@ class StageModel(nn.Module):
 
         On a CPU that has kernels for `dtype` the matrices are packed as they come, and everything
         else is float32 (kernels.py). Raise UserError if tensors are missing or of another shape."""
-        waiting = dict(self.named_parameters())
+        waiting = self.state_dict(keep_vars=True)
         packs = not self._whole and packs_weights(self.config.to_dict(), dtype, device)
         self.dtype = torch.float32 if packs else dtype
         for name, tensor in tensors:
@@ -118,7 +119,8 @@ class StageModel(nn.Module):
             tensor = (
                 tensor.to(device) if not packs or module is self.embed_tokens else tensor.float()
             )
-            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+            held = leaf in module._parameters
+            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if held else tensor)
             self._shared(name, waiting)
         if waiting:
             raise UserError(
@@ -194,7 +196,10 @@ class StageModel(nn.Module):
         x = self._entered(rows.long(), positions) if self.embed_tokens is not None else rows
         x = x.to(self.dtype)
         seen = [Seen(part.admitted, device, in_order=self.alone) for part in parts]
-        around = [native.Around(seen, turns, caches) for turns in self._turns(x, positions)]
+        around = [
+            native.Around(seen, turns, caches, positions[None])
+            for turns in self._turns(x, positions)
+        ]
         out, entered = (
             self._through_shards(x, around, taps, needed, sharing)
             if self.links and not self._whole
@@ -222,8 +227,9 @@ class StageModel(nn.Module):
                 x,
                 attention_mask=around[k].seen,
                 position_embeddings=around[k].turns,
-                past_key_values=around[k].caches,
+                position_ids=around[k].positions,
                 use_cache=True,
+                **{self._cache_name: around[k].caches},
             )
         return x[0], entered
 
@@ -274,11 +280,13 @@ class StageModel(nn.Module):
 
     def _entered(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Return what enters the first layer, [n, hidden], at tokens (int64 [n]) of a text."""
-        x = self._embedded(tokens)
+        x = self._embedded(tokens).to(self.dtype) * getattr(self.config, "embedding_multiplier", 1)
         for name in self.entrance:
             module = self.get_submodule(name)
-            x = x.to(self.dtype)
-            x = x + module(positions) if isinstance(module, nn.Embedding) else module(x)
+            if isinstance(module, nn.Embedding):  # OPT's first positions mean something else
+                x = x + module.weight[positions + getattr(module, "offset", 0)]
+            else:
+                x = module(x)
         return x
 
     def _embedded(self, tokens: Tensor) -> Tensor:
