@@ -58,7 +58,9 @@ class Family:
     """The model is this module of transformers' model, if not that itself."""
     halves: bool = False
     """A layer is x + attention(norm(x)) and then x + mlp(norm(x)), of q, k, v, o and gate, up, down
-    or experts of these: so members of a stage can share it (shard.py)."""
+    (or no gate, or experts of these): so members of a stage can share it (shard.py)."""
+    llama: bool = False
+    """What is between these matrices is as in Llama, too, so native.py can compute it."""
     linear: bool = True
     """All large matrices of a layer are `nn.Linear`. (Experts come fused, which is none.)"""
     entrance: tuple[str, ...] = ()
@@ -68,6 +70,8 @@ class Family:
     """The parts of the model that have another name in Llama's, with that name."""
     keys: Mapping[str, str] = field(default_factory=dict)
     """The keys of config.json that Llama has under another name, with that name."""
+    only: Mapping[str, Any] = field(default_factory=dict)
+    """Of these keys of config.json no other values are supported."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What transformers assumes of keys that config.json may leave out and that are read here."""
 
@@ -110,37 +114,43 @@ GPT = {
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", "Llama", halves=True),
-        Family("mistral", "Mistral", halves=True),
-        Family("qwen2", "Qwen2", halves=True),
-        Family("qwen3", "Qwen3", halves=True),
+        Family("llama", "Llama", halves=True, llama=True),
+        Family("mistral", "Mistral", halves=True, llama=True),
+        Family("qwen2", "Qwen2", halves=True, llama=True),
+        Family("qwen3", "Qwen3", halves=True, llama=True),
         Family("mixtral", "Mixtral", halves=True, linear=False),
         Family("qwen3_moe", "Qwen3Moe", halves=True, linear=False),
         Family("gemma", "Gemma", halves=True, defaults=TIED),
         Family("gemma2", "Gemma2", defaults=TIED | CAPPED),
-        Family("gemma3_text", "Gemma3Text", "gemma3", defaults=TIED),
+        Family(
+            "gemma3_text",
+            "Gemma3Text",
+            "gemma3",
+            only={"use_bidirectional_attention": False},
+            defaults=TIED,
+        ),
         Family("phi3", "Phi3"),
         Family("olmo2", "Olmo2"),
         Family("glm4", "Glm4"),
         Family("gpt_oss", "GptOss", linear=False),
-        Family("arcee", "Arcee"),
+        Family("arcee", "Arcee", halves=True),
         Family("cohere", "Cohere", defaults=TIED | SCALED),
         Family("cohere2", "Cohere2", defaults=TIED | SCALED),
         Family("dots1", "Dots1", linear=False),
-        Family("ernie4_5", "Ernie4_5", defaults=TIED),
+        Family("ernie4_5", "Ernie4_5", halves=True, defaults=TIED),
         Family("exaone4", "Exaone4"),
         Family("glm", "Glm"),
         Family("glm4_moe", "Glm4Moe", linear=False),
         Family("granite", "Granite"),
         Family("helium", "Helium"),
-        Family("hunyuan_v1_dense", "HunYuanDenseV1"),
-        Family("ministral", "Ministral"),
-        Family("ministral3", "Ministral3"),
-        Family("nemotron", "Nemotron"),
+        Family("hunyuan_v1_dense", "HunYuanDenseV1", halves=True),
+        Family("ministral", "Ministral", halves=True),
+        Family("ministral3", "Ministral3", halves=True),
+        Family("nemotron", "Nemotron", halves=True),
         Family("olmo3", "Olmo3"),
         Family("olmoe", "Olmoe", linear=False),
-        Family("seed_oss", "SeedOss"),
-        Family("smollm3", "SmolLM3", defaults=TIED),
+        Family("seed_oss", "SeedOss", halves=True),
+        Family("smollm3", "SmolLM3", halves=True, defaults=TIED),
         Family("stablelm", "StableLm"),
         Family("starcoder2", "Starcoder2", defaults=TIED),
         Family(
@@ -154,6 +164,7 @@ FAMILIES = {
             inside="decoder",
             entrance=("embed_positions",),
             names={"final_layer_norm": "norm"},
+            only={"do_layer_norm_before": True},
             defaults=TIED,
         ),
         Family(
@@ -162,6 +173,7 @@ FAMILIES = {
             entrance=("wpe",),
             names={"wte": "embed_tokens", "h": "layers", "ln_f": "norm"},
             keys=GPT,
+            only={"add_cross_attention": False},
             defaults=TIED,
         ),
         Family(
@@ -218,7 +230,9 @@ OUTER = ("architectures", "dtype", "torch_dtype", "tie_word_embeddings", "quanti
 # ---- who is refused ------------------------------------------------------------------------------
 RECURRENT = "its layers keep a state of all tokens, which cannot branch or go back to where a guess was wrong"
 ENCODER = "it has an encoder; only models that continue a text are"
+LATENT = "its attention expands what the cache holds (multi-head latent attention)"
 REFUSED = {
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "minicpm3", "longcat_flash"), LATENT),
     **dict.fromkeys(
         (
             "bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2",
@@ -242,7 +256,9 @@ REFUSED = {
 def check_config(config: dict) -> None:
     """Raise UserError, by name, for a settled config.json whose model would not be computed
     right."""
-    family_of(config)
+    for key, value in family_of(config).only.items():
+        found = config.get(key, value)
+        need(found == value, f"config.json: {key} is {found}; only {value} is supported")
     for key in REQUIRED:
         if type(config.get(key)) is not int or config[key] < 1:
             raise UserError(

@@ -24,9 +24,9 @@ from flowspec.models.kernels import WIDTH, PackedLinear, stacked
 def suits(layer: nn.Module, config: Any) -> bool:
     """Return whether a NativeLayer can be made of this layer.
 
-    It must be of Llama's two halves, its matrices packed and of whole vectors, and its MLP gated by
+    It must be of Llama's kind, its matrices packed and of whole vectors, and its MLP gated by
     silu."""
-    if not FAMILIES[config.model_type].halves:
+    if not FAMILIES[config.model_type].llama:
         return False
     linears = [
         getattr(getattr(layer, part, None), name, None)

@@ -145,6 +145,7 @@ def _taken_apart(layer: Any) -> tuple[tuple[Half, Half], nn.ModuleList]:
         return attention(
             hidden_states=rows[None],
             position_embeddings=around.turns,
+            position_ids=around.positions,
             attention_mask=around.seen,
             past_key_values=around.caches,
         )[0][0]

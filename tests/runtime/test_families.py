@@ -3,20 +3,25 @@
 Windows are shorter than the texts, and caps are low enough to be felt."""
 
 import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
+from flowspec.comm.group import threads
 from flowspec.core.messages import Prune
 from flowspec.core.request import Request, Sampling
 from flowspec.core.stage import StageState
+from flowspec.errors import UserError
 from flowspec.host.reader import Reader, Whole
 from flowspec.host.speculative import Keyed, write
 from flowspec.models.families import FAMILIES
 from flowspec.models.split import split
-from flowspec.models.stage import load_head, load_stage, load_whole
+from flowspec.models.stage import Cached, load_head, load_stage, load_whole
 from tests.stages import Hand
 
 SHAPE = dict(
@@ -25,60 +30,118 @@ SHAPE = dict(
 )  # fmt: skip
 WINDOW = 6
 SLIDING = ["sliding_attention", "full_attention"] * 2
-EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+SCALED = dict(
+    embedding_multiplier=3.0, logits_scaling=2.0, residual_multiplier=0.5, attention_multiplier=0.3
+)
+ROUTED = dict(
+    n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_group=1, topk_group=1, n_shared_experts=1,
+    first_k_dense_replace=1,
+)  # fmt: skip
+KINDS = dict(sliding_window=WINDOW, layer_types=SLIDING)
 CONFIGS = {
     "mistral": dict(sliding_window=WINDOW),
     "mistral native": dict(sliding_window=WINDOW, head_dim=16),
     "mixtral": dict(sliding_window=WINDOW, num_local_experts=4),
     "qwen2": dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2),
-    "qwen3": dict(head_dim=16, use_sliding_window=True, sliding_window=WINDOW, layer_types=SLIDING),
-    "gemma": dict(head_dim=16),
+    "qwen3": dict(head_dim=16, use_sliding_window=True, **KINDS),
     "gemma2": dict(
         head_dim=16,
-        sliding_window=WINDOW,
-        layer_types=SLIDING,
         attn_logit_softcapping=2.0,
         final_logit_softcapping=3.0,
         query_pre_attn_scalar=8,
+        **KINDS,
     ),
     "gemma3_text": dict(
         head_dim=16,
-        sliding_window=WINDOW,
-        layer_types=SLIDING,
         query_pre_attn_scalar=8,
         rope_parameters={
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         },
+        **KINDS,
     ),
-    "qwen3_moe": dict(head_dim=8, mlp_only_layers=[1], decoder_sparse_step=1, **EXPERTS),
+    "qwen3_moe": dict(
+        head_dim=8,
+        mlp_only_layers=[1],
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+    ),
     "phi3": dict(sliding_window=WINDOW),
     "olmo2": dict(),
     "glm4": dict(head_dim=16),
-    "gpt_oss": dict(
-        head_dim=16, sliding_window=WINDOW, layer_types=SLIDING, num_local_experts=4, num_experts_per_tok=2
-    ),
+    "gpt_oss": dict(head_dim=16, num_local_experts=4, num_experts_per_tok=2, **KINDS),
     "gpt2": dict(scale_attn_by_inverse_layer_idx=True),
     "bloom": dict(num_attention_heads=6, hidden_size=48),
+}
+MORE = {
+    "arcee": dict(),
+    "cohere": dict(use_qk_norm=True),
+    "cohere2": dict(head_dim=8, **KINDS),
+    "dots1": dict(**ROUTED, **KINDS),
+    "ernie4_5": dict(),
+    "exaone4": KINDS,
+    "gemma": dict(head_dim=16),
+    "glm": dict(head_dim=8),
+    "glm4_moe": dict(head_dim=8, **ROUTED),
+    "gpt_neox": dict(),
+    "granite": SCALED,
+    "helium": dict(head_dim=8),
+    "hunyuan_v1_dense": dict(head_dim=8),
+    "ministral": dict(head_dim=8, **KINDS),
+    "ministral3": dict(
+        head_dim=8,
+        sliding_window=WINDOW,
+        rope_parameters=dict(
+            rope_type="yarn", rope_theta=1e4, factor=16.0, original_max_position_embeddings=8, max_position_embeddings=128,
+            llama_4_scaling_beta=0.3, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0,
+        ),
+    ),
+    "nemotron": dict(),
+    "olmo3": KINDS,
+    "olmoe": dict(num_experts=4, num_experts_per_tok=2),
+    "opt": dict(ffn_dim=48, word_embed_proj_dim=32),
+    "seed_oss": dict(head_dim=8),
+    "smollm3": dict(no_rope_layers=[1, 0, 1, 0]),
+    "stablelm": dict(qk_layernorm=True, use_parallel_residual=False),
+    "starcoder2": dict(sliding_window=WINDOW),
 }  # fmt: skip
 SEED = 11
 
 
 def config_of(name: str):
     kind = name.split()[0]
-    return FAMILIES[kind].classes().config(**{**SHAPE, **CONFIGS[name]})
+    return FAMILIES[kind].classes().config(**{**SHAPE, **(CONFIGS | MORE)[name]})
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
-def family(request, tmp_path_factory):
-    """(transformers' model, its logits of a text, the checkpoint's folder)"""
-    folder = tmp_path_factory.mktemp("model") / "whole"
+class Made(NamedTuple):
+    """A checkpoint, and transformers' model of it."""
+
+    folder: Path
+    model: Any
+    reference: Callable[..., torch.Tensor]
+    """The logits [n, vocabulary] of n tokens of a text."""
+
+    def pieces(self, count: int):
+        """Stages, and the head behind the last; 1: the checkpoint as it is, not split."""
+        if count == 1:
+            whole, head = load_whole(self.folder, torch.float32, "cpu")
+            return [whole], head
+        output = self.folder.parent / f"split{count}"
+        manifest = split(str(self.folder), count, output)
+        ranks = manifest.topology.stage_ranks
+        head = load_head(manifest, ranks[-1], torch.float32, "cpu")
+        return [load_stage(manifest, rank, torch.float32, "cpu") for rank in ranks], head
+
+
+def make(name: str, folder: Path) -> Made:
     torch.manual_seed(SEED)
     model = AutoModelForCausalLM.from_config(
-        config_of(request.param), dtype=torch.float32, attn_implementation="eager"
+        config_of(name), dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.25)
+    stored = model.state_dict(keep_vars=True).values()  # biases of a router are no parameters
+    for tensor in stored:
+        torch.nn.init.normal_(tensor, std=0.25)
     model.save_pretrained(folder)
 
     @functools.cache
@@ -86,20 +149,17 @@ def family(request, tmp_path_factory):
     def reference(*tokens):
         return model(torch.tensor([tokens])).logits[0]
 
-    return model, reference, folder
+    return Made(folder, model, reference)
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3])
+@pytest.fixture(scope="module", params=CONFIGS)
+def family(request, tmp_path_factory):
+    return make(request.param, tmp_path_factory.mktemp("model") / "whole")
+
+
+@pytest.fixture(scope="module", params=[1, 3])
 def stages(request, family):
-    """(transformers' logits, stages in so many pieces, head); 1 is a checkpoint that is not split"""
-    _, reference, folder = family
-    if request.param == 1:
-        whole, head = load_whole(folder, torch.float32, "cpu")
-        return reference, [whole], head
-    manifest = split(str(folder), request.param, folder.parent / f"split{request.param}")
-    ranks = manifest.topology.stage_ranks
-    pieces = [load_stage(manifest, rank, torch.float32, "cpu") for rank in ranks]
-    return reference, pieces, load_head(manifest, ranks[-1], torch.float32, "cpu")
+    return family.reference, *family.pieces(request.param)
 
 
 def close(a, b):
@@ -113,8 +173,8 @@ def prefilled(pieces, tokens):
     return sequences, x
 
 
-def test_a_text_longer_than_the_window(stages):
-    reference, pieces, head = stages
+def check_a_text(reference, pieces, head):
+    """A text longer than the window, in chunks."""
     text = [3 + 7 * k % 89 for k in range(23)]
     sequences, x = prefilled(pieces, text[:9])
     rows = [head(x)]
@@ -126,58 +186,106 @@ def test_a_text_longer_than_the_window(stages):
     close(torch.cat(rows), reference(*text))
 
 
-@pytest.mark.parametrize("alone", [False, True])
-@pytest.mark.parametrize("gathered", [False, True])
-def test_a_tree_sees_its_paths(stages, alone, gathered, monkeypatch):
+PROMPT = [3 + 5 * k % 89 for k in range(WINDOW + 3)]
+PARENTS = {0: -1, 1: 0, 2: 0, 3: 2, 4: 1, 5: 3, 6: 5, 7: 5, 8: 6, 9: 8, 10: 9, 11: 7}
+LATER = {20: 9, 21: 20, 22: 20, 23: 10, 24: 21}
+
+
+def token(node: int) -> int:
+    return 4 + 3 * node
+
+
+def text_to(node: int) -> list[int]:
+    path = []
+    while node != -1:
+        path.append(token(node))
+        node = (PARENTS | LATER)[node]
+    return PROMPT + path[::-1]
+
+
+def check_a_tree(reference, pieces, head):
     """Nodes of many depths in one forward, before a decision and, on the path it made text, after it."""
-    monkeypatch.setattr(StageState, "COMPACT", -1 if gathered else 64)
-    reference, pieces, head = stages
-    prompt = [3 + 5 * k % 89 for k in range(WINDOW + 3)]
-    sequences, _ = prefilled(pieces, prompt)
-    for piece in pieces:
-        piece.alone = alone and not piece.native
-    parents = {0: -1, 1: 0, 2: 0, 3: 2, 4: 1, 5: 3, 6: 5, 7: 5, 8: 6, 9: 8, 10: 9, 11: 7}
-    later = {20: 9, 21: 20, 22: 20, 23: 10, 24: 21}
-    told = {i: 4 + 3 * i for i in parents | later}
-
-    def text(node):
-        path = []
-        while node != -1:
-            path.append(told[node])
-            node = (parents | later)[node]
-        return prompt + path[::-1]
-
-    for some, prune in (([*parents], Prune(1, 6, 8)), ([*later], None)):
-        x, tree = torch.tensor([told[i] for i in some]), parents | later
+    sequences, _ = prefilled(pieces, PROMPT)
+    for some, prune in (([*PARENTS], Prune(1, 6, 8)), ([*LATER], None)):
+        x, tree = torch.tensor([token(i) for i in some]), PARENTS | LATER
         for sequence in sequences:
             kept, positions, x = sequence.verify(some, [tree[i] for i in some], x)
             assert len(kept) == len(some)
             if prune:
                 sequence.prune(prune)
-        assert [*positions] == [len(text(i)) - 1 for i in some]
+        assert [*positions] == [len(text_to(i)) - 1 for i in some]
         for i, logits in zip(some, head(x), strict=True):
-            close(logits, reference(*text(i))[-1])
-    for piece in pieces:
-        piece.alone = False
+            close(logits, reference(*text_to(i))[-1])
 
 
+def test_a_text_longer_than_the_window(stages):
+    check_a_text(*stages)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_tree_sees_its_paths(stages, alone, monkeypatch):
+    reference, pieces, head = stages
+    for limit in (-1, 64):  # gather at once, or leave the dead rows in place
+        monkeypatch.setattr(StageState, "COMPACT", limit)
+        for piece in pieces:
+            monkeypatch.setattr(piece, "alone", alone and not piece.native)
+        check_a_tree(reference, pieces, head)
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_the_other_families(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(StageState, "COMPACT", -1)
+    made = make(name, tmp_path / "whole")
+    for count in (1, 2):
+        check_a_text(made.reference, *made.pieces(count))
+        check_a_tree(made.reference, *made.pieces(count))
+
+
+def test_every_family_is_tested():
+    tested = {name.split()[0] for name in CONFIGS | MORE}
+    assert tested == FAMILIES.keys() - {"llama"}  # which all other tests are about
+
+
+def test_layers_are_native_where_they_are_of_that_kind(tmp_path):
+    made = make("mistral native", tmp_path / "whole")
+    assert all(piece.native for piece in made.pieces(2)[0])
+
+
+# ---- groups ----------------------------------------------------------------------------------------
+SHARED = [name for name in CONFIGS | MORE if FAMILIES[name.split()[0]].halves]
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_members_share_the_layers(name, tmp_path):
+    made = make(name, tmp_path / "whole")
+    manifest = split(str(made.folder), 1, tmp_path / "split", members=2)
+    links, text = threads(2), [3 + 7 * k % 89 for k in range(23)]
+    models = [load_stage(manifest, k, torch.float32, "cpu", links=links[k - 1]) for k in (1, 2)]
+
+    def compute(k):
+        return Cached(models[k]).forward(torch.tensor(text), StageState().extend(len(text)))
+
+    with ThreadPoolExecutor(2) as pool:
+        [rows, same] = pool.map(compute, range(2))
+    assert torch.equal(rows, same)
+    close(load_head(manifest, 0, torch.float32, "cpu")(rows), made.reference(*text))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "bloom"])
+def test_layers_that_are_not_cut_are_refused_by_name(name, tmp_path):
+    make(name, tmp_path / "whole")
+    with pytest.raises(UserError, match=f"layers of model_type {name} are not cut into shards"):
+        split(str(tmp_path / "whole"), 1, tmp_path / "split", members=2)
+
+
+# ---- one process -----------------------------------------------------------------------------------
 def test_greedy_text_is_that_of_transformers(family):
-    model, _, folder = family
     sampling = Sampling(temperature=0.0, max_new_tokens=12)
     prompt = (5, 9, 60, 33, 8, 71, 23, 40)
-    whole = Whole.load(folder, torch.float32, "cpu", model.config.vocab_size)
+    whole = Whole.load(family.folder, torch.float32, "cpu", SHAPE["vocab_size"])
     request = Request(id=1, prompt=prompt, sampling=sampling, eos=frozenset())
-    made = [
-        written.token
-        for some in write(
-            request, Keyed(sampling, whole.vocabulary), Reader(whole), Reader(whole), 3
-        )
-        for written in some
-    ]
-    expected = model.generate(
-        torch.tensor([prompt]),
-        generation_config=transformers.GenerationConfig(
-            max_new_tokens=12, do_sample=False, pad_token_id=0
-        ),
-    )
+    rule, readers = Keyed(sampling, whole.vocabulary), (Reader(whole), Reader(whole))
+    made = [each.token for some in write(request, rule, *readers, 3) for each in some]
+    asked = GenerationConfig(max_new_tokens=12, do_sample=False, pad_token_id=0)
+    expected = family.model.generate(torch.tensor([prompt]), generation_config=asked)
     assert made == expected[0, len(prompt) :].tolist()
