@@ -26,6 +26,8 @@ class AlibiLayer(nn.Module):
     Heads prefer near tokens by a bias of the score, linear in the distance (ALiBi, arXiv
     2108.12409)."""
 
+    slopes: Tensor
+
     def __init__(self, layer: Any):
         super().__init__()
         self.input_layernorm, self.self_attention, self.post_attention_layernorm, self.mlp = (
@@ -35,7 +37,7 @@ class AlibiLayer(nn.Module):
             layer.mlp,
         )
         self._normed_residual = layer.apply_residual_connection_post_layernorm
-        self._slopes = slopes(self.self_attention.num_heads)
+        self.register_buffer("slopes", slopes(self.self_attention.num_heads), persistent=False)
 
     def forward(
         self, x: Tensor, attention_mask: Sequence[Seen], past_key_values: Caches, **_
@@ -44,7 +46,7 @@ class AlibiLayer(nn.Module):
         normed = self.input_layernorm(x)
         query, key, value = attention._reshape(attention.query_key_value(normed))
         keys, values = past_key_values.update(key, value, attention.layer_idx)
-        form = Form(slopes=self._slopes)
+        form = Form(slopes=self.slopes)
         mixed = attend(
             query[0], keys, values, attention_mask, attention.inv_norm_factor, form
         ).flatten(1)

@@ -259,7 +259,7 @@ def _attend(
     if form.cap is not None:
         scores = form.cap * torch.tanh(scores / form.cap)
     if form.slopes is not None and places is not None:
-        scores += (placed(form.slopes, scores.device)[:, None] * places)[:, None].to(scores.dtype)
+        scores += (form.slopes[:, None] * places)[:, None].to(scores.dtype)
     masked = scores[:, :, length - unseen.shape[1] :]
     # the fill is finite, so that a dead row that sees nothing stays a number
     masked.masked_fill_(unseen, torch.finfo(scores.dtype).min)

@@ -104,6 +104,13 @@ ROOTS = re.compile(r"((model|language_model|transformer|gpt_neox|decoder)\.)*")
 TIED = {"tie_word_embeddings": True}
 SCALED = {"logit_scale": 0.0625}
 CAPPED = {"final_logit_softcapping": 30.0}
+GEMMA3 = {
+    "vocab_size": 262208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+}
 GPT = {
     "n_embd": "hidden_size",
     "n_layer": "num_hidden_layers",
@@ -127,7 +134,7 @@ FAMILIES = {
             "Gemma3Text",
             "gemma3",
             only={"use_bidirectional_attention": False},
-            defaults=TIED,
+            defaults=TIED | GEMMA3,
         ),
         Family("phi3", "Phi3"),
         Family("olmo2", "Olmo2"),
@@ -144,12 +151,12 @@ FAMILIES = {
         Family("granite", "Granite"),
         Family("helium", "Helium"),
         Family("hunyuan_v1_dense", "HunYuanDenseV1", halves=True),
-        Family("ministral", "Ministral", halves=True),
+        Family("ministral", "Ministral", halves=True, llama=True),
         Family("ministral3", "Ministral3", halves=True),
         Family("nemotron", "Nemotron", halves=True),
         Family("olmo3", "Olmo3"),
         Family("olmoe", "Olmoe", linear=False),
-        Family("seed_oss", "SeedOss", halves=True),
+        Family("seed_oss", "SeedOss", halves=True, llama=True),
         Family("smollm3", "SmolLM3", halves=True, defaults=TIED),
         Family("stablelm", "StableLm"),
         Family("starcoder2", "Starcoder2", defaults=TIED),

@@ -76,16 +76,17 @@ class StageModel(nn.Module):
         self.entrance = family.entrance if first else ()
         for name in self.entrance:
             self.add_module(name, model.get_submodule(name))
-        for module in self.modules():
-            for leaf in module._non_persistent_buffers_set:  # in no file: never on meta
+        for module, leaf in self._computed():  # in no file: never on meta
+            if getattr(module, leaf).is_meta:
                 setattr(module, leaf, torch.empty_like(getattr(module, leaf), device="cpu"))
                 model._init_weights(module)
         asked = signature(self.layers[0].forward).parameters
         self._cache_name = "layer_past" if "layer_past" in asked else "past_key_values"
-        kinds = getattr(self.config, "layer_types", None) or [None] * (at + layers)
-        self._kinds = kinds[own]
         rotary = getattr(model, "rotary_emb", None)
-        self.rotary = rotary and type(rotary)(self.config)  # nor are its frequencies
+        self.rotary = rotary and type(rotary)(self.config)  # nor are its frequencies on meta
+        several = rotary and "layer_type" in signature(rotary.forward).parameters
+        self._angles = self.config.layer_types[own] if several else [None] * layers
+        """Rotary positions of each layer are by the angles of this kind; None if there is one."""
         self.alone = False
         self.native = False
         self.eval()
@@ -126,8 +127,8 @@ class StageModel(nn.Module):
             raise UserError(
                 f"{source}: {len(waiting)} tensors are missing, such as {next(iter(waiting))}"
             )
-        if self.rotary is not None:
-            self.rotary.to(device)
+        for module, leaf in self._computed():
+            setattr(module, leaf, getattr(module, leaf).to(device))
         self.native = packs and all(native.suits(layer, self.config) for layer in self.layers)
         for k in range(len(self.layers)):  # one by one: a native layer copies matrices
             if self.native:
@@ -135,6 +136,14 @@ class StageModel(nn.Module):
             if self.links and not self._whole:
                 self.layers[k] = ParallelLayer(self.layers[k])
         return self
+
+    def _computed(self) -> list[tuple[nn.Module, str]]:
+        """Return the tensors that are in no file: modules, and the tensor's name in each."""
+        return [
+            (module, leaf)
+            for module in self.modules()
+            for leaf in sorted(module._non_persistent_buffers_set)
+        ]
 
     def _shared(self, name: str, waiting: Iterable[str]) -> None:
         """Keep a shard of the layer to which the tensor `name` belongs, if it is complete."""
@@ -268,15 +277,13 @@ class StageModel(nn.Module):
         Some families turn by other angles in layers of another kind."""
         if self.rotary is None:
             return [None] * len(self.layers)
-        of_kinds = "layer_type" in signature(self.rotary.forward).parameters
-        kinds = self._kinds if of_kinds else [None] * len(self.layers)
         made = {
-            kind: self.rotary(x[None], positions[None], *([kind] if of_kinds else []))
-            for kind in dict.fromkeys(kinds)
+            kind: self.rotary(x[None], positions[None], *([kind] if kind else []))
+            for kind in dict.fromkeys(self._angles)
         }
         if self.native:
             made = {kind: native.turns(*turns) for kind, turns in made.items()}
-        return [made[kind] for kind in kinds]
+        return [made[kind] for kind in self._angles]
 
     def _entered(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Return what enters the first layer, [n, hidden], at tokens (int64 [n]) of a text."""

@@ -3,6 +3,7 @@
 Windows are shorter than the texts, and caps are low enough to be felt."""
 
 import functools
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from flowspec.comm.group import threads
@@ -19,9 +21,11 @@ from flowspec.core.stage import StageState
 from flowspec.errors import UserError
 from flowspec.host.reader import Reader, Whole
 from flowspec.host.speculative import Keyed, write
-from flowspec.models.families import FAMILIES
+from flowspec.models.families import FAMILIES, check_config, settled
+from flowspec.models.manifest import Manifest
 from flowspec.models.split import split
 from flowspec.models.stage import Cached, load_head, load_stage, load_whole
+from flowspec.models.weights import TensorFile
 from tests.stages import Hand
 
 SHAPE = dict(
@@ -250,6 +254,82 @@ def test_every_family_is_tested():
 def test_layers_are_native_where_they_are_of_that_kind(tmp_path):
     made = make("mistral native", tmp_path / "whole")
     assert all(piece.native for piece in made.pieces(2)[0])
+
+
+# ---- files -----------------------------------------------------------------------------------------
+def rewrite(folder: Path, named: Callable[[str], str], more: dict, config: Callable[[dict], dict]):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({named(k): t for k, t in tensors.items()} | more, folder / "model.safetensors")
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config(told)))
+
+
+def check_rewritten(made: Made, kind: str):
+    for count in (1, 2):
+        check_a_text(made.reference, *made.pieces(count))
+    assert Manifest.load(made.folder.parent / "split2").model_type == kind
+
+
+def test_gpt2_as_the_hub_has_it(tmp_path):
+    """Names without the model's own, tables that are computed, and a config.json that leaves out what it need not say."""
+    made = make("gpt2", tmp_path / "whole")
+    tables = {f"h.{k}.attn.bias": torch.ones(1, 1, 8, 8).byte() for k in range(4)}
+    rewrite(
+        made.folder,
+        lambda name: name.removeprefix("transformer."),
+        tables,
+        lambda told: {k: v for k, v in told.items() if k != "tie_word_embeddings"},
+    )
+    check_rewritten(made, "gpt2")
+    held = TensorFile(tmp_path / "split2" / "rank_01" / "model.safetensors").names
+    assert not any(name.endswith(".attn.bias") for name in held)
+    assert {"model.embed_tokens.weight", "model.wpe.weight", "model.layers.0.ln_1.bias"} <= {*held}
+    last = TensorFile(tmp_path / "split2" / "rank_02" / "model.safetensors").names
+    assert {"model.norm.weight", "model.norm.bias"} <= {*last}
+
+
+def test_the_text_of_a_model_of_pictures_and_text(tmp_path):
+    made = make("gemma3_text", tmp_path / "whole")
+    rewrite(
+        made.folder,
+        lambda name: f"language_model.{name}",
+        {"vision_tower.encoder.layers.0.weight": torch.ones(3)},
+        lambda told: {"model_type": "gemma3", "architectures": ["X"], "text_config": told},
+    )
+    check_rewritten(made, "gemma3_text")
+
+
+def test_what_a_config_leaves_out_is_what_transformers_assumes():
+    for family in FAMILIES.values():
+        assumed = family.classes().config()
+        for key, value in family.defaults.items():
+            if hasattr(assumed, key):  # Bloom takes any number of positions
+                assert getattr(assumed, key) == value, (family.model_type, key)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before is False; only True is"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True; only False is"),
+    ],
+)
+def test_variants_that_are_not_computed_are_refused_by_key(name, changes, said):
+    told = json.loads(config_of(name).to_json_string(use_diff=False))
+    check_config(settled(told))
+    with pytest.raises(UserError, match=said):
+        check_config(settled(told | changes))
+
+
+def test_a_layer_that_lacks_what_others_have_is_named(tmp_path):
+    made = make("qwen3_moe", tmp_path / "whole")  # its layer 1 has no experts, and lacks nothing
+    tensors = load_file(made.folder / "model.safetensors")
+    del tensors["model.layers.2.mlp.experts.3.up_proj.weight"]
+    save_file(tensors, made.folder / "model.safetensors")
+    with pytest.raises(
+        UserError, match=r"needs: model\.layers\.2\.mlp\.experts\.3\.up_proj\.weight$"
+    ):
+        split(str(made.folder), 2, tmp_path / "out")
 
 
 # ---- groups ----------------------------------------------------------------------------------------
