@@ -1,10 +1,12 @@
 """Rejection keeps of what was drafted as much as leaves the target's own distribution.
 
-These are the rules of speculative decoding (Leviathan et al. 2023, arXiv 2211.17192, algorithm 1)
-and of speculative sampling (Chen et al. 2023, arXiv 2302.01318, algorithm 2): a token x that was
-drawn from q is kept with probability min(1, p(x) / q(x)); in the place of the first that is not,
-one is drawn from norm(max(0, p - q)); behind a draft of which all were kept, one more is drawn
-from p. The two papers differ in nothing that is drawn. Texts advance independently, a row each.
+The rule is that of speculative decoding (Leviathan et al. 2023, arXiv 2211.17192, algorithm 1) and
+of speculative sampling (Chen et al. 2023, arXiv 2302.01318, algorithm 2), which differ in nothing
+that is drawn: a token x that was drawn from q is kept with probability min(1, p(x) / q(x)); in the
+place of one that is not, a token is drawn from norm(max(0, p - q)). SpecInfer (Miao et al. 2023,
+arXiv 2305.09781, algorithm 2) tries several tokens in rounds: after each rejected one, p becomes
+norm(max(0, p - q)). Here they are drawn without replacement, so q becomes norm(q without x) as well
+(Jeon et al. 2024, arXiv 2402.14160): no round is spent on a token that was rejected before.
 """
 
 from __future__ import annotations
@@ -16,27 +18,49 @@ from torch import Tensor
 
 
 class Kept(NamedTuple):
-    """Kept is what becomes of the drafts of B texts."""
+    """Kept is what becomes of the tokens that were drafted at a place, in each of B texts."""
 
-    accepted: Tensor
-    """So many of the drafted tokens are text, int64 [B]."""
+    which: Tensor
+    """This one of them is text, int64 [B]; n if none is."""
     token: Tensor
-    """This token follows them, int64 [B]."""
+    """It is this token, or one that is drawn in their place, int64 [B]."""
+
+
+def draw(q: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
+    """Return n tokens [B, n] that are drawn from q [B, vocabulary] without replacement, in turn.
+
+    By the exponential race (Gumbel-top-k; Kool et al. 2019, arXiv 1903.06059) those of the n
+    earliest arrivals, where a token comes at rate q, are such draws in their order. Where a q has
+    fewer tokens, others stand behind them, which `reject` passes over."""
+    waits = torch.empty_like(q).exponential_(generator=generator)
+    return (q / waits).topk(n, sorted=True).indices
 
 
 def reject(p: Tensor, q: Tensor, drafted: Tensor, generator: torch.Generator | None = None) -> Kept:
-    """Return which of the `drafted` tokens [B, n] are kept, and what follows them.
+    """Return which of the `drafted` tokens [B, n] of a place is kept, or what is drawn instead.
 
-    `q` [B, n, vocabulary] are the distributions from which they were drawn, and `p`
-    [B, n + 1, vocabulary] the target's at these places and at the next. All are probabilities."""
-    each = torch.arange(len(drafted))
-    at = drafted[..., None]
-    chance = torch.rand(drafted.shape, generator=generator, dtype=p.dtype)
-    kept = chance * q.gather(2, at)[..., 0] < p[:, :-1].gather(2, at)[..., 0]
-    accepted = kept.long().cumprod(1).sum(1)
-    # behind the last place nothing was drafted: there max(0, p - q) is p
-    unmatched = torch.cat([q, torch.zeros_like(p[:, :1])], 1)[each, accepted]
-    left = (p[each, accepted] - unmatched).clamp(min=0)
+    `q` [B, vocabulary] is the distribution from which they were drawn (by `draw`) and `p`
+    [B, vocabulary] the target's. Both are probabilities. Where n is 0 a token is drawn from p."""
+    rows = torch.arange(len(drafted))
+    which = torch.full((len(drafted),), drafted.shape[1])
+    for k, x in enumerate(drafted.unbind(1)):
+        chance = torch.rand(len(x), generator=generator, dtype=p.dtype)
+        kept = (q[rows, x] > 0) & (chance * q[rows, x] < p[rows, x])
+        which = torch.where(kept & (which > k), k, which)
+        p, q = _rest(p, q), _without(q, x)
+    instead = torch.multinomial(p, 1, generator=generator)
+    return Kept(which, torch.cat([drafted, instead], 1)[rows, which])
+
+
+def _rest(p: Tensor, q: Tensor) -> Tensor:
+    """Return norm(max(0, p - q))."""
+    left = (p - q).clamp(min=0)
+    mass = left.sum(1, keepdim=True)
     # p = q but for their rounding: then nothing is left to draw from, and p is as good
-    left = torch.where(left.sum(1, keepdim=True) > 0, left, p[each, accepted])
-    return Kept(accepted, torch.multinomial(left, 1, generator=generator)[:, 0])
+    return torch.where(mass > 0, left / mass, p)
+
+
+def _without(q: Tensor, x: Tensor) -> Tensor:
+    """Return norm(q without x); all are 0 where q is sure of x."""
+    left = q.scatter(1, x[:, None], 0.0)
+    return left / left.sum(1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)

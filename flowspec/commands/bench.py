@@ -1,5 +1,5 @@
-"""`flowspec bench` measures methods: `compare` one request at a time, `load` several, `sampling` in
-one process."""
+"""`flowspec bench` measures methods: `compare` one request at a time, `load` several, `sampling`
+and `specexec` in one process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from flowspec.commands import bench_sampling
+from flowspec.commands import bench_sampling, bench_specexec
 from flowspec.commands.options import (
     benchmark_prompts,
     methods,
@@ -237,6 +237,7 @@ COMMANDS: dict[str, _Command] = {
     "compare": RingCommand("bench compare", ABOUT, _add_arguments, _prompts, _lead, _check),
     "load": RingCommand("bench load", LOAD, _add_load_arguments, _prompts, _lead_load, _check_load),
     "sampling": bench_sampling,
+    "specexec": bench_specexec,
 }
 
 

@@ -133,14 +133,6 @@ class StageState:
         self._settle()
         return admitted
 
-    def cut(self, at: int) -> Gather:
-        """Forget the text from this position on, where it has no tree; return the move that is due.
-
-        The positions before it have been admitted in their order."""
-        assert not self.tail and not self.row and at <= self.base
-        self.base = self.length = at
-        return Gather(at, [])
-
     def worth(self, ids: Sequence[int], parents: Sequence[int]) -> list[int]:
         """Return the indices of the nodes that may still be needed.
 

@@ -36,6 +36,11 @@ class RowsSession(Session, ABC):
         self._lineage = Lineage.of(request)
         self._version = 0
 
+    @property
+    def cache_bytes(self) -> int:
+        """Return the bytes of the keys and values for which there is room."""
+        return self._sequence.size
+
     def worth(self, nodes: Sequence[DraftNode]) -> list[DraftNode]:
         """Return those of the nodes that may still be needed."""
         state = self._sequence.state

@@ -20,6 +20,11 @@ class Turned(nn.Linear):
     """A Turned is a linear layer whose matrix is stored as [in, out], the transpose of its own."""
 
 
+def as_held(module: nn.Module, leaf: str, stored: Tensor) -> Tensor:
+    """Return what a module holds under this name, made of what a checkpoint stores."""
+    return stored.T.contiguous() if isinstance(module, Turned) and leaf == "weight" else stored
+
+
 class AlibiLayer(nn.Module):
     """An AlibiLayer is Bloom's decoder layer, called as the others are.
 

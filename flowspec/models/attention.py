@@ -75,6 +75,15 @@ class Seen:
         """Attention lays keys and values out in the order of positions."""
         self._spans: dict[int | None, list[Span]] = {}
         self._unseen: dict[int | None, tuple[int, Tensor]] = {}
+        self._twins: dict[torch.device, Seen] = {}
+
+    def to(self, device: torch.device) -> Seen:
+        """Return the same for layers on this device, which may be another."""
+        if device == self._device:
+            return self
+        if device not in self._twins:
+            self._twins[device] = Seen(self._admitted, device, self.in_order)
+        return self._twins[device]
 
     @cached_property
     def _order(self) -> Tensor:
@@ -259,7 +268,7 @@ def _attend(
     if form.cap is not None:
         scores = form.cap * torch.tanh(scores / form.cap)
     if form.slopes is not None and places is not None:
-        scores += (form.slopes[:, None] * places)[:, None].to(scores.dtype)
+        scores += (form.slopes.to(places.device)[:, None] * places)[:, None].to(scores.dtype)
     masked = scores[:, :, length - unseen.shape[1] :]
     # the fill is finite, so that a dead row that sees nothing stays a number
     masked.masked_fill_(unseen, torch.finfo(scores.dtype).min)

@@ -66,8 +66,8 @@ class RowCache:
         end = gather.base + len(gather.rows)
         if buffers := [*self._keys.values(), *self._values.values()]:
             index = placed(torch.tensor(gather.rows, dtype=torch.long), buffers[0].device)
-            for buffer in buffers:
-                buffer[:, :, gather.base : end] = buffer[:, :, index]
+            for buffer in buffers:  # layers may be on several devices
+                buffer[:, :, gather.base : end] = buffer[:, :, index.to(buffer.device)]
         self.length = end
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from flowspec.models.autotp import JoinedFile
-    from flowspec.models.weights import Checkpoint, TensorFile
+    from flowspec.models.weights import Portion, TensorFile
 
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
@@ -380,7 +380,7 @@ EXPERT_NAME = re.compile(
 
 
 def module_tensors(
-    file: TensorFile | JoinedFile | Checkpoint,
+    file: TensorFile | JoinedFile | Portion,
     first_layer: int,
     dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -412,7 +412,7 @@ def _local_name(name: str, first_layer: int) -> str:
 
 
 def _fused(
-    file: TensorFile | JoinedFile | Checkpoint,
+    file: TensorFile | JoinedFile | Portion,
     names: list[str],
     parts: tuple[str, ...],
     dtype: torch.dtype | None,

@@ -24,16 +24,16 @@ from flowspec.core.stage import Admitted, StageState, Waiting
 from flowspec.core.topology import WHOLE, Shard
 from flowspec.errors import UserError, need
 from flowspec.models import attention, jit, kernels, native, vector
-from flowspec.models.adapted import Turned, adapted
+from flowspec.models.adapted import adapted, as_held
 from flowspec.models.attention import Seen
 from flowspec.models.cache import Caches, Part, RowCache, joined, split
 from flowspec.models.device import on_host, placed
-from flowspec.models.families import HEAD, family_of, module_tensors, read_config
+from flowspec.models.families import HEAD, family_of, layer_of, module_tensors, read_config
 from flowspec.models.kernels import PackedLinear
 from flowspec.models.manifest import Manifest
 from flowspec.models.parallel import Megatron, ParallelLayer, Way, embedded
 from flowspec.models.shard import narrowed
-from flowspec.models.weights import Checkpoint, TensorFile
+from flowspec.models.weights import Checkpoint, Portion, TensorFile
 
 Needed = Callable[[], bool]
 ALWAYS: Needed = lambda: True  # noqa: E731
@@ -92,23 +92,32 @@ class StageModel(nn.Module):
         self.eval()
 
     def load(
-        self, tensors: Iterable[tuple[str, Tensor]], device: str, source: str, dtype: torch.dtype
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        device: str,
+        source: str,
+        dtype: torch.dtype,
+        apart: Iterable[int] = (),
     ) -> StageModel:
         """Take each tensor as it comes (the caller holds one at a time) and return the model.
 
         On a CPU that has kernels for `dtype` the matrices are packed as they come, and everything
-        else is float32 (kernels.py). Raise UserError if tensors are missing or of another shape."""
+        else is float32 (kernels.py). Raise UserError if tensors are missing or of another shape.
+        The layers `apart` have none: they stay on the meta device, as the dtype of the rows."""
         waiting = self.state_dict(keep_vars=True)
         packs = not self._whole and packs_weights(self.config.to_dict(), dtype, device)
         self.dtype = torch.float32 if packs else dtype
+        for k in apart:
+            self.layers[k].to(self.dtype).requires_grad_(False)
+            for name in self.layers[k].state_dict():
+                del waiting[f"layers.{k}.{name}"]
         for name, tensor in tensors:
             expected = waiting.pop(name, None)
             if expected is None:
                 continue  # a layer of this family does not know it
             path, _, leaf = name.rpartition(".")
             module = self.get_submodule(path)
-            if isinstance(module, Turned) and leaf == "weight":
-                tensor = tensor.T.contiguous()
+            tensor = as_held(module, leaf, tensor)
             if expected.shape != tensor.shape:
                 raise UserError(
                     f"{source}: {name} has shape {tuple(tensor.shape)}, config.json asks for "
@@ -488,6 +497,11 @@ class CachedText:
     def __init__(self, model: StageModel):
         self.state, self._rows = StageState(), Cached(model)
 
+    @property
+    def size(self) -> int:
+        """Return the bytes of the keys and values for which there is room."""
+        return self._rows.cache.capacity * self._rows.model.row_bytes
+
     def prefill(self, rows: Tensor) -> Tensor:
         """Put rows of the text, at its end, through the model; return their features [n, hidden].
 
@@ -495,10 +509,6 @@ class CachedText:
         out = self._rows.forward(rows, self.state.extend(len(rows)))
         assert out is not None
         return out
-
-    def cut(self, at: int) -> None:
-        """Forget the text from this position on; there is no tree."""
-        self._rows.cache.gather(self.state.cut(at))
 
     def prune(self, prune: Prune) -> None:
         """Follow a decision in the books and the cache."""
@@ -724,15 +734,19 @@ def load_whole(
     dtype: torch.dtype,
     device: str,
     progress: Callable[[int], None] = lambda size: None,
+    apart: Container[int] = (),
 ) -> tuple[StageModel, Head]:
     """Return a whole checkpoint as one stage and its head, which is a draft model.
 
-    `progress` is as for `load_stage`."""
+    `progress` is as for `load_stage`. Nothing is read of the layers `apart` (offload.py)."""
     config = read_config(folder)
     checkpoint = Checkpoint(folder, family_of(config).named)
-    model = StageModel(config, config["num_hidden_layers"], first=True, last=True)
-    tensors = module_tensors(checkpoint, 0, stored_as(dtype))
-    model.load(_counted(tensors, progress), device, str(folder), dtype)
+    layers = range(config["num_hidden_layers"])
+    model = StageModel(config, len(layers), first=True, last=True)
+    here = [name for name in checkpoint.names if layer_of(name) not in apart]
+    tensors = module_tensors(Portion(checkpoint, here), 0, stored_as(dtype))
+    left_out = [k for k in layers if k in apart]
+    model.load(_counted(tensors, progress), device, str(folder), dtype, left_out)
     tied = HEAD not in checkpoint.names
     need(
         not tied or bool(config.get("tie_word_embeddings")),
@@ -741,6 +755,6 @@ def load_whole(
     weight = (
         model.get_parameter("embed_tokens.weight")
         if tied
-        else checkpoint.read(HEAD, stored_as(dtype)).to(device)
+        else checkpoint.file(HEAD).read(HEAD, stored_as(dtype)).to(device)
     )
     return model, Head(weight, dtype, Shape.of(config))

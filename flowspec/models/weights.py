@@ -279,12 +279,6 @@ class Checkpoint:
     def info(self, name: str) -> TensorInfo:
         return self.file(name).info(name)
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return self.file(name).read(name, dtype)
-
-    def read_into(self, name: str, out: torch.Tensor) -> None:
-        self.file(name).read_into(name, out)
-
     def _open(self, shard: str) -> TensorFile:
         if shard not in self._files:
             self._files[shard] = TensorFile(self.folder / shard, self._named)
@@ -297,6 +291,22 @@ class Checkpoint:
             shards = _shards_of_index(self.folder)
             return {self._named(name): shard for name, shard in shards.items()}
         raise UserError(_no_checkpoint(self.folder))
+
+
+class Portion:
+    """A portion is some tensors of a checkpoint, of whatever shards, read as those of one file."""
+
+    def __init__(self, checkpoint: Checkpoint, names: Sequence[str]):
+        self._checkpoint, self.names = checkpoint, names
+
+    def info(self, name: str) -> TensorInfo:
+        return self._checkpoint.info(name)
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return self._checkpoint.file(name).read(name, dtype)
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        self._checkpoint.file(name).read_into(name, out)
 
 
 def _shards_of_index(folder: Path) -> dict[str, str]:

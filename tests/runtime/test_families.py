@@ -19,8 +19,9 @@ from flowspec.core.messages import Prune
 from flowspec.core.request import Request, Sampling
 from flowspec.core.stage import StageState
 from flowspec.errors import UserError
-from flowspec.host.reader import Reader, Whole
-from flowspec.host.speculative import Keyed, write
+from flowspec.host.decoding import Pair
+from flowspec.host.reader import Whole
+from flowspec.host.trees import Likeliest
 from flowspec.models.families import FAMILIES, check_config, settled
 from flowspec.models.manifest import Manifest
 from flowspec.models.split import split
@@ -367,8 +368,9 @@ def test_greedy_text_is_that_of_transformers(family):
     request = Request(
         id=1, prompt=prompt, sampling=sampling, eos=frozenset({SHAPE["eos_token_id"]})
     )
-    rule, readers = Keyed(sampling, whole.vocabulary), (Reader(whole), Reader(whole))
-    made = [each.token for some in write(request, rule, *readers, 3) for each in some]
+    pair = Pair({"target": whole, "draft": whole}, Likeliest(12, 4, 5), "keyed")
+    blocks = pair.begin([request], "draft").blocks
+    made = [each.token for block in blocks for each in block.written]
     asked = GenerationConfig(max_new_tokens=12, do_sample=False, pad_token_id=0)
     expected = family.model.generate(torch.tensor([prompt]), generation_config=asked)
     assert made == expected[0, len(prompt) :].tolist()

@@ -8,6 +8,7 @@ import torch
 from flowspec.core.request import Sampling
 from flowspec.core.stage import Accepted
 from flowspec.engine import Engine
+from flowspec.models.logits import TreeLogits
 from flowspec.models.stage import Head
 from flowspec.runtime import picking, worker
 from flowspec.runtime.picking import Picks
@@ -71,7 +72,7 @@ def test_a_walk_sees_what_all_rows_together_give(sampling, seed):
         assert len(head.rows) - before <= len(found), f"seed {seed}"
         assert found or len(head.rows) == before, "a product for nobody"
         begin = end
-    assert max(head.rows) <= Picks.ROWS and len(looked) > 2, f"seed {seed}"
+    assert max(head.rows) <= TreeLogits.ROWS and len(looked) > 2, f"seed {seed}"
     for k, got in looked.items():
         assert got.token == whole[k].token and got.gap == pytest.approx(whole[k].gap, abs=1e-4), (
             f"seed {seed}"
