@@ -70,8 +70,8 @@ class StageModel(nn.Module):
         with torch.device("meta"):
             model = classes.model(self._of_shard(shard)).get_submodule(family.inside)
         own = slice(at, at + layers)
-        self.layers = nn.ModuleList(map(adapted, model.get_submodule(family.theirs("layers"))[own]))
         self.embed_tokens = model.get_input_embeddings() if first else None
+        self.layers = nn.ModuleList(map(adapted, model.get_submodule(family.theirs("layers"))[own]))
         self.norm = model.get_submodule(family.theirs("norm")) if last else None
         self.entrance = family.entrance if first else ()
         for name in self.entrance:

@@ -333,6 +333,18 @@ def test_a_layer_that_lacks_what_others_have_is_named(tmp_path):
         split(str(made.folder), 2, tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "gpt_neox", "glm4_moe", "gemma3_text"])
+def test_layers_are_streamed_from_where_they_are(name, tmp_path):
+    pytest.importorskip("accelerate")
+    from flowspec.models.offload import load_placed
+    from flowspec.models.placement import Placement
+
+    made = make(name, tmp_path / "whole")
+    whole, head, _ = load_placed(made.folder, torch.float32, Placement("disk"))
+    check_a_text(made.reference, [whole], head)
+    check_a_tree(made.reference, [whole], head)
+
+
 # ---- groups ----------------------------------------------------------------------------------------
 SHARED = [name for name in CONFIGS | MORE if FAMILIES[name.split()[0]].halves]
 
