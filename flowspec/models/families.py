@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from flowspec.models.weights import Portion, TensorFile
 
 EMBEDDING = "model.embed_tokens.weight"
-NORM = "model.norm.weight"
+NORM, NORM_BIAS = "model.norm.weight", "model.norm.bias"
 HEAD = "lm_head.weight"
 REQUIRED = (
     "vocab_size",
@@ -91,7 +91,7 @@ class Family:
         """Return the name of a checkpoint's tensor as it would be in Llama's.
 
         What is no part of the text's model keeps its own."""
-        first, dot, rest = ROOTS.sub("", stored).partition(".")
+        first, dot, rest = ROOTS.sub("", stored, count=1).partition(".")
         first = self.names.get(first, first)
         if first == "lm_head":
             return f"{first}{dot}{rest}"
@@ -99,7 +99,7 @@ class Family:
         return f"model.{first}{dot}{rest}" if first in ours else stored
 
 
-ROOTS = re.compile(r"((model|language_model|transformer|gpt_neox|decoder)\.)*")
+ROOTS = re.compile(r"^((model|language_model|transformer|gpt_neox|decoder)\.)*")
 """Behind these, if they are there, stand the names of the text's model."""
 TIED = {"tie_word_embeddings": True}
 SCALED = {"logit_scale": 0.0625}
@@ -235,7 +235,10 @@ OUTER = ("architectures", "dtype", "torch_dtype", "tie_word_embeddings", "quanti
 
 
 # ---- who is refused ------------------------------------------------------------------------------
-RECURRENT = "its layers keep a state of all tokens, which cannot branch or go back to where a guess was wrong"
+RECURRENT = (
+    "its layers keep a state of all tokens, which cannot branch, nor go back to where a guess was "
+    "wrong"
+)
 ENCODER = "it has an encoder; only models that continue a text are"
 LATENT = "its attention expands what the cache holds (multi-head latent attention)"
 REFUSED = {
@@ -345,6 +348,8 @@ def missing_tensors(held: Mapping[int, Sequence[str]], num_layers: int) -> list[
     """Return the names of tensors that layers lack.
 
     A layer lacks what another one has, if it has nothing that the other has not."""
+    if not held:
+        return ["model.layers.0"]
     within = {
         layer: frozenset(name.split(".", 3)[3] for name in held.get(layer, ()))
         for layer in range(num_layers)
@@ -360,17 +365,13 @@ def missing_tensors(held: Mapping[int, Sequence[str]], num_layers: int) -> list[
 
 def entrance_tensors(family: Family, stored: Iterable[str]) -> list[str]:
     """Return the names of what stands between the embedding and the first layer."""
-    return [
-        name for name in stored if name.split(".")[1:2] and name.split(".")[1] in family.entrance
-    ]
+    prefixes = tuple(f"model.{part}." for part in family.entrance)
+    return [name for name in stored if name.startswith(prefixes)]
 
 
 def norm_tensors(stored: Iterable[str]) -> list[str]:
     """Return the names of what the final norm has."""
-    return [NORM, *(name for name in stored if name == BIAS)]
-
-
-BIAS = "model.norm.bias"
+    return [NORM, *(name for name in stored if name == NORM_BIAS)]
 
 
 # ---- loading -------------------------------------------------------------------------------------

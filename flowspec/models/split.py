@@ -230,7 +230,8 @@ class Source:
                     f"config.json says {list(shape)}"
                 )
         deepest = max(self._layers, default=0)
-        if deepest >= self.num_layers:
+        more = self.config.get("num_nextn_predict_layers") or 0  # layers that guess, not used here
+        if deepest >= self.num_layers + more:
             raise UserError(
                 f"{self.folder} has weights of layer {deepest}, config.json says "
                 f"num_hidden_layers {self.num_layers}"

@@ -743,8 +743,9 @@ def load_whole(
     checkpoint = Checkpoint(folder, family_of(config).named)
     layers = range(config["num_hidden_layers"])
     model = StageModel(config, len(layers), first=True, last=True)
-    here = [name for name in checkpoint.names if layer_of(name) not in apart]
-    tensors = module_tensors(Portion(checkpoint, here), 0, stored_as(dtype))
+    here = {None, *(k for k in layers if k not in apart)}
+    names = [name for name in checkpoint.names if layer_of(name) in here]
+    tensors = module_tensors(Portion(checkpoint, names), 0, stored_as(dtype))
     left_out = [k for k in layers if k in apart]
     model.load(_counted(tensors, progress), device, str(folder), dtype, left_out)
     tied = HEAD not in checkpoint.names

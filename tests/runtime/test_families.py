@@ -294,10 +294,20 @@ def test_the_text_of_a_model_of_pictures_and_text(tmp_path):
     rewrite(
         made.folder,
         lambda name: f"language_model.{name}",
-        {"vision_tower.encoder.layers.0.weight": torch.ones(3)},
+        {"vision_tower.vision_model.layers.0.weight": torch.ones(3)},
         lambda told: {"model_type": "gemma3", "architectures": ["X"], "text_config": told},
     )
     check_rewritten(made, "gemma3_text")
+
+
+def test_a_layer_behind_the_last_that_guesses_is_left_out(tmp_path, capsys):
+    made = make("glm4_moe", tmp_path / "whole")
+    extra = {"model.layers.4.eh_proj.weight": torch.ones(3)}
+    rewrite(made.folder, str, extra, lambda told: told | {"num_nextn_predict_layers": 0})
+    with pytest.raises(UserError, match="weights of layer 4, config"):
+        split(str(made.folder), 2, tmp_path / "out")
+    rewrite(made.folder, str, {}, lambda told: told | {"num_nextn_predict_layers": 1})
+    check_rewritten(made, "glm4_moe")
 
 
 def test_what_a_config_leaves_out_is_what_transformers_assumes():
