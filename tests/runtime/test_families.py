@@ -18,6 +18,7 @@ from flowspec.comm.group import threads
 from flowspec.core.messages import Prune
 from flowspec.core.request import Request, Sampling
 from flowspec.core.stage import StageState
+from flowspec.engine import Engine
 from flowspec.errors import UserError
 from flowspec.host.decoding import Pair
 from flowspec.host.reader import Whole
@@ -27,6 +28,7 @@ from flowspec.models.manifest import Manifest
 from flowspec.models.split import split
 from flowspec.models.stage import Cached, load_head, load_stage, load_whole
 from flowspec.models.weights import TensorFile
+from tests.conftest import save_tokenizer
 from tests.stages import Hand
 
 SHAPE = dict(
@@ -382,17 +384,33 @@ def test_layers_that_are_not_cut_are_refused_by_name(name, tmp_path):
         split(str(tmp_path / "whole"), 1, tmp_path / "split", members=2)
 
 
-# ---- one process -----------------------------------------------------------------------------------
+# ---- whole programs --------------------------------------------------------------------------------
+TEXT = (5, 9, 60, 33, 8, 71, 23, 40)
+
+
+def greedy(made: Made, n: int) -> list[int]:
+    asked = GenerationConfig(max_new_tokens=n, do_sample=False, pad_token_id=0)
+    written = made.model.generate(torch.tensor([TEXT]), generation_config=asked)
+    return written[0, len(TEXT) :].tolist()
+
+
 def test_greedy_text_is_that_of_transformers(family):
+    """In one process, with a tree of guesses."""
     sampling = Sampling(temperature=0.0, max_new_tokens=12)
-    prompt = (5, 9, 60, 33, 8, 71, 23, 40)
     whole = Whole.load(family.folder, torch.float32, "cpu", SHAPE["vocab_size"])
-    request = Request(
-        id=1, prompt=prompt, sampling=sampling, eos=frozenset({SHAPE["eos_token_id"]})
-    )
+    request = Request(id=1, prompt=TEXT, sampling=sampling, eos=frozenset({SHAPE["eos_token_id"]}))
     pair = Pair({"target": whole, "draft": whole}, Likeliest(12, 4, 5), "keyed")
     blocks = pair.begin([request], "draft").blocks
-    made = [each.token for block in blocks for each in block.written]
-    asked = GenerationConfig(max_new_tokens=12, do_sample=False, pad_token_id=0)
-    expected = family.model.generate(torch.tensor([prompt]), generation_config=asked)
-    assert made == expected[0, len(prompt) :].tolist()
+    assert [each.token for block in blocks for each in block.written] == greedy(family, 12)
+
+
+@pytest.mark.parametrize("method", ["flowspec", "ar"])
+def test_a_ring_writes_the_same(family, method, tmp_path):
+    save_tokenizer(family.folder, 300)
+    split(str(family.folder), 2, tmp_path / "split")
+    (tmp_path / "run.yaml").write_text(
+        f"stages: {tmp_path / 'split'}\ndrafter: {{kind: lm, path: {family.folder}}}\n"
+    )
+    with Engine.from_config(tmp_path / "run.yaml", ["sampling.temperature=0"]) as engine:
+        made = engine.generate(TEXT, method=method, max_new_tokens=20)
+        assert [token.id for token in made] == greedy(family, 20)
