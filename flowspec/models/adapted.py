@@ -1,12 +1,13 @@
 """Some of transformers' layers are adapted here so that they can be stages' layers.
 
-Bloom's attention asks for no attention of ours (transformers' `AttentionInterface`), and GPT-2's
-matrices are stored the other way round than those of `nn.Linear`.
+Bloom's attention asks for no attention of ours (transformers' `AttentionInterface`), GPT-2's
+matrices are stored the other way round than those of `nn.Linear`, and DeepSeek's attention expands
+what it holds in one cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -76,4 +77,16 @@ def adapted(layer: nn.Module) -> nn.Module:
         if type(module).__name__ == "Conv1D":
             inputs, outputs = module.weight.shape
             layer.set_submodule(name, Turned(inputs, outputs, device="meta"))
+        elif hasattr(module, "expand_kv"):
+            module.expand_kv = _each(module.expand_kv)  # type: ignore[assignment,arg-type]
     return AlibiLayer(layer) if type(layer).__name__ == "BloomBlock" else layer
+
+
+Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def _each(expand: Expand) -> Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Any, ...]]:
+    """Return what makes keys and values of the latents that `Caches.update` gives, of each part.
+
+    This is multi-head latent attention (arXiv 2405.04434)."""
+    return lambda latents, turned: tuple(zip(*map(expand, latents, turned), strict=True))

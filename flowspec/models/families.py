@@ -143,6 +143,8 @@ FAMILIES = {
         Family("arcee", "Arcee", halves=True),
         Family("cohere", "Cohere", defaults=TIED | SCALED),
         Family("cohere2", "Cohere2", defaults=TIED | SCALED),
+        Family("deepseek_v2", "DeepseekV2", linear=False),
+        Family("deepseek_v3", "DeepseekV3", linear=False),
         Family("dots1", "Dots1", linear=False),
         Family("ernie4_5", "Ernie4_5", halves=True, defaults=TIED),
         Family("exaone4", "Exaone4"),
@@ -156,6 +158,7 @@ FAMILIES = {
         Family("nemotron", "Nemotron", halves=True),
         Family("olmo3", "Olmo3"),
         Family("olmoe", "Olmoe", linear=False),
+        Family("qwen2_moe", "Qwen2Moe", linear=False, only={"use_sliding_window": False}),
         Family("seed_oss", "SeedOss", halves=True, llama=True),
         Family("smollm3", "SmolLM3", halves=True, defaults=TIED),
         Family("stablelm", "StableLm"),
@@ -240,9 +243,7 @@ RECURRENT = (
     "wrong"
 )
 ENCODER = "it has an encoder; only models that continue a text are"
-LATENT = "its attention expands what the cache holds (multi-head latent attention)"
 REFUSED = {
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "minicpm3", "longcat_flash"), LATENT),
     **dict.fromkeys(
         (
             "bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2",

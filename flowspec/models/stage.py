@@ -181,8 +181,10 @@ class StageModel(nn.Module):
         groups = getattr(config, "num_key_value_heads", config.num_attention_heads)
         if self._whole and self.links:  # of which this rank keeps its share
             groups //= self.links.size
-        row = 2 * groups * native.head_dim(config) * self.dtype.itemsize
-        return len(self.layers) * row
+        numbers = 2 * groups * native.head_dim(config)
+        if latent := getattr(config, "kv_lora_rank", None):  # multi-head latent attention
+            numbers = latent + config.qk_rope_head_dim
+        return len(self.layers) * numbers * self.dtype.itemsize
 
     @property
     def device(self) -> torch.device:

@@ -26,7 +26,14 @@ from flowspec.host.trees import Likeliest
 from flowspec.models.families import FAMILIES, check_config, settled
 from flowspec.models.manifest import Manifest
 from flowspec.models.split import split
-from flowspec.models.stage import Cached, load_head, load_stage, load_whole
+from flowspec.models.stage import (
+    Cached,
+    Share,
+    forward_together,
+    load_head,
+    load_stage,
+    load_whole,
+)
 from flowspec.models.weights import TensorFile
 from tests.conftest import save_tokenizer
 from tests.stages import Hand
@@ -43,6 +50,9 @@ SCALED = dict(
 ROUTED = dict(
     n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_group=1, topk_group=1, n_shared_experts=1,
     first_k_dense_replace=1,
+)  # fmt: skip
+LATENT = dict(
+    kv_lora_rank=8, q_lora_rank=12, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=12, num_key_value_heads=4
 )  # fmt: skip
 KINDS = dict(sliding_window=WINDOW, layer_types=SLIDING)
 CONFIGS = {
@@ -78,13 +88,15 @@ CONFIGS = {
     "olmo2": dict(),
     "glm4": dict(head_dim=16),
     "gpt_oss": dict(head_dim=16, num_local_experts=4, num_experts_per_tok=2, **KINDS),
-    "gpt2": dict(scale_attn_by_inverse_layer_idx=True),
-    "bloom": dict(num_attention_heads=6, hidden_size=48),
+    "gpt2": dict(num_key_value_heads=4, scale_attn_by_inverse_layer_idx=True),
+    "bloom": dict(num_attention_heads=6, num_key_value_heads=6, hidden_size=48),
 }
 MORE = {
     "arcee": dict(),
     "cohere": dict(use_qk_norm=True),
     "cohere2": dict(head_dim=8, **KINDS),
+    "deepseek_v2": dict(**ROUTED, **LATENT),
+    "deepseek_v3": dict(**ROUTED, **LATENT),
     "dots1": dict(**ROUTED, **KINDS),
     "ernie4_5": dict(),
     "exaone4": KINDS,
@@ -108,6 +120,9 @@ MORE = {
     "olmo3": KINDS,
     "olmoe": dict(num_experts=4, num_experts_per_tok=2),
     "opt": dict(ffn_dim=48, word_embed_proj_dim=32),
+    "qwen2_moe": dict(
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=24
+    ),
     "seed_oss": dict(head_dim=8),
     "smollm3": dict(no_rope_layers=[1, 0, 1, 0]),
     "stablelm": dict(qk_layernorm=True, use_parallel_residual=False),
@@ -247,6 +262,21 @@ def test_the_other_families(name, tmp_path, monkeypatch):
     for count in (1, 2):
         check_a_text(made.reference, *made.pieces(count))
         check_a_tree(made.reference, *made.pieces(count))
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_oss", "gpt2", "bloom", "deepseek_v3"])
+def test_several_requests_in_one_forward(name, tmp_path):
+    made = make(name, tmp_path / "whole")
+    [whole], head = made.pieces(1)
+    texts = [[3 + 7 * k % 89 for k in range(n)] for n in (23, 4, 11)]
+    shares = [Share(Cached(whole), StageState().extend(len(text)), None) for text in texts]
+    rows = head(forward_together(torch.tensor([t for text in texts for t in text]), shares))
+    for logits, text in zip(rows.split([len(text) for text in texts]), texts, strict=True):
+        close(logits, made.reference(*text))
+    for share in shares:
+        cache = share.cached.cache
+        held = [*cache._keys.values(), *cache._values.values()]
+        assert sum(t[:, :, :1].nbytes for t in held) == whole.row_bytes
 
 
 def test_every_family_is_tested():
