@@ -152,19 +152,28 @@ def trees_table(runs: Sequence[Run], sides: Iterable[str], title: str) -> Table:
         shown.add_column(name, justify="right", no_wrap=True)
     for side in sides:
         rate, _, pairs = _speed(runs, side)
-        cache = [run.facts.cache_mb or 0 for run in runs if run.side == side]
         shown.add_row(
             side,
             f"{_mean(runs, side, 'new_tokens'):.2f}",
             rate,
             pairs,
-            f"{_mean(runs, side, 'nodes'):.0f}",
-            f"{_mean(runs, side, 'height'):.1f}",
-            f"{1e3 * _mean(runs, side, 'draft_seconds'):.1f}",
-            f"{1e3 * _mean(runs, side, 'target_seconds'):.1f}",
-            f"{max(cache):.1f}",
+            *_trees(runs, side),
         )
     return shown
+
+
+def _trees(runs: Sequence[Run], side: str) -> list[str]:
+    """Return what is said of a side's trees; nothing if they are not known."""
+    cache = [run.facts.cache_mb for run in runs if run.side == side and run.facts.cache_mb]
+    if not cache:
+        return []
+    return [
+        f"{_mean(runs, side, 'nodes'):.0f}",
+        f"{_mean(runs, side, 'height'):.1f}",
+        f"{1e3 * _mean(runs, side, 'draft_seconds'):.1f}",
+        f"{1e3 * _mean(runs, side, 'target_seconds'):.1f}",
+        f"{max(cache):.1f}",
+    ]
 
 
 def _mean(runs: Sequence[Run], side: str, fact: str) -> float:

@@ -17,7 +17,7 @@ from flowspec.output import Parser
 from flowspec.preflight import check_writable
 
 if TYPE_CHECKING:
-    from flowspec.bench.sampling import Run
+    from flowspec.bench.sampling import Run, Side
 
 ABOUT = """Decoding alone against speculative decoding of the same pair of models in one process,
 and the target as its own draft, of which no guess may be rejected. The first run of each does not
@@ -31,14 +31,35 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
     add_pair(parser)
     parser.add_argument("--num-runs", default="50", metavar="N", help="texts a row (default 50)")
     parser.add_argument("-N", dest="max_new_tokens", metavar="N", help="as --max-new-tokens (40)")
+    add_against(parser)
+    parser.add_argument("--json", metavar="FILE", help="write a line a run")
+    parser.set_defaults(**DEFAULTS)
+    return with_prompts(parser.parse_args(words))
+
+
+def add_against(parser: argparse.ArgumentParser) -> None:
+    """Add what `rivals` reads."""
     parser.add_argument(
         "--against",
         choices=["transformers"],
         help="also transformers' generate of the same pair, alone and assisted",
     )
-    parser.add_argument("--json", metavar="FILE", help="write a line a run")
-    parser.set_defaults(**DEFAULTS)
-    return with_prompts(parser.parse_args(words))
+
+
+def rivals(task: Task, options: argparse.Namespace) -> dict[str, Side]:
+    """Return the sides that are asked for beside our own.
+
+    Raise UserError, which names the flag, if nothing compares with them."""
+    placed = task.placement
+    need(
+        not (options.against and placed and placed.emulated),
+        "--against: emulated times compare with no real ones",
+    )
+    if not (options.against and task.draft):
+        return {}
+    from flowspec.bench.sampling import transformers
+
+    return transformers(task.target, task.draft, options.dtype)
 
 
 def with_prompts(options: argparse.Namespace) -> argparse.Namespace:
@@ -71,18 +92,12 @@ def main(words: Sequence[str]) -> int:
     task = task_of(options, "speculative")
     asked = requests_of(task, count(options.num_runs, "--num-runs") + 1)
     placed = task.placement
-    need(
-        not (options.against and placed and placed.emulated),
-        "--against: emulated times compare with no real ones",
-    )
     pair = pair_of(task, models_of(task, options.dtype, options.threads))
     from rich.console import Console
 
-    from flowspec.bench.sampling import measure, own, table, transformers
+    from flowspec.bench.sampling import measure, own, table
 
-    sides = own(pair)
-    if options.against and task.draft:
-        sides |= transformers(task.target, task.draft, options.dtype)
+    sides = own(pair) | rivals(task, options)
     found = kept(measure(sides, asked, exact=placed is None), options.json, task)
     sampling = task.sampling
     Console().print(

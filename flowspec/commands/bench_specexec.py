@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from flowspec.commands.bench_sampling import kept, requests_of, with_prompts
+from flowspec.commands.bench_sampling import (
+    add_against,
+    kept,
+    requests_of,
+    rivals,
+    with_prompts,
+)
 from flowspec.commands.options import count, methods, numbers
 from flowspec.commands.pair import SHAPES, Task, add_pair, models_of, pair_of, task_of
 from flowspec.errors import need
@@ -34,6 +40,7 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
         const="deepspeed",
         help="the same as --offload deepspeed",
     )
+    add_against(parser)
     parser.add_argument("--num-runs", default="10", metavar="N", help="texts a row (default 10)")
     parser.add_argument("--json", metavar="FILE", help="write a line a run")
     parser.set_defaults(**DEFAULTS)
@@ -60,6 +67,7 @@ def main(words: Sequence[str]) -> int:
 
     sides = {"ar": written(pair_of(some, models), None)}
     sides |= {name: written(pair_of(task, models), "draft") for name, task in tasks.items()}
+    sides |= rivals(some, options)
     found = kept(measure(sides, asked), options.json, some)
     sampling = some.sampling
     title = f"{len(asked) - 1} texts of {sampling.max_new_tokens} tokens, T = "

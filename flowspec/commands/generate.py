@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import json
+import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flowspec.commands.options import count
@@ -18,7 +21,9 @@ from flowspec.commands.pair import (
     request_of,
     task_of,
 )
+from flowspec.commands.parts import Parts, shared_by
 from flowspec.core.request import Request
+from flowspec.errors import need
 from flowspec.files import kept_lines
 from flowspec.output import Parser
 from flowspec.preflight import check_writable
@@ -48,7 +53,16 @@ def _parser() -> Parser:
     parser.add_argument(
         "--batch-size", default="1", metavar="N", help="prompts that are written together (1)"
     )
+    parser.add_argument(
+        "--prompts", dest="prompt_file", metavar="FILE", help="the same as --prompt-file"
+    )
     parser.add_argument("--json", metavar="FILE", help="write a line a prompt")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="the same for a long list: texts are not shown, the processes of `accelerate launch` "
+        "or torchrun share the prompts, and what is finished outlives a kill",
+    )
     parser.add_argument(
         "-v",
         "--verbose",
@@ -60,43 +74,74 @@ def _parser() -> Parser:
 
 
 def main(argv: Sequence[str]) -> int:
-    from rich.console import Console
-
     options = _parser().parse_args(argv)
     check_writable(options.json)
+    need(options.json is None or options.out is None, "--json and --out: leave one out")
     task = task_of(options, options.method)
     size = count(options.batch_size, "--batch-size")
+    if options.out is not None:
+        return _share(task, size, options)
     pair = pair_of(task, models_of(task, options.dtype, options.threads))
-    requests = [request_of(task, prompt, k) for k, prompt in enumerate(task.prompts)]
-    console = Console(highlight=False, soft_wrap=True)
     with kept_lines(options.json, "--json") as keep:
-        for at in range(0, len(requests), size):
-            for found in _together(task, requests[at : at + size], pair, console, options.verbose):
+        for texts in _in_batches(task, range(len(task.prompts)), size):
+            for found in _together(texts, pair, _console(), options.verbose):
                 keep(json.dumps(found))
     return 0
 
 
+def _share(task: Task, size: int, options: argparse.Namespace) -> int:
+    """Write this process's share of the prompts to a file that all share."""
+    rank, processes = shared_by()
+    said = ("target", "draft", "method", "rule", "shape", "coupled", "sampling")
+    asked = {name: str(getattr(task, name)) for name in said} | {"dtype": options.dtype}
+    asked["prompts"] = hashlib.sha256(repr(task.prompts).encode()).hexdigest()
+    parts = Parts(options.out, asked, len(task.prompts), rank, processes)
+    if mine := parts.mine():
+        pair, done = pair_of(task, models_of(task, options.dtype, options.threads)), 0
+        for texts in _in_batches(task, mine, size):
+            for text, found in zip(texts, _together(texts, pair, None, False), strict=True):
+                parts.keep(text.request.id, found)
+                done += 1
+            print(f"rank {rank}: {done} of {len(mine)} prompts", file=sys.stderr, flush=True)
+    parts.settle()
+    return 0
+
+
+def _in_batches(task: Task, numbers: Sequence[int], size: int) -> Iterator[list[_Text]]:
+    """Yield the texts of these prompts, so many at a time."""
+    for at in range(0, len(numbers), size):
+        some = numbers[at : at + size]
+        yield [_Text(task, request_of(task, task.prompts[k], k)) for k in some]
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
 def _together(
-    task: Task, requests: Sequence[Request], pair: Pair, console: Console, verbose: bool
+    texts: Sequence[_Text], pair: Pair, console: Console | None, verbose: bool
 ) -> list[dict[str, Any]]:
-    """Write texts in step, show them, and return what is known of each.
+    """Write texts in step, show them on a console, and return what is known of each.
 
     One alone is shown as it comes, several when all are there."""
-    begun = time.perf_counter()
-    texts = [_Text(task, request, begun) for request in requests]
-    alone = texts[0].prompt if len(texts) == 1 else None
-    if alone is not None:
-        console.print(alone, end="")
-    for block in pair.begin(requests, None if task.draft is None else "draft").blocks:
+    alone = console if len(texts) == 1 else None
+    if alone:
+        alone.print(texts[0].shown, end="")
+    drafts = texts[0].task.draft is not None
+    requests = [text.request for text in texts]
+    for block in pair.begin(requests, "draft" if drafts else None).blocks:
         new = texts[block.text].add(block, verbose)
-        if alone is not None:
-            console.print(new, end="")
+        if alone:
+            alone.print(new, end="")
     made = []
     for text in texts:
         rest = text.flush()
-        console.print(rest if alone is not None else text.shown + rest)
         made.append(text.found())
-        if verbose:
+        if console:
+            console.print(rest if alone else text.shown + rest)
+        if console and verbose:
             console.print(_in_words(made[-1]), style="dim")
     return made
 
@@ -104,13 +149,12 @@ def _together(
 class _Text:
     """A text as it comes: what is shown of it, and what is known."""
 
-    def __init__(self, task: Task, request: Request, begun: float):
+    def __init__(self, task: Task, request: Request):
         from rich.text import Text as Coloured
 
-        self._task, self._request, self._begun = task, request, begun
+        self.task, self.request, self._begun = task, request, time.perf_counter()
         self._stream = TextStream(task.text.tokenizer, prompt=request.prompt)
-        self.prompt = Coloured(task.text.decode(request.prompt))
-        self.shown = self.prompt.copy()
+        self.shown = Coloured(task.text.decode(request.prompt))
         self._tokens, self._origins = list[int](), Counter[str]()
         self._times, self._nodes, self._asked = list[float](), 0, 0
 
@@ -136,7 +180,7 @@ class _Text:
         return Coloured(self._stream.flush())
 
     def found(self) -> dict[str, Any]:
-        tokens, request, task = self._tokens, self._request, self._task
+        tokens, request, task = self._tokens, self.request, self.task
         decode = self._times[-1] - self._times[0]
         return {
             "method": task.method,
