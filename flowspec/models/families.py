@@ -73,7 +73,8 @@ class Family:
     only: Mapping[str, Any] = field(default_factory=dict)
     """Of these keys of config.json no other values are supported."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What transformers assumes of keys that config.json may leave out and that are read here."""
+    """What transformers assumes of keys that config.json may leave out and that are read here. What
+    scales or caps something is meant by no other family."""
 
     def classes(self) -> Classes:
         """Return the family's classes; this imports transformers."""
@@ -82,6 +83,10 @@ class Family:
         return Classes(
             getattr(module, f"{self.prefix}Config"), getattr(module, f"{self.prefix}Model")
         )
+
+    def meant(self, config: dict, key: str) -> Any:
+        """Return what a config.json says under a key of `defaults`; None in other families."""
+        return config.get(key, self.defaults[key]) if key in self.defaults else None
 
     def theirs(self, part: str) -> str:
         """Return transformers' name of a part of the model, by that of Llama's."""
@@ -104,7 +109,9 @@ ROOTS = re.compile(r"^((model|language_model|transformer|gpt_neox|decoder)\.)*")
 TIED = {"tie_word_embeddings": True}
 SCALED = {"logit_scale": 0.0625}
 CAPPED = {"final_logit_softcapping": 30.0}
+GRANITE = {"embedding_multiplier": 1.0, "logits_scaling": 1.0}
 GEMMA3 = {
+    "final_logit_softcapping": None,
     "vocab_size": 262208,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
@@ -150,7 +157,7 @@ FAMILIES = {
         Family("exaone4", "Exaone4"),
         Family("glm", "Glm"),
         Family("glm4_moe", "Glm4Moe", linear=False),
-        Family("granite", "Granite"),
+        Family("granite", "Granite", defaults=GRANITE),
         Family("helium", "Helium"),
         Family("hunyuan_v1_dense", "HunYuanDenseV1", halves=True),
         Family("ministral", "Ministral", halves=True, llama=True),

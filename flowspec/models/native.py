@@ -92,7 +92,8 @@ class NativeLayer(nn.Module):
             config.num_attention_heads,
             config.num_key_value_heads,
         )
-        every = getattr(config, "sliding_window", None)  # where layers are not of several kinds
+        # where layers are not of several kinds; what a family does not know means nothing
+        every = config.sliding_window if hasattr(type(config), "sliding_window") else None
         self.form = Form(getattr(attention, "sliding_window", every))
         self.eps = config.rms_norm_eps
         self.before, self.between = layer.input_layernorm, layer.post_attention_layernorm

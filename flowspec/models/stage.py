@@ -74,6 +74,7 @@ class StageModel(nn.Module):
         self.layers = nn.ModuleList(map(adapted, model.get_submodule(family.theirs("layers"))[own]))
         self.norm = model.get_submodule(family.theirs("norm")) if last else None
         self.entrance = family.entrance if first else ()
+        self._multiplier = family.meant(config, "embedding_multiplier") or 1.0
         for name in self.entrance:
             self.add_module(name, model.get_submodule(name))
         for module, leaf in self._computed():  # in no file: never on meta
@@ -298,7 +299,7 @@ class StageModel(nn.Module):
 
     def _entered(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Return what enters the first layer, [n, hidden], at tokens (int64 [n]) of a text."""
-        x = self._embedded(tokens).to(self.dtype) * getattr(self.config, "embedding_multiplier", 1)
+        x = self._embedded(tokens).to(self.dtype) * self._multiplier
         for name in self.entrance:
             module = self.get_submodule(name)
             if isinstance(module, nn.Embedding):  # OPT's first positions mean something else
@@ -563,8 +564,10 @@ class Shape(NamedTuple):
     @classmethod
     def of(cls, config: dict) -> Shape:
         """Return the shape for a settled config.json."""
-        scale = (config.get("logit_scale") or 1.0) / (config.get("logits_scaling") or 1.0)
-        return cls(scale, config.get("final_logit_softcapping"))
+        family = family_of(config)
+        scale = family.meant(config, "logit_scale") or 1.0
+        scale /= family.meant(config, "logits_scaling") or 1.0
+        return cls(scale, family.meant(config, "final_logit_softcapping"))
 
     def __call__(self, products: Tensor) -> Tensor:
         """Return the logits, perhaps in the products' place."""

@@ -342,6 +342,20 @@ def test_a_layer_behind_the_last_that_guesses_is_left_out(tmp_path, capsys):
     check_rewritten(made, "glm4_moe")
 
 
+def test_what_a_family_does_not_know_means_nothing(tmp_path):
+    made = make("seed_oss", tmp_path / "whole")
+    stray = {
+        "sliding_window": 3,
+        "embedding_multiplier": 5.0,
+        "logit_scale": 0.1,
+        "logits_scaling": 4.0,
+    }
+    stray |= {"final_logit_softcapping": 1.0, "attn_logit_softcapping": 1.0}
+    rewrite(made.folder, str, {}, lambda told: told | stray)
+    check_rewritten(made, "seed_oss")
+    assert made.pieces(1)[0][0].native
+
+
 def test_what_a_config_leaves_out_is_what_transformers_assumes():
     for family in FAMILIES.values():
         assumed = family.classes().config()
