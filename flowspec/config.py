@@ -17,7 +17,7 @@ from flowspec.core.policies import ALL_METHODS, check_method
 from flowspec.core.policy import Dsi, PolicyConfig, TreeConfig
 from flowspec.core.request import Sampling
 from flowspec.core.topology import Topology
-from flowspec.draft.config import DrafterConfig
+from flowspec.draft.config import HEAD, DrafterConfig
 from flowspec.errors import UserError, need
 from flowspec.schema import build, choice, parse, read_mapping
 
@@ -135,6 +135,14 @@ class Config:
     def drafters(self) -> tuple[DrafterConfig, ...]:
         return self.drafter if isinstance(self.drafter, tuple) else (self.drafter,)
 
+    def found(self) -> Config:
+        """Return the configuration with the kinds of heads that its drafters name.
+
+        Their files must be on this machine. Raise UserError if they cannot be read."""
+        drafters = tuple(drafter.found(self.folder) for drafter in self.drafters)
+        drafter = drafters if isinstance(self.drafter, tuple) else drafters[0]
+        return dataclasses.replace(self, drafter=drafter)
+
     @property
     def drafter_kinds(self) -> str:
         return " + ".join(drafter.kind for drafter in self.drafters)
@@ -173,7 +181,12 @@ class Config:
 
     def shared(self) -> dict[str, str]:
         """Return what must be equal on all ranks of a run, as a map of keys to values as text."""
-        about = (f"{d.kind} on {d.ranks} ranks" if d.ranks else d.kind for d in self.drafters)
+        # only where a head lies its kind is known
+        kinds = (HEAD if drafter.head else drafter.kind for drafter in self.drafters)
+        about = (
+            f"{kind} on {drafter.ranks} ranks" if drafter.ranks else kind
+            for kind, drafter in zip(kinds, self.drafters, strict=True)
+        )
         found = {"drafter": ", ".join(about)}
         for key in (f.name for f in dataclasses.fields(self) if f.name not in OWN):
             value = getattr(self, key)

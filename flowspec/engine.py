@@ -65,7 +65,7 @@ class Engine:
         on_close: Sequence[Callable[[], None]] = (),
         losses: Losses | None = None,
     ):
-        transport = shaped(transport, config.emulate)
+        transport, config = shaped(transport, config.emulate), config.found()
         self.config, self.manifest, self._transport = config, manifest, transport
         self.topology = transport.topology
         self._on_close, self._losses = list(on_close), losses

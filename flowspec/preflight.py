@@ -50,13 +50,14 @@ def check_run(config: Config, ranks: Sequence[int] | None = None) -> Manifest:
     what is wrong."""
     manifest = manifest_of(config)
     topology = manifest.topology
+    ranks = topology.ranks if ranks is None else ranks
+    config = config.found() if topology.COORDINATOR in ranks else config
     devices = 1 if isinstance(config.device, str) else len(config.device)
     split = f"the run is of {topology.world_size} (rank 0 and {topology.words})"
     need(devices in (1, topology.world_size), f"device lists {devices} ranks, {split}")
     config.emulate.check_stages(topology.stages, topology.servers)
     check_servers(config, topology)
     config.check_method(topology.members)
-    ranks = topology.ranks if ranks is None else ranks
     if config.tensor_parallel.backend == "deepspeed" and topology.members > 1:
         check_autotp(config, manifest)
         ranks = sorted({member for rank in ranks for member in topology.group(rank)})
@@ -143,13 +144,13 @@ def check_drafter(drafter: DrafterConfig, folder: Path, manifest: Manifest) -> N
         return
     path = drafter.checkpoint(folder)
     if drafter.reads_features:
-        check_head(drafter.kind, path, manifest, f"{drafter.where}.path")
+        check_head(drafter.kind, path, manifest, drafter.setting)
         return
     head = EAGLE_FC in Checkpoint(path).names
     need(
         not head,
         f"{drafter.where}.path: {path} is an EAGLE head, no draft model: set "
-        f"{drafter.where}.kind: eagle (or eagle3)",
+        f"{drafter.where}.head: {drafter.path} instead of kind and path",
     )
     read_config(path)
     ours, theirs = Text(manifest.folder(0)).tokenizer, load_tokenizer(path)

@@ -20,6 +20,7 @@ from flowspec.draft.registry import make_drafter
 from flowspec.errors import RankLost, need
 from flowspec.models.device import free_bytes
 from flowspec.models.families import family_of, read_config
+from flowspec.models.heads import read_head
 from flowspec.models.manifest import Manifest
 from flowspec.models.stage import StageModel, load_head, load_stage, rehearse
 from flowspec.preflight import check_run, manifest_of
@@ -97,7 +98,8 @@ def warm_up(config: Config, manifest: Manifest, rank: int) -> None:
         family_of(read_config(manifest.folder(rank))).classes()
     for drafter in config.drafters_on(manifest.topology, rank):
         if drafter.computes:
-            family_of(read_config(drafter.checkpoint(config.folder))).classes()
+            read = read_head if drafter.reads_features else read_config
+            family_of(read(drafter.checkpoint(config.folder))).classes()
 
 
 def wire_limits(config: Config, manifest: Manifest) -> Limits:

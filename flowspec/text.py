@@ -33,10 +33,11 @@ def check_same_tokens(target: Tokenizer, draft: Tokenizer, where: str) -> None:
     differs = [t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)]
     if differs:
         worst = min(differs, key=lambda t: (ours.get(t, theirs.get(t)), t))
+        number, other = (each.get(worst, "missing") for each in (ours, theirs))
         raise UserError(
-            f"{where} has another vocabulary than the target ({len(differs)} "
-            f"tokens differ, such as {worst!r}: "
-            f"{ours.get(worst)} in the target, {theirs.get(worst)} in the draft)"
+            f"{where} has another vocabulary than the target: of {len(theirs)} and {len(ours)} "
+            f"tokens {len(differs)} differ, such as {worst!r}, which is {number} in the target and "
+            f"{other} in the draft; give a draft model with the target's tokenizer"
         )
 
 

@@ -3,6 +3,7 @@
 
     python scripts/train_eagle.py --target demo/target --out demo/eagle --minutes 60
     python scripts/train_eagle.py --target DIR --out HEAD --text book.txt notes/ --steps 5000
+    python scripts/train_eagle.py --target DIR --out HEAD --text notes/ --steps 5000 --on-policy 999
 
 The target is any local checkpoint of a supported family; the text is any files or folders of .txt,
 .md and .py, by default the Python standard library's own sources. A twentieth is held out. The loss
@@ -11,7 +12,11 @@ between the distributions that the target's lm_head makes of them. In use, the f
 below the root are the head's own guesses: so they carry noise here, and with --levels above 1
 guesses go in again, as many levels deep (110 steps for the demo target: first choice one level
 deeper .15, .23, .25 with 1, 2, 3 levels; at the root .26, .26, .27). --levels 1 is the paper's
-recipe. Interrupt it at any time: what was learnt is kept in OUT (config.json and model.safetensors,
+recipe. With --on-policy N it learns from N texts that the target writes first, going on from pieces
+of the given text (--prompt-tokens), at --temperature, by the sampling of a run (keyed by --seed, so
+--resume has the same texts written again). Where the target ends a text, another piece follows.
+Whether that helps was not to be seen on the demo target after 250 steps (docs/measured.md).
+Interrupt it at any time: what was learnt is kept in OUT (config.json and model.safetensors,
 float16) and in OUT.state.pt, from which --resume goes on. config.json tells by a hash of the
 target's embedding which target the head was made for, so that a run with another one refuses it.
 """
@@ -22,6 +27,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,12 +38,16 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from flowspec.core.request import Sampling
 from flowspec.models.fingerprint import CARD, embedding_hash
 from flowspec.models.weights import Checkpoint
+from flowspec.sampling import noise_for, pick
 from scripts.train_demo import Muon, sources, tokens_of
 
 SUFFIXES = {".txt", ".md", ".py"}
 SAVE_EVERY = 120.0  # seconds
+TOGETHER = 32  # texts that the target writes in one batch
+HELD_OUT = 16  # texts that it writes to be measured on
 
 
 class Target:
@@ -66,6 +76,29 @@ class Target:
 
     def logits(self, features: Tensor) -> Tensor:
         return F.linear(features, self.model.get_output_embeddings().weight.float())
+
+    @torch.no_grad()
+    def write(self, piece: Callable[[], list[int]], n: int, samplings: list[Sampling]) -> Tensor:
+        """Return a text of n tokens for each sampling, [texts, n].
+
+        Each begins with a piece of tokens, and so does what follows on an end token."""
+        ends, vocabulary = end_tokens(self.config), self.config.vocab_size
+        noises = [noise_for(sampling, vocabulary) for sampling in samplings]
+        given = [piece() for _ in samplings]
+        texts = torch.empty(len(samplings), n, dtype=torch.long)
+        cache, logits = None, torch.empty(len(samplings), vocabulary)
+        for position in range(n):
+            for k, sampling in enumerate(samplings):
+                if given[k]:
+                    texts[k, position] = given[k].pop(0)
+                    continue
+                token = pick(logits[k], sampling, noises[k], position).token
+                texts[k, position] = token
+                given[k] = piece() if token in ends else []
+            rows = texts[:, position : position + 1].to(self.device)
+            out = self.model(rows, past_key_values=cache, use_cache=True)
+            cache, logits = out.past_key_values, out.logits[:, -1].float().cpu()
+        return texts
 
 
 class Eagle(nn.Module):
@@ -134,6 +167,39 @@ def first_token(config) -> int | None:
     )
 
 
+def end_tokens(config) -> set[int]:
+    """Return the target's end tokens."""
+    ends = config.eos_token_id
+    return set() if ends is None else set(ends) if isinstance(ends, list) else {ends}
+
+
+def own_texts(target: Target, data: Tensor, numbers: range, args: argparse.Namespace) -> Tensor:
+    """Return texts [.., --context] of these numbers, which the target writes.
+
+    Each begins with a piece of `data` (tokens); its number and --seed are its key."""
+    draw = torch.Generator().manual_seed(args.seed)
+
+    def piece() -> list[int]:
+        start = int(torch.randint(0, len(data) - args.prompt_tokens + 1, (), generator=draw))
+        return data[start : start + args.prompt_tokens].tolist()
+
+    batches = []
+    for first in numbers[::TOGETHER]:
+        some = range(first, min(first + TOGETHER, numbers.stop))
+        samplings = [
+            Sampling(temperature=args.temperature, seed=(args.seed << 32) + k) for k in some
+        ]
+        batches.append(target.write(piece, args.context, samplings))
+        print(f"the target has written texts {first} to {some.stop - 1}", flush=True)
+    return torch.cat(batches)
+
+
+def windows(data: Tensor, context: int, n: int = 60) -> Tensor:
+    """Return up to n windows [n, context] of a text (tokens), at equal distances."""
+    starts = torch.linspace(0, len(data) - context, n).long().unique()
+    return data.unfold(0, context, 1)[starts]
+
+
 # ---- learning ------------------------------------------------------------------------------------
 def loss_of(eagle: Eagle, target: Target, ids: Tensor, args: argparse.Namespace) -> Tensor:
     """Return the loss of tokens [batch, n], the mean over --levels.
@@ -154,10 +220,8 @@ def loss_of(eagle: Eagle, target: Target, ids: Tensor, args: argparse.Namespace)
 
 
 @torch.no_grad()
-def measure(
-    eagle: Eagle, target: Target, held: Tensor, context: int, rows: int = 60
-) -> dict[str, float]:
-    """Return how often the head is right on held-out text.
+def measure(eagle: Eagle, target: Target, texts: Tensor) -> dict[str, float]:
+    """Return how often the head is right on held-out texts [texts, n].
 
     That is how often its first choice is the target's, how often the target's is among its best 4
     and 16, and the first again one level deeper, where the feature that goes in is the head's own
@@ -165,10 +229,9 @@ def measure(
     found = dict.fromkeys(
         ("first_choice_agreement", "in_top_4", "in_top_16", "first_choice_one_deeper"), 0.0
     )
-    starts = torch.linspace(0, max(0, len(held) - context), rows).long().unique().tolist()
     eagle.eval()
-    for start in starts:
-        ids = held[start : start + context][None].to(target.device)
+    for text in texts:
+        ids = text[None].to(target.device)
         features, embedded = target.features(ids), target.embedding(ids[:, 1:])
         guess = eagle(embedded, features[:, :-1])
         deeper = eagle(embedded[:, 1:], guess[:, :-1])
@@ -180,7 +243,7 @@ def measure(
             (target.logits(deeper[0]).argmax(-1) == choice[1:]).float().mean().item()
         )
     eagle.train()
-    return {name: round(total / len(starts), 4) for name, total in found.items()}
+    return {name: round(total / len(texts), 4) for name, total in found.items()}
 
 
 class Training:
@@ -257,19 +320,21 @@ def replace(path: Path, write) -> None:
 
 
 def train(
-    training: Training, target: Target, data: Tensor, held: Tensor, args: argparse.Namespace
+    training: Training,
+    target: Target,
+    texts: Tensor,
+    held: dict[str, Tensor],
+    args: argparse.Namespace,
 ) -> None:
-    """Train until a limit is reached or somebody interrupts; save on the way and at the end."""
+    """Train on texts [.., n] until a limit is reached or somebody interrupts; save on the way and
+    at the end, with what is measured on the `held` ones."""
     begun, before, mean, saved = time.monotonic(), training.seconds, None, time.monotonic()
     embedding = None if target.tied else target.model.get_input_embeddings().weight
     while (
         progress := max(training.steps / args.steps, training.seconds / (60 * args.minutes))
     ) < 1:
         draw = torch.Generator().manual_seed(training.steps)
-        starts = torch.randint(
-            0, len(data) - args.context + 1, (args.batch,), generator=draw
-        ).tolist()
-        ids = torch.stack([data[s : s + args.context] for s in starts]).to(target.device)
+        ids = texts[torch.randint(0, len(texts), (args.batch,), generator=draw)].to(target.device)
         with torch.autocast(target.device.split(":")[0], torch.bfloat16, enabled=args.bfloat16):
             loss = loss_of(training.eagle, target, ids, args)
         training.step(loss, progress)
@@ -284,11 +349,11 @@ def train(
         if time.monotonic() - saved > SAVE_EVERY:
             saved = time.monotonic()
             training.save(embedding, steps=training.steps, interrupted=True)
-    found = measure(training.eagle, target, held, args.context)
+    found = {name: measure(training.eagle, target, some) for name, some in held.items()}
     tokens = training.steps * args.batch * args.context
     settings = {
         name: getattr(args, name)
-        for name in ("noise", "ce_weight", "levels", "lr", "batch", "context")
+        for name in ("noise", "ce_weight", "levels", "lr", "batch", "context", *own_settings(args))
     }
     about = dict(
         steps=training.steps,
@@ -296,8 +361,14 @@ def train(
         minutes=round(training.seconds / 60, 1),
         settings=settings,
     )
-    training.save(embedding, **about, held_out=found)
-    print(f"held out: {found}", flush=True)
+    training.save(embedding, **about, **found)
+    for name, each in found.items():
+        print(f"{name}: {each}", flush=True)
+
+
+def own_settings(args: argparse.Namespace) -> tuple[str, ...]:
+    """Return the settings that count if the target writes the texts."""
+    return ("on_policy", "temperature", "seed", "prompt_tokens") if args.on_policy else ()
 
 
 def arguments() -> argparse.Namespace:
@@ -328,6 +399,23 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=int, default=4, help="texts a step")
     parser.add_argument("--context", type=int, default=512, help="tokens a text")
+    parser.add_argument(
+        "--on-policy",
+        type=int,
+        default=0,
+        metavar="N",
+        help="learn from N texts that the target writes itself (default: from the given text)",
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="at which it writes them; 0 is greedy"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of the texts that it writes")
+    parser.add_argument(
+        "--prompt-tokens",
+        type=int,
+        default=64,
+        help="so many tokens of the given text stand before what it writes",
+    )
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument(
         "--noise",
@@ -354,6 +442,11 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if min(args.steps, args.minutes) == float("inf"):
         parser.error("say when to stop: --steps N or --minutes N")
+    if args.on_policy and not 0 < args.prompt_tokens < args.context:
+        parser.error(
+            f"--prompt-tokens is {args.prompt_tokens}: it must be between 0 and --context "
+            f"{args.context}"
+        )
     return args
 
 
@@ -371,12 +464,16 @@ def main() -> None:
             f"{args.context}"
         )
     print(f"{len(data):,} tokens to learn from, {len(held):,} held out", flush=True)
+    rows, told = data.unfold(0, args.context, 1), {"held_out": windows(held, args.context)}
+    if own := args.on_policy:
+        rows = own_texts(target, data, range(own), args)
+        told |= {"held_out_own": own_texts(target, held, range(own, own + HELD_OUT), args)}
     torch.manual_seed(0)
     training = Training(Eagle(target.config).to(args.device), args.out, args.lr, target.name)
     if args.resume:
         training.resume()
     try:
-        train(training, target, data, held, args)
+        train(training, target, rows, told, args)
     except KeyboardInterrupt:
         embedding = None if target.tied else target.model.get_input_embeddings().weight
         training.save(embedding, steps=training.steps, interrupted=True)

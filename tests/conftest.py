@@ -78,8 +78,10 @@ KNOWN = ([5], [7, 8], list(range(40, 75)))
 """prompts whose texts an EAGLE-3 head has seen"""
 
 
-def eagle3(tensors, config: LlamaConfig, tokens, features):
-    """The paper's formulas, without a cache: what an EAGLE-3 head predicts at tokens [n] beside fused features [n, hidden]."""
+def eagle3(tensors, config: LlamaConfig, tokens, features, normed=False):
+    """The paper's formulas, without a cache: what an EAGLE-3 head predicts at tokens [n] beside fused features [n, hidden].
+
+    If `normed`, the residual stream begins behind the feature's norm."""
 
     def norm(x, name):
         return torch.nn.functional.rms_norm(
@@ -106,7 +108,8 @@ def eagle3(tensors, config: LlamaConfig, tokens, features):
     mixed = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, is_causal=True, enable_gqa=True
     )
-    x = features + linear(mixed[0].transpose(0, 1).flatten(1), "self_attn.o")
+    x = norm(features, "hidden_norm") if normed else features
+    x = x + linear(mixed[0].transpose(0, 1).flatten(1), "self_attn.o")
     y = norm(x, "post_attention_layernorm")
     return x + linear(
         torch.nn.functional.silu(linear(y, "mlp.gate")) * linear(y, "mlp.up"), "mlp.down"

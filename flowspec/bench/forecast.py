@@ -98,6 +98,7 @@ def obstacle(config: Config) -> str | None:
     """Return why there can be no simulation, or None.
 
     Features of the text take the whole target, and those of layers are on no virtual wire."""
+    config = config.found()
     late = next((drafter.where for drafter in config.drafters if drafter.kind == "eagle3"), None)
     if late:
         return (

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from flowspec.bench.rivals import Ask, serve
+from flowspec.models.unsplit import load_unsplit
 
 
 class Clock(BaseStreamer):
@@ -72,10 +73,8 @@ def sampling(asked: dict) -> dict[str, Any]:
 def main(model: str, draft: str, threads: str, dtype: str) -> None:
     torch.set_num_threads(int(threads))
     target, helper = (
-        AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
-        if path
-        else None
-        for path in (model, draft)
+        load_unsplit(Path(path), dtype, option) if path else None
+        for option, path in (("--reference", model), ("drafter.path", draft))
     )
     facts = {"transformers": transformers.__version__, "threads": torch.get_num_threads()}
     serve(answers(target, helper), facts)

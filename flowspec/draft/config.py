@@ -6,17 +6,21 @@ It imports no torch: the launcher checks this before anything heavy is loaded.
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flowspec.errors import need
+from flowspec.models.heads import HEADS, kind_of
 from flowspec.models.hub import HEAD_FILES, MODEL_FILES, local_folder
 
 KINDS = ("lm", "eagle", "eagle3", "ngram", "none")
+HEAD = "head"
+"""This stands for eagle or eagle3 until the head's config.json has been read."""
 NEED_FILES = {
     "lm": "a checkpoint",
     "eagle": "the folder of a head",
     "eagle3": "the folder of a head",
+    HEAD: "the folder of a head",
 }
 
 
@@ -31,6 +35,9 @@ class DrafterConfig:
     path: str | None = None
     """The path is the draft model's checkpoint for lm, the head's folder for eagle and eagle3, or
     the name of either on the Hugging Face hub."""
+    head: str | None = None
+    """The head is the folder, or the hub's name, of an EAGLE head of any kind, instead of kind and
+    path: its config.json tells the kind."""
     ranks: int = 0
     """So many ranks of their own, behind those of the stages, draft with it (lm alone), and share
     the nodes of a forward where that is faster. With 0 it drafts on rank 0."""
@@ -45,12 +52,25 @@ class DrafterConfig:
     @property
     def reads_features(self) -> bool:
         """Return whether the drafter reads the target's features."""
-        return self.kind in ("eagle", "eagle3")
+        return self.kind in ("eagle", "eagle3", HEAD)
 
     @property
     def needs_lm_head(self) -> bool:
         """Return whether the drafter has no lm_head and needs the target's on rank 0."""
-        return self.kind == "eagle"
+        return self.kind in ("eagle", HEAD)
+
+    def found(self, folder: Path) -> DrafterConfig:
+        """Return the drafter with the kind of its `head`, whose files are here.
+
+        `folder` is where the configuration lies. Raise UserError if they cannot be read."""
+        if self.kind != HEAD:
+            return self
+        return replace(self, kind=kind_of(self.checkpoint(folder)))
+
+    @property
+    def setting(self) -> str:
+        """Return the key that names the draft model's or the head's folder."""
+        return f"{self.where}.{'head' if self.head else 'path'}"
 
     def checkpoint(self, folder: Path) -> Path:
         """Return the draft model's or the head's folder; `folder` is where the configuration lies.
@@ -59,12 +79,17 @@ class DrafterConfig:
         assert self.path is not None
         return local_folder(
             self.path,
-            f"{self.where}.path",
+            self.setting,
             HEAD_FILES if self.reads_features else MODEL_FILES,
             folder,
         )
 
     def __post_init__(self) -> None:
+        if self.head is not None:
+            alone = self.kind in ("", HEAD, *HEADS) and self.path in (None, self.head)
+            need(alone, f"{self.where}.head stands for kind and path: leave these out")
+            object.__setattr__(self, "kind", self.kind or HEAD)
+            object.__setattr__(self, "path", self.head)
         need(
             bool(self.kind) or self.path is None,
             f"{self.where}.kind is missing beside {self.where}.path: name one of "
@@ -74,7 +99,7 @@ class DrafterConfig:
         near = difflib.get_close_matches(self.kind, KINDS, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         need(
-            self.kind in KINDS,
+            self.kind in KINDS or (self.kind == HEAD and self.head is not None),
             f"{self.where}.kind is {self.kind}: {hint}choose one of {', '.join(KINDS)}",
         )
         need(

@@ -58,6 +58,7 @@ def _one(
     device: str,
     progress: Callable[[int], None],
 ) -> Drafter | None:
+    config = config.found(folder)
     if config.kind == "lm":
         from flowspec.draft.lm import LmDrafter
         from flowspec.models.stage import load_whole, rehearse

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from flowspec.errors import UserError
 from flowspec.models.device import placed
-from flowspec.models.families import CONFIG, EMBEDDING, HEAD, read_config
+from flowspec.models.families import CONFIG, EMBEDDING, HEAD
 from flowspec.models.fingerprint import CARD, embedding_hash, told_by
 from flowspec.models.heads import (
     EAGLE_BIAS,
@@ -33,16 +33,17 @@ from flowspec.models.heads import (
     EAGLE_FC,
     EAGLE_NAMES,
     EAGLE_NORM,
+    LAYER,
     eagle3_layers,
     eagle_shapes,
+    own_name,
+    read_head,
 )
 from flowspec.models.manifest import Manifest
 from flowspec.models.stage import Head, StageModel
 from flowspec.models.weights import FLOATS, INTEGERS, Checkpoint, TensorFile, pickled
 
 log = logging.getLogger(__name__)
-
-LAYER, LAYER_3 = "layers.0.", "midlayer."
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,12 @@ class EagleHead:
 class Beside(nn.Module):
     """This is EAGLE-3's layer, made of a decoder layer's parts.
 
-    An embedding beside a feature [.., 2 * hidden] goes in, and a feature comes out."""
+    An embedding beside a feature [.., 2 * hidden] goes in, and a feature comes out. The residual
+    stream is the feature, or that behind its norm if `normed`."""
 
-    def __init__(self, layer: Any, norm: nn.Module):
+    def __init__(self, layer: Any, norm: nn.Module, normed: bool = False):
         super().__init__()
+        self.normed = normed
         self.self_attn, self.mlp = layer.self_attn, layer.mlp
         self.input_layernorm, self.hidden_norm, self.post_attention_layernorm = (
             layer.input_layernorm,
@@ -118,8 +121,11 @@ class Beside(nn.Module):
 
     def forward(self, x: Tensor, **around) -> Tensor:
         embedded, feature = x.chunk(2, -1)
-        read = torch.cat([self.input_layernorm(embedded), self.hidden_norm(feature)], -1)
-        feature = feature + self.self_attn(hidden_states=read, **around)[0]
+        normed = self.hidden_norm(feature)
+        read = torch.cat([self.input_layernorm(embedded), normed], -1)
+        feature = (normed if self.normed else feature) + self.self_attn(
+            hidden_states=read, **around
+        )[0]
         return feature + self.mlp(self.post_attention_layernorm(feature))
 
 
@@ -130,7 +136,8 @@ def load_eagle(
 
     `head` is the target's lm_head; it is None if it is not here, which suits EAGLE-3. Raise
     UserError, which names what does not fit."""
-    tensors, config = _read(folder, dtype), read_config(folder)
+    config = read_head(folder)
+    tensors = {own_name(name): tensor for name, tensor in _read(folder, dtype).items()}
     doubt = doubtful(folder, config, manifest)
     if doubt:
         log.warning("%s: %s; a head made for another target drafts what is refused", folder, doubt)
@@ -253,11 +260,10 @@ def decoder_layer(
     Files tell which biases a head has. EAGLE-1/2 heads as published leave out the norm before
     attention."""
     config = {**config, "num_hidden_layers": 1}
-    stored = LAYER_3 if beside else LAYER
     own = {
-        LAYER + name.removeprefix(stored): tensor
+        own_name(name): tensor
         for name, tensor in tensors.items()
-        if name.startswith(stored)
+        if own_name(name).startswith(LAYER)
     }
     if LAYER + "self_attn.q_proj.bias" in own:
         whole = LAYER + "self_attn.o_proj.bias" in own
@@ -265,7 +271,9 @@ def decoder_layer(
     model = StageModel(config, 1, first=False, last=False)
     if beside:
         layer = model.layers[0]
-        model.layers[0] = Beside(layer, deepcopy(layer.get_submodule("input_layernorm")))
+        whole = bool(config.get("norm_before_residual"))
+        norm = deepcopy(layer.get_submodule("input_layernorm"))
+        model.layers[0] = Beside(layer, norm, whole)
     elif LAYER + "input_layernorm.weight" not in own:
         model.layers[0].input_layernorm = nn.Identity()
     return model.load(own.items(), device, source, dtype)

@@ -11,18 +11,16 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowspec.errors import UserError, need
+from flowspec.models.quantised import Tensors, quantisation
 
 if TYPE_CHECKING:
     import torch
-
-    from flowspec.models.autotp import JoinedFile
-    from flowspec.models.weights import Portion, TensorFile
 
 EMBEDDING = "model.embed_tokens.weight"
 NORM, NORM_BIAS = "model.norm.weight", "model.norm.bias"
@@ -190,7 +188,7 @@ FAMILIES = {
             entrance=("wpe",),
             names={"wte": "embed_tokens", "h": "layers", "ln_f": "norm"},
             keys=GPT,
-            only={"add_cross_attention": False},
+            only={"add_cross_attention": False, "quantization_config": None},
             defaults=TIED,
         ),
         Family(
@@ -207,8 +205,9 @@ FAMILIES = {
 CONFIG = "config.json"
 
 
-def read_config(folder: Path) -> dict:
-    """Return the config.json of a checkpoint or a stage, settled.
+def read_config(folder: Path, card: Callable[[dict], dict] = lambda config: config) -> dict:
+    """Return the config.json of a checkpoint or a stage, or what `card` makes of it,
+    settled.
 
     Raise UserError if it cannot be read, or if its model would not be computed right."""
     path = folder / CONFIG
@@ -221,7 +220,7 @@ def read_config(folder: Path) -> dict:
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a JSON object")
     try:
-        config = settled(config)
+        config = settled(card(config))
         check_config(config)
     except UserError as error:
         raise UserError(f"{folder}/{error}") from None
@@ -294,11 +293,7 @@ def check_config(config: dict) -> None:
                 f"config.json: rope type {kind} changes with the length of the text and is not "
                 "supported"
             )
-    if config.get("quantization_config"):
-        raise UserError(
-            "config.json: quantization_config: quantized checkpoints are not supported, give the "
-            "unquantized one"
-        )
+    quantisation(config)
 
 
 def family_of(config: dict) -> Family:
@@ -389,7 +384,7 @@ EXPERT_NAME = re.compile(
 
 
 def module_tensors(
-    file: TensorFile | JoinedFile | Portion,
+    file: Tensors,
     first_layer: int,
     dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -421,7 +416,7 @@ def _local_name(name: str, first_layer: int) -> str:
 
 
 def _fused(
-    file: TensorFile | JoinedFile | Portion,
+    file: Tensors,
     names: list[str],
     parts: tuple[str, ...],
     dtype: torch.dtype | None,

@@ -31,6 +31,7 @@ from flowspec.errors import need
 from flowspec.models.adapted import as_held
 from flowspec.models.families import LAYER_NAME, family_of, layer_of, module_tensors, read_config
 from flowspec.models.placement import Placement
+from flowspec.models.quantised import plain
 from flowspec.models.stage import Head, StageModel, load_whole, stored_as
 from flowspec.models.weights import Checkpoint, Portion, torch_dtype
 
@@ -52,7 +53,8 @@ class Disk:
         """Read tensors as `dtype`. Raise UserError if the checkpoint's index is damaged.
 
         If there are rooms, the layers that are read lie in them by turns."""
-        self._checkpoint = Checkpoint(folder, family_of(read_config(folder)).named)
+        self._where, self._config = str(folder), read_config(folder)
+        self._checkpoint = Checkpoint(folder, family_of(self._config).named)
         self.dtype, self._rooms = dtype, cycle(rooms or [None])
         self._names: dict[int | None, list[str]] = {}
         for name in self._checkpoint.names:
@@ -60,7 +62,8 @@ class Disk:
 
     def read(self, layer: int) -> Iterator[tuple[str, Tensor]]:
         prefix, names = f"layers.{layer}.", self._names.get(layer, [])
-        file = _Lodged(self._checkpoint, names, next(self._rooms))
+        lodged = _Lodged(self._checkpoint, names, next(self._rooms))
+        file = plain(lodged, self._config, self._where)
         for name, tensor in module_tensors(file, 0, stored_as(self.dtype)):
             yield name.removeprefix(prefix), tensor
 

@@ -29,7 +29,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 from flowspec.core.topology import WHOLE, Shard, Topology
-from flowspec.errors import UserError
+from flowspec.errors import UserError, need
 from flowspec.models.families import (
     CONFIG,
     EMBEDDING,
@@ -46,6 +46,7 @@ from flowspec.models.families import (
 from flowspec.models.fingerprint import embedding_hash
 from flowspec.models.hub import COORDINATOR_FILES, MODEL_FILES, local_folder
 from flowspec.models.manifest import CACHE_NAME, FILE_NAME, FORMAT, FileEntry, Manifest, RankEntry
+from flowspec.models.quantised import Tensors, parts, plain
 from flowspec.models.shard import Cut, check_members, copies, cut, is_added
 from flowspec.models.weights import (
     CHUNK,
@@ -120,6 +121,12 @@ def split(
     source = Source.open(local_folder(model, "--model", MODEL_FILES))
     ranges = layer_ranges(source.num_layers, stages, layers)
     check_members(source.config, members)
+    for option, given in (("--dtype", dtype != "auto"), ("--tensor-parallel", members > 1)):
+        need(
+            not given or source.tensors is source.checkpoint,
+            f"{option}: the layers of a quantised checkpoint are copied as they are stored, leave "
+            "it out",
+        )
     job = Job(source, ranges, members, DTYPES.get(dtype), progress or Progress())
     with staged_folder(target, job.total) as folder:
         manifest = job.write(folder)
@@ -156,9 +163,15 @@ class Source:
         A checkpoint that holds both matrices means them, whatever its config says (transformers
         takes it so, too)."""
         return (
-            bool(self.config.get("tie_word_embeddings", False))
-            and HEAD not in self.checkpoint.names
+            bool(self.config.get("tie_word_embeddings", False)) and HEAD not in self.tensors.names
         )
+
+    @cached_property
+    def tensors(self) -> Tensors:
+        """Return the checkpoint's tensors, with plain matrices where it has quantised layers.
+
+        Raise UserError if a layer lacks a tensor."""
+        return plain(self.checkpoint, self.config, str(self.folder))
 
     @property
     def head(self) -> str:
@@ -166,15 +179,16 @@ class Source:
 
     @property
     def dtype(self) -> str:
-        """Return the dtype of most of the checkpoint's bytes, by torch's name."""
+        """Return the dtype of most of the (plain) tensors' bytes, by torch's name."""
         sizes: Counter[str] = Counter()
         for name in self._used:
-            sizes[self.checkpoint.info(name).dtype] += self.checkpoint.info(name).nbytes
+            info = self.tensors.info(name)
+            sizes[info.dtype] += DTYPE_BYTES[info.dtype] * math.prod(info.shape)
         return TORCH_NAMES[sizes.most_common(1)[0][0]]
 
     @cached_property
     def _layers(self) -> dict[int, list[str]]:
-        return layer_tensors(self.checkpoint.names)
+        return layer_tensors(self.tensors.names)
 
     def layer_names(self, start: int, stop: int) -> list[str]:
         return [name for layer in range(start, stop) for name in self._layers.get(layer, ())]
@@ -182,12 +196,12 @@ class Source:
     @property
     def entrance(self) -> list[str]:
         """Return what the first stage has before its layers."""
-        return [EMBEDDING, *entrance_tensors(family_of(self.config), self.checkpoint.names)]
+        return [EMBEDDING, *entrance_tensors(family_of(self.config), self.tensors.names)]
 
     @property
     def exit(self) -> list[str]:
         """Return what the last stage has behind its layers."""
-        return norm_tensors(self.checkpoint.names)
+        return norm_tensors(self.tensors.names)
 
     @property
     def _used(self) -> list[str]:
@@ -197,11 +211,11 @@ class Source:
         """Return the tensors that the architecture does not have.
 
         The tables of old checkpoints, which are computed, are not among them."""
-        used = {*self._used, HEAD}
+        used = {part for name in (*self._used, HEAD) for part in parts(self.tensors, name)}
         return [name for name in self.checkpoint.names if name not in used and not is_table(name)]
 
     def _check_tensors(self) -> None:
-        stored = set(self.checkpoint.names)
+        stored = set(self.tensors.names)
         missing = [name for name in self._used if name not in stored]
         missing += missing_tensors(self._layers, self.num_layers)
         if missing:
@@ -210,9 +224,9 @@ class Source:
                 f"{self.folder} lacks tensors the model needs: {', '.join(missing[:3])}{more}"
             )
         for name in self._used:
-            if self.checkpoint.info(name).dtype not in FLOATS:
+            if self.tensors.info(name).dtype not in FLOATS:
                 raise UserError(
-                    f"{self.folder}: {name} is stored as {self.checkpoint.info(name).dtype}; "
+                    f"{self.folder}: {name} is stored as {self.tensors.info(name).dtype}; "
                     f"only {', '.join(sorted(FLOATS))} are supported"
                 )
         self._check_shapes()
@@ -224,9 +238,9 @@ class Source:
             (self.head, (vocab, hidden)),
             (NORM, (hidden,)),
         ):
-            if self.checkpoint.info(name).shape != shape:
+            if self.tensors.info(name).shape != shape:
                 raise UserError(
-                    f"{self.folder}: {name} has shape {list(self.checkpoint.info(name).shape)}, "
+                    f"{self.folder}: {name} has shape {list(self.tensors.info(name).shape)}, "
                     f"config.json says {list(shape)}"
                 )
         deepest = max(self._layers, default=0)
@@ -257,12 +271,16 @@ class Job:
     def __post_init__(self) -> None:
         ring = self.topology
         self.tensors = [
-            [self._entry(name, self._shard(rank)) for name in self._names(rank)]
+            [
+                self._entry(part, self._shard(rank))
+                for name in self._names(rank)
+                for part in parts(self.source.tensors, name)
+            ]
             for rank in ring.ranks[1:]
         ]
         sharded = ring.group(ring.last) if self.members > 1 else ()
         self.heads = {
-            rank: [self._entry(self.source.head, shard)._replace(name=HEAD)]
+            rank: self._head_entries(shard)
             for rank, shard in [(0, WHOLE), *((rank, self._shard(rank)) for rank in sharded)]
         }
         written = [*self.tensors, *self.heads.values()]
@@ -302,6 +320,12 @@ class Job:
         first = self.source.entrance if self.topology.is_first(leader) else []
         last = self.source.exit if self.topology.is_last(leader) else []
         return [*first, *self.source.layer_names(*self._layers(rank)), *last]
+
+    def _head_entries(self, shard: Shard) -> list[Entry]:
+        head = self.source.head
+        if head != HEAD:
+            return [self._entry(head, shard)._replace(name=HEAD)]
+        return [self._entry(part, shard) for part in parts(self.source.tensors, head)]
 
     def _layers(self, rank: int) -> tuple[int, int]:
         return self.ranges[self.topology.stage(rank) - 1] if rank else (0, 0)

@@ -32,6 +32,7 @@ from flowspec.models.families import HEAD, family_of, layer_of, module_tensors, 
 from flowspec.models.kernels import PackedLinear
 from flowspec.models.manifest import Manifest
 from flowspec.models.parallel import Megatron, ParallelLayer, Way, embedded
+from flowspec.models.quantised import Tensors, plain
 from flowspec.models.shard import narrowed
 from flowspec.models.weights import Checkpoint, Portion, TensorFile
 
@@ -670,7 +671,7 @@ def load_stage(
         autotp,
         entry.layers[0],
     )
-    file: TensorFile | JoinedFile = TensorFile(path)
+    file: Tensors = plain(TensorFile(path), config, str(path))
     if autotp:
         from flowspec.models.autotp import JoinedFile, sharer
 
@@ -730,8 +731,10 @@ def load_head(manifest: Manifest, rank: int, dtype: torch.dtype, device: str) ->
     """Return the lm_head that lies beside this rank: rank 0 or the last stage, or its shard."""
     entry = manifest.entry(rank).lm_head
     assert entry is not None, f"the split has no head beside rank {rank}"
-    weight = TensorFile(manifest.path(entry)).read(HEAD, stored_as(dtype)).to(device)
-    return Head(weight, dtype, Shape.of(read_config(manifest.folder(rank))))
+    path, config = manifest.path(entry), read_config(manifest.folder(rank))
+    file = plain(TensorFile(path), config, str(path))
+    weight = file.read(HEAD, stored_as(dtype)).to(device)
+    return Head(weight, dtype, Shape.of(config))
 
 
 def load_whole(
@@ -750,10 +753,11 @@ def load_whole(
     model = StageModel(config, len(layers), first=True, last=True)
     here = {None, *(k for k in layers if k not in apart)}
     names = [name for name in checkpoint.names if layer_of(name) in here]
-    tensors = module_tensors(Portion(checkpoint, names), 0, stored_as(dtype))
+    file = plain(Portion(checkpoint, names), config, str(folder))
+    tensors = module_tensors(file, 0, stored_as(dtype))
     left_out = [k for k in layers if k in apart]
     model.load(_counted(tensors, progress), device, str(folder), dtype, left_out)
-    tied = HEAD not in checkpoint.names
+    tied = HEAD not in file.names
     need(
         not tied or bool(config.get("tie_word_embeddings")),
         f"{folder} has no {HEAD}, and config.json does not tie it to the embedding",
@@ -761,6 +765,6 @@ def load_whole(
     weight = (
         model.get_parameter("embed_tokens.weight")
         if tied
-        else checkpoint.file(HEAD).read(HEAD, stored_as(dtype)).to(device)
+        else file.read(HEAD, stored_as(dtype)).to(device)
     )
     return model, Head(weight, dtype, Shape.of(config))

@@ -127,7 +127,7 @@ class TensorFile:
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return the tensor in a buffer of its own; it is converted if `dtype` is given."""
         info = self.info(name)
-        out = _room(info.shape, dtype or torch_dtype(info.dtype))
+        out = room(info.shape, dtype or torch_dtype(info.dtype))
         self.read_into(name, out)
         return out
 
@@ -147,7 +147,7 @@ class TensorFile:
                 _fill_converted(file, flat, stored, self.path)
 
 
-def _room(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+def room(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Return an unwritten tensor whose memory, if it is large, goes back to the system with it.
 
     The heap would keep holes, for a stage of 1 GB more than half as much again."""
@@ -279,6 +279,12 @@ class Checkpoint:
     def info(self, name: str) -> TensorInfo:
         return self.file(name).info(name)
 
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return self.file(name).read(name, dtype)
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        self.file(name).read_into(name, out)
+
     def _open(self, shard: str) -> TensorFile:
         if shard not in self._files:
             self._files[shard] = TensorFile(self.folder / shard, self._named)
@@ -296,17 +302,17 @@ class Checkpoint:
 class Portion:
     """A portion is some tensors of a checkpoint, of whatever shards, read as those of one file."""
 
-    def __init__(self, checkpoint: Checkpoint, names: Sequence[str]):
-        self._checkpoint, self.names = checkpoint, names
+    def __init__(self, checkpoint: Checkpoint, names: Iterable[str]):
+        self._checkpoint, self.names = checkpoint, list(names)
 
     def info(self, name: str) -> TensorInfo:
         return self._checkpoint.info(name)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return self._checkpoint.file(name).read(name, dtype)
+        return self._checkpoint.read(name, dtype)
 
     def read_into(self, name: str, out: torch.Tensor) -> None:
-        self._checkpoint.file(name).read_into(name, out)
+        self._checkpoint.read_into(name, out)
 
 
 def _shards_of_index(folder: Path) -> dict[str, str]:

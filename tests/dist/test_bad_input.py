@@ -119,7 +119,7 @@ def test_a_wrong_word_is_refused_by_name(pair, refused, words, named):
         (["bench", "load", "--requests", "1,0"], "--requests is 1,0"),
         (["bench", "load", "--requests", "many"], "--requests"),
         (["bench", "load", "--repeats", "0"], "--repeats is 0"),
-        (["bench", "laod"], "compare, load and sampling"),
+        (["bench", "laod"], "compare, load, sampling and specexec"),
         (["bench", "load", "--output", "no/where/runs.jsonl"], "--output: cannot write"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -252,7 +252,7 @@ def test_a_draft_with_other_tokens_is_refused(damaged, refused):
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     path.write_text(json.dumps(content))
     line = refused(config, "--prompt", "for")
-    assert "drafter.path" in line and "2 tokens differ" in line and "'a'" in line
+    assert "drafter.path" in line and "tokens 2 differ" in line and "'a'" in line
 
 
 @pytest.mark.slow
@@ -329,7 +329,7 @@ READS = "eagle_aux_hidden_state_layer_ids"
         ("target_hidden_size", 64, ["target_hidden_size is 64", "the target's is 48"]),
         ("vocab_size", 4096, ["vocab_size is 4096", "320"]),
         ("draft_vocab_size", 100, ["lm_head.weight has shape [200, 48]", "for kind eagle3 it must be [100, 48]"]),
-        ("norm_before_residual", True, ["norm_before_residual", "not supported"]),
+        ("norm_before_fc", True, ["norm_before_fc", "not supported"]),
         ("fc_norm", True, ["fc_norm", "not supported"]),
         ("eagle_config", {"use_aux_hidden_state": False}, ["the last layer alone"]),
         ("eagle_config", {READS: [1, 2, 3]}, [f"{READS} is [1, 2, 3]", "layers [2, 4, 5] of this target"]),

@@ -25,10 +25,11 @@ from flowspec.core.stage import StageState
 from flowspec.draft.eagle import EagleDrafter
 from flowspec.models.eagle import decoder_layer, load_eagle
 from flowspec.models.families import check_config
-from flowspec.models.heads import check_head
+from flowspec.models.heads import check_head, kind_of
 from flowspec.models.hub import HUB_ID
 from flowspec.models.manifest import Manifest
 from flowspec.models.stage import CachedText, Head, load_head, load_stage
+from flowspec.preflight import check_run
 from flowspec.runtime import driver, wire
 from flowspec.runtime.drafting import DraftThread, Joined, Local
 from flowspec.runtime.tracing import SpanLog
@@ -251,6 +252,123 @@ def test_a_published_eagle3_head_computes_what_the_paper_says(deep, tmp_path, fi
         assert loaded.names is None
     else:
         assert loaded.names.tolist() == (torch.arange(200) + tensors["d2t"]).tolist()
+
+
+def in_speculators_layout(head, folder, kind, pair, **more) -> Path:
+    """The same head as the library `speculators` writes it: EAGLE-1 by its version 0.2, EAGLE-3 by 0.9."""
+    tensors = load_file(head / "model.safetensors")
+    begins = {
+        "eagle": {"layers.0.": "transformer.", "fc.": "fusion_fc."},
+        "eagle3": {"midlayer.": "layers.0."},
+    }[kind]
+    for own, theirs in begins.items():
+        tensors = {
+            n.replace(own, theirs) if n.startswith(own) else n: t for n, t in tensors.items()
+        }
+    layer = json.loads((head / "config.json").read_text())
+    about = {key: layer.pop(key) for key in ("draft_vocab_size",) if key in layer}
+    about |= {
+        "architectures": [{"eagle": "EagleSpeculator", "eagle3": "Eagle3Speculator"}[kind]],
+        "model_type": "speculator_model",
+        "speculators_model_type": kind,
+        "transformer_layer_config": layer,
+        "speculators_config": {
+            "algorithm": kind,
+            "verifier": {"name_or_path": "some/target", "architectures": []},
+        },
+        "norm_before_residual": False,
+    }
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(about | more))
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_drafts_the_same_in_either_layout_and_its_card_tells_the_kind(pairs, tmp_path, kind):
+    pair, own = pairs(kind)
+    theirs = in_speculators_layout(own, tmp_path / "theirs", kind, pair)
+    assert kind_of(own) == kind_of(theirs) == kind
+    drafted = []
+    for folder in (own, theirs):
+        words = ["method=serial", f"drafter={{head: {folder}}}"]
+        with Engine.from_config(pair.config(1, None, kind), words) as engine:
+            ids = text(engine, KNOWN[0], max_new_tokens=16)
+            result = engine._last.result
+            drafted.append((ids, result.accepted_tokens, result.drafted_tokens))
+    assert drafted[0] == drafted[1] and drafted[0][1] > 3
+    tokens, width = [3, 1, 4, 1, 5], HIDDEN
+    features = torch.randn(5, width, generator=torch.Generator().manual_seed(6))
+    one, other = (load(folder, pair, kind) for folder in (own, theirs))
+    assert torch.equal(predicted(one, tokens, features), predicted(other, tokens, features))
+
+
+def test_the_residual_stream_may_begin_behind_the_norm(deep, tmp_path):
+    """`norm_before_residual` of speculators: x = norm(feature) + attention, where EAGLE-3 has x = feature + attention."""
+    folder = in_speculators_layout(
+        deep.head3, tmp_path / "normed", "eagle3", deep, norm_before_residual=True
+    )
+    check_head("eagle3", folder, Manifest.load(deep.split(1)), "drafter.head")
+    torch.manual_seed(4)
+    tokens, features = [3, 1, 4, 1, 5, 9], 3 * torch.randn(6, HIDDEN)
+    tensors = embedded(deep, load_file(deep.head3 / "model.safetensors"))
+    want = eagle3(tensors, deep.model.config, tokens, features, normed=True)
+    found = predicted(load(folder, deep, "eagle3"), tokens, features)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"speculators_model_type": "dflash"}, "speculators_model_type is 'dflash'"),
+        ({"transformer_layer_config": None}, "transformer_layer_config is None"),
+        ({"norm_before_fc": True}, "norm_before_fc: this variant"),
+        ({"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}, "only what enters layers"),
+    ],
+)
+def test_what_is_not_supported_of_speculators_is_refused_by_name(deep, tmp_path, more, said):
+    folder = in_speculators_layout(deep.head3, tmp_path / "head", "eagle3", deep, **more)
+    with pytest.raises(UserError) as refusal:
+        check_head("eagle3", folder, Manifest.load(deep.split(1)), "drafter.head")
+    assert said in str(refusal.value) and str(folder) in str(refusal.value)
+
+
+def test_a_card_for_another_target_says_for_which(deep, tmp_path):
+    folder = in_speculators_layout(deep.head3, tmp_path / "head", "eagle3", deep)
+    card = json.loads((folder / "config.json").read_text())
+    for key, value in (("hidden_size", 64), ("vocab_size", 999), ("num_hidden_layers", 2)):
+        layer = card["transformer_layer_config"] | {key: value}
+        about = card | {"transformer_layer_config": layer}
+        (folder / "config.json").write_text(json.dumps(about))
+        with pytest.raises(UserError, match=rf"{key} is {value}") as refusal:
+            check_head("eagle3", folder, Manifest.load(deep.split(1)), "drafter.head")
+        assert ("it is for some/target" in str(refusal.value)) == (key != "num_hidden_layers")
+    (folder / "config.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match=r"it tells of an EAGLE-3 head: set drafter.kind: eagle3"):
+        check_head("eagle", folder, Manifest.load(deep.split(1)), "drafter.path")
+
+
+def test_only_rank_0_needs_the_files_of_a_head(pair):
+    """The other boxes have no copy of it, and do not have to know its kind to agree with rank 0."""
+    here, there = (
+        load_config(pair.config(2), [f"drafter={{head: {folder}}}"])
+        for folder in (pair.head, "nowhere")
+    )
+    check_run(there, [1])
+    with pytest.raises(UserError, match=r"drafter.head nowhere: no such folder"):
+        check_run(there, [0])
+    assert here.found().drafter.kind == "eagle" and there.drafter.needs_lm_head
+    assert here.found().shared() == there.shared()
+
+
+@pytest.mark.parametrize(
+    "words", ["{head: x, path: y}", "{head: x, kind: lm}", "{head: x, kind: ngram}"]
+)
+def test_a_head_stands_alone(pair, words):
+    with pytest.raises(UserError, match=r"drafter.head stands for kind and path"):
+        load_config(pair.config(2), [f"drafter={words}"])
+    with pytest.raises(UserError, match=r"drafter.kind is head: choose one of lm, eagle, eagle3"):
+        load_config(pair.config(2), ["drafter={kind: head, path: x}"])
 
 
 # hidden, intermediate, heads, key/value heads, their width, vocabulary, own vocabulary

@@ -369,6 +369,7 @@ def test_what_a_config_leaves_out_is_what_transformers_assumes():
     [
         ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before is False; only True is"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True; only False is"),
+        ("gpt2", {"quantization_config": {"bits": 4}}, "quantization_config is .*; only None is"),
     ],
 )
 def test_variants_that_are_not_computed_are_refused_by_key(name, changes, said):

@@ -25,6 +25,7 @@ from flowspec.models.stage import CachedText
 from tests.clock import VirtualClock
 from tests.runtime.test_generate import sampling_words, written
 from tests.runtime.test_identity import PROMPTS, SAMPLED
+from tests.runtime.test_quantised import TOKENS, made
 
 HAVE = {name: importlib.util.find_spec(name) is not None for name in ("accelerate", "deepspeed")}
 ACCELERATE = pytest.mark.skipif(
@@ -519,3 +520,14 @@ def test_a_disk_that_deepspeed_cannot_use_is_one_line(pair, wide, capsys):
     said = capsys.readouterr().err
     built = AsyncIOBuilder().is_compatible(verbose=False)
     assert ("no space left in /proc" if built else "libaio-dev") in said
+
+
+# ---- with quantised layers -----------------------------------------------------------------------
+@ACCELERATE
+@pytest.mark.parametrize("kind", ["cpu", "disk"])
+@pytest.mark.parametrize(("family", "form"), [("llama", "packed"), ("mixtral", "gptq")])
+def test_quantised_layers_are_made_plain_as_they_come(tmp_path, family, form, kind):
+    wanted = made(tmp_path / "whole", family, form)
+    whole = Whole.placed(tmp_path / "whole", torch.float32, Placement(kind), len(wanted[0]))
+    found = Plain(whole).logits(TOKENS.tolist(), len(TOKENS))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

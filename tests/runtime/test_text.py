@@ -103,8 +103,25 @@ def test_the_same_tokens_with_other_padding_are_the_same_vocabulary(tokenizer):
         vocabulary["model"]["vocab"][c] for c in "BA"
     )
     other = Tokenizer.from_str(json.dumps(vocabulary))
-    with pytest.raises(UserError, match=r"another vocabulary.*2 tokens differ"):
+    size, a, b = len(tokenizer.get_vocab()), *map(tokenizer.token_to_id, "AB")
+    said = rf"of {size} and {size} tokens 2 differ, such as 'A', which is {a} in the target and {b} in the draft"
+    with pytest.raises(UserError, match=rf"draft has another vocabulary.*: {said}"):
         check_same_tokens(tokenizer, other, "draft")
+
+
+def test_a_token_that_only_one_vocabulary_has_is_named(tokenizer):
+    more = Tokenizer.from_str(tokenizer.to_str())
+    more.add_tokens(["<extra>"])
+    size, number = len(tokenizer.get_vocab()), more.token_to_id("<extra>")
+    for ours, theirs, counts, places in (
+        (tokenizer, more, (size + 1, size), ("missing", number)),
+        (more, tokenizer, (size, size + 1), (number, "missing")),
+    ):
+        with pytest.raises(UserError) as told:
+            check_same_tokens(ours, theirs, "draft")
+        assert "of {} and {} tokens 1 differ".format(*counts) in str(told.value)
+        named = "'<extra>', which is {} in the target and {} in the draft".format(*places)
+        assert named in str(told.value)
 
 
 @pytest.mark.parametrize("eos,want", [(3, {3}), ([3, 4], {3, 4}), (None, set())])

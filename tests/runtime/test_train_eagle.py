@@ -97,3 +97,41 @@ def test_it_wants_a_limit_and_enough_text(train):
         train()
     with pytest.raises(SystemExit, match="too few for --context 999"):
         train("--steps", "1", "--context", "999")
+
+
+OWN = ["--steps", "2", "--on-policy", "5", "--prompt-tokens", "6"]
+
+
+def test_on_policy_it_learns_from_what_the_target_writes(pair, train, monkeypatch):
+    """Greedy, a text is a piece of the given one and what transformers' generate makes of it; sampled, its seed's own."""
+    learnt, step = [], train_eagle.loss_of
+    monkeypatch.setattr(
+        train_eagle, "loss_of", lambda e, t, ids, args: learnt.extend(ids) or step(e, t, ids, args)
+    )
+    facts = json.loads((train(*OWN, "--temperature", "0") / "training.json").read_text())
+    assert facts["settings"]["on_policy"] == 5 and set(facts) >= {"held_out", "held_out_own"}
+    assert len(learnt) == 4
+    for text in learnt:
+        assert text[6:].tolist() == pair.greedy(text[:6].tolist(), 18)
+
+    runs = []
+    for more in ((), (), ("--seed", "2")):
+        learnt.clear()
+        train(*OWN, *more)
+        runs.append(torch.stack(learnt))
+        assert any(t[6:].tolist() != pair.greedy(t[:6].tolist(), 18) for t in learnt)
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+def test_where_the_target_ends_a_text_another_piece_follows(pair):
+    target = train_eagle.Target(pair.target, "cpu")
+    [text] = target.write(lambda: [5, 6, 7], 24, [train_eagle.Sampling()]).tolist()
+    at = next(k for k in range(3, 20) if text[k] not in text[3:k])
+    target.config.eos_token_id = text[at]
+    [cut] = target.write(lambda: [5, 6, 7], 24, [train_eagle.Sampling()]).tolist()
+    assert cut[: at + 4] == [*text[: at + 1], 5, 6, 7]
+
+
+def test_a_prompt_leaves_room_for_the_target(train):
+    with pytest.raises(SystemExit):
+        train("--steps", "1", "--on-policy", "3", "--prompt-tokens", "24")
