@@ -248,8 +248,10 @@ RECURRENT = (
     "its layers keep a state of all tokens, which cannot branch, nor go back to where a guess was "
     "wrong"
 )
-ENCODER = "it has an encoder; only models that continue a text are"
+ENCODER = "it has an encoder, and only models that continue a text are"
+OWN = "its attention asks for no other one (transformers' AttentionInterface)"
 REFUSED = {
+    **dict.fromkeys(("codegen", "falcon", "gpt_neo", "gptj", "mpt"), OWN),
     **dict.fromkeys(
         (
             "bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2",

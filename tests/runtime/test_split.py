@@ -585,6 +585,10 @@ def test_the_supported_are_accepted():
             for kind in ("t5", "bart", "whisper", "pegasus")
         ],
         (
+            config_of(LlamaConfig) | {"model_type": "falcon"},
+            "'falcon' is not supported: its attention asks for no other one",
+        ),
+        (
             config_of(LlamaConfig) | {"model_type": "new", "is_encoder_decoder": True},
             "'new' is not supported: it has an encoder",
         ),
