@@ -14,6 +14,7 @@ token k is the target's token k + d2t[k]."""
 from __future__ import annotations
 
 import logging
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from flowspec.errors import UserError
 from flowspec.models.device import placed
-from flowspec.models.families import CONFIG, EMBEDDING, HEAD, family_of
+from flowspec.models.families import CONFIG, EMBEDDING, HEAD
 from flowspec.models.fingerprint import CARD, embedding_hash, told_by
 from flowspec.models.heads import (
     EAGLE_BIAS,
@@ -157,7 +158,7 @@ def load_eagle(
     if kind == "eagle":
         assert head is not None, "an EAGLE-1/2 head needs the target's lm_head"
         return EagleHead(embedding, fc, bias, layer, head, nn.Identity())
-    norm = family_of(config).classes().norm(hidden, eps=layer.config.rms_norm_eps)
+    norm = deepcopy(layer.layers[0].get_submodule("hidden_norm"))
     norm.weight = nn.Parameter(fixed[EAGLE_NORM], requires_grad=False)
     names = (
         _names(tensors[EAGLE_NAMES], manifest.vocab_size, folder) if EAGLE_NAMES in shapes else None
@@ -269,14 +270,10 @@ def decoder_layer(
         config |= {"attention_bias": True} if whole else {"model_type": "qwen2"}
     model = StageModel(config, 1, first=False, last=False)
     if beside:
-        with torch.device("meta"):
-            norm = (
-                family_of(config)
-                .classes()
-                .norm(config["hidden_size"], eps=model.config.rms_norm_eps)
-            )
+        layer = model.layers[0]
         whole = bool(config.get("norm_before_residual"))
-        model.layers[0] = Beside(model.layers[0], norm, whole)
+        norm = deepcopy(layer.get_submodule("input_layernorm"))
+        model.layers[0] = Beside(layer, norm, whole)
     elif LAYER + "input_layernorm.weight" not in own:
         model.layers[0].input_layernorm = nn.Identity()
     return model.load(own.items(), device, source, dtype)

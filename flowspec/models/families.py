@@ -1,24 +1,29 @@
-"""The model families that can be split into stages: their classes, their tensor names, and what of
-them is refused."""
+"""The model families that can be computed here: their classes, their tensor names, and what of them
+is refused.
+
+Every tensor that is read of a checkpoint gets the name that it would have in Llama's
+(`Family.named`), and every value of config.json that is read here Llama's key (`settled`). So
+nobody else knows how a family calls them.
+"""
 
 from __future__ import annotations
 
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flowspec.errors import UserError
+from flowspec.errors import UserError, need
 from flowspec.models.quantised import Tensors, quantisation
 
 if TYPE_CHECKING:
     import torch
 
 EMBEDDING = "model.embed_tokens.weight"
-NORM = "model.norm.weight"
+NORM, NORM_BIAS = "model.norm.weight", "model.norm.bias"
 HEAD = "lm_head.weight"
 REQUIRED = (
     "vocab_size",
@@ -28,58 +33,181 @@ REQUIRED = (
     "max_position_embeddings",
 )
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+ATTENTIONS = ("full_attention", "sliding_attention")
 
 
 class Classes(NamedTuple):
     """These are the transformers classes of which a stage is made."""
 
     config: Any
-    layer: Any
-    rotary: Any
-    norm: Any
+    model: Any
+    """This is the model without a head."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family is one `model_type` of config.json.
-
-    `window_default` is what transformers assumes if config.json has no `sliding_window`."""
+    """A family is one `model_type` of config.json, whose classes' names begin with `prefix`."""
 
     model_type: str
     prefix: str
-    experts: bool = False
-    window_switch: bool = False
-    window_default: int | None = None
-
-    @property
-    def module(self) -> str:
-        return f"transformers.models.{self.model_type}.modeling_{self.model_type}"
+    folder: str | None = None
+    """transformers keeps it in this module; None means that of its model_type."""
+    inside: str = ""
+    """The model is this module of transformers' model, if not that itself."""
+    halves: bool = False
+    """A layer is x + attention(norm(x)) and then x + mlp(norm(x)), of q, k, v, o and gate, up, down
+    (or no gate, or experts of these): so members of a stage can share it (shard.py)."""
+    llama: bool = False
+    """What is between these matrices is as in Llama, too, so native.py can compute it."""
+    linear: bool = True
+    """All large matrices of a layer are `nn.Linear`. (Experts come fused, which is none.)"""
+    entrance: tuple[str, ...] = ()
+    """These modules stand between the embedding and the first layer. An embedding among them is one
+    of positions, whose rows are added; the others are applied."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """The parts of the model that have another name in Llama's, with that name."""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """The keys of config.json that Llama has under another name, with that name."""
+    only: Mapping[str, Any] = field(default_factory=dict)
+    """Of these keys of config.json no other values are supported."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What transformers assumes of keys that config.json may leave out and that are read here. What
+    scales or caps something is meant by no other family."""
 
     def classes(self) -> Classes:
         """Return the family's classes; this imports transformers."""
-        module = importlib.import_module(self.module)
+        folder = self.folder or self.model_type
+        module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
         return Classes(
-            *(
-                getattr(module, self.prefix + part)
-                for part in ("Config", "DecoderLayer", "RotaryEmbedding", "RMSNorm")
-            )
+            getattr(module, f"{self.prefix}Config"), getattr(module, f"{self.prefix}Model")
         )
 
+    def meant(self, config: dict, key: str) -> Any:
+        """Return what a config.json says under a key of `defaults`; None in other families."""
+        return config.get(key, self.defaults[key]) if key in self.defaults else None
 
-FAMILIES = {
-    "llama": Family("llama", "Llama"),
-    "mistral": Family("mistral", "Mistral", window_default=4096),
-    "qwen2": Family("qwen2", "Qwen2", window_switch=True),
-    "qwen3": Family("qwen3", "Qwen3", window_switch=True),
-    "mixtral": Family("mixtral", "Mixtral", experts=True),
+    def theirs(self, part: str) -> str:
+        """Return transformers' name of a part of the model, by that of Llama's."""
+        return next((name for name, ours in self.names.items() if ours == part), part)
+
+    def named(self, stored: str) -> str:
+        """Return the name of a checkpoint's tensor as it would be in Llama's.
+
+        What is no part of the text's model keeps its own."""
+        first, dot, rest = ROOTS.sub("", stored, count=1).partition(".")
+        first = self.names.get(first, first)
+        if first == "lm_head":
+            return f"{first}{dot}{rest}"
+        ours = ("embed_tokens", "layers", "norm", *self.entrance)
+        return f"model.{first}{dot}{rest}" if first in ours else stored
+
+
+ROOTS = re.compile(r"^((model|language_model|transformer|gpt_neox|decoder)\.)*")
+"""Behind these, if they are there, stand the names of the text's model."""
+TIED = {"tie_word_embeddings": True}
+SCALED = {"logit_scale": 0.0625}
+CAPPED = {"final_logit_softcapping": 30.0}
+GRANITE = {"embedding_multiplier": 1.0, "logits_scaling": 1.0}
+GEMMA3 = {
+    "final_logit_softcapping": None,
+    "vocab_size": 262208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
 }
-
+GPT = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings",
+    "n_embed": "hidden_size",
+}
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("llama", "Llama", halves=True, llama=True),
+        Family("mistral", "Mistral", halves=True, llama=True),
+        Family("qwen2", "Qwen2", halves=True, llama=True),
+        Family("qwen3", "Qwen3", halves=True, llama=True),
+        Family("mixtral", "Mixtral", halves=True, linear=False),
+        Family("qwen3_moe", "Qwen3Moe", halves=True, linear=False),
+        Family("gemma", "Gemma", halves=True, defaults=TIED),
+        Family("gemma2", "Gemma2", defaults=TIED | CAPPED),
+        Family(
+            "gemma3_text",
+            "Gemma3Text",
+            "gemma3",
+            only={"use_bidirectional_attention": False},
+            defaults=TIED | GEMMA3,
+        ),
+        Family("phi3", "Phi3"),
+        Family("olmo2", "Olmo2"),
+        Family("glm4", "Glm4"),
+        Family("gpt_oss", "GptOss", linear=False),
+        Family("arcee", "Arcee", halves=True),
+        Family("cohere", "Cohere", defaults=TIED | SCALED),
+        Family("cohere2", "Cohere2", defaults=TIED | SCALED),
+        Family("deepseek_v2", "DeepseekV2", linear=False),
+        Family("deepseek_v3", "DeepseekV3", linear=False),
+        Family("dots1", "Dots1", linear=False),
+        Family("ernie4_5", "Ernie4_5", halves=True, defaults=TIED),
+        Family("exaone4", "Exaone4"),
+        Family("glm", "Glm"),
+        Family("glm4_moe", "Glm4Moe", linear=False),
+        Family("granite", "Granite", defaults=GRANITE),
+        Family("helium", "Helium"),
+        Family("hunyuan_v1_dense", "HunYuanDenseV1", halves=True),
+        Family("ministral", "Ministral", halves=True, llama=True),
+        Family("ministral3", "Ministral3", halves=True),
+        Family("nemotron", "Nemotron", halves=True),
+        Family("olmo3", "Olmo3"),
+        Family("olmoe", "Olmoe", linear=False),
+        Family("qwen2_moe", "Qwen2Moe", linear=False, only={"use_sliding_window": False}),
+        Family("seed_oss", "SeedOss", halves=True, llama=True),
+        Family("smollm3", "SmolLM3", halves=True, defaults=TIED),
+        Family("stablelm", "StableLm"),
+        Family("starcoder2", "Starcoder2", defaults=TIED),
+        Family(
+            "gpt_neox",
+            "GPTNeoX",
+            names={"embed_in": "embed_tokens", "final_layer_norm": "norm", "embed_out": "lm_head"},
+        ),
+        Family(
+            "opt",
+            "OPT",
+            inside="decoder",
+            entrance=("embed_positions",),
+            names={"final_layer_norm": "norm"},
+            only={"do_layer_norm_before": True},
+            defaults=TIED,
+        ),
+        Family(
+            "gpt2",
+            "GPT2",
+            entrance=("wpe",),
+            names={"wte": "embed_tokens", "h": "layers", "ln_f": "norm"},
+            keys=GPT,
+            only={"add_cross_attention": False, "quantization_config": None},
+            defaults=TIED,
+        ),
+        Family(
+            "bloom",
+            "Bloom",
+            entrance=("word_embeddings_layernorm",),
+            names={"word_embeddings": "embed_tokens", "h": "layers", "ln_f": "norm"},
+            keys={**GPT, "seq_length": "max_position_embeddings"},
+            defaults=TIED | {"max_position_embeddings": 2048},
+        ),
+    )
+}
 
 CONFIG = "config.json"
 
 
 def read_config(folder: Path, card: Callable[[dict], dict] = lambda config: config) -> dict:
-    """Return the config.json of a checkpoint or a stage, or what `card` makes of it.
+    """Return the config.json of a checkpoint or a stage, or what `card` makes of it,
+    settled.
 
     Raise UserError if it cannot be read, or if its model would not be computed right."""
     path = folder / CONFIG
@@ -92,23 +220,75 @@ def read_config(folder: Path, card: Callable[[dict], dict] = lambda config: conf
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a JSON object")
     try:
-        config = card(config)
+        config = settled(card(config))
         check_config(config)
     except UserError as error:
         raise UserError(f"{folder}/{error}") from None
     return config
 
 
-# ---- who is refused ------------------------------------------------------------------------------
-def check_config(config: dict) -> None:
-    """Raise UserError, by name, for a config.json whose model would not be computed right."""
+def settled(config: dict) -> dict:
+    """Return a config.json, of whatever family, with Llama's keys for what is read of it here.
+
+    A model of pictures and text is its text's model. Raise UserError if it is not supported."""
+    text = config.get("text_config")
+    if isinstance(text, dict) and text.get("model_type") in FAMILIES:
+        outer = {key: config[key] for key in OUTER if key in config}
+        config = outer | text
     family = family_of(config)
+    ours = {key: config[theirs] for theirs, key in family.keys.items() if theirs in config}
+    return {**family.defaults, **ours, **config}
+
+
+OUTER = ("architectures", "dtype", "torch_dtype", "tie_word_embeddings", "quantization_config")
+
+
+# ---- who is refused ------------------------------------------------------------------------------
+RECURRENT = (
+    "its layers keep a state of all tokens, which cannot branch, nor go back to where a guess was "
+    "wrong"
+)
+ENCODER = "it has an encoder, and only models that continue a text are"
+OWN = "its attention asks for no other one (transformers' AttentionInterface)"
+REFUSED = {
+    **dict.fromkeys(("codegen", "falcon", "gpt_neo", "gptj", "mpt"), OWN),
+    **dict.fromkeys(
+        (
+            "bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2",
+            "lfm2_moe", "mamba", "mamba2", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_text", "qwen3_5_moe",
+            "qwen3_5_moe_text", "qwen3_next", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2",
+        ),
+        RECURRENT,
+    ),
+    **dict.fromkeys(
+        (
+            "bart", "bert", "bigbird_pegasus", "blenderbot", "blenderbot-small", "fsmt", "led", "longt5", "m2m_100", "marian",
+            "mbart", "mt5", "mvp", "nllb-moe", "pegasus", "pegasus_x", "plbart", "prophetnet", "roberta", "seamless_m4t",
+            "speech_to_text", "switch_transformers", "t5", "t5gemma", "umt5", "whisper",
+        ),
+        ENCODER,
+    ),
+}  # fmt: skip
+"""Model types that are often met, and why they are not supported."""
+
+
+def check_config(config: dict) -> None:
+    """Raise UserError, by name, for a settled config.json whose model would not be computed
+    right."""
+    for key, value in family_of(config).only.items():
+        found = config.get(key, value)
+        need(found == value, f"config.json: {key} is {found}; only {value} is supported")
     for key in REQUIRED:
         if type(config.get(key)) is not int or config[key] < 1:
             raise UserError(
                 f"config.json: {key} must be a positive integer, it is {config.get(key)!r}"
             )
-    _check_window(family, config)
+    other = {*(config.get("layer_types") or ())} - {*ATTENTIONS}
+    need(
+        not other,
+        f"config.json: layer_types holds {', '.join(sorted(map(str, other)))}; only "
+        f"{' and '.join(ATTENTIONS)} are supported",
+    )
     for kind in rope_types(config):
         if kind in LENGTH_DEPENDENT_ROPE:
             raise UserError(
@@ -121,38 +301,14 @@ def check_config(config: dict) -> None:
 def family_of(config: dict) -> Family:
     """Return the family of a config; raise UserError if its model_type is not supported."""
     kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UserError(
-            f"config.json: model_type {kind!r} is not supported; supported are "
-            f"{', '.join(FAMILIES)}"
-        )
-    return FAMILIES[kind]
-
-
-def _check_window(family: Family, config: dict) -> None:
-    other = {kind for kind in config.get("layer_types") or () if kind != "full_attention"}
-    if other:
-        raise UserError(
-            f"config.json: layer_types holds {', '.join(sorted(map(str, other)))}; only "
-            "full_attention is supported"
-        )
-    if family.window_switch:
-        if config.get("use_sliding_window"):
-            raise UserError(
-                "config.json: use_sliding_window is true; sliding-window attention is not supported"
-            )
-        return
-    window = config.get("sliding_window", family.window_default)
-    if window is not None:
-        absent = (
-            ""
-            if "sliding_window" in config
-            else " by default (the key is missing; null switches it off)"
-        )
-        raise UserError(
-            f"config.json: sliding_window is {window}{absent}; sliding-window attention is not "
-            "supported"
-        )
+    if isinstance(kind, str) and kind in FAMILIES:
+        return FAMILIES[kind]
+    why = REFUSED.get(kind) if isinstance(kind, str) else None
+    why = why or (ENCODER if config.get("is_encoder_decoder") else None)
+    raise UserError(
+        f"config.json: model_type {kind!r} is not supported{': ' + why if why else ''}; supported "
+        f"are {', '.join(FAMILIES)}"
+    )
 
 
 def rope_types(config: dict) -> Iterator[str]:
@@ -168,6 +324,7 @@ def rope_types(config: dict) -> Iterator[str]:
 
 # ---- tensor names --------------------------------------------------------------------------------
 LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_TABLE = re.compile(r".*\.(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)")
 
 
 def layer_of(name: str) -> int | None:
@@ -177,66 +334,59 @@ def layer_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def layer_tensors(config: dict, layer: int, stored: set[str]) -> list[str]:
-    """Return the names of all tensors that this decoder layer must have.
+def is_table(name: str) -> bool:
+    """Return whether a tensor of an old checkpoint is one that is computed."""
+    return _TABLE.fullmatch(name) is not None
 
-    Of Mixtral's two layouts they are those of the one that `stored` uses."""
-    family = family_of(config)
-    prefix = f"model.layers.{layer}."
-    fused = prefix + "mlp.experts.gate_up_proj" in stored
-    biased = family.model_type == "llama" and bool(config.get("mlp_bias"))
-    mlp = (
-        _expert_names(config, fused)
-        if family.experts
-        else _projections("mlp", "gate up down", biased)
-    )
+
+def layer_tensors(stored: Iterable[str]) -> dict[int, list[str]]:
+    """Return the names of all tensors of each layer that has some, without tables."""
+    found: dict[int, list[str]] = {}
+    for name in stored:
+        layer = layer_of(name)
+        if layer is not None and not is_table(name):
+            found.setdefault(layer, []).append(name)
+    return found
+
+
+def missing_tensors(held: Mapping[int, Sequence[str]], num_layers: int) -> list[str]:
+    """Return the names of tensors that layers lack.
+
+    A layer lacks what another one has, if it has nothing that the other has not."""
+    if not held:
+        return ["model.layers.0"]
+    within = {
+        layer: frozenset(name.split(".", 3)[3] for name in held.get(layer, ()))
+        for layer in range(num_layers)
+    }
+    kinds = sorted({*within.values()}, key=len)
+    lacks = {own: next((more - own for more in kinds if own < more), ()) for own in kinds}
     return [
-        prefix + name
-        for name in (
-            "input_layernorm.weight",
-            "post_attention_layernorm.weight",
-            *_attention_names(config),
-            *mlp,
-        )
+        f"model.layers.{layer}.{name}"
+        for layer, own in within.items()
+        for name in sorted(lacks[own])
     ]
 
 
-def _attention_names(config: dict) -> list[str]:
-    kind, biased = config["model_type"], bool(config.get("attention_bias"))
-    qkv = _projections(
-        "self_attn", "q k v", kind == "qwen2" or (kind in ("llama", "qwen3") and biased)
-    )
-    out = _projections("self_attn", "o", kind in ("llama", "qwen3") and biased)
-    norms = ["self_attn.q_norm.weight", "self_attn.k_norm.weight"] if kind == "qwen3" else []
-    return [*qkv, *out, *norms]
+def entrance_tensors(family: Family, stored: Iterable[str]) -> list[str]:
+    """Return the names of what stands between the embedding and the first layer."""
+    prefixes = tuple(f"model.{part}." for part in family.entrance)
+    return [name for name in stored if name.startswith(prefixes)]
 
 
-def _projections(module: str, letters: str, bias: bool) -> list[str]:
-    return [
-        f"{module}.{letter}_proj.{part}"
-        for letter in letters.split()
-        for part in (("weight", "bias") if bias else ("weight",))
-    ]
-
-
-def _expert_names(config: dict, fused: bool) -> list[str]:
-    if fused:
-        return ["mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    each = [
-        f"block_sparse_moe.experts.{i}.w{j}.weight"
-        for i in range(config.get("num_local_experts", 8))
-        for j in (1, 2, 3)
-    ]
-    return ["block_sparse_moe.gate.weight", *each]
+def norm_tensors(stored: Iterable[str]) -> list[str]:
+    """Return the names of what the final norm has."""
+    return [NORM, *(name for name in stored if name == NORM_BIAS)]
 
 
 # ---- loading -------------------------------------------------------------------------------------
-EXPERT_NAME = re.compile(r"(layers\.\d+\.)block_sparse_moe\.experts\.(\d+)\.w([123])\.weight")
+EXPERT_NAME = re.compile(
+    r"(layers\.\d+\.)(block_sparse_moe|mlp)\.experts\.\d+\.(w[123]|(gate|up|down)_proj)\.weight"
+)
 
 
 def module_tensors(
     file: Tensors,
-    family: Family,
     first_layer: int,
     dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -244,18 +394,20 @@ def module_tensors(
     time.
 
     Names lose `model.`, and layers count from `first_layer`: `layers.0.self_attn.q_proj.weight`.
-    Mixtral's experts come fused."""
+    Experts come fused."""
     experts: dict[str, list[str]] = {}
     for name in file.names:
         local = _local_name(name, first_layer)
-        match = EXPERT_NAME.fullmatch(local) if family.experts else None
+        match = EXPERT_NAME.fullmatch(local)
         if match:
             experts.setdefault(match[1], []).append(name)
-        else:
+        elif not is_table(name):
             yield local.replace(".block_sparse_moe.", ".mlp."), file.read(name, dtype)
     for prefix, names in experts.items():
-        yield prefix + "mlp.experts.gate_up_proj", _fused(file, names, ("w1", "w3"), dtype)
-        yield prefix + "mlp.experts.down_proj", _fused(file, names, ("w2",), dtype)
+        old = names[0].endswith((".w1.weight", ".w2.weight", ".w3.weight"))  # Mixtral's
+        gate, up, down = ("w1", "w3", "w2") if old else ("gate_proj", "up_proj", "down_proj")
+        yield prefix + "mlp.experts.gate_up_proj", _fused(file, names, (gate, up), dtype)
+        yield prefix + "mlp.experts.down_proj", _fused(file, names, (down,), dtype)
 
 
 def _local_name(name: str, first_layer: int) -> str:

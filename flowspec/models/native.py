@@ -15,15 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from flowspec.models import vector
-from flowspec.models.attention import Seen, attend
+from flowspec.models.attention import Form, Seen, attend
 from flowspec.models.cache import Caches
+from flowspec.models.families import FAMILIES
 from flowspec.models.kernels import WIDTH, PackedLinear, stacked
 
 
 def suits(layer: nn.Module, config: Any) -> bool:
     """Return whether a NativeLayer can be made of this layer.
 
-    Its matrices must be packed and of whole vectors, and its MLP must be gated by silu."""
+    It must be of Llama's kind, its matrices packed and of whole vectors, and its MLP gated by
+    silu."""
+    if not FAMILIES[config.model_type].llama:
+        return False
     linears = [
         getattr(getattr(layer, part, None), name, None)
         for part, names in _MATRICES.items()
@@ -55,9 +59,11 @@ class Around(NamedTuple):
     """Around is what attention reads beside its rows."""
 
     seen: Sequence[Seen]
-    turns: tuple[Tensor, Tensor]
-    """The rotary positions, as the layers take them."""
+    turns: tuple[Tensor, Tensor] | None
+    """The rotary positions, as the layers take them; None in a family without."""
     caches: Caches
+    positions: Tensor
+    """The rows' positions, int64 [1, n]."""
 
 
 class Half(NamedTuple):
@@ -86,6 +92,9 @@ class NativeLayer(nn.Module):
             config.num_attention_heads,
             config.num_key_value_heads,
         )
+        # where layers are not of several kinds; what a family does not know means nothing
+        every = config.sliding_window if hasattr(type(config), "sliding_window") else None
+        self.form = Form(getattr(attention, "sliding_window", every))
         self.eps = config.rms_norm_eps
         self.before, self.between = layer.input_layernorm, layer.post_attention_layernorm
         self.qkv = stacked([attention.q_proj, attention.k_proj, attention.v_proj])
@@ -131,7 +140,7 @@ class NativeLayer(nn.Module):
             Half(
                 lambda x: self._normed(x, before),
                 qkv.products,
-                lambda products, around: self._mixed(products, *around),
+                lambda products, around: self._mixed(products, *around[:3]),
                 project.products,
             ),
             Half(
@@ -146,7 +155,7 @@ class NativeLayer(nn.Module):
         self,
         products: Tensor,
         seen: Sequence[Seen],
-        turns: tuple[Tensor, Tensor],
+        turns: tuple[Tensor, Tensor] | None,
         caches: Caches,
     ) -> Tensor:
         """Return what the rows see of their caches, [n, heads * width], of their queries, keys and
@@ -163,13 +172,15 @@ class NativeLayer(nn.Module):
                 ],
                 1,
             )
+        assert turns is not None
         turned = _turned(both, *turns)
         key, value = (
             turned[:, heads:].transpose(0, 1)[None],
             rows[:, heads + kv :].transpose(0, 1)[None],
         )
         keys, values = caches.update(key, value, self.index)
-        mixed = attend(turned[:, :heads].transpose(0, 1), keys, values, seen, self.scaling)
+        query = turned[:, :heads].transpose(0, 1)
+        mixed = attend(query, keys, values, seen, self.scaling, self.form)
         return mixed.view(n, heads * width)
 
     def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from flowspec.comm.base import Clock
 from flowspec.errors import need
+from flowspec.models.adapted import as_held
 from flowspec.models.families import LAYER_NAME, family_of, layer_of, module_tensors, read_config
 from flowspec.models.placement import Placement
 from flowspec.models.quantised import plain
@@ -52,9 +53,9 @@ class Disk:
         """Read tensors as `dtype`. Raise UserError if the checkpoint's index is damaged.
 
         If there are rooms, the layers that are read lie in them by turns."""
-        self._checkpoint, self.dtype = Checkpoint(folder), dtype
         self._where, self._config = str(folder), read_config(folder)
-        self._family, self._rooms = family_of(self._config), cycle(rooms or [None])
+        self._checkpoint = Checkpoint(folder, family_of(self._config).named)
+        self.dtype, self._rooms = dtype, cycle(rooms or [None])
         self._names: dict[int | None, list[str]] = {}
         for name in self._checkpoint.names:
             self._names.setdefault(layer_of(name), []).append(name)
@@ -63,7 +64,7 @@ class Disk:
         prefix, names = f"layers.{layer}.", self._names.get(layer, [])
         lodged = _Lodged(self._checkpoint, names, next(self._rooms))
         file = plain(lodged, self._config, self._where)
-        for name, tensor in module_tensors(file, self._family, 0, stored_as(self.dtype)):
+        for name, tensor in module_tensors(file, 0, stored_as(self.dtype)):
             yield name.removeprefix(prefix), tensor
 
 
@@ -119,11 +120,13 @@ def fill(
     """Give a layer on the meta device its weights, on `device` and as its own dtype.
 
     Raise UserError, which names the source, if tensors are missing or of another shape."""
-    waiting = dict(layer.named_parameters())
+    waiting = layer.state_dict(keep_vars=True)
     for name, tensor in tensors:
         expected = waiting.pop(name, None)
         if expected is None:
             continue  # as in StageModel.load
+        path, _, leaf = name.rpartition(".")
+        tensor = as_held(layer.get_submodule(path), leaf, tensor)
         need(
             expected.shape == tensor.shape,
             f"{source}: {name} has shape {tuple(tensor.shape)}, config.json asks for "
@@ -140,7 +143,7 @@ def fill(
 
 def empty(layer: nn.Module) -> None:
     """Let go of a layer's weights."""
-    for name, _ in layer.named_parameters():
+    for name in layer.state_dict():
         set_module_tensor_to_device(layer, name, "meta")
 
 
@@ -240,7 +243,7 @@ class Turn(AlignDevicesHook):
         return output
 
 
-OWN_PLACE = "past_key_values"
+OWN_PLACE = ["past_key_values", "layer_past"]
 """A layer's keys and values stay on its device."""
 
 

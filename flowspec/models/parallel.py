@@ -142,12 +142,12 @@ def _taken_apart(layer: Any) -> tuple[tuple[Half, Half], nn.ModuleList]:
     def mixed(rows: Tensor, around: Around) -> Tensor:
         for each, value in zip(handed, rows.split(widths, 1), strict=True):
             each.value = value[None]
-        seen, turns, caches = around
         return attention(
             hidden_states=rows[None],
-            position_embeddings=turns,
-            attention_mask=seen,
-            past_key_values=caches,
+            position_embeddings=around.turns,
+            position_ids=around.positions,
+            attention_mask=around.seen,
+            past_key_values=around.caches,
         )[0][0]
 
     def first(rows: Tensor) -> Tensor:

@@ -19,9 +19,12 @@ from typing import NamedTuple
 
 from flowspec.core.topology import Shard
 from flowspec.errors import need
-from flowspec.models.families import EMBEDDING, HEAD
+from flowspec.models.families import EMBEDDING, HEAD, family_of
 
 OPTION = "--tensor-parallel"
+INNER = ("intermediate_size", "moe_intermediate_size")
+"""So many numbers of a token are between the matrices of an MLP, and in one of a mixture's
+experts."""
 
 
 class Cut(NamedTuple):
@@ -58,6 +61,11 @@ def check_members(config: dict, members: int) -> None:
     need(members >= 1, f"{OPTION} is {members}, it must be at least 1")
     if members == 1:
         return
+    need(
+        family_of(config).halves,
+        f"{OPTION} is {members}, but layers of model_type {config['model_type']} are not cut into "
+        "shards: leave it out",
+    )
     inner = config.get("intermediate_size")
     need(type(inner) is int, f"{OPTION} needs intermediate_size in config.json, it is {inner!r}")
     assert isinstance(inner, int)
@@ -71,10 +79,11 @@ def check_members(config: dict, members: int) -> None:
         f"{OPTION} is {members}, it must divide the {groups} key/value heads of the model, or be a "
         "multiple of them",
     )
-    need(
-        inner % members == 0,
-        f"{OPTION} is {members}, it must divide the model's intermediate_size {inner}",
-    )
+    for key in INNER:
+        need(
+            config.get(key, members) % members == 0,
+            f"{OPTION} is {members}, it must divide the model's {key} {config.get(key)}",
+        )
 
 
 def copies(config: dict, members: int) -> int:
@@ -91,7 +100,7 @@ def narrowed(config: dict, members: int) -> dict:
         "head_dim": width,
         "num_attention_heads": count // members,
         "num_key_value_heads": max(1, groups // members),
-        "intermediate_size": config["intermediate_size"] // members,
+        **{key: config[key] // members for key in INNER if key in config},
     }
 
 
@@ -120,6 +129,8 @@ def cut(name: str, config: dict, shard: Shard) -> Cut | None:
     if leaf == "o_proj.weight":
         return Cut(1, [_scaled(shard.of(count), width)], count * width)
     inner = config["intermediate_size"]
+    if ".experts." in name:
+        inner = config.get("moe_intermediate_size", inner)
     own = shard.of(inner)
     if _BY_OUTPUTS.fullmatch(name):
         return Cut(0, [own], inner)

@@ -35,8 +35,12 @@ from flowspec.models.families import (
     EMBEDDING,
     HEAD,
     NORM,
-    layer_of,
+    entrance_tensors,
+    family_of,
+    is_table,
     layer_tensors,
+    missing_tensors,
+    norm_tensors,
     read_config,
 )
 from flowspec.models.fingerprint import embedding_hash
@@ -144,7 +148,7 @@ class Source:
         Raise UserError if its config cannot be read or is not supported, or if its tensors are
         missing or do not fit the config."""
         config = read_config(folder)
-        source = cls(folder, config, Checkpoint(folder))
+        source = cls(folder, config, Checkpoint(folder, family_of(config).named))
         source._check_tensors()
         return source
 
@@ -177,41 +181,49 @@ class Source:
     def dtype(self) -> str:
         """Return the dtype of most of the (plain) tensors' bytes, by torch's name."""
         sizes: Counter[str] = Counter()
-        for name in (EMBEDDING, *self.layer_names(0, self.num_layers), NORM, self.head):
+        for name in self._used:
             info = self.tensors.info(name)
             sizes[info.dtype] += DTYPE_BYTES[info.dtype] * math.prod(info.shape)
         return TORCH_NAMES[sizes.most_common(1)[0][0]]
 
+    @cached_property
+    def _layers(self) -> dict[int, list[str]]:
+        return layer_tensors(self.tensors.names)
+
     def layer_names(self, start: int, stop: int) -> list[str]:
-        stored = set(self.tensors.names)
-        return [
-            name
-            for layer in range(start, stop)
-            for name in layer_tensors(self.config, layer, stored)
-        ]
+        return [name for layer in range(start, stop) for name in self._layers.get(layer, ())]
+
+    @property
+    def entrance(self) -> list[str]:
+        """Return what the first stage has before its layers."""
+        return [EMBEDDING, *entrance_tensors(family_of(self.config), self.tensors.names)]
+
+    @property
+    def exit(self) -> list[str]:
+        """Return what the last stage has behind its layers."""
+        return norm_tensors(self.tensors.names)
+
+    @property
+    def _used(self) -> list[str]:
+        return [*self.entrance, *self.layer_names(0, self.num_layers), *self.exit, self.head]
 
     def unused(self) -> list[str]:
         """Return the tensors that the architecture does not have.
 
-        The rotary tables of old checkpoints, which are computed, are not among them."""
-        needed = (EMBEDDING, NORM, HEAD, *self.layer_names(0, self.num_layers))
-        used = {part for name in needed for part in parts(self.tensors, name)}
-        return [
-            name
-            for name in self.checkpoint.names
-            if name not in used and not name.endswith(".rotary_emb.inv_freq")
-        ]
+        The tables of old checkpoints, which are computed, are not among them."""
+        used = {part for name in (*self._used, HEAD) for part in parts(self.tensors, name)}
+        return [name for name in self.checkpoint.names if name not in used and not is_table(name)]
 
     def _check_tensors(self) -> None:
         stored = set(self.tensors.names)
-        wanted = [EMBEDDING, *self.layer_names(0, self.num_layers), NORM, self.head]
-        missing = [name for name in wanted if name not in stored]
+        missing = [name for name in self._used if name not in stored]
+        missing += missing_tensors(self._layers, self.num_layers)
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise UserError(
                 f"{self.folder} lacks tensors the model needs: {', '.join(missing[:3])}{more}"
             )
-        for name in wanted:
+        for name in self._used:
             if self.tensors.info(name).dtype not in FLOATS:
                 raise UserError(
                     f"{self.folder}: {name} is stored as {self.tensors.info(name).dtype}; "
@@ -231,8 +243,9 @@ class Source:
                     f"{self.folder}: {name} has shape {list(self.tensors.info(name).shape)}, "
                     f"config.json says {list(shape)}"
                 )
-        deepest = max((layer_of(name) or 0 for name in self.checkpoint.names), default=0)
-        if deepest >= self.num_layers:
+        deepest = max(self._layers, default=0)
+        more = self.config.get("num_nextn_predict_layers") or 0  # layers that guess, not used here
+        if deepest >= self.num_layers + more:
             raise UserError(
                 f"{self.folder} has weights of layer {deepest}, config.json says "
                 f"num_hidden_layers {self.num_layers}"
@@ -304,8 +317,8 @@ class Job:
 
     def _names(self, rank: int) -> list[str]:
         leader = self.topology.leader(rank)
-        first = [EMBEDDING] if self.topology.is_first(leader) else []
-        last = [NORM] if self.topology.is_last(leader) else []
+        first = self.source.entrance if self.topology.is_first(leader) else []
+        last = self.source.exit if self.topology.is_last(leader) else []
         return [*first, *self.source.layer_names(*self._layers(rank)), *last]
 
     def _head_entries(self, shard: Shard) -> list[Entry]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from copy import copy
+from inspect import signature
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from flowspec.core.stage import Admitted, StageState, Waiting
 from flowspec.core.topology import WHOLE, Shard
 from flowspec.errors import UserError, need
 from flowspec.models import attention, jit, kernels, native, vector
+from flowspec.models.adapted import adapted, as_held
 from flowspec.models.attention import Seen
 from flowspec.models.cache import Caches, Part, RowCache, joined, split
 from flowspec.models.device import on_host, placed
@@ -40,9 +43,10 @@ ALWAYS: Needed = lambda: True  # noqa: E731
 class StageModel(nn.Module):
     """A StageModel is the decoder layers [0, layers) of one rank, or its shard of them.
 
-    They are behind the embedding if `first`, and before the final norm if `last`. `links` lead to
-    the other members of the stage; they are None if the rank is a stage alone. If `whole` is set,
-    the tensors to load are those of whole layers, of which `share` makes shards."""
+    In the whole model they are the layers from `at` on. They are behind the embedding if `first`,
+    and before the final norm if `last`. `links` lead to the other members of the stage; they are
+    None if the rank is a stage alone. If `whole` is set, the tensors to load are those of whole
+    layers, of which `share` makes shards."""
 
     def __init__(
         self,
@@ -52,9 +56,11 @@ class StageModel(nn.Module):
         last: bool,
         links: Links | None = None,
         whole: bool = False,
+        at: int = 0,
     ):
         super().__init__()
-        classes = family_of(config).classes()
+        family = family_of(config)
+        classes = family.classes()
         shard = Shard(links.index, links.size) if links else WHOLE
         self.links, self._whole = links, whole
         self.share: Callable[[nn.Module], nn.Module] | None = None
@@ -63,20 +69,28 @@ class StageModel(nn.Module):
             | {"attn_implementation": attention.implementation()}
         )
         with torch.device("meta"):
-            self.embed_tokens = (
-                nn.Embedding(len(shard.of(self.config.vocab_size)), self.config.hidden_size)
-                if first
-                else None
-            )
-            self.layers = nn.ModuleList(classes.layer(self.config, k) for k in range(layers))
-            self.norm = (
-                classes.norm(self.config.hidden_size, eps=self.config.rms_norm_eps)
-                if last
-                else None
-            )
+            model = classes.model(self._of_shard(shard)).get_submodule(family.inside)
+        own = slice(at, at + layers)
+        self.embed_tokens = model.get_input_embeddings() if first else None
+        self.layers = nn.ModuleList(map(adapted, model.get_submodule(family.theirs("layers"))[own]))
+        self.norm = model.get_submodule(family.theirs("norm")) if last else None
+        self.entrance = family.entrance if first else ()
+        self._multiplier = family.meant(config, "embedding_multiplier") or 1.0
+        for name in self.entrance:
+            self.add_module(name, model.get_submodule(name))
+        for module, leaf in self._computed():  # in no file: never on meta
+            if getattr(module, leaf).is_meta:
+                setattr(module, leaf, torch.empty_like(getattr(module, leaf), device="cpu"))
+                model._init_weights(module)
+        asked = signature(self.layers[0].forward).parameters
+        self._cache_name = "layer_past" if "layer_past" in asked else "past_key_values"
+        rotary = getattr(model, "rotary_emb", None)
+        self.rotary = rotary and type(rotary)(self.config)  # nor are its frequencies on meta
+        several = rotary and "layer_type" in signature(rotary.forward).parameters
+        self._angles = self.config.layer_types[own] if several else [None] * layers
+        """Rotary positions of each layer are by the angles of this kind; None if there is one."""
         self.alone = False
         self.native = False
-        self.rotary = classes.rotary(self.config)  # its frequencies are in no file: never on meta
         self.eval()
 
     def load(
@@ -92,37 +106,40 @@ class StageModel(nn.Module):
         On a CPU that has kernels for `dtype` the matrices are packed as they come, and everything
         else is float32 (kernels.py). Raise UserError if tensors are missing or of another shape.
         The layers `apart` have none: they stay on the meta device, as the dtype of the rows."""
-        waiting = dict(self.named_parameters())
+        waiting = self.state_dict(keep_vars=True)
         packs = not self._whole and packs_weights(self.config.to_dict(), dtype, device)
         self.dtype = torch.float32 if packs else dtype
         for k in apart:
             self.layers[k].to(self.dtype).requires_grad_(False)
-            for name, _ in self.layers[k].named_parameters(f"layers.{k}"):
-                del waiting[name]
+            for name in self.layers[k].state_dict():
+                del waiting[f"layers.{k}.{name}"]
         for name, tensor in tensors:
             expected = waiting.pop(name, None)
             if expected is None:
-                continue  # a layer of this family does not know it; say, stored rotary frequencies
+                continue  # a layer of this family does not know it
+            path, _, leaf = name.rpartition(".")
+            module = self.get_submodule(path)
+            tensor = as_held(module, leaf, tensor)
             if expected.shape != tensor.shape:
                 raise UserError(
                     f"{source}: {name} has shape {tuple(tensor.shape)}, config.json asks for "
                     f"{tuple(expected.shape)}"
                 )
-            path, _, leaf = name.rpartition(".")
-            module = self.get_submodule(path)
             if packs and leaf == "weight" and isinstance(module, nn.Linear):
                 self.set_submodule(path, PackedLinear(tensor, module.bias, dtype))
                 continue
             tensor = (
                 tensor.to(device) if not packs or module is self.embed_tokens else tensor.float()
             )
-            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+            held = leaf in module._parameters
+            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if held else tensor)
             self._shared(name, waiting)
         if waiting:
             raise UserError(
                 f"{source}: {len(waiting)} tensors are missing, such as {next(iter(waiting))}"
             )
-        self.rotary.to(device)
+        for module, leaf in self._computed():
+            setattr(module, leaf, getattr(module, leaf).to(device))
         self.native = packs and all(native.suits(layer, self.config) for layer in self.layers)
         for k in range(len(self.layers)):  # one by one: a native layer copies matrices
             if self.native:
@@ -130,6 +147,14 @@ class StageModel(nn.Module):
             if self.links and not self._whole:
                 self.layers[k] = ParallelLayer(self.layers[k])
         return self
+
+    def _computed(self) -> list[tuple[nn.Module, str]]:
+        """Return the tensors that are in no file: modules, and the tensor's name in each."""
+        return [
+            (module, leaf)
+            for module in self.modules()
+            for leaf in sorted(module._non_persistent_buffers_set)
+        ]
 
     def _shared(self, name: str, waiting: Iterable[str]) -> None:
         """Keep a shard of the layer to which the tensor `name` belongs, if it is complete."""
@@ -155,11 +180,13 @@ class StageModel(nn.Module):
     def row_bytes(self) -> int:
         """Return the bytes of the keys and values of a token in all layers."""
         config = self.config
-        groups = config.num_key_value_heads
+        groups = getattr(config, "num_key_value_heads", config.num_attention_heads)
         if self._whole and self.links:  # of which this rank keeps its share
             groups //= self.links.size
-        row = 2 * groups * native.head_dim(config) * self.dtype.itemsize
-        return len(self.layers) * row
+        numbers = 2 * groups * native.head_dim(config)
+        if latent := getattr(config, "kv_lora_rank", None):  # multi-head latent attention
+            numbers = latent + config.qk_rope_head_dim
+        return len(self.layers) * numbers * self.dtype.itemsize
 
     @property
     def device(self) -> torch.device:
@@ -186,12 +213,15 @@ class StageModel(nn.Module):
         that have been made shards are computed to the end."""
         caches, device = Caches(parts), self.device
         rows = placed(rows, device)
-        x = (self._embedded(rows.long()) if self.embed_tokens is not None else rows).to(self.dtype)
-        seen = [Seen(part.admitted, device, in_order=self.alone) for part in parts]
         positions = joined([torch.from_numpy(part.admitted.positions) for part in parts])
-        turns = self.rotary(x[None], placed(positions, device)[None])
-        turns = native.turns(*turns) if self.native else turns
-        around = native.Around(seen, turns, caches)
+        positions = placed(positions, device)
+        x = self._entered(rows.long(), positions) if self.embed_tokens is not None else rows
+        x = x.to(self.dtype)
+        seen = [Seen(part.admitted, device, in_order=self.alone) for part in parts]
+        around = [
+            native.Around(seen, turns, caches, positions[None])
+            for turns in self._turns(x, positions)
+        ]
         out, entered = (
             self._through_shards(x, around, taps, needed, sharing)
             if self.links and not self._whole
@@ -203,7 +233,7 @@ class StageModel(nn.Module):
         return (out if self.norm is None else self._normed(out)), tapped
 
     def _through(
-        self, x: Tensor, around: native.Around, taps: Sequence[int], needed: Needed
+        self, x: Tensor, around: Sequence[native.Around], taps: Sequence[int], needed: Needed
     ) -> tuple[Tensor | None, dict[int, Tensor]]:
         """Return the rows [n, hidden] behind the layers, and what entered those of `taps`.
 
@@ -217,17 +247,18 @@ class StageModel(nn.Module):
                 entered[k] = x[0]
             x = layer(
                 x,
-                attention_mask=around.seen,
-                position_embeddings=around.turns,
-                past_key_values=around.caches,
+                attention_mask=around[k].seen,
+                position_embeddings=around[k].turns,
+                position_ids=around[k].positions,
                 use_cache=True,
+                **{self._cache_name: around[k].caches},
             )
         return x[0], entered
 
     def _through_shards(
         self,
         x: Tensor,
-        around: native.Around,
+        around: Sequence[native.Around],
         taps: Sequence[int],
         needed: Needed,
         sharing: Way,
@@ -240,10 +271,43 @@ class StageModel(nn.Module):
         for k, layer in enumerate(self.layers):
             if k in taps:
                 entered[k] = shared.rows(x)
-            x = layer(x, shared, around, k > 0 and not needed())
+            x = layer(x, shared, around[k], k > 0 and not needed())
             if shared.abandon:
                 return None, entered
         return shared.rows(x), entered
+
+    def _of_shard(self, shard: Shard) -> Any:
+        """Return the configuration with the part of the vocabulary that a shard's embedding has."""
+        if shard.members == 1:
+            return self.config
+        config = copy(self.config)
+        config.vocab_size, config.pad_token_id = len(shard.of(config.vocab_size)), None
+        return config
+
+    def _turns(self, x: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor] | None]:
+        """Return the rotary positions for each layer; None where a family has none.
+
+        Some families turn by other angles in layers of another kind."""
+        if self.rotary is None:
+            return [None] * len(self.layers)
+        made = {
+            kind: self.rotary(x[None], positions[None], *([kind] if kind else []))
+            for kind in dict.fromkeys(self._angles)
+        }
+        if self.native:
+            made = {kind: native.turns(*turns) for kind, turns in made.items()}
+        return [made[kind] for kind in self._angles]
+
+    def _entered(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Return what enters the first layer, [n, hidden], at tokens (int64 [n]) of a text."""
+        x = self._embedded(tokens).to(self.dtype) * self._multiplier
+        for name in self.entrance:
+            module = self.get_submodule(name)
+            if isinstance(module, nn.Embedding):  # OPT's first positions mean something else
+                x = x + module.weight[positions + getattr(module, "offset", 0)]
+            else:
+                x = module(x)
+        return x
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         """Return the embeddings [n, hidden] of tokens (int64 [n])."""
@@ -266,7 +330,7 @@ def packs_weights(config: dict, dtype: torch.dtype, device: str) -> bool:
 
     Their rows and sums are float32. Experts come fused, which is no `nn.Linear`, so with experts
     only float32 is possible. Raise UserError where the kernels cannot and nothing else can."""
-    whole = dtype == torch.float32 or not config.get("num_local_experts")
+    whole = dtype == torch.float32 or family_of(config).linear
     possible = device == "cpu" and jit.available() and dtype in kernels.KINDS and whole
     need(
         dtype != torch.int8 or possible,
@@ -490,6 +554,31 @@ def verify_together(asks: Sequence[DraftRows]) -> list[tuple[np.ndarray, Tensor]
     return [(share.admitted.positions, rows) for share, rows in zip(shares, made, strict=True)]
 
 
+class Shape(NamedTuple):
+    """A shape is what a family makes of the products of features with the lm_head."""
+
+    scale: float = 1.0
+    """A product s becomes scale * s;"""
+    cap: float | None = None
+    """and that, s', becomes cap * tanh(s' / cap)."""
+
+    @classmethod
+    def of(cls, config: dict) -> Shape:
+        """Return the shape for a settled config.json."""
+        family = family_of(config)
+        scale = family.meant(config, "logit_scale") or 1.0
+        scale /= family.meant(config, "logits_scaling") or 1.0
+        return cls(scale, family.meant(config, "final_logit_softcapping"))
+
+    def __call__(self, products: Tensor) -> Tensor:
+        """Return the logits, perhaps in the products' place."""
+        logits = products if self.scale == 1.0 else products.mul_(self.scale)
+        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
+
+
+AS_THEY_ARE = Shape()
+
+
 class Head:
     """A head is the lm_head, which makes features [n, hidden] into logits [n, vocabulary].
 
@@ -501,10 +590,13 @@ class Head:
     PIECE = 1 << 20
     """A piece has at most so many elements, in whole rows, but at least one row."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype | None = None):
+    def __init__(
+        self, weight: Tensor, dtype: torch.dtype | None = None, shape: Shape = AS_THEY_ARE
+    ):
         """Take `weight` [vocabulary, hidden] to compute with it as `dtype`.
 
         None means the weight's own dtype."""
+        self._shape = shape
         dtype = dtype or weight.dtype
         self.vocabulary, self.device = len(weight), weight.device
         packs = self.device.type == "cpu" and dtype in kernels.KINDS and jit.available()
@@ -527,10 +619,13 @@ class Head:
 
     @torch.inference_mode()
     def __call__(self, features: Tensor) -> Tensor:
+        return self._shape(self._products(features))
+
+    def _products(self, features: Tensor) -> Tensor:
         if self._packed is not None:
             return self._packed(features.float())
         if self.alone and len(features) > 1:
-            return torch.cat([self(row) for row in features.split(1)])
+            return torch.cat([self._products(row) for row in features.split(1)])
         features, weight = placed(features, self.device), self.weight
         if weight.dtype in (torch.float32, torch.float64):
             # for few rows this is much quicker than the other way round
@@ -568,7 +663,13 @@ def load_stage(
     path = manifest.path(entry)
     leader = ring.leader(rank)
     model = StageModel(
-        config, entry.num_layers, ring.is_first(leader), ring.is_last(leader), links, autotp
+        config,
+        entry.num_layers,
+        ring.is_first(leader),
+        ring.is_last(leader),
+        links,
+        autotp,
+        entry.layers[0],
     )
     file: Tensors = plain(TensorFile(path), config, str(path))
     if autotp:
@@ -577,7 +678,7 @@ def load_stage(
         model.share = sharer(links, model.config, device)
         files = [TensorFile(manifest.path(manifest.entry(each))) for each in ring.group(rank)]
         file = JoinedFile(files, ring.member(rank), config)
-    tensors = module_tensors(file, family_of(config), entry.layers[0], stored_as(dtype))
+    tensors = module_tensors(file, entry.layers[0], stored_as(dtype))
     return model.load(_counted(tensors, progress), device, str(path), dtype)
 
 
@@ -632,7 +733,8 @@ def load_head(manifest: Manifest, rank: int, dtype: torch.dtype, device: str) ->
     assert entry is not None, f"the split has no head beside rank {rank}"
     path, config = manifest.path(entry), read_config(manifest.folder(rank))
     file = plain(TensorFile(path), config, str(path))
-    return Head(file.read(HEAD, stored_as(dtype)).to(device), dtype)
+    weight = file.read(HEAD, stored_as(dtype)).to(device)
+    return Head(weight, dtype, Shape.of(config))
 
 
 def load_whole(
@@ -645,12 +747,14 @@ def load_whole(
     """Return a whole checkpoint as one stage and its head, which is a draft model.
 
     `progress` is as for `load_stage`. Nothing is read of the layers `apart` (offload.py)."""
-    config, checkpoint = read_config(folder), Checkpoint(folder)
+    config = read_config(folder)
+    checkpoint = Checkpoint(folder, family_of(config).named)
     layers = range(config["num_hidden_layers"])
     model = StageModel(config, len(layers), first=True, last=True)
-    here = [name for name in checkpoint.names if layer_of(name) not in apart]
-    file = plain(Portion(checkpoint, here), config, str(folder))
-    tensors = module_tensors(file, family_of(config), 0, stored_as(dtype))
+    here = {None, *(k for k in layers if k not in apart)}
+    names = [name for name in checkpoint.names if layer_of(name) in here]
+    file = plain(Portion(checkpoint, names), config, str(folder))
+    tensors = module_tensors(file, 0, stored_as(dtype))
     left_out = [k for k in layers if k in apart]
     model.load(_counted(tensors, progress), device, str(folder), dtype, left_out)
     tied = HEAD not in file.names
@@ -663,4 +767,4 @@ def load_whole(
         if tied
         else file.read(HEAD, stored_as(dtype)).to(device)
     )
-    return model, Head(weight, dtype)
+    return model, Head(weight, dtype, Shape.of(config))

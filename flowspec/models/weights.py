@@ -84,11 +84,12 @@ def torch_dtype(name: str) -> torch.dtype:
 class TensorFile:
     """A TensorFile is one safetensors file; its header is read and checked once.
 
-    If the file is damaged, a UserError names it."""
+    Its tensors go by the names that `named` makes of the stored ones. If the file is damaged, a
+    UserError names it."""
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], named: Callable[[str], str] = str):
         self.path = Path(path)
-        self._infos = _read_header(self.path)
+        self._infos = {named(name): info for name, info in _read_header(self.path).items()}
 
     @property
     def names(self) -> list[str]:
@@ -257,10 +258,11 @@ def pickled(folder: Path) -> Path | None:
 class Checkpoint:
     """A checkpoint is a folder with model.safetensors, or with an index and its shards.
 
-    Shard headers are read when first needed."""
+    Shard headers are read when first needed. Its tensors go by the names that `named` makes of the
+    stored ones."""
 
-    def __init__(self, folder: str | os.PathLike[str]):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike[str], named: Callable[[str], str] = str):
+        self.folder, self._named = Path(folder), named
         self._files: dict[str, TensorFile] = {}
         self._shard_of = self._locate()
 
@@ -285,14 +287,15 @@ class Checkpoint:
 
     def _open(self, shard: str) -> TensorFile:
         if shard not in self._files:
-            self._files[shard] = TensorFile(self.folder / shard)
+            self._files[shard] = TensorFile(self.folder / shard, self._named)
         return self._files[shard]
 
     def _locate(self) -> dict[str, str]:
         if (self.folder / "model.safetensors").is_file():
             return dict.fromkeys(self._open("model.safetensors").names, "model.safetensors")
         if (self.folder / INDEX).is_file():
-            return _shards_of_index(self.folder)
+            shards = _shards_of_index(self.folder)
+            return {self._named(name): shard for name, shard in shards.items()}
         raise UserError(_no_checkpoint(self.folder))
 
 

@@ -119,7 +119,7 @@ def test_a_wrong_word_is_refused_by_name(pair, refused, words, named):
         (["bench", "load", "--requests", "1,0"], "--requests is 1,0"),
         (["bench", "load", "--requests", "many"], "--requests"),
         (["bench", "load", "--repeats", "0"], "--repeats is 0"),
-        (["bench", "laod"], "compare, load and sampling"),
+        (["bench", "laod"], "compare, load, sampling and specexec"),
         (["bench", "load", "--output", "no/where/runs.jsonl"], "--output: cannot write"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -309,7 +309,7 @@ def changed(head, **keys) -> None:
         ("vocab_size", 4096, ["config.json", "vocab_size is 4096", "320"]),
         ("num_hidden_layers", 6, ["num_hidden_layers is 6", "drafter.kind: lm"]),
         ("draft_vocab_size", 100, ["EAGLE-3", "set drafter.kind: eagle3"]),
-        ("model_type", "gpt2", ["model_type 'gpt2' is not supported"]),
+        ("model_type", "rwkv", ["model_type 'rwkv' is not supported"]),
     ],
 )
 def test_a_head_of_another_target_is_refused(eagle, refused, key, value, named):

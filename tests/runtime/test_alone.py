@@ -11,6 +11,7 @@ from flowspec.core.stage import StageState
 from flowspec.models import jit
 from flowspec.models.attention import Seen
 from flowspec.models.stage import load_whole
+from tests.runtime.test_families import make
 from tests.stages import Hand
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
@@ -68,9 +69,9 @@ def test_what_a_forward_saw_is_forgotten_with_it():
     state = StageState()
     seen = Seen(state.extend(3).only(2), torch.device("cpu"))
     assert (
-        seen.slots[1].tolist() == [3]
-        and seen.unseen.shape == (1, 3)
-        and seen.order.tolist() == [0, 1, 2]
+        seen.spans(None)[0].counts.tolist() == [3]
+        and seen.unseen(None)[1].shape == (1, 3)
+        and seen.order(None).tolist() == [0, 1, 2]
     )
     forgotten = weakref.ref(seen)
     del seen
@@ -90,7 +91,11 @@ def test_what_is_drafted_around_a_token_changes_no_bit(small, dtype, native, mon
     model.compute_alone()
     head.alone = True
     assert model.native is native
-    for seed in range(12):
+    check(model, head, 12)
+
+
+def check(model, head, seeds):
+    for seed in range(seeds):
         print("seed", seed)
         rng = random.Random(seed)
         prompt, text = ([rng.randrange(320) for _ in range(n)] for n in (rng.randint(1, 150), 24))
@@ -102,3 +107,18 @@ def test_what_is_drafted_around_a_token_changes_no_bit(small, dtype, native, mon
             )
         ):
             assert torch.equal(a, b), f"token {k}: {(a - b).abs().max():.1e} apart"
+
+
+@pytest.mark.parametrize(
+    "name", ["mistral native", "mistral", "gemma2", "gpt_oss", "bloom", "gpt2"]
+)
+def test_nor_does_it_where_rows_see_a_window_or_positions_are_not_rotary(
+    name, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(StageState, "COMPACT", 6)
+    make(name, tmp_path / "model")
+    model, head = load_whole(tmp_path / "model", torch.float32, "cpu")
+    model.compute_alone()
+    head.alone = True
+    assert model.native is (name.endswith("native") and jit.available())
+    check(model, head, 3)
