@@ -25,8 +25,8 @@ from flowspec.core.topology import Topology
 BEHIND = 32
 """A server with nothing to do that lacks so many tokens of a text catches up."""
 MOST = 64
-"""A server that lacks more of the texts than this many tokens is given no task; it catches up with
-at most so many in one forward."""
+"""A server that lacks more of the texts than this many tokens is given no task, and catches up even
+if it lacks less than BEHIND of each; it does so with at most so many in one forward."""
 
 
 class _Flight(NamedTuple):
@@ -200,14 +200,17 @@ class Servers:
         """Return what a server is sent so that it computes the nodes of a segment."""
         return self._copies[server][decoding.request.id].send(decoding, segment.number, segment.ids)
 
-    def catch_up(self, flights: int, decodings: Iterable[Decoding], number: int) -> Batch | None:
-        """Return rows of the texts for a server that has nothing to do and lacks many of them."""
-        for server in self.free(flights):
-            for decoding in decodings:
+    def catch_up(self, flights: int, decodings: Sequence[Decoding], number: int) -> Batch | None:
+        """Return rows of a text for a server that has nothing to do and lacks many of the rows.
+
+        The text is that of which it lacks most."""
+        for server in self.free(flights) if decodings else ():
+            copies = self._copies[server]
+            lacks = [copies[d.request.id].missing(d) for d in decodings]
+            if max(lacks) >= BEHIND or sum(lacks) > MOST:
+                decoding = decodings[lacks.index(max(lacks))]
                 request = decoding.request.id
-                copy = self._copies[server][request]
-                if copy.missing(decoding) >= BEHIND:
-                    return Batch((Piece(request, copy.send(decoding, number, ())),), server)
+                return Batch((Piece(request, copies[request].send(decoding, number, ())),), server)
         return None
 
     def named(self, server: int, request: int, number: int) -> Mapping[int, int]:

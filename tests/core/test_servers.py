@@ -7,6 +7,7 @@ import pytest
 
 from flowspec.core.curve import Curve
 from flowspec.core.decoding import Decoding
+from flowspec.core.dsi import Servers
 from flowspec.core.messages import (
     Answered,
     Back,
@@ -170,3 +171,23 @@ def test_si_takes_the_lookahead_that_is_best_for_what_is_measured():
     assert ring.decoding.policy.lookahead == best_lookahead(
         accepted / (accepted + 1), 6.8, 20.6, 16
     )
+
+
+def test_a_server_that_lacks_a_little_of_many_texts_catches_up_too():
+    """Else it gets no task for what it lacks of all, and never lacks enough of one: the ring stood still."""
+    ring, servers = Ring(1), Servers(Topology(1, servers=2))
+    decodings = []
+    for number, n in enumerate((25, 30, 20), 1):
+        decoding = ring.begin(number=number)
+        servers.admit(number)
+        decoding.text += [(id, 100 + id) for id in range(1, n + 1)]
+        decodings.append(decoding)
+    assert servers.next(1, decodings) is None
+    caught = []
+    while servers.next(1, decodings) is None:
+        batch = servers.catch_up(1, decodings, len(caught) + 1)
+        assert batch is not None, "both servers are free, get no task and do not catch up"
+        [(request, segment)] = batch.pieces
+        caught.append((batch.server, request, len(segment.ids)))
+        servers.returned(batch.server, request, segment.number, segment.ids)
+    assert caught == [(0, 2, 30)]

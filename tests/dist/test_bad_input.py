@@ -33,7 +33,7 @@ def refused(capsys, monkeypatch):
 
 def test_what_is_right_is_not_refused(pair, monkeypatch):
     started = []
-    monkeypatch.setattr(ring, "launch", lambda argv, world_size: started.append(world_size) or 0)
+    monkeypatch.setattr(ring, "launch", lambda argv, world_size, restart: started.append(world_size) or 0)
     for words in [
         ["--prompt", "a"],
         ["--chat"],
