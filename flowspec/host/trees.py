@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from flowspec.core.messages import DraftNode
@@ -131,17 +132,22 @@ class _Found(NamedTuple):
         """Return the root and the `budget` likeliest of these nodes and of the children of `ends`.
 
         `chances` [len(ends), vocabulary] are the logs of the probabilities behind the ends."""
-        best = chances.topk(min(budget, chances.shape[1]))
         # rounding may not make a child likelier than its parent
-        scores = (self.score[ends, None] + best.values.clamp(max=0).numpy()).ravel()
+        below = (chances.clamp(max=0) + torch.from_numpy(self.score[ends])[:, None]).flatten()
+        least = self.score[-1] if len(self.id) > budget else -np.inf
+        some = torch.nonzero(below > least)[:, 0]
+        if len(some) > budget:
+            some = below.topk(budget, sorted=False).indices
+        children, scores = some.numpy(), below[some].numpy()
         # of equals the earlier is first, so no child comes before its parent
         order = np.argsort(-np.concatenate([self.score, scores]), kind="stable")[: budget + 1]
         old, new = order[order < len(self.id)], order[order >= len(self.id)] - len(self.id)
-        above = ends[new // best.values.shape[1]]
+        above, token = np.divmod(children[new], chances.shape[1])
+        above = ends[above]
         parts = (
             (self.id, np.fromiter((next(ids) for _ in new), np.int64, len(new))),
             (self.parent, self.id[above]),
-            (self.token, best.indices.numpy().ravel()[new]),
+            (self.token, token),
             (self.depth, self.depth[above] + 1),
             (self.score, scores[new]),
             (self._closed(ends), np.ones(len(new), dtype=bool)),
