@@ -16,7 +16,7 @@ from flowspec.rejection import Kept, draw, reject
 from flowspec.sampling import filtered
 
 DRAWS = 200_000
-TEXTS = int(os.environ.get("FLOWSPEC_TEXTS", "4000"))
+TEXTS = int(os.environ.get("FLOWSPEC_TEXTS", "1500"))
 VOCABULARY = 6
 CRITICAL = {1: 23.9, 2: 27.6, 3: 30.7, 4: 33.4, 5: 35.9}  # chi-square at p = 1e-6, by freedom
 FILTERS = [
@@ -58,7 +58,7 @@ def worst(found: torch.Tensor, target: torch.Tensor) -> float:
     for place in found.unbind(1):
         for token in range(VOCABULARY):
             drawn = place[(place >= 0) & (before == token)]
-            if len(drawn) < 500:
+            if len(drawn) < 300:
                 continue
             counts = torch.bincount(drawn, minlength=VOCABULARY).double()
             want = len(drawn) * target[token]
