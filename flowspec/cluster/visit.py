@@ -1,0 +1,331 @@
+"""The doctor's visit: what hosts say is gathered over ssh, and the links between them are measured.
+
+On each host one Python runs the source of facts.py, which comes over its standard input, and
+answers until that ends. A host that does not answer, or not in time, is noted as silent."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import permutations
+from pathlib import Path
+from typing import Any, TypeVar
+
+from flowspec.cluster import facts
+from flowspec.cluster.hosts import Cluster
+from flowspec.cluster.needs import in_digits, wanted
+from flowspec.cluster.report import Clock, Door, Facts, HostReport, Link, Report, Speed
+from flowspec.cluster.shipping import CODE
+from flowspec.cluster.ssh import BOOT, command
+from flowspec.errors import UserError
+from flowspec.files import ROOT
+from flowspec.schema import build
+
+INTO = f"""
+import json, os
+folder, python = map(os.path.expanduser, json.loads(r.readline()))
+python = os.path.join(folder, python) if os.sep in python else python
+def say(**what): os.write(1, ({facts.MARK!r} + json.dumps(what) + chr(10)).encode())
+say()
+try: os.execvp(python, [python, "-c", {BOOT!r}])
+except OSError as error: say(error="python %s cannot be run: %s" % (python, error.strerror))
+"""
+"""This is the first one that it is sent: be the Python of the ranks, which is seen from a folder."""
+HELLO, FACTS, SPEEDS, PATIENCE = 30.0, 600.0, 120.0, 3.0
+"""So many seconds a host has to answer at all, to tell its facts (it may have to read large files
+for their hashes), to measure its speed, and to be reached by another."""
+STREAM = 0.5
+"""Each link carries a stream for so many seconds."""
+CLOCKS = 8
+LONGEST = 1 << 20
+"""An answer has no more bytes."""
+T = TypeVar("T")
+
+
+class Silent(Exception):
+    """A host does not answer; the words say what is known of the reason."""
+
+
+class Refused(Exception):
+    """A host answers that it could not do what it was asked; the words say why."""
+
+
+class Visit:
+    """A visit is a conversation with the Python of a host."""
+
+    def __init__(self, argv: Sequence[str], folder: str, python: str):
+        """Start `argv`, which runs BOOT here or, by ssh, elsewhere, and lead it to this Python,
+        seen from this folder. Raise Silent if that cannot be."""
+        self._late, self._heard = False, b""
+        self._said = tempfile.TemporaryFile()
+        try:
+            self._process = subprocess.Popen(
+                argv,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._said,
+                start_new_session=True,  # Ctrl-C is for us, who then end it in order
+            )
+        except OSError as error:
+            raise Silent(f"cannot run {argv[0]}: {error.strerror}") from None
+        try:
+            self._send(INTO.encode())
+            self._tell(json.dumps([folder, python]) + "\n")
+            self._answer(time.monotonic() + HELLO)
+            self._send(Path(facts.__file__).read_bytes())
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, do: str, seconds: float, **about: Any) -> dict:
+        """Return the answer to a request (a method of facts.Agent), which may take so long.
+
+        Raise Refused or Silent."""
+        self._tell(json.dumps({"do": do, **about}) + "\n")
+        answer = self._answer(time.monotonic() + seconds)
+        if "error" in answer:
+            raise Refused(str(answer["error"])[:300])
+        return answer
+
+    def _send(self, program: bytes) -> None:
+        self._tell(f"{len(program)}\n{program.decode()}")
+
+    def _tell(self, text: str) -> None:
+        assert self._process.stdin
+        with contextlib.suppress(OSError):  # its end is noticed where the answer is awaited
+            self._process.stdin.write(text.encode())
+            self._process.stdin.flush()
+
+    def _answer(self, until: float) -> dict:
+        while True:
+            line, mark, rest = self._heard.partition(b"\n")
+            if not mark:
+                self._hear(until)
+                continue
+            self._heard = rest
+            if line.startswith(facts.MARK.encode()):
+                return self._read(line[len(facts.MARK) :])
+
+    @staticmethod
+    def _read(line: bytes) -> dict:
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise Silent("its answer is no JSON object")
+        return answer
+
+    def _hear(self, until: float) -> None:
+        """Wait for more of the answer; raise Silent if none comes."""
+        assert self._process.stdout
+        left = until - time.monotonic()
+        if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
+            self._late = True
+            raise Silent("it did not answer in time")
+        piece = os.read(self._process.stdout.fileno(), 1 << 16)
+        if not piece:
+            raise Silent(self._last_words())
+        self._heard += piece
+        if len(self._heard) > LONGEST:
+            raise Silent("its answer is too long")
+
+    def _last_words(self) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1)
+        self._said.seek(0)
+        lines = self._said.read(LONGEST).decode("utf-8", "replace").split("\n")
+        said = [line.strip() for line in lines if line.strip()]
+        return said[-1][:300] if said else f"exit code {self._process.returncode}"
+
+    def close(self) -> None:
+        """End the conversation, and with it what runs on the host."""
+        process = self._process
+        for pipe in (process.stdin, process.stdout):
+            assert pipe
+            with contextlib.suppress(OSError):
+                pipe.close()
+        try:
+            process.wait(0 if self._late else 2)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        self._said.close()
+
+
+@dataclass(frozen=True)
+class Site:
+    """A site is a host to visit."""
+
+    host: HostReport
+    """What is wanted of it; nothing that is found out is in it yet."""
+    argv: tuple[str, ...]
+    """This runs BOOT on it."""
+    python: str
+    """The ranks' Python, seen from `folder`."""
+    folder: str
+    """What is copied to the host lies there, or will."""
+    code: str
+    """flowspec lies there, seen from `folder`, or will."""
+    names: tuple[str, ...] = ()
+    """It must know these names of other hosts."""
+    port: int | None = None
+    """The ranks will meet at this port of it."""
+
+
+def sites_here() -> tuple[list[Site], Report]:
+    """Return this machine as the one site, and the report on it that is to be filled."""
+    host = HostReport(name=socket.gethostname(), address="")
+    argv = (sys.executable, "-c", BOOT)
+    return [Site(host, argv, sys.executable, str(ROOT), ".")], Report(hosts=(host,))
+
+
+def sites_of(cluster: Cluster) -> tuple[list[Site], Report]:
+    """Return the hosts of a cluster file, and the report on them that is to be filled.
+
+    Raise UserError if they do not fit the run."""
+    needed, meets = wanted(cluster), cluster.host_of(0)
+    names = () if in_digits(meets.address) == meets.address else (meets.address,)
+    sites = [
+        Site(
+            told,
+            tuple(command(cluster, host)),
+            host.python,
+            host.folder,
+            CODE,
+            names,
+            cluster.port if host is meets else None,
+        )
+        for host, told in zip(cluster.hosts, needed.hosts, strict=True)
+    ]
+    return sites, Report(port=cluster.port, **needed._asdict())
+
+
+def examine(sites: Sequence[Site], report: Report, timed: bool = True) -> Report:
+    """Visit all sites, and return the report with what was found out.
+
+    Speeds and links are measured if it is to be `timed`."""
+    with contextlib.ExitStack() as ends, ThreadPoolExecutor(len(sites)) as pool:
+        visits: dict[str, Visit] = {}
+
+        def enter(site: Site) -> HostReport:
+            try:
+                visit = Visit(site.argv, site.folder, site.python)
+                ends.callback(visit.close)
+                told = _asked(visit, site)
+            except (Silent, Refused) as error:
+                return replace(site.host, silent=str(error))
+            visits[site.host.name] = visit
+            return told
+
+        found = replace(report, hosts=tuple(pool.map(enter, sites)))
+        found = replace(found, doors=_knocked(found, visits))
+        if timed:
+            hosts = tuple(pool.map(lambda host: _timed(host, visits), found.hosts))
+            found = replace(found, hosts=hosts, links=_measured(found, visits))
+        return found
+
+
+def _asked(visit: Visit, site: Site) -> HostReport:
+    clock = _clock(visit)
+    told = visit.ask(
+        "facts",
+        FACTS,
+        folder=site.folder,
+        code=site.code,
+        wanted=site.host.files,
+        names=site.names,
+        port=[site.host.address, site.port] if site.port else [],
+    )
+    try:
+        return replace(site.host, facts=build(Facts, told), clock=clock)
+    except UserError as error:
+        raise Silent(f"what it says is not understood: {error}") from None
+
+
+def _clock(visit: Visit) -> Clock:
+    """Return how far the host's clock is ahead: of the middle of the quickest of some questions,
+    which may be wrong by half of the time that it took."""
+    asked = []
+    for _ in range(CLOCKS):
+        wall, begun = time.time(), time.perf_counter()
+        told = visit.ask("clock", HELLO)["time"]
+        took = time.perf_counter() - begun
+        asked.append((took, told - (wall + took / 2)))
+    took, ahead = min(asked)
+    return Clock(ahead_ms=1e3 * ahead, within_ms=1e3 * took / 2)
+
+
+def _timed(host: HostReport, visits: dict[str, Visit]) -> HostReport:
+    if host.facts is None or host.name not in visits:
+        return host
+    threads = max(1, host.facts.cores // max(1, len(host.ranks)))
+    with contextlib.suppress(Refused):
+        told = visits[host.name].ask("speeds", SPEEDS, threads=threads)["speeds"]
+        return replace(host, speeds=tuple(build(Speed, each) for each in told))
+    return host
+
+
+# ---- between hosts -------------------------------------------------------------------------------
+def _knocked(report: Report, visits: dict[str, Visit]) -> tuple[Door, ...]:
+    """Return who reaches the port where the ranks meet, if it is free to be listened at."""
+    meeting = report.meeting
+    if meeting.facts is None or meeting.facts.port != "free":
+        return ()
+    visit = visits[meeting.name]
+    visit.ask("listen", HELLO, address=meeting.address, port=report.port)
+    others = [host.name for host in report.hosts if host is not meeting and host.name in visits]
+    doors = []
+    for name in others:
+        about = {"address": meeting.address, "port": report.port, "seconds": PATIENCE}
+        _, error = _tried(lambda n=name, a=about: visits[n].ask("knock", HELLO, **a))
+        doors.append(Door(source=name, error=error))
+    visit.ask("close", HELLO)
+    return tuple(doors)
+
+
+def _measured(report: Report, visits: dict[str, Visit]) -> tuple[Link, ...]:
+    """Return the links between all hosts that answer, measured one after the other."""
+    hosts = [host for host in report.hosts if host.name in visits]
+    return tuple(_link(*pair, visits) for pair in permutations(hosts, 2))
+
+
+def _link(source: HostReport, target: HostReport, visits: dict[str, Visit]) -> Link:
+    names, token = {"source": source.name, "target": target.name}, secrets.token_hex(16)
+    near, far = visits[source.name], visits[target.name]
+    opened, error = _tried(lambda: far.ask("listen", HELLO, address=target.address, port=0))
+    if opened is None:
+        return Link(**names, error=f"it cannot listen at {target.address} ({error})")
+    where = {"address": target.address, "port": opened["port"], "token": token}
+    with ThreadPoolExecutor(1) as pool:
+        counted = pool.submit(
+            _tried, lambda: far.ask("answer", HELLO, token=token, seconds=PATIENCE)
+        )
+        sent, error = _tried(
+            lambda: near.ask("stream", HELLO, **where, patience=PATIENCE, seconds=STREAM)
+        )
+        got, deaf = counted.result()
+    _tried(lambda: far.ask("close", HELLO))
+    if sent is None or got is None:
+        return Link(**names, error=error or deaf)
+    mbps = 8e-6 * got["steady"] / got["seconds"] if got["seconds"] else 0.0
+    return Link(**names, ms=sent["ms"], mbps=mbps)
+
+
+def _tried(ask: Callable[[], T]) -> tuple[T | None, str | None]:
+    """Return the answer, or why there is none."""
+    try:
+        return ask(), None
+    except (Refused, Silent) as error:
+        return None, str(error)
