@@ -297,14 +297,16 @@ def _threads(host: HostReport, facts: Facts, report: Report) -> Found:
     if facts.load > facts.cores / 2:
         fine = False
         what = f"{facts.load:.1f} programs compute already on its {facts.cores} cores"
-        yield Finding(WARNING, host.name, what, "end them: the speeds measured here are theirs, too")
+        yield Finding(
+            WARNING, host.name, what, "end them: the speeds measured here are theirs, too"
+        )
     if fine:
         each = f"{own} thread{'s' if own > 1 else ''}" + (" a rank" if ranks > 1 else "")
         yield Finding(OK, host.name, f"{facts.cores} cores, {each}")
 
 
 def _clock(host: HostReport, facts: Facts, report: Report) -> Found:
-    if host.clock is None:
+    if host.clock is None or report.port is None:
         return
     ahead, within = host.clock.ahead_ms, host.clock.within_ms
     words = f"its clock is {abs(ahead):.0f} ms {'ahead' if ahead > 0 else 'behind'}"
@@ -324,7 +326,9 @@ def _speed(host: HostReport, facts: Facts, report: Report) -> Found:
         unit = "G weights/s" if speed.rows == 1 else f"at {speed.rows} rows"
         found.setdefault((speed.device, speed.by), [])
         words = found[speed.device, speed.by]
-        words.append(f"{speed.dtype} {rate:.1f} {unit}" if speed.rows == 1 else f"{rate:.1f} {unit}")
+        words.append(
+            f"{speed.dtype} {rate:.1f} {unit}" if speed.rows == 1 else f"{rate:.1f} {unit}"
+        )
     for (device, by), words in found.items():
         threads = host.speeds[0].threads
         on = f"{device}, {threads} threads" if device == "cpu" else device

@@ -68,7 +68,7 @@ def torch_facts() -> dict:
         import torch
         import torch.distributed as dist
     except Exception as error:  # of a wheel for another CUDA or Python: anything
-        return {**found, "broken": "{}: {}".format(type(error).__name__, error)[:300]}
+        return {**found, "broken": f"{type(error).__name__}: {error}"[:300]}
     if dist.is_available():
         found.update(gloo=dist.is_gloo_available(), nccl=dist.is_nccl_available())
     found["cuda"] = torch.version.cuda
@@ -108,7 +108,7 @@ def memory() -> dict:
         int(said[name]) * 1024 if name in said else None for name in ("MemAvailable", "MemTotal")
     )
     limit, used = (
-        _read("/sys/fs/cgroup/memory.{}".format(name)).strip() for name in ("max", "current")
+        _read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current")
     )
     if free is not None and limit.isdigit() and used.isdigit():
         free, total = min(free, max(0, int(limit) - int(used))), min(total or 0, int(limit))
@@ -131,9 +131,7 @@ def cores() -> dict:
     """Return how many cores there are, how many of them this process may use, and how many are
     busy."""
     count = os.cpu_count() or 1
-    usable = float(
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else count
-    )
+    usable = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else count)
     quota = re.match(r"(\d+) (\d+)", _read("/sys/fs/cgroup/cpu.max"))
     if quota:
         usable = min(usable, int(quota[1]) / int(quota[2]))
@@ -187,7 +185,7 @@ def resolved(name: str) -> list:
     """Return the addresses that this host knows for a name."""
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except OSError:
+    except (OSError, ValueError):  # no such host; no name
         return []
     return list(dict.fromkeys(str(each[4][0]) for each in found))
 
@@ -337,9 +335,7 @@ class Agent:
         """Return the seconds since 1970 by this host's clock."""
         return {"time": time.time()}
 
-    def facts(
-        self, folder: str, code: str, wanted: list, names: list, port: list
-    ) -> dict:
+    def facts(self, folder: str, code: str, wanted: list, names: list, port: list) -> dict:
         """Return the facts that take no time worth speaking of, but for hashes not yet known.
 
         Under `folder` are, or will be, flowspec in `code`, and the files `wanted`. `names` are to
@@ -348,7 +344,7 @@ class Agent:
         sys.path.insert(0, str(root / code))
         return {
             "python": platform.python_version(),
-            "system": "{} {}".format(platform.system(), platform.machine()),
+            "system": f"{platform.system()} {platform.machine()}",
             "hostname": socket.gethostname(),
             "own_addresses": resolved(socket.gethostname()),
             "resolved": [{"name": name, "addresses": resolved(name)} for name in names],
@@ -473,7 +469,7 @@ def talk(ask, tell) -> None:
         request = json.loads(line)
         try:
             answer = getattr(agent, request.pop("do"))(**request)
-        except socket.timeout:
+        except TimeoutError:
             answer = {"error": "timed out"}
         except Exception as error:
             answer = {"error": getattr(error, "strerror", None) or str(error) or repr(error)}

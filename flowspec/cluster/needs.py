@@ -77,7 +77,7 @@ def wanted(cluster: Cluster) -> Wanted:
 
 def in_digits(address: str) -> str:
     """Return the address that a name leads to from here, other than the loopback if possible."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         known = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
         found = [str(each[4][0]) for each in known]
         outward = [each for each in found if not ipaddress.ip_address(each).is_loopback]

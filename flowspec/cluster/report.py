@@ -192,5 +192,7 @@ def load_report(path: str | os.PathLike[str]) -> Report:
         report = build(Report, values)
     except UserError as error:
         raise UserError(f"{path}: {error}: run flowspec doctor --json again") from None
-    need(report.format == FORMAT, f"{path} has format {report.format}, this flowspec reads {FORMAT}")
+    need(
+        report.format == FORMAT, f"{path} has format {report.format}, this flowspec reads {FORMAT}"
+    )
     return report

@@ -33,13 +33,12 @@ from flowspec.files import ROOT
 from flowspec.schema import build
 
 INTO = f"""
-import json, os
-folder, python = map(os.path.expanduser, json.loads(r.readline()))
-python = os.path.join(folder, python) if os.sep in python else python
-def say(**what): os.write(1, ({facts.MARK!r} + json.dumps(what) + chr(10)).encode())
-say()
-try: os.execvp(python, [python, "-c", {BOOT!r}])
-except OSError as error: say(error="python %s cannot be run: %s" % (python, error.strerror))
+import json, os, shutil
+folder, named = map(os.path.expanduser, json.loads(r.readline()))
+python = shutil.which(os.path.join(folder, named) if os.sep in named else named)
+told = dict() if python else dict(error="there is no program " + named)
+os.write(1, ({facts.MARK!r} + json.dumps(told) + chr(10)).encode())
+os.execv(python, [python, "-c", {BOOT!r}])
 """
 """This is the first one that it is sent: be the Python of the ranks, which is seen from a folder."""
 HELLO, FACTS, SPEEDS, PATIENCE = 30.0, 600.0, 120.0, 3.0
@@ -66,7 +65,7 @@ class Visit:
 
     def __init__(self, argv: Sequence[str], folder: str, python: str):
         """Start `argv`, which runs BOOT here or, by ssh, elsewhere, and lead it to this Python,
-        seen from this folder. Raise Silent if that cannot be."""
+        seen from this folder. Raise Refused or Silent."""
         self._late, self._heard = False, b""
         self._said = tempfile.TemporaryFile()
         try:
@@ -82,18 +81,21 @@ class Visit:
         try:
             self._send(INTO.encode())
             self._tell(json.dumps([folder, python]) + "\n")
-            self._answer(time.monotonic() + HELLO)
+            self._agreed(time.monotonic() + HELLO)
             self._send(Path(facts.__file__).read_bytes())
         except BaseException:
             self.close()
             raise
 
-    def ask(self, do: str, seconds: float, **about: Any) -> dict:
-        """Return the answer to a request (a method of facts.Agent), which may take so long.
+    def ask(self, do: str, within: float, /, **about: Any) -> dict:
+        """Return the answer to a request (a method of facts.Agent), within so many seconds.
 
         Raise Refused or Silent."""
         self._tell(json.dumps({"do": do, **about}) + "\n")
-        answer = self._answer(time.monotonic() + seconds)
+        return self._agreed(time.monotonic() + within)
+
+    def _agreed(self, until: float) -> dict:
+        answer = self._answer(until)
         if "error" in answer:
             raise Refused(str(answer["error"])[:300])
         return answer

@@ -28,7 +28,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--quick", action="store_true", help="measure neither the hosts' speed nor their links"
     )
-    parser.add_argument("--json", metavar="FILE", help="write what was found out, for flowspec plan")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write what was found out, for flowspec plan"
+    )
     return parser
 
 
