@@ -36,7 +36,7 @@ def launch(argv: Sequence[str], topology: Topology) -> int:
             _torchrun(argv, topology.world_size)
             return 0
         except KeyboardInterrupt:
-            return _say("interrupted", 130)
+            return say("interrupted", 130)
         except Exception as error:
             return _obituary(error, last_words, topology)
 
@@ -74,29 +74,29 @@ def _obituary(error: Exception, last_words: Path, topology: Topology) -> int:
     """Say what the ranks said, or else what torchrun knows of the first that fell; return the exit
     code."""
     if hasattr(error, "sigval"):  # torchrun's SignalException: we were told to go
-        return _say("interrupted", 130)
+        return say("interrupted", 130)
     with suppress(OSError, ValueError, IndexError):  # nobody said anything, or the disk was full
         said = json.loads(last_words.read_text().splitlines()[0])
-        return _say(said["line"], said["code"])
+        return say(said["line"], said["code"])
     failures = getattr(error, "failures", None)  # ChildFailedError
     if failures is None:
-        return _say(f"the ranks could not be started: {error}", 1)
-    from flowspec.runtime.process import rank_name
-
+        return say(f"the ranks could not be started: {error}", 1)
     if any(failure.exitcode == QUIET for failure in failures.values()):
         return QUIET
     rank, failure = min(
         failures.items(), key=lambda item: (item[1].exitcode == -signal.SIGTERM, item[1].timestamp)
     )
-    how = (
-        f"killed by signal {-failure.exitcode}"
-        if failure.exitcode < 0
-        else f"exit code {failure.exitcode}"
-    )
-    return _say(f"{rank_name(rank, socket.gethostname(), topology)} died: {how}", 1)
+    how = ended(failure.exitcode)
+    return say(f"{topology.name(rank, socket.gethostname())} died: {how}", 1)
 
 
-def _say(line: str, code: int) -> int:
+def ended(code: int) -> str:
+    """Return how a process ended that has this exit code."""
+    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def say(line: str, code: int) -> int:
+    """Print a run's last line, and return its exit code."""
     print(f"{'' if code == 2 else os.linesep}flowspec: {line}", file=sys.stderr, flush=True)
     return code
 

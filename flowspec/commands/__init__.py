@@ -4,6 +4,7 @@ It reads the command line, calls what does the work, and prints."""
 
 COMMANDS = {
     "run": "generate text over the ring of stages",
+    "cluster": "the same over several machines, by ssh (run_cluster.sh)",
     "generate": "generate text in one process, without ranks: ar, speculative",
     "verify": "prove that speculation changes no token",
     "bench": "compare methods on the same prompts in one call (bench compare CONFIG)",
