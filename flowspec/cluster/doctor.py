@@ -150,7 +150,7 @@ def _network(host: HostReport, facts: Facts, report: Report) -> Found:
         trap = f"; {name}, so it must be told" if several and lost else ""
         what = f"interface {chosen} has {host.address}: GLOO_SOCKET_IFNAME={chosen}{trap}"
         yield Finding(OK, host.name, what)
-    yield from _names(host, facts, report)
+    yield from _names(host, facts) if several else ()
     if facts.gloo_interface and facts.gloo_interface != chosen:
         what = f"its logins set GLOO_SOCKET_IFNAME={facts.gloo_interface}"
         yield Finding(WARNING, host.name, what, "the launcher sets another, take it out there")
@@ -159,10 +159,12 @@ def _network(host: HostReport, facts: Facts, report: Report) -> Found:
         yield Finding(FAULT, host.name, f"port {report.port} is not free ({facts.port})", to_do)
 
 
-def _names(host: HostReport, facts: Facts, report: Report) -> Found:
-    """Say which names of other hosts lead astray here."""
+def _names(host: HostReport, facts: Facts) -> Found:
+    """Say which names lead astray here: a host's own, by which its interface is found, and that
+    of the host where the ranks meet."""
     for known in facts.resolved:
-        if host is report.meeting or not all(map(_is_loopback, known.addresses)):
+        found = not all(map(_is_loopback, known.addresses))
+        if found or (known.name == host.called and host.interface):
             continue
         leads = f"leads to {known.addresses[0]}" if known.addresses else "is not known"
         to_do = "write the address in digits in the cluster file, or mend /etc/hosts there"

@@ -11,6 +11,7 @@ does not know the measurement's token is not answered."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import hmac
@@ -23,6 +24,7 @@ import socket
 import statistics
 import struct
 import sys
+import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
@@ -61,7 +63,7 @@ def flowspec_version() -> str | None:
 
 def torch_facts() -> dict:
     """Return what torch can do here; `broken` says why it cannot be imported."""
-    found = {"broken": None, "gloo": False, "nccl": False, "cuda": None, "gpus": []}
+    found: dict = {"broken": None, "gloo": False, "nccl": False, "cuda": None, "gpus": []}
     if version_of("torch") is None:
         return found
     try:
@@ -107,9 +109,7 @@ def memory() -> dict:
     free, total = (
         int(said[name]) * 1024 if name in said else None for name in ("MemAvailable", "MemTotal")
     )
-    limit, used = (
-        _read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current")
-    )
+    limit, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
     if free is not None and limit.isdigit() and used.isdigit():
         free, total = min(free, max(0, int(limit) - int(used))), min(total or 0, int(limit))
     return {"memory_free": free, "memory_total": total}
@@ -220,7 +220,8 @@ def files(root: Path, wanted: list) -> dict:
 
     `wanted` are [name, bytes, sha256], and a name's first part is a folder with hashes that
     flowspec has kept, which are believed while a file is unchanged."""
-    kept, found = {}, {"missing": [], "other": []}
+    kept: dict = {}
+    found: dict = {"missing": [], "other": []}
     for name, size, sha256 in wanted:
         part, _, rest = name.partition("/")
         if part not in kept:
@@ -260,7 +261,7 @@ def _state(path: Path, size: int, sha256: str, kept: object) -> str:
 def speeds(threads: int) -> list:
     """Return the seconds that products with a matrix take, by device, dtype and rows.
 
-    On a CPU the layers are those of flowspec's stages where flowspec is installed, else torch's."""
+    On a CPU the layers are those of flowspec's stages where these can be, else torch's."""
     try:
         import torch
     except Exception:
@@ -329,7 +330,7 @@ class Agent:
     """An agent answers what it is asked, by the methods' names."""
 
     def __init__(self) -> None:
-        self._door = None
+        self._door: socket.socket | None = None
 
     def clock(self) -> dict:
         """Return the seconds since 1970 by this host's clock."""
@@ -363,14 +364,26 @@ class Agent:
             **files(root, wanted),
         }
 
+    def lend(self, code: str) -> dict:
+        """Take flowspec's modules, a zip file in base64, instead of those that are here, if any.
+
+        They are gone with this process."""
+        self._lent = tempfile.NamedTemporaryFile(suffix=".zip")  # noqa: SIM115
+        self._lent.write(base64.b64decode(code))
+        self._lent.flush()
+        sys.path.insert(0, self._lent.name)
+        for name in [name for name in sys.modules if name.split(".")[0] == "flowspec"]:
+            del sys.modules[name]
+        return {}
+
     def speeds(self, threads: int) -> dict:
         return {"speeds": speeds(threads)}
 
     def listen(self, address: str, port: int) -> dict:
         """Listen on this address, and this port or (0) one that is free; return the port."""
         self.close()
-        self._door = _listening(address, port)
-        return {"port": self._door.getsockname()[1]}
+        self._door = door = _listening(address, port)
+        return {"port": door.getsockname()[1]}
 
     def close(self) -> dict:
         """Listen no more."""
@@ -397,9 +410,12 @@ class Agent:
             return _counted(line, time.monotonic() + seconds)
 
     def _guest(self, token: bytes, until: float) -> socket.socket:
+        door = self._door
+        if door is None:
+            raise ValueError("nothing listens here")
         while True:
-            self._door.settimeout(max(0.01, until - time.monotonic()))
-            line, _ = self._door.accept()
+            door.settimeout(max(0.01, until - time.monotonic()))
+            line, _ = door.accept()
             line.settimeout(1)
             with contextlib.suppress(OSError):
                 if hmac.compare_digest(_exactly(line, len(token)), token):

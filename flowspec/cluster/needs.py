@@ -20,9 +20,9 @@ from flowspec.cluster.shipping import weights
 from flowspec.config import Config, load_config
 from flowspec.draft.config import DrafterConfig
 from flowspec.errors import UserError
-from flowspec.models.families import read_config
-from flowspec.models.manifest import FILE_NAME, Manifest, RankEntry
-from flowspec.models.quantised import plain
+from flowspec.models.families import EMBEDDING, read_config
+from flowspec.models.manifest import FILE_NAME, Manifest
+from flowspec.models.quantised import Tensors, plain
 from flowspec.models.weights import Checkpoint, TensorFile
 from flowspec.preflight import manifest_of
 
@@ -54,6 +54,7 @@ def wanted(cluster: Cluster) -> Wanted:
         HostReport(
             name=host.name,
             address=in_digits(host.address),
+            called=host.address,
             interface=host.interface,
             ranks=host.ranks,
         )
@@ -104,14 +105,17 @@ def needs_of(manifest: Manifest, config: Config, ranks: Iterable[int]) -> Needs:
 
 def _held(manifest: Manifest, config: Config, rank: int) -> int:
     """Return the bytes of a rank's weights and caches, where it computes."""
-    topology = manifest.topology
-    entry, size = manifest.entry(rank), BYTES[_dtype(config, manifest, rank)]
-    drafting = sum(_drafter(each, config.folder) for each in config.drafters_on(topology, rank))
+    topology, dtype = manifest.topology, _dtype(config, manifest, rank)
+    drafters = config.drafters_on(topology, rank)
+    held = sum(_drafter(drafter, config.folder, dtype) for drafter in drafters)
     if topology.drafts(rank):
-        return drafting * size
-    head = entry.lm_head if rank in config.head_ranks(topology) else None
-    weights = _elements(manifest, entry) + (_of_file(manifest.path(head), {}) if head else 0)
-    return (weights + drafting) * size + _cache(manifest, config, entry, size)
+        return held
+    entry = manifest.entry(rank)
+    path, model = manifest.path(entry), read_config(manifest.folder(rank))
+    held += _bytes(plain(TensorFile(path), model, str(path)), dtype)
+    if entry.lm_head and rank in config.head_ranks(topology):
+        held += _bytes(TensorFile(manifest.path(entry.lm_head)), dtype)
+    return held + _cache(manifest, config, rank, model, dtype)
 
 
 def _dtype(config: Config, manifest: Manifest, rank: int) -> str:
@@ -120,34 +124,36 @@ def _dtype(config: Config, manifest: Manifest, rank: int) -> str:
     return stored if config.dtype == "auto" else config.dtype
 
 
-def _cache(manifest: Manifest, config: Config, entry: RankEntry, size: int) -> int:
-    if config.cache_mb is not None and entry.num_layers:
+def _cache(manifest: Manifest, config: Config, rank: int, model: dict, dtype: str) -> int:
+    layers = manifest.entry(rank).num_layers
+    if config.cache_mb is not None and layers:
         return int(config.cache_mb * 1e6)
-    model = read_config((manifest.root / entry.file).parent)
     heads = model.get("num_key_value_heads") or model["num_attention_heads"]
     width = model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"]
-    tokens = min(CONTEXT, manifest.max_positions)
-    return entry.num_layers * 2 * heads * width * size * tokens
+    # our kernels on a CPU have rows of float32, whatever the weights are
+    size = BYTES["float32"] if config.device_of(rank) == "cpu" else BYTES[dtype]
+    return layers * 2 * heads * width * size * min(CONTEXT, manifest.max_positions)
 
 
-def _elements(manifest: Manifest, entry: RankEntry) -> int:
-    return _of_file(manifest.path(entry), read_config((manifest.root / entry.file).parent))
+def _bytes(file: Tensors, dtype: str) -> int:
+    """Return the bytes of a file's tensors as they are held once they are plain matrices."""
+    infos = {name: file.info(name) for name in file.names}
+    return sum(
+        # the embedding is looked up, not multiplied, so it does not become int8
+        info.nbytes
+        if name == EMBEDDING and dtype == "int8"
+        else math.prod(info.shape) * BYTES[dtype]
+        for name, info in infos.items()
+    )
 
 
-def _of_file(path: Path, model: dict) -> int:
-    """Return how many numbers a file's tensors have once they are plain matrices."""
-    file = plain(TensorFile(path), model, str(path))
-    return sum(math.prod(file.info(name).shape) for name in file.names)
-
-
-def _drafter(drafter: DrafterConfig, folder: Path) -> int:
-    """Return how many weights a drafter has; 0 if they are not on this machine, or not read."""
+def _drafter(drafter: DrafterConfig, folder: Path, dtype: str) -> int:
+    """Return the bytes of a drafter's weights; 0 if they are not on this machine, or not read."""
     if not drafter.computes or not (folder / (drafter.path or "")).is_dir():
         return 0
     path = drafter.checkpoint(folder)
-    model = {} if drafter.reads_features else read_config(path)
     try:
-        held = plain(Checkpoint(path), model, str(path))
-        return sum(math.prod(held.info(name).shape) for name in held.names)
+        model = {} if drafter.reads_features else read_config(path)
+        return _bytes(plain(Checkpoint(path), model, str(path)), dtype)
     except UserError:  # preflight says what is wrong with it
         return 0

@@ -125,6 +125,8 @@ class HostReport:
     name: str
     address: str
     """The other hosts reach it there: an address in digits, as far as the name is known."""
+    called: str = ""
+    """So it stands in the cluster file."""
     interface: str | None = None
     """The cluster file names this interface."""
     ranks: tuple[int, ...] = ()

@@ -5,7 +5,9 @@ answers until that ends. A host that does not answer, or not in time, is noted a
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
 import json
 import os
 import secrets
@@ -15,18 +17,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import permutations
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from flowspec.cluster import facts
 from flowspec.cluster.hosts import Cluster
 from flowspec.cluster.needs import in_digits, wanted
 from flowspec.cluster.report import Clock, Door, Facts, HostReport, Link, Report, Speed
-from flowspec.cluster.shipping import CODE
+from flowspec.cluster.shipping import CODE, PACKAGE
 from flowspec.cluster.ssh import BOOT, command
 from flowspec.errors import UserError
 from flowspec.files import ROOT
@@ -40,16 +44,16 @@ told = dict() if python else dict(error="there is no program " + named)
 os.write(1, ({facts.MARK!r} + json.dumps(told) + chr(10)).encode())
 os.execv(python, [python, "-c", {BOOT!r}])
 """
-"""This is the first one that it is sent: be the Python of the ranks, which is seen from a folder."""
+"""This is the first one that it is sent: be the Python of the ranks, seen from a folder."""
 HELLO, FACTS, SPEEDS, PATIENCE = 30.0, 600.0, 120.0, 3.0
 """So many seconds a host has to answer at all, to tell its facts (it may have to read large files
 for their hashes), to measure its speed, and to be reached by another."""
 STREAM = 0.5
 """Each link carries a stream for so many seconds."""
 CLOCKS = 8
+LATE = "it did not answer in time"
 LONGEST = 1 << 20
 """An answer has no more bytes."""
-T = TypeVar("T")
 
 
 class Silent(Exception):
@@ -63,11 +67,11 @@ class Refused(Exception):
 class Visit:
     """A visit is a conversation with the Python of a host."""
 
-    def __init__(self, argv: Sequence[str], folder: str, python: str):
-        """Start `argv`, which runs BOOT here or, by ssh, elsewhere, and lead it to this Python,
-        seen from this folder. Raise Refused or Silent."""
+    def __init__(self, argv: Sequence[str]):
+        """Start `argv`, which runs BOOT here or, by ssh, elsewhere. Raise Silent if it cannot be
+        started."""
         self._late, self._heard = False, b""
-        self._said = tempfile.TemporaryFile()
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115
         try:
             self._process = subprocess.Popen(
                 argv,
@@ -78,21 +82,29 @@ class Visit:
             )
         except OSError as error:
             raise Silent(f"cannot run {argv[0]}: {error.strerror}") from None
-        try:
-            self._send(INTO.encode())
-            self._tell(json.dumps([folder, python]) + "\n")
-            self._agreed(time.monotonic() + HELLO)
-            self._send(Path(facts.__file__).read_bytes())
-        except BaseException:
-            self.close()
-            raise
+
+    def lead_to(self, folder: str, python: str) -> None:
+        """Speak with this Python, seen from this folder, from now on; raise Refused or Silent."""
+        self._send(INTO.encode())
+        self._tell(json.dumps([folder, python]) + "\n")
+        self._agreed(time.monotonic() + HELLO)
+        self._send(Path(facts.__file__).read_bytes())
 
     def ask(self, do: str, within: float, /, **about: Any) -> dict:
         """Return the answer to a request (a method of facts.Agent), within so many seconds.
 
         Raise Refused or Silent."""
+        if self._late:  # what comes now may be an answer to what was asked before
+            raise Silent(LATE)
         self._tell(json.dumps({"do": do, **about}) + "\n")
         return self._agreed(time.monotonic() + within)
+
+    def tried(self, do: str, within: float, /, **about: Any) -> tuple[dict | None, str | None]:
+        """Return the answer to a request, or why there is none."""
+        try:
+            return self.ask(do, within, **about), None
+        except (Refused, Silent) as error:
+            return None, str(error)
 
     def _agreed(self, until: float) -> dict:
         answer = self._answer(until)
@@ -105,7 +117,9 @@ class Visit:
 
     def _tell(self, text: str) -> None:
         assert self._process.stdin
-        with contextlib.suppress(OSError):  # its end is noticed where the answer is awaited
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # its end is noticed where the answer is awaited
             self._process.stdin.write(text.encode())
             self._process.stdin.flush()
 
@@ -131,12 +145,15 @@ class Visit:
 
     def _hear(self, until: float) -> None:
         """Wait for more of the answer; raise Silent if none comes."""
-        assert self._process.stdout
-        left = until - time.monotonic()
-        if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
-            self._late = True
-            raise Silent("it did not answer in time")
-        piece = os.read(self._process.stdout.fileno(), 1 << 16)
+        stdout, left = self._process.stdout, until - time.monotonic()
+        assert stdout
+        try:
+            if left <= 0 or not select.select([stdout], [], [], left)[0]:
+                self._late = True
+                raise Silent(LATE)
+            piece = os.read(stdout.fileno(), 1 << 16)
+        except (OSError, ValueError):  # it was closed by another thread: the doctor leaves
+            raise Silent("the visit is over") from None
         if not piece:
             raise Silent(self._last_words())
         self._heard += piece
@@ -159,7 +176,7 @@ class Visit:
             with contextlib.suppress(OSError):
                 pipe.close()
         try:
-            process.wait(0 if self._late else 2)
+            process.wait(0 if self._late else 1)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -181,7 +198,7 @@ class Site:
     code: str
     """flowspec lies there, seen from `folder`, or will."""
     names: tuple[str, ...] = ()
-    """It must know these names of other hosts."""
+    """It must know these names of hosts."""
     port: int | None = None
     """The ranks will meet at this port of it."""
 
@@ -198,7 +215,7 @@ def sites_of(cluster: Cluster) -> tuple[list[Site], Report]:
 
     Raise UserError if they do not fit the run."""
     needed, meets = wanted(cluster), cluster.host_of(0)
-    names = () if in_digits(meets.address) == meets.address else (meets.address,)
+    named = {host.address for host in cluster.hosts if in_digits(host.address) != host.address}
     sites = [
         Site(
             told,
@@ -206,7 +223,7 @@ def sites_of(cluster: Cluster) -> tuple[list[Site], Report]:
             host.python,
             host.folder,
             CODE,
-            names,
+            tuple(named & {host.address, meets.address}),
             cluster.port if host is meets else None,
         )
         for host, told in zip(cluster.hosts, needed.hosts, strict=True)
@@ -218,13 +235,14 @@ def examine(sites: Sequence[Site], report: Report, timed: bool = True) -> Report
     """Visit all sites, and return the report with what was found out.
 
     Speeds and links are measured if it is to be `timed`."""
-    with contextlib.ExitStack() as ends, ThreadPoolExecutor(len(sites)) as pool:
+    with ThreadPoolExecutor(len(sites)) as pool, contextlib.ExitStack() as ends:
         visits: dict[str, Visit] = {}
 
         def enter(site: Site) -> HostReport:
             try:
-                visit = Visit(site.argv, site.folder, site.python)
+                visit = Visit(site.argv)
                 ends.callback(visit.close)
+                visit.lead_to(site.folder, site.python)
                 told = _asked(visit, site)
             except (Silent, Refused) as error:
                 return replace(site.host, silent=str(error))
@@ -232,7 +250,7 @@ def examine(sites: Sequence[Site], report: Report, timed: bool = True) -> Report
             return told
 
         found = replace(report, hosts=tuple(pool.map(enter, sites)))
-        found = replace(found, doors=_knocked(found, visits))
+        found = replace(found, doors=_knocked(found, visits, pool))
         if timed:
             hosts = tuple(pool.map(lambda host: _timed(host, visits), found.hosts))
             found = replace(found, hosts=hosts, links=_measured(found, visits))
@@ -272,62 +290,66 @@ def _clock(visit: Visit) -> Clock:
 def _timed(host: HostReport, visits: dict[str, Visit]) -> HostReport:
     if host.facts is None or host.name not in visits:
         return host
-    threads = max(1, host.facts.cores // max(1, len(host.ranks)))
-    with contextlib.suppress(Refused):
-        told = visits[host.name].ask("speeds", SPEEDS, threads=threads)["speeds"]
-        return replace(host, speeds=tuple(build(Speed, each) for each in told))
-    return host
+    threads = max(1, host.facts.cores // max(1, len(host.ranks)))  # as rank.set_threads
+    visits[host.name].tried("lend", SPEEDS, code=_modules())
+    told, _ = visits[host.name].tried("speeds", SPEEDS, threads=threads)
+    return (
+        replace(host, speeds=tuple(build(Speed, each) for each in told["speeds"])) if told else host
+    )
+
+
+@cache
+def _modules() -> str:
+    """Return flowspec's own modules as a zip file, in base64."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
+        for path in sorted(PACKAGE.rglob("*.py")):
+            file.write(path, path.relative_to(PACKAGE.parent).as_posix())
+    return base64.b64encode(packed.getvalue()).decode()
 
 
 # ---- between hosts -------------------------------------------------------------------------------
-def _knocked(report: Report, visits: dict[str, Visit]) -> tuple[Door, ...]:
+def _knocked(
+    report: Report, visits: dict[str, Visit], pool: ThreadPoolExecutor
+) -> tuple[Door, ...]:
     """Return who reaches the port where the ranks meet, if it is free to be listened at."""
     meeting = report.meeting
     if meeting.facts is None or meeting.facts.port != "free":
         return ()
-    visit = visits[meeting.name]
-    visit.ask("listen", HELLO, address=meeting.address, port=report.port)
+    visit, where = visits[meeting.name], {"address": meeting.address, "port": report.port}
+    visit.tried("listen", HELLO, **where)
     others = [host.name for host in report.hosts if host is not meeting and host.name in visits]
-    doors = []
-    for name in others:
-        about = {"address": meeting.address, "port": report.port, "seconds": PATIENCE}
-        _, error = _tried(lambda n=name, a=about: visits[n].ask("knock", HELLO, **a))
-        doors.append(Door(source=name, error=error))
-    visit.ask("close", HELLO)
-    return tuple(doors)
+
+    def knock(name: str) -> Door:
+        _, error = visits[name].tried("knock", HELLO, seconds=PATIENCE, **where)
+        return Door(source=name, error=error)
+
+    doors = tuple(pool.map(knock, others))
+    visit.tried("close", HELLO)
+    return doors
 
 
 def _measured(report: Report, visits: dict[str, Visit]) -> tuple[Link, ...]:
-    """Return the links between all hosts that answer, measured one after the other."""
+    """Return the links between all hosts that answer, measured one after the other.
+
+    None leads to a host that cannot listen at its address: that is told of the host."""
     hosts = [host for host in report.hosts if host.name in visits]
-    return tuple(_link(*pair, visits) for pair in permutations(hosts, 2))
+    links = (_link(*pair, visits) for pair in permutations(hosts, 2))
+    return tuple(link for link in links if link)
 
 
-def _link(source: HostReport, target: HostReport, visits: dict[str, Visit]) -> Link:
-    names, token = {"source": source.name, "target": target.name}, secrets.token_hex(16)
-    near, far = visits[source.name], visits[target.name]
-    opened, error = _tried(lambda: far.ask("listen", HELLO, address=target.address, port=0))
+def _link(source: HostReport, target: HostReport, visits: dict[str, Visit]) -> Link | None:
+    token, near, far = secrets.token_hex(16), visits[source.name], visits[target.name]
+    opened, _ = far.tried("listen", HELLO, address=target.address, port=0)
     if opened is None:
-        return Link(**names, error=f"it cannot listen at {target.address} ({error})")
+        return None
     where = {"address": target.address, "port": opened["port"], "token": token}
     with ThreadPoolExecutor(1) as pool:
-        counted = pool.submit(
-            _tried, lambda: far.ask("answer", HELLO, token=token, seconds=PATIENCE)
-        )
-        sent, error = _tried(
-            lambda: near.ask("stream", HELLO, **where, patience=PATIENCE, seconds=STREAM)
-        )
+        counted = pool.submit(far.tried, "answer", HELLO, token=token, seconds=PATIENCE)
+        sent, error = near.tried("stream", HELLO, **where, patience=PATIENCE, seconds=STREAM)
         got, deaf = counted.result()
-    _tried(lambda: far.ask("close", HELLO))
+    far.tried("close", HELLO)
     if sent is None or got is None:
-        return Link(**names, error=error or deaf)
+        return Link(source=source.name, target=target.name, error=error or deaf)
     mbps = 8e-6 * got["steady"] / got["seconds"] if got["seconds"] else 0.0
-    return Link(**names, ms=sent["ms"], mbps=mbps)
-
-
-def _tried(ask: Callable[[], T]) -> tuple[T | None, str | None]:
-    """Return the answer, or why there is none."""
-    try:
-        return ask(), None
-    except (Refused, Silent) as error:
-        return None, str(error)
+    return Link(source=source.name, target=target.name, ms=sent["ms"], mbps=mbps)

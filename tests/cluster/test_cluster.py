@@ -1,9 +1,6 @@
 """A run over five hosts (network namespaces with an sshd each): it starts, it writes the right text, and nothing of it is left."""
 
 import re
-import signal
-
-import pytest
 
 from tests.cluster.conftest import tokens
 

@@ -131,6 +131,18 @@ PLANTED = {
         ill(resolved=(Resolved(name="nano0.local", addresses=()),)),
         *(FAULT, "nano2", "the name nano0.local is not known"),
     ),
+    "an own name that leads to the loopback": (
+        cluster(
+            host(
+                2,
+                called="nano2.local",
+                facts=facts(
+                    "10.0.0.3", resolved=(Resolved(name="nano2.local", addresses=("127.0.1.1",)),)
+                ),
+            )
+        ),
+        *(FAULT, "nano2", "the name nano2.local leads to 127.0.1.1"),
+    ),
     "an interface that logins set": (
         ill(gloo_interface="wlan0"),
         *(WARNING, "nano2", "GLOO_SOCKET_IFNAME=wlan0"),
