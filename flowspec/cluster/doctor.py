@@ -4,6 +4,7 @@ Pure: reports in, findings out (report.py, visit.py). A fault is what no run can
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -38,7 +39,8 @@ class Finding(NamedTuple):
 
     @property
     def line(self) -> str:
-        return f"{self.host}: {self.what}" + (f": {self.to_do}" if self.to_do else "")
+        line = f"{self.host}: {self.what}" + (f": {self.to_do}" if self.to_do else "")
+        return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
 Found = Iterator[Finding]
@@ -70,7 +72,7 @@ def _installed(host: HostReport, facts: Facts, report: Report) -> Found:
     words = [f"python {facts.python}", *(f"{n} {getattr(facts, n)}" for n in SAME)]
     words += [f"flowspec {facts.flowspec}"] if facts.flowspec else []
     words += [f"driver {facts.driver}"] if facts.driver else []
-    if tuple(map(int, facts.python.split(".")[:2])) < OLDEST:
+    if tuple(map(int, re.findall(r"\d+", facts.python)[:2])) < OLDEST:
         needed = ".".join(map(str, OLDEST))
         to_do = f"install {needed} or newer and name it as this host's `python`"
         yield Finding(FAULT, host.name, f"python {facts.python} is too old", to_do)
@@ -101,7 +103,7 @@ def _skew(host: HostReport, facts: Facts, first: HostReport) -> list[Finding]:
             what = f"{name} {mine}, and {first.name} has {theirs}"
             to_do = "install the same version on all hosts, the ranks refuse each other else"
             found.append(Finding(FAULT, host.name, what, to_do))
-    if facts.flowspec not in (None, first.facts.flowspec):
+    if first.facts.flowspec and facts.flowspec not in (None, first.facts.flowspec):
         what = f"flowspec {facts.flowspec}, and {first.name} has {first.facts.flowspec}"
         to_do = "run_cluster.sh brings its own; with another launcher install the same one"
         found.append(Finding(WARNING, host.name, what, to_do))
@@ -298,10 +300,9 @@ def _threads(host: HostReport, facts: Facts, report: Report) -> Found:
         yield Finding(WARNING, host.name, what, f"set threads: {fit}, a rank would take {own}")
     if facts.load > facts.cores / 2:
         fine = False
-        what = f"{facts.load:.1f} programs compute already on its {facts.cores} cores"
-        yield Finding(
-            WARNING, host.name, what, "end them: the speeds measured here are theirs, too"
-        )
+        what = f"in the last minute {facts.load:.1f} programs computed on its {facts.cores} cores"
+        to_do = "end them, they slow down the ranks and what is measured here"
+        yield Finding(WARNING, host.name, what, to_do)
     if fine:
         each = f"{own} thread{'s' if own > 1 else ''}" + (" a rank" if ranks > 1 else "")
         yield Finding(OK, host.name, f"{facts.cores} cores, {each}")
@@ -324,17 +325,14 @@ def _speed(host: HostReport, facts: Facts, report: Report) -> Found:
     """Say per device and dtype how many weights are read (one row) and multiplied (many rows)."""
     found: dict[tuple[str, str], list[str]] = {}
     for speed in host.speeds:
-        rate = speed.rows * speed.weights / speed.seconds / 1e9
-        unit = "G weights/s" if speed.rows == 1 else f"at {speed.rows} rows"
-        found.setdefault((speed.device, speed.by), [])
-        words = found[speed.device, speed.by]
-        words.append(
-            f"{speed.dtype} {rate:.1f} {unit}" if speed.rows == 1 else f"{rate:.1f} {unit}"
-        )
+        rate = f"{speed.rows * speed.weights / max(speed.seconds, 1e-9) / 1e9:.1f}"
+        one = f"{speed.dtype} {rate} G weights/s"
+        words = found.setdefault((speed.device, speed.by), [])
+        words.append(one if speed.rows == 1 else f"{rate} at {speed.rows} rows")
     for (device, by), words in found.items():
         threads = host.speeds[0].threads
         on = f"{device}, {threads} threads" if device == "cpu" else device
-        yield Finding(OK, host.name, f"products ({on}, {by}): {', '.join(words)}")
+        yield Finding(OK, host.name, f"matrix products ({on}, {by}): {', '.join(words)}")
 
 
 CHECKS: tuple[Callable[[HostReport, Facts, Report], Found], ...] = (

@@ -280,11 +280,19 @@ def _clock(visit: Visit) -> Clock:
     asked = []
     for _ in range(CLOCKS):
         wall, begun = time.time(), time.perf_counter()
-        told = visit.ask("clock", HELLO)["time"]
+        told = _number(visit.ask("clock", HELLO), "time")
         took = time.perf_counter() - begun
         asked.append((took, told - (wall + took / 2)))
     took, ahead = min(asked)
     return Clock(ahead_ms=1e3 * ahead, within_ms=1e3 * took / 2)
+
+
+def _number(answer: dict, name: str) -> float:
+    """Return a number of an answer; raise Silent if there is none."""
+    value = answer.get(name)
+    if not isinstance(value, int | float):
+        raise Silent(f"its answer has no {name}")
+    return value
 
 
 def _timed(host: HostReport, visits: dict[str, Visit]) -> HostReport:
@@ -293,9 +301,12 @@ def _timed(host: HostReport, visits: dict[str, Visit]) -> HostReport:
     threads = max(1, host.facts.cores // max(1, len(host.ranks)))  # as rank.set_threads
     visits[host.name].tried("lend", SPEEDS, code=_modules())
     told, _ = visits[host.name].tried("speeds", SPEEDS, threads=threads)
-    return (
-        replace(host, speeds=tuple(build(Speed, each) for each in told["speeds"])) if told else host
-    )
+    listed = (told or {}).get("speeds")
+    try:
+        speeds = [build(Speed, each) for each in listed] if isinstance(listed, list) else []
+    except UserError:  # what is no speed is none
+        return host
+    return replace(host, speeds=tuple(speeds))
 
 
 @cache
@@ -343,13 +354,18 @@ def _link(source: HostReport, target: HostReport, visits: dict[str, Visit]) -> L
     opened, _ = far.tried("listen", HELLO, address=target.address, port=0)
     if opened is None:
         return None
-    where = {"address": target.address, "port": opened["port"], "token": token}
+    where = {"address": target.address, "port": opened.get("port"), "token": token}
     with ThreadPoolExecutor(1) as pool:
         counted = pool.submit(far.tried, "answer", HELLO, token=token, seconds=PATIENCE)
         sent, error = near.tried("stream", HELLO, **where, patience=PATIENCE, seconds=STREAM)
         got, deaf = counted.result()
     far.tried("close", HELLO)
+    link = Link(source=source.name, target=target.name)
     if sent is None or got is None:
-        return Link(source=source.name, target=target.name, error=error or deaf)
-    mbps = 8e-6 * got["steady"] / got["seconds"] if got["seconds"] else 0.0
-    return Link(source=source.name, target=target.name, ms=sent["ms"], mbps=mbps)
+        return replace(link, error=error or deaf)
+    try:
+        steady, seconds = _number(got, "steady"), _number(got, "seconds")
+        mbps = 8e-6 * steady / seconds if seconds else 0.0
+        return replace(link, ms=_number(sent, "ms"), mbps=mbps)
+    except Silent as wrong:
+        return replace(link, error=str(wrong))

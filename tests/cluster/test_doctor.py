@@ -203,7 +203,7 @@ PLANTED = {
         ill(usable_cores=2.0),
         *(WARNING, "nano2", "set threads: 2, a rank would take 6"),
     ),
-    "a busy host": (ill(load=5.0), *(WARNING, "nano2", "5.0 programs compute already")),
+    "a busy host": (ill(load=5.0), *(WARNING, "nano2", "5.0 programs computed on its 6 cores")),
 }
 
 
@@ -220,6 +220,12 @@ def test_the_port_of_the_meeting_host_may_be_taken():
     report = replace(cluster(), hosts=(taken, host(1), host(2)), doors=())
     [(state, name, line)] = complaints(report)
     assert (state, name) == (FAULT, "nano0") and "port 29500 is not free (taken)" in line
+
+
+def test_what_a_host_says_does_not_reach_the_terminal_as_it_is():
+    evil = "\x1b]0;title\x07\n2.9"
+    [(_, _, line)] = complaints(ill(torch=evil))
+    assert line.isprintable() and "torch ?]0;title??2.9" in line
 
 
 def test_what_needs_no_action_is_no_complaint():

@@ -43,7 +43,9 @@ def doctor(site, tmp_path):
 def complaints(told, state):
     """The lines of this state, by host; how busy this machine is is not asked."""
     return {
-        (host, line) for said, host, line in told if said == state and "already on its" not in line
+        (host, line)
+        for said, host, line in told
+        if said == state and "programs computed on its" not in line
     }
 
 

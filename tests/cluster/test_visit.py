@@ -179,16 +179,33 @@ def test_a_host_that_does_not_answer_is_silent_and_the_others_are_heard(light, k
     assert [f.state for f in judge(report) if f.host == "host1"] == [FAULT]
 
 
-def test_what_is_no_facts_is_not_believed(light, monkeypatch):
-    real = Visit.ask
+LIES = {
+    "facts": ({"cores": "six"}, "cores is 'six'"),
+    "clock": ({"time": "noon"}, "no time"),
+    "speeds": ({"speeds": [{"rows": "all"}]}, None),
+    "listen": ({"port": "a port"}, None),
+    "answer": ({"steady": None}, None),
+}
 
-    def ask(self, do, within, **about):
-        told = real(self, do, within, **about)
-        return told if do == "clock" else {**told, "cores": "six"}
+
+@pytest.mark.parametrize("about", LIES)
+def test_what_is_no_answer_is_not_believed(light, about, monkeypatch):
+    monkeypatch.setattr(visit, "_modules", lambda: "")
+    monkeypatch.setattr(visit, "PATIENCE", 0.5)
+    real, (lie, words) = Visit.ask, LIES[about]
+
+    def ask(self, do, within, **asked):
+        if do in ("lend", "speeds"):  # they take long
+            return lie if do == about else {}
+        return real(self, do, within, **asked) | (lie if do == about else {})
 
     monkeypatch.setattr(Visit, "ask", ask)
-    [host] = visited(site(0, light)).hosts
-    assert host.facts is None and "cores is 'six'" in host.silent
+    report = visited(site(0, light), site(1, light), port=1, timed=True)
+    assert all((host.silent is None) is (words is None) for host in report.hosts)
+    assert words is None or words in report.hosts[0].silent
+    assert report.hosts[0].speeds == ()
+    assert all((link.error is None) is (about == "speeds") for link in report.links)
+    judge(report)
 
 
 def test_nothing_is_left_when_a_visit_ends(talk):
