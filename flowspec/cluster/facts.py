@@ -42,7 +42,9 @@ BLOCK = 1 << 16
 MOST = 64 << 20
 """A link is measured with so many bytes at most."""
 BEGUN = 0.1
-"""The first seconds of a stream, in which it grows and buffers fill, are not counted."""
+"""The first seconds of a stream, in which it grows and buffers fill, are not counted,"""
+LASTED = 0.9
+"""nor is what comes behind this share of its bytes."""
 
 
 # ---- what is installed ---------------------------------------------------------------------------
@@ -468,12 +470,18 @@ def _counted(line: socket.socket, until: float) -> dict:
                 break
             total += count
             came.append((time.monotonic(), total))
-    came = came[1:] or came
-    first, last = came[0], came[-1]
-    first = next((each for each in came if each[0] >= first[0] + BEGUN), first)
-    if first is last:
-        first = came[0]
-    return {"bytes": total, "steady": last[1] - first[1], "seconds": last[0] - first[0]}
+    size, seconds = _steady(came[1:] or came)
+    return {"bytes": total, "steady": size, "seconds": seconds}
+
+
+def _steady(came: list) -> tuple:
+    """Return the bytes and seconds of a stream's steady part, of [time, bytes until then].
+
+    What comes last may have been lost once and sent again, after a long pause."""
+    begun, total = came[0][0] + BEGUN, came[-1][1]
+    part = [each for each in came if each[0] >= begun and each[1] <= LASTED * total]
+    first, last = (part[0], part[-1]) if len(part) > 1 else (came[0], came[-1])
+    return last[1] - first[1], last[0] - first[0]
 
 
 def talk(ask, tell) -> None:

@@ -244,6 +244,17 @@ def test_a_name_that_leads_to_the_loopback_makes_no_difference_once_the_interfac
     assert interface_of(report.hosts[2]) == "eth0"
 
 
+def test_an_own_name_leads_nobody_astray_where_the_interface_is_given():
+    name = Resolved(name="nano2.local", addresses=("127.0.1.1",))
+    told = facts("10.0.0.3", resolved=(name,))
+    assert complaints(cluster(host(2, called=name.name, interface="eth0", facts=told))) == []
+
+
+def test_a_model_that_is_not_split_yet_is_told():
+    [(state, _, line)] = complaints(cluster(unsplit="split is not there"))
+    assert state == WARNING and line.endswith("not compared: split is not there")
+
+
 def test_a_machine_alone_is_told_of_that_name():
     alone = HostReport(name="box", address="", facts=facts(own_addresses=("127.0.1.1",)))
     [(state, _, line)] = complaints(Report(hosts=(alone,)))

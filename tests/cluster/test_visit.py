@@ -267,6 +267,15 @@ def test_what_cannot_be_reached_is_an_error_of_the_link(talk):
         visits["host0"].ask("knock", 10, **nobody, seconds=1)
 
 
+def test_the_rate_of_a_link_is_that_of_the_steady_part_of_its_stream():
+    """A burst at its begin and a pause before its last piece, which was lost, make no difference; and a few pieces will do."""
+    even = [(10 + 0.01 * k, 1000 * k + 50_000) for k in range(60)]
+    bytes_, seconds = facts._steady([(9.99, 50_000), *even, (10.9, 111_000)])
+    assert bytes_ / seconds == pytest.approx(100_000)
+    assert facts._steady([(1.0, 10), (1.1, 30)]) == (20, pytest.approx(0.1))
+    assert facts._steady([(1.0, 0)]) == (0, 0)
+
+
 @pytest.mark.parametrize("address", ["", "0.0.0.0", "::"])
 def test_nothing_listens_on_all_addresses(talk, address):
     with pytest.raises(Refused, match="on all addresses"):
