@@ -223,8 +223,9 @@ class _Run:
 
     def _type(self) -> None:
         session = self._sessions[Topology.COORDINATOR]
-        for line in sys.stdin.buffer:
-            session.send("type", rank=Topology.COORDINATOR, typed=base64.b64encode(line).decode())
+        # not through sys.stdin, whose lock a thread must not hold when Python ends
+        while data := os.read(0, 1 << 16):
+            session.send("type", rank=Topology.COORDINATOR, typed=base64.b64encode(data).decode())
         session.send("type", rank=Topology.COORDINATOR, typed=None)
 
     def _handle(self, session: Session, event: dict[str, Any]) -> int | None:

@@ -77,12 +77,10 @@ class Session:
             )
         except FileNotFoundError:
             raise UserError("ssh is not on the PATH: install an OpenSSH client") from None
-        self._threads = [
-            threading.Thread(target=run, daemon=True)
-            for run in (self._listen, self._overhear, self._tick)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._overhearing = threading.Thread(target=self._overhear, daemon=True)
+        self._overhearing.start()
+        for work in (self._listen, self._tick):
+            threading.Thread(target=work, daemon=True).start()
         text = Path(agent.__file__).read_bytes()
         self._write(b"%d\n%b" % (len(text), text))
 
@@ -127,7 +125,7 @@ class Session:
 
     def _last(self) -> str:
         """Return the last line that ssh or the agent complained with."""
-        return f": {self._complaints[-1]}" if self._complaints else ""
+        return f": {self._complaints[-1].rstrip('.')}" if self._complaints else ""
 
     # ---- the connection
     def _write(self, data: bytes) -> None:
@@ -146,7 +144,7 @@ class Session:
             with suppress(ValueError):
                 self._tell(json.loads(line))
         self._process.wait()
-        self._threads[1].join(1.0)
+        self._overhearing.join(1.0)  # its last words say why
         self._tell({"event": "closed"})
 
     def _tell(self, event: dict[str, Any]) -> None:

@@ -46,22 +46,39 @@ class Site:
             for k, name in enumerate(self.rig.names)
         ]  # fmt: skip
         ssh = str(self.rig.folder / "ssh_config")
-        self.path.write_text(yaml.safe_dump({"config": "run.yaml", "ssh_config": ssh, "hosts": hosts}))
+        self.path.write_text(
+            yaml.safe_dump({"config": "run.yaml", "ssh_config": ssh, "hosts": hosts})
+        )
 
     def home(self, name: str) -> Path:
         return self.folder / name
 
-    def start(self, *words: object) -> Command:
+    def start(self, *words: object, heartbeat: str = "0.5,30") -> Command:
         """What run_cluster.sh runs, at the desk."""
         enter = "import os, sys; os.execvp('ip', ['ip', 'netns', 'exec', *sys.argv[1:]])"
         run = (self.rig.space("desk"), sys.executable, "-m", "flowspec", "cluster")
-        return self._stack.enter_context(Command(self.folder, self.path, *words, start=("-c", enter, *run)))
+        env = {"FLOWSPEC_HEARTBEAT": heartbeat}
+        command = Command(self.folder, self.path, *words, start=("-c", enter, *run), env=env)
+        return self._stack.enter_context(command)
 
     def alone(self, *words: object) -> list[list[int]]:
         """The tokens that the same run writes on this machine alone."""
         results = self.folder / "alone.jsonl"
-        argv = [sys.executable, "launch/run.py", self.folder / "run.yaml", *words, "--json", results]
-        done = subprocess.run(list(map(str, argv)), cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        argv = [
+            sys.executable,
+            "launch/run.py",
+            self.folder / "run.yaml",
+            *words,
+            "--json",
+            results,
+        ]
+        done = subprocess.run(
+            list(map(str, argv)),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         assert done.returncode == 0, done.stderr
         return tokens(results)
 

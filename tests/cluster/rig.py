@@ -82,7 +82,20 @@ class Rig:
         """A namespace with eth0, whose other end, of the host's name, is on the bridge."""
         space, switch = self.space(name), self.space("switch")
         ip("netns", "add", space)
-        ip("-n", switch, "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", space)
+        ip(
+            "-n",
+            switch,
+            "link",
+            "add",
+            name,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "eth0",
+            "netns",
+            space,
+        )
         ip("-n", switch, "link", "set", name, "master", "br0", "up")
         ip("-n", space, "link", "set", "lo", "up")
         ip("-n", space, "address", "add", f"{self.address(name)}/24", "dev", "eth0")
@@ -91,8 +104,12 @@ class Rig:
     def _keys(self) -> None:
         for name in ("client", *self.names):
             path = self.folder / f"{name}.key"
-            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path)], check=True)
-        lines = [f"{self.address(n)} {(self.folder / f'{n}.key.pub').read_text()}" for n in self.names]
+            subprocess.run(
+                ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path)], check=True
+            )
+        lines = [
+            f"{self.address(n)} {(self.folder / f'{n}.key.pub').read_text()}" for n in self.names
+        ]
         (self.folder / "known_hosts").write_text("".join(lines))
         (self.folder / "ssh_config").write_text(
             f"IdentityFile {self.folder}/client.key\nIdentitiesOnly yes\nStrictHostKeyChecking yes\n"
@@ -124,23 +141,35 @@ class Rig:
         """Let a host send and receive at most so much, such as 150mbit."""
         limit = ("root", "tbf", "rate", rate, "burst", "64kb", "latency", "400ms")
         for space, device in ((self.space(name), "eth0"), (self.space("switch"), name)):
-            subprocess.run(["tc", "-n", space, "qdisc", "replace", "dev", device, *limit], check=True)
+            subprocess.run(
+                ["tc", "-n", space, "qdisc", "replace", "dev", device, *limit], check=True
+            )
 
     def cut(self, name: str, up: bool = False) -> None:
         """Take a host's cable out, or put it in again."""
         ip("-n", self.space("switch"), "link", "set", name, "up" if up else "down")
 
     def pids(self, name: str) -> list[int]:
-        done = subprocess.run(["ip", "netns", "pids", self.space(name)], capture_output=True, text=True)
+        done = subprocess.run(
+            ["ip", "netns", "pids", self.space(name)], capture_output=True, text=True
+        )
         return [int(word) for word in done.stdout.split()]
 
+    @property
+    def listening(self) -> set[int]:
+        """The process ids of the sshds that listen."""
+        return {sshd.pid for sshd in self._sshds}
+
     def left(self) -> dict[int, str]:
-        """What runs on the hosts beside their listening sshd: process id -> command."""
-        own = {sshd.pid for sshd in self._sshds}
+        """What runs on the hosts beside sshd, which notices a cut link late: process id -> command."""
         found = {}
-        for pid in (pid for name in self.names for pid in self.pids(name) if pid not in own):
+        for pid in (pid for name in self.names for pid in self.pids(name)):
             with suppress(OSError):  # it ended meanwhile
-                found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()[:100]
+                words = (
+                    Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()[:100]
+                )
+                if words and "sshd" not in words:
+                    found[pid] = words
         return found
 
     def wait_until_clean(self, seconds: float = PATIENCE) -> None:
@@ -150,10 +179,12 @@ class Rig:
             assert time.monotonic() < deadline, f"left: {left}"
             time.sleep(0.05)
 
-    def rank(self, rank: int) -> int:
-        """The process id of a rank."""
+    def ranks(self) -> dict[int, int]:
+        """The ranks that run: rank -> process id."""
+        found = {}
         for pid in (pid for name in self.names for pid in self.pids(name)):
             with suppress(OSError):
-                if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                    return pid
-        raise AssertionError(f"rank {rank} does not run: {self.left()}")
+                for fact in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    if fact.startswith(b"RANK="):
+                        found[int(fact[5:])] = pid
+        return found
