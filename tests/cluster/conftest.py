@@ -30,21 +30,22 @@ class Site:
     def __init__(self, rig: Rig, folder: Path, stack: ExitStack):
         self.rig, self.folder, self._stack = rig, folder, stack
         self.path = folder / "cluster.yaml"
-        run = {
-            "stages": str(ROOT / "build" / "demo_s4"),
-            "drafter": {"kind": "lm", "path": str(ROOT / "demo" / "draft")},
-            "threads": 1,
-        }
-        (folder / "run.yaml").write_text(yaml.safe_dump(run))
         self.write()
 
-    def write(self, **changed: dict) -> None:
-        """Write the cluster file; `changed` are keys of hosts, by the host's name."""
+    def write(self, stages: int = 4, **changed: dict) -> None:
+        """Write the cluster file, for the demo model in so many stages; `changed` are keys of hosts, by the host's name."""
+        names = self.rig.names[: stages + 1]
         hosts = [
             {"name": name, "address": self.rig.address(name), "ranks": [k], "folder": str(self.home(name)), "python": sys.executable}
             | changed.get(name, {})
-            for k, name in enumerate(self.rig.names)
+            for k, name in enumerate(names)
         ]  # fmt: skip
+        run = {
+            "stages": str(ROOT / "build" / f"demo_s{stages}"),
+            "drafter": {"kind": "lm", "path": str(ROOT / "demo" / "draft")},
+            "threads": 1,
+        }
+        (self.folder / "run.yaml").write_text(yaml.safe_dump(run))
         ssh = str(self.rig.folder / "ssh_config")
         self.path.write_text(
             yaml.safe_dump({"config": "run.yaml", "ssh_config": ssh, "hosts": hosts})

@@ -19,24 +19,34 @@ def copied(err: str) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.slow
 def test_from_empty_hosts_to_the_text_and_again_without_copying(site):
-    alone = site.alone(*PROMPT)
-    for again in (False, True):
-        results = site.folder / "results.jsonl"
-        command = site.start(*PROMPT, "--json", results)
-        assert command.end() == 0, command.err
-        assert tokens(results) == alone
-        assert command.out.startswith("def add(a, b):")
-        assert set(copied(command.err)) == set(site.rig.names)
-        assert all(
-            bool(new) is not again and bool(old) is again
-            for new, old in copied(command.err).values()
-        )
-        site.rig.wait_until_clean(10)
+    """On links of 150 Mbps. The second start holds a conversation, in which a rank is killed."""
+    for name in site.rig.names:
+        site.rig.shape(name, "150mbit")
+    results = site.folder / "results.jsonl"
+    command = site.start(*PROMPT, "--json", results)
+    assert command.end() == 0, command.err
+    assert tokens(results) == site.alone(*PROMPT)
+    assert command.out.startswith("def add(a, b):")
+    assert {host for host, (new, old) in copied(command.err).items() if new and not old} == set(
+        site.rig.names
+    )
     own = [
         sorted(path.name for path in (site.home(name) / "stages").glob("rank_*"))
         for name in site.rig.names
     ]
     assert own == [[f"rank_0{k}"] for k in range(5)]
+    site.rig.wait_until_clean(1)
+
+    command = site.start("--chat", *PROMPT[2:])
+    command.wait_until_loaded(4)
+    assert {host for host, (new, old) in copied(command.err).items() if old and not new} == set(
+        site.rig.names
+    )
+    command.say("def add(a, b):")
+    command.wait_until(lambda: command.out.strip() != "")
+    os.kill(site.rig.ranks()[2], signal.SIGKILL)
+    assert one_line(command, 1) == "flowspec: rank 2 (stage 2, h2) died: killed by signal 9"
+    site.rig.wait_until_clean(1)
 
 
 def one_line(command, code: int) -> str:
@@ -111,24 +121,14 @@ def test_a_lost_connection_is_named_with_its_ranks(site):
 
 
 @pytest.mark.slow
-def test_a_conversation_and_a_rank_that_is_killed_in_it(site):
-    command = site.start("--chat", "--max-new-tokens", "8")
-    command.wait_until_loaded(4)
-    command.say("def add(a, b):")
-    command.wait_until(lambda: command.out.strip() != "")
-    os.kill(site.rig.ranks()[2], signal.SIGKILL)
-    assert one_line(command, 1) == "flowspec: rank 2 (stage 2, h2) died: killed by signal 9"
-    site.rig.wait_until_clean(1)
-
-
-@pytest.mark.slow
 def test_a_host_whose_cable_is_cut_ends_its_ranks_by_itself(site):
+    site.write(stages=2)
     command = site.start("--chat", heartbeat="0.5,3")
-    command.wait_until_loaded(4)
-    site.rig.cut("h3")
+    command.wait_until_loaded(2)
+    site.rig.cut("h1")
     try:
         command.process.wait(60)  # its input stays open: rank 0 waits for a line
-        assert re.search(r"rank 3 \(stage 3, ", one_line(command, 1))
+        assert re.search(r"rank 1 \(stage 1, .*\) hung: no heartbeat for 3 s", one_line(command, 1))
         site.rig.wait_until_clean(20)
     finally:
-        site.rig.cut("h3", up=True)
+        site.rig.cut("h1", up=True)
