@@ -180,6 +180,7 @@ def _fetch(session: Session, name: str, path: Path) -> None:
         while (event := session.answer())["event"] != "fetched":
             if event["event"] == "piece":
                 file.write(base64.b64decode(event["data"]))
+    print(f"{path} is here, from {session.host.shown}", file=sys.stderr)
 
 
 # ---- while it runs -------------------------------------------------------------------------------
