@@ -283,9 +283,9 @@ def _files(host: HostReport, facts: Facts, report: Report) -> Found:
 
 def _threads(host: HostReport, facts: Facts, report: Report) -> Found:
     ranks = max(1, len(host.ranks))
-    own = max(1, facts.cores // ranks)  # as rank.set_threads
+    own = report.threads_on(host)
     fine = True
-    if facts.omp_num_threads == "1" and own > 1:
+    if facts.omp_num_threads == "1" and facts.cores > 1:
         fine = False
         what = f"OMP_NUM_THREADS=1 with {facts.cores} cores"
         to_do = (

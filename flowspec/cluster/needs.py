@@ -41,6 +41,8 @@ class Wanted(NamedTuple):
     hosts: tuple[HostReport, ...]
     devices: tuple[str, ...]
     """What each rank computes on."""
+    threads: int | None
+    """So many threads each rank is to have; None: a share of the cores."""
     unsplit: str | None
     """This is why nothing is known of the stages, if so."""
 
@@ -63,17 +65,19 @@ def wanted(cluster: Cluster) -> Wanted:
     devices = {rank: cluster.host_of(rank).device for rank in cluster.ranks}
     if cluster.config_path is None:
         said = "the cluster file names no config"
-        return Wanted(tuple(hosts), tuple(d or "cpu" for d in devices.values()), said)
+        return Wanted(tuple(hosts), tuple(d or "cpu" for d in devices.values()), None, said)
     config = load_config(cluster.config_path)
     listed = tuple(device or config.device_of(rank) for rank, device in devices.items())
     stages = config.stages_path if cluster.stages_path is None else cluster.stages_path
     config = dataclasses.replace(config, stages=str(stages.resolve()), device=listed)
     if not (stages / FILE_NAME if stages.is_dir() else stages).exists():
-        return Wanted(tuple(hosts), listed, f"{stages} is not there: split the model first")
+        return Wanted(
+            tuple(hosts), listed, config.threads, f"{stages} is not there: split the model first"
+        )
     manifest = manifest_of(config)
     cluster.check_ranks(manifest.topology)
     told = (_with_needs(host, manifest, config) for host in hosts)
-    return Wanted(tuple(told), listed, None)
+    return Wanted(tuple(told), listed, config.threads, None)
 
 
 def in_digits(address: str) -> str:

@@ -172,9 +172,16 @@ class Report:
     doors: tuple[Door, ...] = ()
     devices: tuple[str, ...] = ()
     """What each rank computes on."""
+    threads: int | None = None
+    """Each rank is to have so many threads; `auto` shares a host's cores among its ranks."""
     unsplit: str | None = None
     """This is why nothing is known of the stages, if so."""
     format: int = FORMAT
+
+    def threads_on(self, host: HostReport) -> int:
+        """Return how many threads each rank of a host takes (rank.set_threads)."""
+        assert host.facts
+        return self.threads or max(1, host.facts.cores // max(1, len(host.ranks)))
 
     @property
     def meeting(self) -> HostReport:

@@ -252,7 +252,7 @@ def examine(sites: Sequence[Site], report: Report, timed: bool = True) -> Report
         found = replace(report, hosts=tuple(pool.map(enter, sites)))
         found = replace(found, doors=_knocked(found, visits, pool))
         if timed:
-            hosts = tuple(pool.map(lambda host: _timed(host, visits), found.hosts))
+            hosts = tuple(pool.map(lambda host: _timed(host, found, visits), found.hosts))
             found = replace(found, hosts=hosts, links=_measured(found, visits))
         return found
 
@@ -295,12 +295,11 @@ def _number(answer: dict, name: str) -> float:
     return value
 
 
-def _timed(host: HostReport, visits: dict[str, Visit]) -> HostReport:
+def _timed(host: HostReport, report: Report, visits: dict[str, Visit]) -> HostReport:
     if host.facts is None or host.name not in visits:
         return host
-    threads = max(1, host.facts.cores // max(1, len(host.ranks)))  # as rank.set_threads
     visits[host.name].tried("lend", SPEEDS, code=_modules())
-    told, _ = visits[host.name].tried("speeds", SPEEDS, threads=threads)
+    told, _ = visits[host.name].tried("speeds", SPEEDS, threads=report.threads_on(host))
     listed = (told or {}).get("speeds")
     try:
         speeds = [build(Speed, each) for each in listed] if isinstance(listed, list) else []

@@ -215,6 +215,12 @@ def test_what_is_planted_is_found_and_nothing_else(name):
     assert can_start(judge(report)) == (state == WARNING)
 
 
+def test_threads_that_are_configured_are_those_of_a_rank():
+    assert complaints(replace(ill(usable_cores=2.0), threads=2)) == []
+    [(state, _, line)] = complaints(replace(ill(usable_cores=2.0), threads=3))
+    assert state == WARNING and "set threads: 2, a rank would take 3" in line
+
+
 def test_the_port_of_the_meeting_host_may_be_taken():
     taken = host(0, facts=facts(port="taken"))
     report = replace(cluster(), hosts=(taken, host(1), host(2)), doors=())

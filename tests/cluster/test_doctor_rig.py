@@ -8,6 +8,8 @@ import yaml
 
 from flowspec.cluster.doctor import FAULT, WARNING, judge
 from flowspec.cluster.report import load_report
+from flowspec.commands.options import split_demo
+from flowspec.config import load_config
 from tests.cluster.rig import ip
 from tests.dist.conftest import ROOT
 
@@ -22,6 +24,8 @@ LATE = "import time\nright = time.time\ntime.time = lambda: right() + 0.2\n"
 @pytest.fixture
 def doctor(site, tmp_path):
     """`doctor(*words)`: what the doctor says of the hosts, its report, and its exit code."""
+
+    split_demo(load_config(site.folder / "run.yaml"))
 
     def ask(*words: object):
         out = tmp_path / "report.json"
