@@ -171,6 +171,16 @@ class Config:
         backend = self.tensor_parallel.backend
         check_method(method or self.method, members, backend, self.deterministic)
 
+    def shares_by_autotp(self, topology: Topology) -> bool:
+        """Return whether DeepSpeed shares the layers of a stage among its ranks."""
+        return self.tensor_parallel.backend == "deepspeed" and topology.members > 1
+
+    def read_by(self, topology: Topology, ranks: Sequence[int]) -> Sequence[int]:
+        """Return the ranks whose files these ranks read; AutoTP reads those of a whole stage."""
+        if not self.shares_by_autotp(topology):
+            return ranks
+        return sorted({member for rank in ranks for member in topology.group(rank)})
+
     def head_ranks(self, topology: Topology) -> list[int]:
         """Return the ranks that load lm_head.
 

@@ -42,8 +42,8 @@ def launch(argv: Sequence[str], topology: Topology, restart: int = 0) -> int:
         for left in range(restart, -1, -1):
             end = _once(argv, topology, last_words)
             if end.code != LOST or not left:
-                return end.code if end.line is None else _say(end.line, end.code)
-            _say(f"{end.line}; started again ({restart - left + 1} of {restart})", end.code)
+                return end.code if end.line is None else say(end.line, end.code)
+            say(f"{end.line}; started again ({restart - left + 1} of {restart})", end.code)
             last_words.unlink(missing_ok=True)
         raise AssertionError("the last start has no other behind it")
 
@@ -109,22 +109,22 @@ def _obituary(error: Exception, last_words: Path, topology: Topology) -> End:
     failures = getattr(error, "failures", None)  # ChildFailedError
     if failures is None:
         return End(1, f"the ranks could not be started: {error}")
-    from flowspec.runtime.process import rank_name
-
     if any(failure.exitcode == QUIET for failure in failures.values()):
         return End(QUIET, None)
     rank, failure = min(
         failures.items(), key=lambda item: (item[1].exitcode == -signal.SIGTERM, item[1].timestamp)
     )
-    how = (
-        f"killed by signal {-failure.exitcode}"
-        if failure.exitcode < 0
-        else f"exit code {failure.exitcode}"
-    )
-    return End(LOST, f"{rank_name(rank, socket.gethostname(), topology)} died: {how}")
+    how = ended(failure.exitcode)
+    return End(LOST, f"{topology.name(rank, socket.gethostname())} died: {how}")
 
 
-def _say(line: str, code: int) -> int:
+def ended(code: int) -> str:
+    """Return how a process ended that has this exit code."""
+    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def say(line: str, code: int) -> int:
+    """Print a run's last line, and return its exit code."""
     print(f"{'' if code == 2 else os.linesep}flowspec: {line}", file=sys.stderr, flush=True)
     return code
 

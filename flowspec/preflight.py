@@ -58,9 +58,9 @@ def check_run(config: Config, ranks: Sequence[int] | None = None) -> Manifest:
     config.emulate.check_stages(topology.stages, topology.servers)
     check_servers(config, topology)
     config.check_method(topology.members)
-    if config.tensor_parallel.backend == "deepspeed" and topology.members > 1:
+    if config.shares_by_autotp(topology):
         check_autotp(config, manifest)
-        ranks = sorted({member for rank in ranks for member in topology.group(rank)})
+    ranks = config.read_by(topology, ranks)
     verify_files(manifest, ranks, lm_head=config.head_ranks(topology))
     for rank in ranks:
         folder = manifest.folder(rank)

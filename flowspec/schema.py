@@ -98,6 +98,14 @@ def build(cls: type, values: Any, where: str = "", **internal: Any) -> Any:
     return cls(**made)
 
 
+def plain(value: Any) -> Any:
+    """Return what `build` makes such a dataclass (or a field's value) from."""
+    if dataclasses.is_dataclass(value):
+        fields = (f.name for f in dataclasses.fields(value) if not f.metadata.get("internal"))
+        return {name: plain(getattr(value, name)) for name in fields}
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+
 def _convert(hint: Any, value: Any, name: str) -> Any:
     """Return `value` as the field's type.
 

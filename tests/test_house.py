@@ -24,7 +24,7 @@ LAYERS = [
     {"draft"},
     {"runtime", "host"},
     {"config", "preflight", "rank", "generation", "engine", "lossless", "launcher"},
-    {"bench", ""},  # "" is flowspec/__init__.py
+    {"bench", "cluster", ""},  # "" is flowspec/__init__.py
     {"commands"},
     {"cli", "__main__"},
 ]
@@ -55,6 +55,7 @@ STRANGERS = {  # rooms below that a room has no business with
     "draft": {"comm", "text", "sampling"},
 }
 DISTRIBUTED = {
+    "flowspec/cluster/facts.py",  # asks which backends there are
     *("flowspec/comm/gloo.py", "flowspec/comm/group.py", "flowspec/comm/heartbeat.py"),
     "flowspec/models/zero.py",  # DeepSpeed wants a group of this one process
     *("flowspec/runtime/process.py", "flowspec/runtime/agreement.py", "flowspec/launcher.py"),

@@ -55,33 +55,44 @@ class RingCommand:
     joined would be silent."""
 
     def main(self, words: Sequence[str]) -> int:
-        parser = Parser(prog=f"flowspec {self.name}", description=self.about)
+        options = self.parser(self.name, self.about).parse_intermixed_args(words)
+        options.given = list(words)
+        return _rank(self, options) if is_rank() else _launch(self, options)
+
+    def parser(self, name: str, about: str) -> Parser:
+        """Return the parser of this command, or of one that takes the same words."""
+        parser = Parser(prog=f"flowspec {name}", description=about)
         add_shared(parser)
         parser.set_defaults(restart="0")
         self.add_arguments(parser)
-        options = parser.parse_intermixed_args(words)
-        options.given = list(words)
-        return _rank(self, options) if is_rank() else _launch(self, options)
+        return parser
+
+    def checked(self, options: argparse.Namespace) -> tuple[Config, Manifest, list[str]]:
+        """Return the configuration, the manifest and the prompts of a run.
+
+        Raise UserError for all that can be found wrong before any rank starts."""
+        from flowspec.preflight import check_prompt, check_run, check_writable
+        from flowspec.text import Text
+
+        path, config = configuration(options)
+        split_demo(config)
+        manifest = check_run(config)
+        self.check(options, config, manifest)
+        text, prompts = Text(manifest.folder(0)), self.prompts(options, path)
+        for number, prompt in enumerate(prompts, 1):
+            need(prompt != "", f"prompt {number} is empty: give at least one token of text")
+            need(
+                not any("\ud800" <= c <= "\udfff" for c in prompt),
+                f"prompt {number} is not valid UTF-8",
+            )
+            check_prompt(text.encode(prompt), manifest, f"prompt {number}")
+        check_writable(str(config.trace_path) if config.trace else None, "trace")
+        return config, manifest, prompts
 
 
 # ---- as the launcher -----------------------------------------------------------------------------
 def _launch(command: RingCommand, options: argparse.Namespace) -> int:
-    from flowspec.preflight import check_prompt, check_run, check_writable
-    from flowspec.text import Text
-
-    path, config = configuration(options)
-    split_demo(config)
-    manifest = check_run(config)
-    command.check(options, config, manifest)
-    text = Text(manifest.folder(0))
-    for number, prompt in enumerate(command.prompts(options, path), 1):
-        need(prompt != "", f"prompt {number} is empty: give at least one token of text")
-        need(
-            not any("\ud800" <= c <= "\udfff" for c in prompt),
-            f"prompt {number} is not valid UTF-8",
-        )
-        check_prompt(text.encode(prompt), manifest, f"prompt {number}")
-    check_writable(str(config.trace_path) if config.trace else None, "trace")
+    _, manifest, _ = command.checked(options)
     words = [*command.name.split(), *options.given]
     return launch(words, manifest.topology, int(options.restart))
 

@@ -63,6 +63,7 @@ def _lead(engine: Engine, options: argparse.Namespace, prompts: list[str]) -> in
     return 0
 
 
-main = RingCommand(
+RUN = RingCommand(
     "run", "Generate text over the ring of stages.", _add_arguments, _prompts, _lead, _check
-).main
+)
+main = RUN.main

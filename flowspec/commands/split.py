@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from flowspec.errors import need
 from flowspec.models.split import Screen, split
-from flowspec.output import Parser, command
+from flowspec.output import Parser, command, sigterm_interrupts
 
 
 def parser() -> Parser:
@@ -63,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         args.stages is not None or args.tensor_parallel is not None,
         "give --stages N, --tensor-parallel T or both",
     )
-    with _sigterm_interrupts():
+    with sigterm_interrupts():
         split(
             args.model,
             1 if args.stages is None else args.stages,
@@ -74,13 +72,3 @@ def main(argv: Sequence[str]) -> int:
             progress=Screen(),
         )
     return 0
-
-
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Let a plain kill clean up as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -207,6 +207,10 @@ class Topology:
         member = "" if self.members == 1 else f", member {self.member(rank)}"
         return f"{server}stage {self.stage(rank)}{member}"
 
+    def name(self, rank: int, host: str) -> str:
+        """Return the name of a rank for whoever reads a message: "rank 2 (stage 2, HOST)"."""
+        return f"rank {rank} ({self.title(rank)}, {host})"
+
 
 class Shard(NamedTuple):
     """A shard is that of the `member`-th of `members` ranks."""

@@ -208,14 +208,15 @@ def verify_files(
     fresh = {}
     try:
         for rank in sorted(set(ranks)):
-            for entry in _files_of(manifest.entry(rank), heads is None or rank in heads):
+            for entry in files_of(manifest.entry(rank), heads is None or rank in heads):
                 fresh[entry.file] = _verify(manifest.root, entry, known.get(entry.file))
     finally:
         if any(known.get(name) != value for name, value in fresh.items()):
             _write_cache(manifest.root, fresh)
 
 
-def _files_of(rank: RankEntry, with_head: bool) -> list[FileEntry]:
+def files_of(rank: RankEntry, with_head: bool) -> list[FileEntry]:
+    """Return the files that a rank reads; `with_head` says whether it loads lm_head."""
     head = [rank.lm_head] if rank.lm_head and with_head else []
     return [*rank.extra, rank.weights, *head]
 
@@ -236,7 +237,7 @@ def _verify(root: Path, entry: FileEntry, known: object) -> list:
         digest = (
             known[2]
             if isinstance(known, list) and known[:2] == line and len(known) == 3
-            else _sha256(path)
+            else sha256_of(path)
         )
     except FileNotFoundError:
         raise UserError(f"{path} is missing: copy it here or {AGAIN}") from None
@@ -249,7 +250,8 @@ def _verify(root: Path, entry: FileEntry, known: object) -> list:
     return [*line, digest]
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file, in hex."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while piece := file.read(1 << 20):

@@ -39,13 +39,13 @@ _known: Topology | None = None
 """This is the topology of this process's run, once it is known."""
 
 
-def title(rank: int, topology: Topology | None = None) -> str:
-    """Return what a rank of this process's run (or of `topology`) is, such as "stage 2"."""
-    return (topology or _known or Topology(rank)).title(rank)
+def title(rank: int) -> str:
+    """Return what a rank of this process's run is, such as "stage 2"."""
+    return (_known or Topology(rank)).title(rank)
 
 
-def rank_name(rank: int, host: str, topology: Topology | None = None) -> str:
-    return f"rank {rank} ({title(rank, topology)}, {host})"
+def rank_name(rank: int, host: str) -> str:
+    return (_known or Topology(rank)).name(rank, host)
 
 
 def own_name() -> str:

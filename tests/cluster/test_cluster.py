@@ -1,0 +1,134 @@
+"""A run over five hosts (network namespaces with an sshd each): it starts, it writes the right text, and nothing of it is left."""
+
+import os
+import re
+import signal
+
+import pytest
+
+from tests.cluster.conftest import tokens
+
+PROMPT = ("--prompt", "def add(a, b):", "--max-new-tokens", "24")
+
+
+def copied(err: str) -> dict[str, tuple[int, int]]:
+    """Host -> files copied, and files that were there, as the run tells it."""
+    found = re.findall(r"^(\w+): (\d+) files \([\d.]+ MB\) copied, (\d+) \(", err, re.MULTILINE)
+    return {host: (int(new), int(old)) for host, new, old in found}
+
+
+@pytest.mark.slow
+def test_from_empty_hosts_to_the_text_and_again_without_copying(site):
+    """On links of 150 Mbps. The second start holds a conversation, in which a rank is killed."""
+    for name in site.rig.names:
+        site.rig.shape(name, "150mbit")
+    results = site.folder / "results.jsonl"
+    command = site.start(*PROMPT, "--json", results)
+    assert command.end() == 0, command.err
+    assert tokens(results) == site.alone(*PROMPT)
+    assert command.out.startswith("def add(a, b):")
+    assert {host for host, (new, old) in copied(command.err).items() if new and not old} == set(
+        site.rig.names
+    )
+    own = [
+        sorted(path.name for path in (site.home(name) / "stages").glob("rank_*"))
+        for name in site.rig.names
+    ]
+    assert own == [[f"rank_0{k}"] for k in range(5)]
+    site.rig.wait_until_clean(1)
+
+    command = site.start("--chat", *PROMPT[2:])
+    command.wait_until_loaded(4)
+    assert {host for host, (new, old) in copied(command.err).items() if old and not new} == set(
+        site.rig.names
+    )
+    command.say("def add(a, b):")
+    command.wait_until(lambda: command.out.strip() != "")
+    os.kill(site.rig.ranks()[2], signal.SIGKILL)
+    assert one_line(command, 1) == "flowspec: rank 2 (stage 2, h2) died: killed by signal 9"
+    site.rig.wait_until_clean(1)
+
+
+def one_line(command, code: int) -> str:
+    """The last line of a command that must end with this code, and say no more than progress beside it."""
+    assert command.end() == code, command.err
+    assert "Traceback" not in command.err
+    return command.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"address": "10.77.0.99"}, "flowspec: host h2 (10.77.0.99): it cannot be reached: ssh: connect to host 10.77.0.99"),
+        ({"ssh_port": 23}, "flowspec: host h2 (10.77.0.12): it cannot be reached: ssh: connect to host 10.77.0.12 port 23"),
+        ({"interface": "wlan0"}, "flowspec: host h2 (10.77.0.12): interface wlan0 has no IPv4 address here; there are lo "),
+        ({"user": "nobody"}, "flowspec: host h2 (10.77.0.12): it does not let us in without a password: run `ssh-copy-id nobody@"),
+    ],
+)  # fmt: skip
+def test_a_host_that_cannot_take_part_is_one_line(site, changed, said):
+    site.write(h2=changed)
+    assert one_line(site.start(*PROMPT), 2).startswith(said)
+    assert not any((site.home(name) / "code").exists() for name in site.rig.names)
+
+
+def test_a_host_that_ssh_does_not_know_is_not_trusted(site):
+    known = site.rig.folder / "known_hosts"
+    whole = known.read_text()
+    known.write_text(
+        "".join(line for line in whole.splitlines(keepends=True) if "10.77.0.13" not in line)
+    )
+    try:
+        assert "host h3 (10.77.0.13): its host key is not known here" in one_line(
+            site.start(*PROMPT), 2
+        )
+    finally:
+        known.write_text(whole)
+
+
+def started(command, site) -> None:
+    """Wait until all ranks are processes."""
+    command.wait_until(lambda: set(site.rig.ranks()) == set(range(5)))
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)]
+)
+def test_the_end_of_the_launcher_is_the_end_of_every_rank(site, number, code):
+    command = site.start(*PROMPT)
+    started(command, site)
+    command.process.send_signal(number)
+    assert command.process.wait(60) == code
+    site.rig.wait_until_clean(1 if number != signal.SIGKILL else 10)
+
+
+def test_a_killed_rank_is_named_and_the_others_end(site):
+    command = site.start(*PROMPT)
+    started(command, site)
+    os.kill(site.rig.ranks()[3], signal.SIGKILL)
+    assert one_line(command, 1) == "flowspec: rank 3 (stage 3, h3) died: killed by signal 9"
+    site.rig.wait_until_clean(1)
+
+
+def test_a_lost_connection_is_named_with_its_ranks(site):
+    command = site.start(*PROMPT)
+    started(command, site)
+    for pid in set(site.rig.pids("h4")) - set(site.rig.left()) - site.rig.listening:
+        os.kill(pid, signal.SIGKILL)  # the sshd of the session
+    said = one_line(command, 1)
+    assert said.startswith("flowspec: host h4 (10.77.0.14): the ssh connection was lost")
+    assert said.endswith("and with it rank 4 (stage 4)")
+    site.rig.wait_until_clean(10)
+
+
+@pytest.mark.slow
+def test_a_host_whose_cable_is_cut_ends_its_ranks_by_itself(site):
+    site.write(stages=2)
+    command = site.start("--chat", heartbeat="0.5,3")
+    command.wait_until_loaded(2)
+    site.rig.cut("h1")
+    try:
+        command.process.wait(60)  # its input stays open: rank 0 waits for a line
+        assert re.search(r"rank 1 \(stage 1, .*\) hung: no heartbeat for 3 s", one_line(command, 1))
+        site.rig.wait_until_clean(20)
+    finally:
+        site.rig.cut("h1", up=True)
