@@ -92,6 +92,9 @@ class Cluster:
     """This is the YAML file of the run, as run_pipe.sh takes it."""
     port: int = 29500
     """The ranks meet at this port of rank 0's host."""
+    restart: int = 0
+    """If a rank or a host is lost, the run is started again at most so many times, and goes on with
+    its text."""
     ssh_config: str | None = None
     """ssh reads this file instead of the user's own (`ssh -F`): keys, jump hosts, known hosts."""
     folder: Path = field(default=Path(), metadata={"internal": True})
@@ -100,6 +103,7 @@ class Cluster:
     def __post_init__(self) -> None:
         need(bool(self.hosts), "hosts is an empty list: name one at least")
         _check_port("port", self.port)
+        need(self.restart >= 0, f"restart is {self.restart}: it must be 0 or more")
         if not any(host.ranks for host in self.hosts):
             numbered = (replace(host, ranks=(k,)) for k, host in enumerate(self.hosts))
             object.__setattr__(self, "hosts", tuple(numbered))

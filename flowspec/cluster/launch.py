@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,20 @@ from flowspec.cluster.shipping import CODE, RUN, Parcel
 from flowspec.cluster.ssh import Session
 from flowspec.config import Config
 from flowspec.core.topology import Topology
-from flowspec.errors import UserError
+from flowspec.errors import RankLost, UserError
 from flowspec.files import replacing
-from flowspec.launcher import ended, say
+from flowspec.journal import JOURNAL
+from flowspec.launcher import LOST, ended, say
 from flowspec.models.manifest import Manifest
 
 PASSED_ON = ("FLOWSPEC_HEARTBEAT", "FLOWSPEC_CONNECT")
 """These variables of the launcher's environment are the ranks' as well."""
 LEAVE = 10.0
 """Once rank 0 is done, the others leave within so many seconds, or are ended."""
+RETURN = 60.0
+"""A host that was lost has so many seconds to be reached again."""
+KEPT = "journal"
+"""Rank 0 keeps its journal in this file of its host's folder, if the run may be started again."""
 END = 5.0
 """A host has so many seconds to tell that its ranks have ended."""
 
@@ -55,6 +60,8 @@ class Job:
     """These files of rank 0's host come here in the end."""
     talks: bool
     """What is typed here goes to rank 0."""
+    restart: int
+    """If a rank or a host is lost, all ranks are started again at most so many times."""
 
     def argv(self, rank: int) -> list[str]:
         """Return the words behind the python of a rank."""
@@ -77,6 +84,7 @@ class Job:
             "TOKENIZERS_PARALLELISM": "false",
             "TORCH_CPP_LOG_LEVEL": "ERROR",
             **{name: os.environ[name] for name in PASSED_ON if name in os.environ},
+            **({JOURNAL: KEPT} if rank == Topology.COORDINATOR and self.restart else {}),
         }
 
     def parcels(self, host: Host, shared: list[Parcel], manifest: Manifest) -> list[Parcel]:
@@ -110,7 +118,32 @@ def describe(job: Job, manifest: Manifest | None) -> Iterator[str]:
 def run(job: Job, manifest: Manifest) -> int:
     """Run a job and return its exit code; nothing of it is left on any host.
 
-    Raise UserError if a host cannot take part, and RankLost if one is lost before the run."""
+    After a loss all ranks are started again, as often as the job says, and go on with what rank 0
+    has in its journal. Raise UserError if a host cannot take part, and RankLost if one is lost
+    before the run."""
+    empty = (shipping.of_text(KEPT, ""),) if job.restart else ()
+    code = _once(replace(job, files=(*job.files, *empty)), manifest)
+    for turn in range(1, job.restart + 1):
+        if code != LOST:
+            break
+        print(f"flowspec: started again ({turn} of {job.restart})", file=sys.stderr, flush=True)
+        code = _again(job, manifest)
+    return code
+
+
+def _again(job: Job, manifest: Manifest) -> int:
+    """Run a job once more, as soon as all hosts can be reached."""
+    deadline = time.monotonic() + RETURN
+    while True:
+        try:
+            return _once(job, manifest)
+        except (RankLost, UserError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1.0)
+
+
+def _once(job: Job, manifest: Manifest) -> int:
     shared = [*shipping.code(), shipping.run_file(job.config)]
     parcels = {host.name: job.parcels(host, shared, manifest) for host in job.cluster.hosts}
     with _sessions(job.cluster) as sessions:
@@ -251,7 +284,7 @@ class _Run:
             said = json.loads(words)
             return say(said["line"], said["code"])
         name = self._topology.name(rank, self._sessions[rank].host.name)
-        return say(f"{name} died: {ended(code)}", 1)
+        return say(f"{name} died: {ended(code)}", LOST)
 
     def _closed(self, session: Session) -> int | None:
         lost = self._running & set(session.host.ranks)
@@ -259,7 +292,7 @@ class _Run:
         if not any(self._matters(rank) for rank in lost):
             return None
         names = ", ".join(f"rank {r} ({self._topology.title(r)})" for r in sorted(lost))
-        return say(f"{session.loss()}, and with it {names}", 1)
+        return say(f"{session.loss()}, and with it {names}", LOST)
 
     def _matters(self, rank: int) -> bool:
         """Return whether the run ends with this rank: rank 0 is at it, and cannot do without."""

@@ -99,4 +99,5 @@ def _job(
         files=(of_text(PROMPTS, lines),) if prompts else (),
         results=results,
         talks=options.chat and not prompts,
+        restart=int(options.restart) or cluster.restart,
     )
