@@ -1,8 +1,10 @@
 """A run over five hosts (network namespaces with an sshd each): it starts, it writes the right text, and nothing of it is left."""
 
+import json
 import os
 import re
 import signal
+import time
 
 import pytest
 
@@ -132,3 +134,21 @@ def test_a_host_whose_cable_is_cut_ends_its_ranks_by_itself(site):
         site.rig.wait_until_clean(20)
     finally:
         site.rig.cut("h1", up=True)
+
+
+@pytest.mark.slow
+def test_links_that_are_slow_lose_packets_and_stall_change_no_token(far_site):
+    """25 ms a hop, of 100 packets one is lost, and one host's cable is out for 2 s in the run."""
+    far_site.write(stages=2)
+    seed = int.from_bytes(os.urandom(4), "big")
+    print(f"seed {seed}")
+    far_site.rig.change(ms=25, mbps=150, loss=0.005, seed=seed)
+    results = far_site.folder / "results.jsonl"
+    command = far_site.start(*PROMPT, "--json", results)
+    command.wait_until_loaded(2)
+    far_site.rig.change(of=far_site.rig.address("h1"), cut=True)
+    time.sleep(2.0)
+    far_site.rig.change(of=far_site.rig.address("h1"), cut=False)
+    assert command.end() == 0, command.err
+    assert tokens(results) == far_site.alone(*PROMPT)
+    assert json.loads(results.read_text())["costs"]["hop_ms"] > 25
