@@ -39,8 +39,9 @@ def test_from_empty_hosts_to_the_text_and_again_without_copying(site):
     assert own == [[f"rank_0{k}"] for k in range(5)]
     site.rig.wait_until_clean(1)
 
-    command = site.start("--chat", *PROMPT[2:])
+    command = site.start("--chat", *PROMPT[2:], "--log-level", "info")
     command.wait_until_loaded(4)
+    assert "[rank2/stage2 h2] INFO " in command.err and "[rank0] INFO " in command.err
     assert {host for host, (new, old) in copied(command.err).items() if old and not new} == set(
         site.rig.names
     )
