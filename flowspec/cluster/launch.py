@@ -70,8 +70,8 @@ class Job:
 
     def environment(self, rank: int) -> dict[str, str]:
         """Return the variables of a rank; its host adds those that only it knows."""
-        cluster = self.cluster
-        here = cluster.host_of(rank).ranks
+        cluster, host = self.cluster, self.cluster.host_of(rank)
+        here = host.ranks
         return {
             "RANK": str(rank),
             "WORLD_SIZE": str(len(cluster.ranks)),
@@ -79,6 +79,7 @@ class Job:
             "LOCAL_WORLD_SIZE": str(len(here)),
             "MASTER_ADDR": cluster.host_of(Topology.COORDINATOR).address,
             "MASTER_PORT": str(cluster.port),
+            "FLOWSPEC_HOST": host.name,
             # as torchrun would do; the engine sets each rank's threads
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",

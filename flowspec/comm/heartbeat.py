@@ -33,6 +33,11 @@ RUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"
 """These variables of a rank's environment say which rank it is and of which run."""
 
 
+def host_name() -> str:
+    """Return this host's name: that of the cluster file (FLOWSPEC_HOST), or the system's own."""
+    return os.environ.get("FLOWSPEC_HOST") or socket.gethostname()
+
+
 def machine() -> list[str]:
     """Return what names this boot of this machine and this namespace of process ids.
 
@@ -159,9 +164,7 @@ class Heartbeat:
 
     def announce(self) -> None:
         self._store.set(f"beat/{self._rank}", self._own(0))
-        self._store.set(
-            f"who/{self._rank}", json.dumps(_Who(socket.gethostname(), machine(), os.getpid()))
-        )
+        self._store.set(f"who/{self._rank}", json.dumps(_Who(host_name(), machine(), os.getpid())))
 
     def start(self, awaits: Callable[[int], None] = lambda rank: None) -> None:
         """Wait until every rank has announced itself, then beat.
@@ -175,7 +178,7 @@ class Heartbeat:
             thread.start()
 
     def host(self, rank: int) -> str:
-        return socket.gethostname() if rank == self._rank else self._who[rank].host
+        return host_name() if rank == self._rank else self._who[rank].host
 
     def kill_if_here(self, rank: int) -> None:
         """Kill a rank's process if it runs on this machine and is what it says.

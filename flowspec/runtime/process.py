@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import re
-import socket
 import sys
 import threading
 import time
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from flowspec.comm.base import STILL, Lost, Pulse
 from flowspec.comm.codec import Limits
 from flowspec.comm.gloo import FOREVER, GlooTransport
-from flowspec.comm.heartbeat import Heartbeat
+from flowspec.comm.heartbeat import Heartbeat, host_name
 from flowspec.core.cost import Emulate
 from flowspec.core.topology import Topology
 from flowspec.errors import RankLost, UserError, need
@@ -49,7 +48,7 @@ def rank_name(rank: int, host: str) -> str:
 
 
 def own_name() -> str:
-    return rank_name(int(os.environ.get("RANK", 0)), socket.gethostname())
+    return rank_name(int(os.environ.get("RANK", 0)), host_name())
 
 
 def launched() -> bool:
@@ -158,9 +157,7 @@ def join_run(
             topology, lost(hung=False), limits, emulate, pulses, pace.get("still", STILL), own_gpu
         )
         pulses[rank].at()
-    log.info(
-        "joined a run of %d ranks as %s", topology.world_size, rank_name(rank, socket.gethostname())
-    )
+    log.info("joined a run of %d ranks as %s", topology.world_size, rank_name(rank, host_name()))
 
     def depart() -> None:
         heartbeat.stop()

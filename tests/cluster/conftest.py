@@ -93,3 +93,15 @@ def site(rig, tmp_path):
     with ExitStack() as stack:
         yield Site(rig, tmp_path, stack)
     rig.wait_until_clean()
+
+
+@pytest.fixture
+def far_site(rig, tmp_path):
+    """A site of three hosts, whose links delay, lose and are cut as a test says (`site.rig.change`)."""
+    if not Path("/dev/net/tun").exists():
+        pytest.skip("there is no /dev/net/tun")
+    folder = tmp_path / "rig"
+    folder.mkdir()
+    with Rig(folder, 3, slow=True) as far, ExitStack() as stack:
+        yield Site(far, tmp_path, stack)
+        far.wait_until_clean()

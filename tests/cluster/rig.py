@@ -3,13 +3,17 @@
 Nothing of it is outside its namespaces: a further one holds the bridge, and one the launcher. It needs root, iproute2 and sshd."""
 
 import itertools
+import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+
+from tests.cluster import switch
 
 SSHD = shutil.which("sshd", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
 TOOLS = ("ip", "ssh", "ssh-keygen")
@@ -24,9 +28,10 @@ def lacking() -> str | None:
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing or SSHD is None:
         return f"{' '.join(missing) or 'sshd'} is not installed (iproute2, openssh-client, openssh-server)"
-    made = subprocess.run(["ip", "netns", "add", "fs-probe"], capture_output=True, text=True)
+    probe = f"fs{os.getpid()}-probe"
+    made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
     if made.returncode == 0:
-        subprocess.run(["ip", "netns", "del", "fs-probe"], check=True)
+        subprocess.run(["ip", "netns", "del", probe], check=True)
         return None
     return f"ip netns add: {made.stderr.strip()}"
 
@@ -36,9 +41,13 @@ def ip(*words: object) -> None:
 
 
 class Rig:
-    """A rig of so many hosts, `h0` and on, at 10.77.0.10 and on, beside the launcher's `desk` at 10.77.0.2."""
+    """A rig of so many hosts, `h0` and on, at 10.77.0.10 and on, beside the launcher's `desk` at 10.77.0.2.
 
-    def __init__(self, folder: Path, hosts: int):
+    They are on a bridge, whose links can be shaped and cut; or, if `slow`, on the switch of switch.py, which also delays and loses."""
+
+    def __init__(self, folder: Path, hosts: int, slow: bool = False):
+        self._slow = slow
+        self._switch: subprocess.Popen | None = None
         self.folder, self.names = folder, [f"h{k}" for k in range(hosts)]
         self._mark = f"fs{os.getpid()}x{next(_numbers)}"
         self._sshds: list[subprocess.Popen] = []
@@ -55,11 +64,7 @@ class Rig:
 
     def __enter__(self) -> "Rig":
         try:
-            ip("netns", "add", self.space("switch"))
-            ip("-n", self.space("switch"), "link", "add", "br0", "type", "bridge")
-            ip("-n", self.space("switch"), "link", "set", "br0", "up")
-            for name in ("desk", *self.names):
-                self._plug(name)
+            (self._plug_slow if self._slow else self._plug_all)()
             self._keys()
             for name in self.names:
                 self._serve(name)
@@ -75,8 +80,40 @@ class Rig:
                     os.kill(pid, signal.SIGKILL)
         for sshd in self._sshds:
             sshd.wait()
+        if self._switch:
+            self._switch.stdin.close()
+            self._switch.wait()
         for name in ("switch", "desk", *self.names):
             subprocess.run(["ip", "netns", "del", self.space(name)], capture_output=True)
+
+    def _plug_all(self) -> None:
+        """All hosts on one bridge."""
+        ip("netns", "add", self.space("switch"))
+        ip("-n", self.space("switch"), "link", "add", "br0", "type", "bridge")
+        ip("-n", self.space("switch"), "link", "set", "br0", "up")
+        for name in ("desk", *self.names):
+            self._plug(name)
+
+    def _plug_slow(self) -> None:
+        """All hosts on the switch in user space, whose devices are theirs."""
+        names = ("desk", *self.names)
+        for name in names:
+            ip("netns", "add", self.space(name))
+        words = [f"/run/netns/{self.space(name)}={self.address(name)}" for name in names]
+        argv = [sys.executable, str(Path(switch.__file__)), *words]
+        self._switch = subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._switch.stdout.readline() == "ready\n"
+        for name in names:
+            self._address(name, mtu=switch.MTU)
+
+    def _address(self, name: str, **more: object) -> None:
+        """Give a host's eth0 its address."""
+        space, words = self.space(name), [word for pair in more.items() for word in pair]
+        ip("-n", space, "link", "set", "lo", "up")
+        ip("-n", space, "address", "add", f"{self.address(name)}/24", "dev", "eth0")
+        ip("-n", space, "link", "set", "eth0", *words, "up")
 
     def _plug(self, name: str) -> None:
         """A namespace with eth0, whose other end, of the host's name, is on the bridge."""
@@ -97,9 +134,7 @@ class Rig:
             space,
         )
         ip("-n", switch, "link", "set", name, "master", "br0", "up")
-        ip("-n", space, "link", "set", "lo", "up")
-        ip("-n", space, "address", "add", f"{self.address(name)}/24", "dev", "eth0")
-        ip("-n", space, "link", "set", "eth0", "up")
+        self._address(name)
 
     def _keys(self) -> None:
         for name in ("client", *self.names):
@@ -136,6 +171,12 @@ class Rig:
     def within(self, name: str, *argv: object) -> list[str]:
         """The argument vector that runs a command in a host's namespace."""
         return ["ip", "netns", "exec", self.space(name), *map(str, argv)]
+
+    def change(self, **links: object) -> None:
+        """Change links of the switch in user space (switch.py)."""
+        self._switch.stdin.write(json.dumps(links) + "\n")
+        self._switch.stdin.flush()
+        assert self._switch.stdout.readline() == "changed\n"
 
     def shape(self, name: str, rate: str) -> None:
         """Let a host send and receive at most so much, such as 150mbit."""

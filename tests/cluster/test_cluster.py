@@ -1,8 +1,10 @@
 """A run over five hosts (network namespaces with an sshd each): it starts, it writes the right text, and nothing of it is left."""
 
+import json
 import os
 import re
 import signal
+import time
 
 import pytest
 
@@ -37,8 +39,9 @@ def test_from_empty_hosts_to_the_text_and_again_without_copying(site):
     assert own == [[f"rank_0{k}"] for k in range(5)]
     site.rig.wait_until_clean(1)
 
-    command = site.start("--chat", *PROMPT[2:])
+    command = site.start("--chat", *PROMPT[2:], "--log-level", "info")
     command.wait_until_loaded(4)
+    assert "[rank2/stage2 h2] INFO " in command.err and "[rank0] INFO " in command.err
     assert {host for host, (new, old) in copied(command.err).items() if old and not new} == set(
         site.rig.names
     )
@@ -128,7 +131,25 @@ def test_a_host_whose_cable_is_cut_ends_its_ranks_by_itself(site):
     site.rig.cut("h1")
     try:
         command.process.wait(60)  # its input stays open: rank 0 waits for a line
-        assert re.search(r"rank 1 \(stage 1, .*\) hung: no heartbeat for 3 s", one_line(command, 1))
+        assert one_line(command, 1) == "flowspec: rank 1 (stage 1, h1) hung: no heartbeat for 3 s"
         site.rig.wait_until_clean(20)
     finally:
         site.rig.cut("h1", up=True)
+
+
+@pytest.mark.slow
+def test_links_that_are_slow_lose_packets_and_stall_change_no_token(far_site):
+    """25 ms a hop, of 100 packets one is lost, and one host's cable is out for 2 s in the run."""
+    far_site.write(stages=2)
+    seed = int.from_bytes(os.urandom(4), "big")
+    print(f"seed {seed}")
+    far_site.rig.change(ms=25, mbps=150, loss=0.005, seed=seed)
+    results = far_site.folder / "results.jsonl"
+    command = far_site.start(*PROMPT, "--json", results)
+    command.wait_until_loaded(2)
+    far_site.rig.change(of=far_site.rig.address("h1"), cut=True)
+    time.sleep(2.0)
+    far_site.rig.change(of=far_site.rig.address("h1"), cut=False)
+    assert command.end() == 0, command.err
+    assert tokens(results) == far_site.alone(*PROMPT)
+    assert json.loads(results.read_text())["costs"]["hop_ms"] > 25

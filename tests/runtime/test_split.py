@@ -522,7 +522,7 @@ def test_hashes_are_kept_until_a_file_changes(tmp_path, llama, monkeypatch):
     manifest = split(str(llama), 3, tmp_path / "out")
     verify_files(manifest, range(4))
     monkeypatch.setattr(
-        "flowspec.models.manifest._sha256", lambda path: pytest.fail(f"{path} was read again")
+        "flowspec.models.manifest.sha256_of", lambda path: pytest.fail(f"{path} was read again")
     )
     verify_files(manifest, range(4))
 
