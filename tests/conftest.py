@@ -2,6 +2,7 @@
 
 import functools
 import json
+import signal
 
 import pytest
 import torch
@@ -30,6 +31,10 @@ MODELS = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SMALL, num_key_value_heads=3, head_dim=16)),
 }
 TEXT = ["def add(a, b):\n    return a + b\n", "for i in range(10):\n    print(i, 'é', '語')\n"] * 4
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # a shell starts what is in the background like that, and commands under test would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def save_tokenizer(folder, vocabulary: int) -> None:

@@ -14,6 +14,9 @@ from tests.cluster.rig import Rig, lacking
 from tests.dist.conftest import ROOT, Command
 
 HOSTS = 5
+LONG = pytest.mark.skipif(
+    "FLOWSPEC_RIG" not in os.environ, reason="takes long; FLOWSPEC_RIG=1 runs it"
+)
 
 
 @pytest.fixture(scope="session")

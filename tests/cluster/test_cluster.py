@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from tests.cluster.conftest import tokens
+from tests.cluster.conftest import LONG, tokens
 
+pytestmark = pytest.mark.slow
 PROMPT = ("--prompt", "def add(a, b):", "--max-new-tokens", "24")
 
 
@@ -19,7 +20,6 @@ def copied(err: str) -> dict[str, tuple[int, int]]:
     return {host: (int(new), int(old)) for host, new, old in found}
 
 
-@pytest.mark.slow
 def test_from_empty_hosts_to_the_text_and_again_without_copying(site):
     """On links of 150 Mbps. The second start holds a conversation, in which a rank is killed."""
     for name in site.rig.names:
@@ -123,7 +123,7 @@ def test_a_lost_connection_is_named_with_its_ranks(site):
     site.rig.wait_until_clean(10)
 
 
-@pytest.mark.slow
+@LONG
 def test_a_host_whose_cable_is_cut_ends_its_ranks_by_itself(site):
     site.write(stages=2)
     command = site.start("--chat", heartbeat="0.5,3")
@@ -137,7 +137,7 @@ def test_a_host_whose_cable_is_cut_ends_its_ranks_by_itself(site):
         site.rig.cut("h1", up=True)
 
 
-@pytest.mark.slow
+@LONG
 def test_links_that_are_slow_lose_packets_and_stall_change_no_token(far_site):
     """25 ms a hop, of 100 packets one is lost, and one host's cable is out for 2 s in the run."""
     far_site.write(stages=2)

@@ -10,6 +10,7 @@ from flowspec.cluster.doctor import FAULT, WARNING, judge
 from flowspec.cluster.report import load_report
 from flowspec.commands.options import split_demo
 from flowspec.config import load_config
+from tests.cluster.conftest import LONG
 from tests.cluster.rig import ip
 from tests.dist.conftest import ROOT
 
@@ -60,6 +61,7 @@ def said(told, state, host, *words) -> None:
     assert all(sum(word in line for line in lines) == 1 for word in words), lines
 
 
+@LONG
 def test_well_hosts_and_their_links(doctor, site):
     site.rig.shape("h2", "100mbit")
     try:
@@ -110,6 +112,7 @@ def test_what_is_planted_is_found(doctor, site):
     said(told, WARNING, "h0"), said(told, WARNING, "h1")
 
 
+@LONG
 def test_ports_and_memory(doctor, site):
     """The ranks' port of h0 is shut by a firewall, and no host has the memory that the caches are to have."""
     space, rules = site.rig.space("h0"), [

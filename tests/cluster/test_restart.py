@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.cluster.conftest import tokens
+from tests.cluster.conftest import LONG, tokens
 
 pytestmark = pytest.mark.slow
 PROMPT = (
@@ -32,7 +32,7 @@ def begun(site, *words):
     return command, results, want
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=LONG), 2])
 def test_a_killed_rank_comes_back_and_the_text_goes_on(site, rank):
     command, results, want = begun(site, "--restart", 2)
     os.kill(site.rig.ranks()[rank], signal.SIGKILL)
@@ -55,6 +55,7 @@ def test_a_host_whose_cable_was_cut_is_waited_for(site):
     site.rig.wait_until_clean(20)
 
 
+@LONG
 def test_without_restarts_a_loss_is_the_end(site):
     command, results, _ = begun(site)
     os.kill(site.rig.ranks()[1], signal.SIGKILL)

@@ -25,6 +25,9 @@ from flowspec.version import __version__
 HERE = (sys.executable, "-c", BOOT)
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def light(tmp_path_factory):
     """What runs BOOT where torch cannot be imported, which would take seconds."""

@@ -24,8 +24,7 @@ def lines(path):
     [
         (1, signal.SIGKILL, 0.9),
         pytest.param(0, signal.SIGKILL, 0.9, marks=SLOW),
-        pytest.param(2, signal.SIGKILL, 0, marks=SLOW),
-        pytest.param(2, signal.SIGSTOP, 0.9, marks=SLOW),
+        pytest.param(2, signal.SIGSTOP, 0, marks=SLOW),
     ],
 )
 def test_the_texts_are_those_of_an_undisturbed_run(pair, command, tmp_path, rank, number, temperature):
