@@ -51,14 +51,19 @@ def read_mapping(path: Path, what: str) -> dict:
     """Return the mapping that a YAML file holds.
 
     Raise UserError, which says that the file must be `what`, if it holds none."""
+    values = read_values(path, what)
+    need(isinstance(values, dict), f"{path}: no mapping; it must be {what}")
+    return values
+
+
+def read_values(path: Path, what: str) -> Any:
+    """Return what a YAML file holds; raise UserError, as `read_mapping` does, if it has none."""
     try:
-        values = parse(path.read_bytes())
+        return parse(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{path}: {error}; it must be {what}") from None
-    need(isinstance(values, dict), f"{path}: no mapping; it must be {what}")
-    return values
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...], note: str = "") -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from flowspec.core.topology import Topology
 from flowspec.errors import UserError, need
-from flowspec.schema import build, parse
+from flowspec.schema import build, read_values
 
 HOSTFILE = ("ssh", "ips")
 """A host of mlx.launch's hostfile has these keys."""
@@ -166,12 +166,7 @@ def load_cluster(path: str | os.PathLike[str]) -> Cluster:
 
     Raise UserError, which names the file and the key, if something is wrong."""
     path = Path(path)
-    try:
-        values = parse(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: {error}; it must be {WHAT}") from None
+    values = read_values(path, WHAT)
     values = {"hosts": values} if isinstance(values, list) else values
     need(isinstance(values, dict), f"{path}: no mapping; it must be {WHAT}")
     try:

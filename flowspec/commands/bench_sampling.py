@@ -91,13 +91,13 @@ def main(words: Sequence[str]) -> int:
     check_writable(options.json)
     task = task_of(options, "speculative")
     asked = requests_of(task, count(options.num_runs, "--num-runs") + 1)
-    placed = task.placement
+    placed, others = task.placement, rivals(task, options)
     pair = pair_of(task, models_of(task, options.dtype, options.threads))
     from rich.console import Console
 
     from flowspec.bench.sampling import measure, own, table
 
-    sides = own(pair) | rivals(task, options)
+    sides = own(pair) | others
     found = kept(measure(sides, asked, exact=placed is None), options.json, task)
     sampling = task.sampling
     Console().print(

@@ -62,6 +62,7 @@ def main(words: Sequence[str]) -> int:
     }
     some = next(iter(tasks.values()))
     asked = requests_of(some, count(options.num_runs, "--num-runs") + 1)
+    others = rivals(some, options)
     models = models_of(some, options.dtype, options.threads)
     from rich.console import Console
 
@@ -69,7 +70,7 @@ def main(words: Sequence[str]) -> int:
 
     sides = {"ar": written(pair_of(some, models), None)}
     sides |= {name: written(pair_of(task, models), "draft") for name, task in tasks.items()}
-    sides |= rivals(some, options)
+    sides |= others
     found = kept(measure(sides, asked), options.json, some)
     sampling = some.sampling
     title = f"{len(asked) - 1} texts of {sampling.max_new_tokens} tokens, T = "

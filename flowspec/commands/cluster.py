@@ -11,7 +11,7 @@ from flowspec.cluster.hosts import Cluster, load_cluster
 from flowspec.cluster.launch import Job, describe, run
 from flowspec.cluster.shipping import TRACE, of_text
 from flowspec.commands.options import configuration, split_demo
-from flowspec.commands.run import RUN
+from flowspec.commands.run import RUN, restarts
 from flowspec.config import Config
 from flowspec.errors import need
 from flowspec.models.manifest import FILE_NAME, Manifest
@@ -99,5 +99,6 @@ def _job(
         files=(of_text(PROMPTS, lines),) if prompts else (),
         results=results,
         talks=options.chat and not prompts,
-        restart=int(options.restart) or cluster.restart,
+        # a conversation is not gone on with
+        restart=0 if options.chat else restarts(options) or cluster.restart,
     )

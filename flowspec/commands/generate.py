@@ -82,9 +82,10 @@ def main(argv: Sequence[str]) -> int:
     if options.out is not None:
         return _share(task, size, options)
     pair = pair_of(task, models_of(task, options.dtype, options.threads))
+    console = _console()
     with kept_lines(options.json, "--json") as keep:
         for texts in _in_batches(task, range(len(task.prompts)), size):
-            for found in _together(texts, pair, _console(), options.verbose):
+            for found in _together(texts, pair, console, options.verbose):
                 keep(json.dumps(found))
     return 0
 

@@ -49,11 +49,19 @@ def _prompts(options: argparse.Namespace, path: Path) -> list[str]:
     return [DEMO_PROMPT]
 
 
+def restarts(options: argparse.Namespace) -> int:
+    """Return how often a run may be started again."""
+    times = int(number(options.restart, int, "--restart"))
+    need(times >= 0, f"--restart is {times}: it must be 0 or more")
+    return times
+
+
 def _check(options: argparse.Namespace, config: Config, manifest: Manifest) -> None:
     check_writable(options.json)
-    times = number(options.restart, int, "--restart")
-    need(times >= 0, f"--restart is {times}: it must be 0 or more")
-    need(not (times and options.chat), "--restart goes on with prompts, not with a conversation")
+    need(
+        not (restarts(options) and options.chat),
+        "--restart goes on with prompts, not with a conversation",
+    )
 
 
 def _lead(engine: Engine, options: argparse.Namespace, prompts: list[str]) -> int:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from flowspec.cli import main as cli
 from flowspec.cluster.hosts import load_cluster
 from flowspec.core.topology import Topology
 from flowspec.errors import UserError
@@ -86,3 +87,26 @@ def test_the_hosts_hold_the_ranks_of_the_run_and_no_others(tmp_path, ranks, said
     cluster = load_cluster(written(tmp_path, f"hosts: [{{address: a, ranks: {ranks}}}]"))
     with pytest.raises(UserError, match=said):
         cluster.check_ranks(Topology(2))
+
+
+# ---- starting again ------------------------------------------------------------------------------
+@pytest.mark.parametrize("said", ["x", "-1"])
+def test_a_wrong_number_of_restarts_is_one_line(said, capsys):
+    words = [
+        "cluster",
+        str(ROOT / "configs" / "cluster.yaml"),
+        "--dry-run",
+        "--restart",
+        said,
+        "--prompt",
+        "a",
+    ]
+    assert cli(words) == 2
+    assert "flowspec: --restart is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "kept"), [(["--prompt", "a"], True), (["--chat"], False)])
+def test_a_conversation_is_not_gone_on_with(words, kept, capsys):
+    """The example's file says restart: 2, which is for prompts."""
+    assert cli(["cluster", str(ROOT / "configs" / "cluster.yaml"), "--dry-run", *words]) == 0
+    assert ("FLOWSPEC_JOURNAL=journal" in capsys.readouterr().out) == kept
