@@ -1,6 +1,7 @@
 """Random runs of the heart against plain decoding, and proof that the fuzz can fail."""
 
 import dataclasses
+import itertools
 import os
 import random
 from collections import Counter
@@ -14,21 +15,21 @@ from flowspec.core.stage import Gather, StageState
 from flowspec.models.cache import RowCache
 from tests.core.world import Case, Stage, World, greedy
 
-RUNS = int(os.environ.get("FLOWSPEC_FUZZ", 8))
+RUNS = int(os.environ.get("FLOWSPEC_FUZZ", 6))
 """worlds of each method and loss; more of them before a release"""
 TIGHT = pytest.mark.parametrize("cache_step", [1], indirect=True, ids=["tight"])
 
 
-def wrong(cases, stage=Stage) -> list[Case]:
-    """The cases whose text is not plain decoding's, or that trip a check."""
-    bad = []
-    for case in cases:
-        try:
-            if World(case, stage).run() != greedy(case.request):
-                bad.append(case)
-        except (AssertionError, KeyError, IndexError, ValueError, RuntimeError):
-            bad.append(case)
-    return bad
+def wrong(cases, stage=Stage, most: int | None = None) -> list[Case]:
+    """The cases whose text is not plain decoding's, or that trip a check; no more than `most` are looked for."""
+    return list(itertools.islice((case for case in cases if fails(case, stage)), most))
+
+
+def fails(case: Case, stage: type[Stage]) -> bool:
+    try:
+        return World(case, stage).run() != greedy(case.request)
+    except (AssertionError, KeyError, IndexError, ValueError, RuntimeError):
+        return True
 
 
 @TIGHT
@@ -210,7 +211,7 @@ class Mutants:
 @pytest.mark.parametrize("name", [n for n in vars(Mutants) if not n.startswith("_")])
 def test_a_broken_stage_is_caught(name):
     stage = mutant(getattr(Mutants, name)())
-    assert len(wrong((Case(seed, lost=0.2) for seed in range(60)), stage)) > 5
+    assert len(wrong((Case(seed, lost=0.2) for seed in range(60)), stage, 6)) == 6
 
 
 class CacheMutants:
@@ -276,7 +277,7 @@ def test_a_broken_cache_is_caught(name, cache_step, monkeypatch):
     for method, broken in getattr(CacheMutants, name)().items():
         monkeypatch.setattr(RowCache, method, broken)
     stage = type("Compacting", (Stage,), {"COMPACT": 4})
-    assert wrong((Case(seed, lost=0.2) for seed in range(40)), stage)
+    assert wrong((Case(seed, lost=0.2) for seed in range(40)), stage, 1)
 
 
 def test_eager_compaction_is_right_too():

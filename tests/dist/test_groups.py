@@ -43,7 +43,7 @@ WORDS = {"tp": ["--method", "tp", "tree.segment=1"], "flowspec": ["--method", "f
 
 def cases() -> list:
     """All over DeepSpeed; of our own, which the threads' tests try at length, some."""
-    own = {"llama_biased": "tp", "qwen3": "flowspec", "mixtral": "tp"}
+    own = {"llama_biased": "tp", "mixtral": "flowspec"}
     found = [
         pytest.param(name, "native", [method], marks=SLOW, id=f"{name}-native-{method}")
         for name, method in own.items()

@@ -15,10 +15,6 @@ PROMPT, NEXT = "for i in", "def add(a, b):"
 WORDS = ["--prompt", PROMPT, "--prompt", NEXT, "--max-new-tokens", 40, "--seed", 7]
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 @pytest.mark.parametrize(
     "rank,number,temperature",
     [
@@ -28,20 +24,30 @@ def lines(path):
     ],
 )
 def test_the_texts_are_those_of_an_undisturbed_run(pair, command, tmp_path, rank, number, temperature):
-    config, whole, broken = pair.config(2), tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
-    words = [config, *WORDS, "--temperature", temperature]
-    calm = command(*words, "--json", whole)
-    run = command(*words, "--json", broken, "--restart", 1, "emulate.stage_ms=30", env={"FLOWSPEC_HEARTBEAT": "0.5,5"})
+    config, results = pair.config(2), tmp_path / "broken.jsonl"
+    words = [*WORDS, "--temperature", temperature, "--json", results, "--restart", 1]
+    run = command(config, *words, "emulate.stage_ms=30", env={"FLOWSPEC_HEARTBEAT": "0.5,5"})
     run.wait_until(lambda: len(run.out) > len(PROMPT) + 3)
     run.signal(rank, number)
-    assert run.end() == calm.end() == 0, run.err
+    want = undisturbed(config, temperature)
+    assert run.end() == 0, run.err
     how = "died: killed by signal 9" if number == signal.SIGKILL else "hung: no heartbeat for 5 s"
     assert f"flowspec: {NAMES[rank]} {how}; started again (1 of 1)" in run.err
-    want, got = lines(whole), lines(broken)
+    got = [json.loads(line) for line in results.read_text().splitlines()]
     for name in ("token_ids", "text", "finish_reason", "prompt_tokens", "new_tokens", "seed"):
-        assert [line[name] for line in got] == [line[name] for line in want]
-    assert run.out == calm.out
+        assert [line[name] for line in got] == [getattr(result, name) for result in want]
+    assert run.out == "".join(f"{p}{r.text}\n" for p, r in zip((PROMPT, NEXT), want, strict=True))
     assert got[0]["known_tokens"] > 0 == got[1]["known_tokens"]
+
+
+def undisturbed(config, temperature):
+    """The results of the same ring as threads of this process."""
+    with Engine.from_config(config) as engine:
+        settings = {"max_new_tokens": 40, "seed": 7, "temperature": temperature}
+        texts = [engine.submit(prompt, **settings) for prompt in (PROMPT, NEXT)]
+        for text in texts:
+            list(text)
+        return [text.result for text in texts]
 
 
 @SLOW

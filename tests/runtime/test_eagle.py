@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import random
 import shutil
 import threading
@@ -441,13 +442,19 @@ def test_configurations_of_published_heads_are_whole(path):
     assert Path(split.output).name == target[::-1]
 
 
+def filled(shape: tuple[int, ...], some: torch.Tensor) -> torch.Tensor:
+    size = math.prod(shape)
+    return some.repeat(-(-size // some.numel()))[:size].clone().view(shape)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Llama 3.1 8B", "Vicuna 13B"])
 def test_a_head_of_its_true_size_is_read_and_drafts(deep, tmp_path, name):
     config, shapes = published3(name)
-    tensors = {
-        k: torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02) for k, shape in shapes.items()
-    }
+    some = torch.empty(999_983, dtype=torch.bfloat16).normal_(
+        std=0.02
+    )  # repeated: a head has 1e9 weights
+    tensors = {k: filled(shape, some) for k, shape in shapes.items()}
     tensors["d2t"] = 3 * torch.arange(32000)
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(tensors, tmp_path / "model.safetensors")
@@ -922,7 +929,7 @@ def slow(*values):
 
 
 WORLDS = [("eagle", 1, "last"), slow("eagle", 3, "coordinator")]
-WORLDS += [slow("eagle3", n, on) for n, on in ((1, "last"), (2, "coordinator"), (3, "last"))]
+WORLDS += [slow("eagle3", n, on) for n, on in ((1, "last"), (3, "last"))]
 
 
 @pytest.mark.parametrize("kind,stages,verify_on", WORLDS)
@@ -936,7 +943,11 @@ def test_every_method_writes_the_targets_text(pairs, kind, stages, verify_on):
             for method in METHODS:
                 assert text(engine, prompt, method=method, max_new_tokens=16) == want
                 accepted[method] += engine._last.result.accepted_tokens
-        accepted.pop("flowspec")  # what it speculates on follows from what things cost here and now
+        for timed in (
+            "flowspec",
+            "pipedec",
+        ):  # how many drafts are on their way in time is the machine's
+            accepted.pop(timed)
         assert accepted.pop("ar") == 0 and min(accepted.values()) > 3
         for settings in SAMPLED:
             texts = [
