@@ -186,8 +186,11 @@ class Heartbeat:
     def kill_if_here(self, rank: int) -> None:
         """Kill a rank's process if it runs on this machine and is what it says.
 
-        A stopped process does not hear SIGTERM."""
+        A stopped process does not hear SIGTERM. The store's keeper is left to its launcher: it may
+        be that only the way to the store is cut."""
         who = self._who[rank]
+        if rank == self._keeper:
+            return
         if who.machine == machine() and is_rank_of_this_run(who.pid, rank):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(who.pid, signal.SIGKILL)
