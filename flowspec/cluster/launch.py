@@ -132,7 +132,7 @@ def run(job: Job, manifest: Manifest) -> int:
 
     After a loss all ranks are started again, as often as the job says, and go on with what rank 0
     has noted in its journal, which is kept here as it grows. Raise UserError if a host cannot take
-    part, and RankLost if one is lost before the run."""
+    part, and RankLost if one is lost before the run, or stays away after a loss."""
     journal = bytearray()
     try:
         code = _once(job, manifest, journal)
@@ -155,7 +155,9 @@ class _Away(Exception):
 
 def _again(job: Job, manifest: Manifest, journal: bytearray) -> tuple[Job, int]:
     """Run a job once more, as soon as all hosts can be reached; return its exit code, and the job
-    as it was run, in which spare hosts may have taken the places of others."""
+    as it was run, in which spare hosts may have taken the places of others.
+
+    Raise RankLost if a host stays away and there is no spare one."""
     begun = time.monotonic()
     while True:
         try:
@@ -166,7 +168,7 @@ def _again(job: Job, manifest: Manifest, journal: bytearray) -> tuple[Job, int]:
                 _say(f"{away.error}: spare {spares[0].shown} takes its place")
                 job = replace(job, cluster=job.cluster.instead(away.host, spares[0]))
             elif waited > RETURN:
-                raise
+                raise RankLost(str(away.error)) from None
             else:
                 time.sleep(1.0)
 

@@ -319,7 +319,7 @@ def test_spare_hosts_take_the_places_of_those_that_stay_away(
     monkeypatch.setattr(launch, "_once", once)
     monkeypatch.setattr(launch, "time", clock)
     if took is None:
-        with pytest.raises(UserError, match="is not there"):
+        with pytest.raises(RankLost, match="is not there"):
             launch.run(job, None)
     else:
         assert launch.run(job, None) == 0 and tried[-1] == took

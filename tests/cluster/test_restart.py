@@ -136,7 +136,9 @@ def test_every_rank_may_be_killed_and_stopped(site, temperature):
     for rank in range(5):
         killed = "died: killed by signal 9"
         run.strike(rank, f"h{rank}", killed, lambda pid: os.kill(pid, signal.SIGKILL))
-    for rank, how in ((0, "hung: torch's store was silent"), (3, "hung: no heartbeat")):
+    # the ranks of the rig's hosts see each other's processes, so one may kill a stopped one of another host
+    # (Heartbeat.kill_if_here), and either is told first; they do not do so to rank 0
+    for rank, how in ((0, "hung: torch's store was silent"), (3, "")):
         run.strike(rank, f"h{rank}", how, lambda pid: os.kill(pid, signal.SIGSTOP))
     run.end()
 
