@@ -235,21 +235,54 @@ def python_of(folder: Path, named: str) -> str:
     return python
 
 
+class Notes:
+    """A file to which a rank here appends; what it grows by is told before what the rank says
+    after it."""
+
+    EVERY = 0.2
+    """It is also looked at every so many seconds, whether or not anything is said."""
+
+    def __init__(self, path: Path, tell: Any):
+        self._path, self._tell = path, tell
+        self._told = path.stat().st_size
+        self._lock = threading.Lock()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def tell(self) -> None:
+        with self._lock, contextlib.suppress(OSError), open(self._path, "rb") as file:
+            file.seek(self._told)
+            if data := file.read():
+                self._told += len(data)
+                self._tell(event="noted", data=base64.b64encode(data).decode())
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(self.EVERY)
+            self.tell()
+
+
 class Ranks:
     """The ranks that run here: processes, each with a process group of its own."""
 
     def __init__(self, tell: Any):
         self._tell = tell
+        self._notes: dict[int, Notes] = {}
         self._folder = tempfile.mkdtemp(prefix="flowspec-")
         self._report = Path(self._folder) / "report"
         self._processes: dict[int, subprocess.Popen] = {}
         self._lock = threading.Lock()
         self._ending = False
 
-    def start(self, rank: int, argv: list, env: dict, cwd: Path, talks: bool) -> None:
+    def start(
+        self, rank: int, argv: list, env: dict, cwd: Path, talks: bool, notes: Path | None
+    ) -> None:
+        """Start a rank; it reads what is typed if it `talks`, and what it appends to `notes` is
+        told."""
         with self._lock:
             if self._ending:
                 return
+            if notes:
+                self._notes[rank] = Notes(notes, self._tell)
             process = subprocess.Popen(
                 argv,
                 cwd=cwd,
@@ -270,6 +303,8 @@ class Ranks:
 
     def _pass_on(self, rank: int, name: str, stream: BinaryIO) -> None:
         while data := os.read(stream.fileno(), 1 << 16):
+            if rank in self._notes:
+                self._notes[rank].tell()
             self._tell(event="said", rank=rank, stream=name, data=base64.b64encode(data).decode())
 
     def _await(self, rank: int, process: subprocess.Popen, readers: list) -> None:
@@ -415,9 +450,12 @@ class Agent:
     def settle(self) -> None:
         self._tell(event="settled", bad=self._store.settle())
 
-    def start(self, rank: int, argv: list, env: dict, code: str, talks: bool) -> None:
+    def start(
+        self, rank: int, argv: list, env: dict, code: str, talks: bool, notes: str | None
+    ) -> None:
         own = {"GLOO_SOCKET_IFNAME": self._interface, "PYTHONPATH": str(self._folder / code)}
-        self._ranks.start(rank, [self._python, *argv], {**env, **own}, self._folder, talks)
+        kept = None if notes is None else inside(self._folder, notes)
+        self._ranks.start(rank, [self._python, *argv], {**env, **own}, self._folder, talks, kept)
 
     def type(self, rank: int, typed: str | None) -> None:
         self._ranks.type(rank, None if typed is None else base64.b64decode(typed))

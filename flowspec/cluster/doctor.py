@@ -52,7 +52,21 @@ def can_start(findings: list[Finding]) -> bool:
 
 
 def judge(report: Report) -> list[Finding]:
-    """Return what is to be said of the hosts, one after the other, then of what is between them."""
+    """Return what is to be said of the hosts, one after the other, then of what is between them.
+
+    A run can start without its spare hosts, whose faults are warnings."""
+    found = _of_hosts(report)
+    if report.unsplit:
+        what = f"memory, disk and files were not compared: {report.unsplit}"
+        found.append(Finding(WARNING, EVERY, what))
+    spare = {host.name for host in report.hosts if host.spare}
+    return [
+        each._replace(state=WARNING) if each.state == FAULT and each.host in spare else each
+        for each in (*found, *_doors(report), *_links(report, spare))
+    ]
+
+
+def _of_hosts(report: Report) -> list[Finding]:
     found: list[Finding] = []
     for host in report.hosts:
         if host.facts is None:
@@ -61,10 +75,7 @@ def judge(report: Report) -> list[Finding]:
             continue
         for check in CHECKS:
             found += check(host, host.facts, report)
-    if report.unsplit:
-        what = f"memory, disk and files were not compared: {report.unsplit}"
-        found.append(Finding(WARNING, EVERY, what))
-    return [*found, *_doors(report), *_links(report)]
+    return found
 
 
 # ---- one host ------------------------------------------------------------------------------------
@@ -202,10 +213,10 @@ def _torch(host: HostReport, facts: Facts, report: Report) -> Found:
     if not facts.gloo:
         to_do = "install a wheel of torch with torch.distributed and gloo"
         yield Finding(FAULT, host.name, "torch has no gloo, by which ranks speak", to_do)
-    wants = [rank for rank in host.ranks if _device(report, rank) != "cpu"]
+    wants = [(rank, device) for rank, device in _devices(report, host) if device != "cpu"]
     if wants and not facts.gpus:
         why = "built for the CPU alone" if facts.cuda is None else f"built for CUDA {facts.cuda}"
-        what = f"rank {wants[0]} computes on {_device(report, wants[0])}, and torch sees no GPU"
+        what = "rank {} computes on {}, and torch sees no GPU".format(*wants[0])
         to_do = f"set device: cpu, or install driver and wheel that fit (torch is {why})"
         yield Finding(FAULT, host.name, what, to_do)
     elif facts.gpus and not facts.nccl:
@@ -219,8 +230,11 @@ def _torch(host: HostReport, facts: Facts, report: Report) -> Found:
         yield Finding(OK, host.name, "gloo; no GPU" + ("" if facts.nccl else ", no NCCL"))
 
 
-def _device(report: Report, rank: int) -> str:
-    return report.devices[rank] if rank < len(report.devices) else "cpu"
+def _devices(report: Report, host: HostReport) -> Iterator[tuple[int, str]]:
+    """Return what each rank of a host computes on, or would on a spare one."""
+    if host.spare:
+        return zip(host.spare, host.devices, strict=False)
+    return ((rank, report.devices[rank]) for rank in host.ranks if rank < len(report.devices))
 
 
 def _memory(host: HostReport, facts: Facts, report: Report) -> Found:
@@ -238,8 +252,10 @@ def _room(host: HostReport, what: str, needed: int, free: int | None) -> Found:
     if not needed:
         yield Finding(OK, host.name, f"{_size(free)} of {what} are free")
         return
-    ranks = f"rank{'s' if len(host.ranks) > 1 else ''} {', '.join(map(str, host.ranks))}"
-    words = f"{_size(needed)} of {what} for {ranks}, {_size(free)} are free"
+    own = host.ranks or host.spare
+    ranks = f"rank{'s' if len(own) > 1 else ''} {', '.join(map(str, own))}"
+    aim = f"to take {ranks} (spare)" if host.spare else f"for {ranks}"
+    words = f"{_size(needed)} of {what} {aim}, {_size(free)} are free"
     fewer = "fewer layers here (split_models.py --layers), a smaller dtype, or end other programs"
     if needed > free:
         yield Finding(FAULT, host.name, f"needs {words}", fewer)
@@ -282,7 +298,7 @@ def _files(host: HostReport, facts: Facts, report: Report) -> Found:
 
 
 def _threads(host: HostReport, facts: Facts, report: Report) -> Found:
-    ranks = max(1, len(host.ranks))
+    ranks = max(1, len(host.ranks or host.spare))
     own = report.threads_on(host)
     fine = True
     if facts.omp_num_threads == "1" and facts.cores > 1:
@@ -352,12 +368,13 @@ def _doors(report: Report) -> Found:
         yield Finding(OK, meeting, f"port {report.port} is reached by all other hosts")
 
 
-def _links(report: Report) -> Found:
+def _links(report: Report, spare: set[str]) -> Found:
     for link in report.links:
         if link.error:
+            state = WARNING if link.target in spare else FAULT
             what = f"does not reach a free port of {link.target}: {link.error}"
             to_do = f"open {EPHEMERAL} there to the other hosts, for gloo takes its ports of these"
-            yield Finding(FAULT, link.source, what, to_do)
+            yield Finding(state, link.source, what, to_do)
     measured = [link for link in report.links if link.error is None]
     if not measured:
         return

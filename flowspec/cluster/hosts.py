@@ -5,6 +5,8 @@ It is a YAML file of our own (configs/cluster.yaml is an example), or the JSON h
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import re
 from collections import Counter
@@ -13,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from flowspec.config import Config
 from flowspec.core.topology import Topology
 from flowspec.errors import UserError, need
 from flowspec.schema import build, read_values
@@ -39,7 +42,9 @@ class Host:
     ssh_port: int | None = None
     """ssh connects to this port. `auto` is what ssh's own configuration says."""
     ranks: tuple[int, ...] = ()
-    """These ranks run on it. If no host lists any, the k-th host has rank k."""
+    """These ranks run on it. If no host lists any, the k-th host that is not spare has rank k."""
+    spare: bool = False
+    """It has no rank, and takes the place of a host that stays away when a run is started again."""
     folder: str = "~/flowspec-run"
     """What is copied to the host goes into this folder, and nothing else does."""
     python: str = "python3"
@@ -68,6 +73,7 @@ class Host:
             value = getattr(self, key)
             need(value.strip() != "", f"{self.where}.{key} is empty: leave it out or give a path")
         _check_port(f"{self.where}.ssh_port", self.ssh_port)
+        need(not (self.spare and self.ranks), f"{self.where}.ranks: a spare host has none")
         need(
             self.device is None or re.fullmatch(r"cpu|cuda(:\d+)?", self.device) is not None,
             f"{self.where}.device is {self.device}: it must be cpu, cuda or cuda:N",
@@ -104,12 +110,16 @@ class Cluster:
         need(bool(self.hosts), "hosts is an empty list: name one at least")
         _check_port("port", self.port)
         need(self.restart >= 0, f"restart is {self.restart}: it must be 0 or more")
-        if not any(host.ranks for host in self.hosts):
-            numbered = (replace(host, ranks=(k,)) for k, host in enumerate(self.hosts))
+        if not self.holding:
+            count = itertools.count()
+            numbered = (h if h.spare else replace(h, ranks=(next(count),)) for h in self.hosts)
             object.__setattr__(self, "hosts", tuple(numbered))
+        need(bool(self.holding), "hosts are spare all of them: one must have rank 0")
         for host in self.hosts:
-            need(bool(host.ranks), f"{host.where}.ranks is missing, and other hosts list theirs")
-            need(min(host.ranks) >= 0, f"{host.where}.ranks lists {min(host.ranks)}")
+            has = bool(host.ranks) or host.spare
+            need(has, f"{host.where}.ranks is missing, and other hosts list theirs")
+            least = min(host.ranks, default=0)
+            need(least >= 0, f"{host.where}.ranks lists {least}")
         _once("name", [host.name for host in self.hosts])
         _once("rank", [rank for host in self.hosts for rank in host.ranks])
         need(0 in self._by_rank, "no host lists rank 0")
@@ -121,6 +131,22 @@ class Cluster:
     def host_of(self, rank: int) -> Host:
         """Return the host of a rank."""
         return self._by_rank[rank]
+
+    @property
+    def holding(self) -> list[Host]:
+        """Return the hosts that have ranks."""
+        return [host for host in self.hosts if host.ranks]
+
+    @property
+    def spares(self) -> list[Host]:
+        """Return the spare hosts."""
+        return [host for host in self.hosts if host.spare]
+
+    def instead(self, away: Host, spare: Host) -> Cluster:
+        """Return the cluster in which a spare host has the ranks of another, which is left out."""
+        taking = replace(spare, spare=False, ranks=away.ranks)
+        rest = (host for host in self.hosts if host != spare)
+        return replace(self, hosts=tuple(taking if host == away else host for host in rest))
 
     @property
     def ranks(self) -> list[int]:
@@ -138,6 +164,24 @@ class Cluster:
     @property
     def ssh_config_path(self) -> Path | None:
         return None if self.ssh_config is None else self.folder / self.ssh_config
+
+    @property
+    def overrides(self) -> list[str]:
+        """Return what the file says of its run, as overrides of the run's configuration."""
+        return [] if self.stages is None else [f"stages={json.dumps(str(self.stages_path))}"]
+
+    def placed(self, config: Config) -> Config:
+        """Return a run's configuration with the devices on which hosts say their ranks compute.
+
+        Raise UserError if the configuration lists a device for each rank as well."""
+        if all(host.device is None for host in self.hosts):
+            return config
+        need(
+            isinstance(config.device, str),
+            f"device lists ranks, and so do hosts of {self.path}: say it in one place",
+        )
+        devices = (self.host_of(rank).device or str(config.device) for rank in self.ranks)
+        return replace(config, device=tuple(devices))
 
     def check_ranks(self, topology: Topology) -> None:
         """Raise UserError unless the hosts' ranks together are those of the run."""

@@ -36,8 +36,9 @@ PASSED_ON = ("FLOWSPEC_HEARTBEAT", "FLOWSPEC_CONNECT")
 """These variables of the launcher's environment are the ranks' as well."""
 LEAVE = 10.0
 """Once rank 0 is done, the others leave within so many seconds, or are ended."""
-RETURN = 60.0
-"""A host that was lost has so many seconds to be reached again."""
+SPARE, RETURN = 10.0, 60.0
+"""A host that was lost has so many seconds to be reached again: the first, if a spare host can take
+its place, else the second."""
 KEPT = "journal"
 """Rank 0 keeps its journal in this file of its host's folder, if the run may be started again."""
 END = 5.0
@@ -50,6 +51,7 @@ class Job:
 
     cluster: Cluster
     config: Config
+    """It is without the devices that hosts name."""
     words: tuple[str, ...]
     """All ranks take these words of the command line, beside the configuration."""
     first: tuple[str, ...]
@@ -62,6 +64,11 @@ class Job:
     """What is typed here goes to rank 0."""
     restart: int
     """If a rank or a host is lost, all ranks are started again at most so many times."""
+
+    @property
+    def placed(self) -> Config:
+        """Return the configuration that the ranks have."""
+        return self.cluster.placed(self.config)
 
     def argv(self, rank: int) -> list[str]:
         """Return the words behind the python of a rank."""
@@ -91,15 +98,15 @@ class Job:
     def parcels(self, host: Host, shared: list[Parcel], manifest: Manifest) -> list[Parcel]:
         """Return all files that a host needs; `shared` are those of every host."""
         own = self.files if Topology.COORDINATOR in host.ranks else ()
-        return [*shared, *own, *shipping.weights(self.config, manifest, host.ranks)]
+        return [*shared, *own, *shipping.weights(self.placed, manifest, host.ranks)]
 
 
 def describe(job: Job, manifest: Manifest | None) -> Iterator[str]:
     """Return the lines that say what would be done on each host, without contacting any.
 
     Without a manifest, which files a host would get is left open."""
-    shared = [*shipping.code(), shipping.run_file(job.config)]
-    for host in job.cluster.hosts:
+    shared = [*shipping.code(), shipping.run_file(job.placed)]
+    for host in job.cluster.holding:
         ranks = ", ".join(map(str, host.ranks))
         yield f"{host.shown}, rank{'s' if len(host.ranks) > 1 else ''} {ranks}"
         yield f"  {shlex.join(ssh.command(job.cluster, host))}"
@@ -114,43 +121,76 @@ def describe(job: Job, manifest: Manifest | None) -> Iterator[str]:
             env = {**job.environment(rank), **own, "PYTHONPATH": CODE}
             told = [f"{name}={shlex.quote(value)}" for name, value in env.items()]
             yield f"  in {host.folder}: {' '.join(told)} {host.python} {shlex.join(job.argv(rank))}"
+    for host in job.cluster.spares:
+        yield f"{host.shown}, spare"
+        yield f"  {shlex.join(ssh.command(job.cluster, host))}"
+        yield f"  nothing, unless it takes the place of a host that is away for {SPARE:g} s"
 
 
 def run(job: Job, manifest: Manifest) -> int:
     """Run a job and return its exit code; nothing of it is left on any host.
 
     After a loss all ranks are started again, as often as the job says, and go on with what rank 0
-    has in its journal. Raise UserError if a host cannot take part, and RankLost if one is lost
-    before the run."""
-    empty = (shipping.of_text(KEPT, ""),) if job.restart else ()
-    code = _once(replace(job, files=(*job.files, *empty)), manifest)
-    for turn in range(1, job.restart + 1):
-        if code != LOST:
-            break
-        print(f"flowspec: started again ({turn} of {job.restart})", file=sys.stderr, flush=True)
-        code = _again(job, manifest)
+    has noted in its journal, which is kept here as it grows. Raise UserError if a host cannot take
+    part, and RankLost if one is lost before the run, or stays away after a loss."""
+    journal = bytearray()
+    try:
+        code = _once(job, manifest, journal)
+        for turn in range(1, job.restart + 1):
+            if code != LOST:
+                break
+            _say(f"started again ({turn} of {job.restart})")
+            job, code = _again(job, manifest, journal)
+    except _Away as away:
+        raise away.error from None
     return code
 
 
-def _again(job: Job, manifest: Manifest) -> int:
-    """Run a job once more, as soon as all hosts can be reached."""
-    deadline = time.monotonic() + RETURN
+class _Away(Exception):
+    """A host cannot take part: it is not reached, or it refuses."""
+
+    def __init__(self, host: Host, error: UserError | RankLost):
+        self.host, self.error = host, error
+
+
+def _again(job: Job, manifest: Manifest, journal: bytearray) -> tuple[Job, int]:
+    """Run a job once more, as soon as all hosts can be reached; return its exit code, and the job
+    as it was run, in which spare hosts may have taken the places of others.
+
+    Raise RankLost if a host stays away and there is no spare one."""
+    begun = time.monotonic()
     while True:
         try:
-            return _once(job, manifest)
-        except (RankLost, UserError):
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(1.0)
+            return job, _once(job, manifest, journal)
+        except _Away as away:
+            waited, spares = time.monotonic() - begun, job.cluster.spares
+            if spares and waited > SPARE:
+                _say(f"{away.error}: spare {spares[0].shown} takes its place")
+                job = replace(job, cluster=job.cluster.instead(away.host, spares[0]))
+            elif waited > RETURN:
+                raise RankLost(str(away.error)) from None
+            else:
+                time.sleep(1.0)
 
 
-def _once(job: Job, manifest: Manifest) -> int:
-    shared = [*shipping.code(), shipping.run_file(job.config)]
-    parcels = {host.name: job.parcels(host, shared, manifest) for host in job.cluster.hosts}
+def _say(line: str) -> None:
+    print(f"flowspec: {line}", file=sys.stderr, flush=True)
+
+
+def _once(job: Job, manifest: Manifest, journal: bytearray) -> int:
+    """Run a job with what is in the journal, which grows by what rank 0 notes.
+
+    Raise _Away if a host cannot take part."""
+    if job.restart:
+        del journal[journal.rfind(b"\n") + 1 :]  # the connection may have been cut in a line
+        kept = shipping.of_text(KEPT, journal.decode())
+        job = replace(job, files=(*job.files, kept))
+    shared = [*shipping.code(), shipping.run_file(job.placed)]
+    parcels = {host.name: job.parcels(host, shared, manifest) for host in job.cluster.holding}
     with _sessions(job.cluster) as sessions:
         _together(_greet, sessions)
         _together(lambda each: shipping.copy(each, parcels[each.host.name]), sessions)
-        code = _Run(job, manifest.topology, sessions).follow()
+        code = _Run(job, manifest.topology, sessions, journal).follow()
         if code == 0:
             first = next(each for each in sessions if Topology.COORDINATOR in each.host.ranks)
             for name, path in job.results.items():
@@ -160,10 +200,10 @@ def _once(job: Job, manifest: Manifest) -> int:
 
 @contextmanager
 def _sessions(cluster: Cluster) -> Iterator[list[Session]]:
-    """Yield a session for each host; whatever happens, all of them are ended."""
+    """Yield a session for each host with ranks; whatever happens, all of them are ended."""
     sessions: list[Session] = []
     try:
-        for host in cluster.hosts:
+        for host in cluster.holding:
             sessions.append(Session(cluster, host))
         yield sessions
     finally:
@@ -175,7 +215,8 @@ def _sessions(cluster: Cluster) -> Iterator[list[Session]]:
 
 
 def _together(work: Callable[[Session], None], sessions: Iterable[Session]) -> None:
-    """Do the work for all sessions at a time; raise what is raised first.
+    """Do the work for all sessions at a time; raise what is raised first, as _Away if that is what
+    a host says.
 
     No thread is waited for then: what it waits for ends with its session."""
     outcomes: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
@@ -184,6 +225,8 @@ def _together(work: Callable[[Session], None], sessions: Iterable[Session]) -> N
         try:
             work(session)
             outcomes.put(None)
+        except (UserError, RankLost) as error:
+            outcomes.put(_Away(session.host, error))
         except BaseException as error:
             outcomes.put(error)
 
@@ -221,8 +264,8 @@ def _fetch(session: Session, name: str, path: Path) -> None:
 class _Run:
     """The ranks from their start to the end of the last one."""
 
-    def __init__(self, job: Job, topology: Topology, sessions: list[Session]):
-        self._job, self._topology = job, topology
+    def __init__(self, job: Job, topology: Topology, sessions: list[Session], journal: bytearray):
+        self._job, self._topology, self._journal = job, topology, journal
         self._sessions = {rank: each for each in sessions for rank in each.host.ranks}
         self._running = set(self._sessions)
         self._events: queue.SimpleQueue[tuple[Session, dict[str, Any]]] = queue.SimpleQueue()
@@ -252,7 +295,10 @@ class _Run:
         for rank, session in self._sessions.items():
             talks = job.talks and rank == Topology.COORDINATOR
             env, argv = job.environment(rank), job.argv(rank)
-            session.send("start", rank=rank, argv=argv, env=env, code=CODE, talks=talks)
+            notes = env.get(JOURNAL)
+            session.send(
+                "start", rank=rank, argv=argv, env=env, code=CODE, talks=talks, notes=notes
+            )
         if job.talks:
             threading.Thread(target=self._type, daemon=True).start()
 
@@ -268,10 +314,12 @@ class _Run:
         kind = event["event"]
         if kind == "said":
             self._screen.show(event["rank"], event["stream"], base64.b64decode(event["data"]))
+        elif kind == "noted":
+            self._journal += base64.b64decode(event["data"])
         elif kind == "ended":
             return self._ended(event["rank"], event["code"], event["words"])
         elif kind == "refused":
-            raise UserError(f"{session.host.shown}: {event['why']}")
+            raise _Away(session.host, UserError(f"{session.host.shown}: {event['why']}"))
         elif kind == "closed":
             return self._closed(session)
         return None

@@ -6,15 +6,15 @@ Imports no torch."""
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import ipaddress
 import math
 import socket
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from flowspec.cluster.hosts import Cluster
+from flowspec.cluster.hosts import Cluster, Host
 from flowspec.cluster.report import HostReport, Needs
 from flowspec.cluster.shipping import weights
 from flowspec.config import Config, load_config
@@ -52,32 +52,49 @@ def wanted(cluster: Cluster) -> Wanted:
 
     A model may be split later. Raise UserError if the run's configuration is wrong, or if the hosts
     list other ranks than it has."""
-    hosts = [
-        HostReport(
-            name=host.name,
-            address=in_digits(host.address),
-            called=host.address,
-            interface=host.interface,
-            ranks=host.ranks,
-        )
-        for host in cluster.hosts
-    ]
-    devices = {rank: cluster.host_of(rank).device for rank in cluster.ranks}
     if cluster.config_path is None:
-        said = "the cluster file names no config"
-        return Wanted(tuple(hosts), tuple(d or "cpu" for d in devices.values()), None, said)
-    config = load_config(cluster.config_path)
-    listed = tuple(device or config.device_of(rank) for rank, device in devices.items())
-    stages = config.stages_path if cluster.stages_path is None else cluster.stages_path
-    config = dataclasses.replace(config, stages=str(stages.resolve()), device=listed)
-    if not (stages / FILE_NAME if stages.is_dir() else stages).exists():
-        return Wanted(
-            tuple(hosts), listed, config.threads, f"{stages} is not there: split the model first"
-        )
-    manifest = manifest_of(config)
-    cluster.check_ranks(manifest.topology)
-    told = (_with_needs(host, manifest, config) for host in hosts)
-    return Wanted(tuple(told), listed, config.threads, None)
+        devices = tuple(cluster.host_of(rank).device or "cpu" for rank in cluster.ranks)
+        hosts = tuple(_bare(host, cluster) for host in cluster.hosts)
+        return Wanted(hosts, devices, None, "the cluster file names no config")
+    config = load_config(cluster.config_path, cluster.overrides)
+    placed, stages, unsplit, manifest = cluster.placed(config), config.stages_path, None, None
+    if (stages / FILE_NAME if stages.is_dir() else stages).exists():
+        manifest = manifest_of(config)
+        cluster.check_ranks(manifest.topology)
+    else:
+        unsplit = f"{stages} is not there: split the model first"
+    hosts = tuple(_wanted_of(host, cluster, config, manifest) for host in cluster.hosts)
+    devices = tuple(placed.device_of(rank) for rank in cluster.ranks)
+    return Wanted(hosts, devices, config.threads, unsplit)
+
+
+def _bare(host: Host, cluster: Cluster) -> HostReport:
+    return HostReport(
+        name=host.name,
+        address=in_digits(host.address),
+        called=host.address,
+        interface=host.interface,
+        ranks=host.ranks,
+        spare=max((other.ranks for other in cluster.holding), key=len) if host.spare else (),
+    )
+
+
+def _wanted_of(
+    host: Host, cluster: Cluster, config: Config, manifest: Manifest | None
+) -> HostReport:
+    """Return what is wanted of a host; of a spare one what a host with needs like no other has.
+
+    Without a manifest that is no memory and no files."""
+    bare = _bare(host, cluster)
+    if not host.spare:
+        return _with_needs(bare, host.ranks, manifest, cluster.placed(config))
+    told = []
+    for other in cluster.holding:
+        there = cluster.instead(other, host).placed(config)
+        devices = tuple(there.device_of(rank) for rank in other.ranks)
+        taking = replace(bare, spare=other.ranks, devices=devices)
+        told.append(_with_needs(taking, other.ranks, manifest, there))
+    return max(told, key=lambda each: (each.needs.memory + each.needs.gpu, len(each.spare)))
 
 
 def in_digits(address: str) -> str:
@@ -90,9 +107,13 @@ def in_digits(address: str) -> str:
     return address
 
 
-def _with_needs(host: HostReport, manifest: Manifest, config: Config) -> HostReport:
-    files = tuple(parcel[:3] for parcel in weights(config, manifest, host.ranks))
-    return dataclasses.replace(host, needs=needs_of(manifest, config, host.ranks), files=files)
+def _with_needs(
+    host: HostReport, ranks: tuple[int, ...], manifest: Manifest | None, config: Config
+) -> HostReport:
+    if manifest is None:
+        return host
+    files = tuple(parcel[:3] for parcel in weights(config, manifest, ranks))
+    return replace(host, needs=needs_of(manifest, config, ranks), files=files)
 
 
 def needs_of(manifest: Manifest, config: Config, ranks: Iterable[int]) -> Needs:

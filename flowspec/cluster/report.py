@@ -130,6 +130,10 @@ class HostReport:
     interface: str | None = None
     """The cluster file names this interface."""
     ranks: tuple[int, ...] = ()
+    spare: tuple[int, ...] = ()
+    """It is a spare host: it has no rank, and is examined as if it had these, which need most."""
+    devices: tuple[str, ...] = ()
+    """A spare host would compute on these, for the ranks in `spare`."""
     needs: Needs = field(default_factory=Needs)
     files: tuple[tuple[str, int, str], ...] = ()
     """The files of its ranks: their names in the host's folder, bytes and sha256."""
@@ -181,7 +185,7 @@ class Report:
     def threads_on(self, host: HostReport) -> int:
         """Return how many threads each rank of a host takes (rank.set_threads)."""
         assert host.facts
-        return self.threads or max(1, host.facts.cores // max(1, len(host.ranks)))
+        return self.threads or max(1, host.facts.cores // max(1, len(host.ranks or host.spare)))
 
     @property
     def meeting(self) -> HostReport:

@@ -129,7 +129,8 @@ class Heartbeat:
     """A heartbeat beats every `every` seconds and calls `lost(rank, reason)` once for a rank.
 
     It does so when a rank was silent for `limit` seconds or stood still at its work for `still`
-    seconds, and with rank -1 when the store was silent for `limit` seconds or is gone. The others
+    seconds, with rank `keeper` when the store was silent for `limit` seconds, and with rank -1 when
+    it is gone. The keeper is the rank that holds the store; -1: a launcher does. The others
     are watched further, if `lost` returns. `pulses` are
     by rank: this rank's own is told to the store, the others' become what they tell."""
 
@@ -142,7 +143,9 @@ class Heartbeat:
         every: float = 0.5,
         limit: float = 3.0,
         still: float = STILL,
+        keeper: int = -1,
     ):
+        self._keeper = keeper
         self._store = dist.PrefixStore("flowspec/heartbeat", store)
         self._rank, self._pulses, self._others = (
             rank,
@@ -183,8 +186,11 @@ class Heartbeat:
     def kill_if_here(self, rank: int) -> None:
         """Kill a rank's process if it runs on this machine and is what it says.
 
-        A stopped process does not hear SIGTERM."""
+        A stopped process does not hear SIGTERM. The store's keeper is left to its launcher: it may
+        be that only the way to the store is cut."""
         who = self._who[rank]
+        if rank == self._keeper:
+            return
         if who.machine == machine() and is_rank_of_this_run(who.pid, rank):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(who.pid, signal.SIGKILL)
@@ -238,7 +244,10 @@ class Heartbeat:
                     self._gone.add(rank)
                     self._lost(rank, reason)
             elif now - at > self._limit:
-                return self._lost(-1, f"{GONE} (torch's store was silent for {self._limit:g} s)")
+                silent = f"torch's store was silent for {self._limit:g} s"
+                return self._lost(
+                    self._keeper, f"{GONE} ({silent})" if self._keeper < 0 else silent
+                )
 
     def _judge(self, beats: list[bytes], now: float) -> Iterator[tuple[int, str]]:
         """Yield each rank that is lost, and why."""

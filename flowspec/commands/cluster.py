@@ -36,11 +36,12 @@ def main(words: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(words)
     cluster = _cluster(options)
     path, config = configuration(options)
+    placed = cluster.placed(config)
     if options.dry_run and not (config.stages_path / FILE_NAME).exists():
         return _describe(_job(options, cluster, config, RUN.prompts(options, path)), None)
     split_demo(config)
     cluster.check_ranks(manifest_of(config).topology)
-    config, manifest, prompts = RUN.checked(options)
+    manifest, prompts = RUN.checked(options, path, placed)
     job = _job(options, cluster, config, prompts)
     if options.dry_run:
         return _describe(job, manifest)
@@ -61,24 +62,9 @@ def _cluster(options: argparse.Namespace) -> Cluster:
     cluster = load_cluster(files[0])
     config = Path(files[1]) if files[1:] else cluster.config_path
     need(config is not None, f"{cluster.path} names no config: give the run's YAML file behind it")
-    stages = cluster.stages_path
-    named = [] if stages is None else [f"stages={json.dumps(str(stages))}"]
     given = [word for word in options.words if "=" in word]
-    options.words = [str(config), *named, *given]
-    options.words += _devices(cluster, configuration(options)[1])
+    options.words = [str(config), *cluster.overrides, *given]
     return cluster
-
-
-def _devices(cluster: Cluster, config: Config) -> list[str]:
-    """Return the override for hosts that say on which device their ranks compute."""
-    if all(host.device is None for host in cluster.hosts):
-        return []
-    base = config.device
-    need(
-        isinstance(base, str),
-        f"device lists ranks, and so do hosts of {cluster.path}: say it in one place",
-    )
-    return [f"device={json.dumps([cluster.host_of(r).device or base for r in cluster.ranks])}"]
 
 
 def _job(

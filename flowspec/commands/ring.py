@@ -67,14 +67,15 @@ class RingCommand:
         self.add_arguments(parser)
         return parser
 
-    def checked(self, options: argparse.Namespace) -> tuple[Config, Manifest, list[str]]:
-        """Return the configuration, the manifest and the prompts of a run.
+    def checked(
+        self, options: argparse.Namespace, path: Path, config: Config
+    ) -> tuple[Manifest, list[str]]:
+        """Return the manifest and the prompts of a run with the configuration of this file.
 
         Raise UserError for all that can be found wrong before any rank starts."""
         from flowspec.preflight import check_prompt, check_run, check_writable
         from flowspec.text import Text
 
-        path, config = configuration(options)
         split_demo(config)
         manifest = check_run(config)
         self.check(options, config, manifest)
@@ -87,12 +88,12 @@ class RingCommand:
             )
             check_prompt(text.encode(prompt), manifest, f"prompt {number}")
         check_writable(str(config.trace_path) if config.trace else None, "trace")
-        return config, manifest, prompts
+        return manifest, prompts
 
 
 # ---- as the launcher -----------------------------------------------------------------------------
 def _launch(command: RingCommand, options: argparse.Namespace) -> int:
-    _, manifest, _ = command.checked(options)
+    manifest, _ = command.checked(options, *configuration(options))
     words = [*command.name.split(), *options.given]
     return launch(words, manifest.topology, int(options.restart))
 

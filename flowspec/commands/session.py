@@ -55,12 +55,13 @@ def run(
             asked: str | Sequence[int] = prompt
             if chat:
                 asked = engine.text.encode_chat([{"role": "user", "content": prompt}])
-            elif past.seed is None:
-                print(prompt, end="", flush=True)
             seed = {} if past.seed is None else {"seed": past.seed}
             generation = engine.generate(asked, stop=stop, known=past.tokens, **seed)
             if journal:
                 journal.begin(number, generation.request.sampling.seed)
+            if not chat and past is NONE:
+                print(prompt, end="", flush=True)
+            if journal:
                 result = stream(_noted(generation, journal, number), generation)
                 journal.end(number, result.line())
             else:

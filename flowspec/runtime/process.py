@@ -140,7 +140,10 @@ def join_run(
         def lost(hung: bool) -> Lost:
             return lambda r, why: at_loss(heartbeat, Loss(r, why, hung))
 
-        heartbeat: Heartbeat = Heartbeat(another, rank, pulses, lost(hung=True), **pace)
+        keeper = 0 if _rank_0_serves() and rank else -1
+        heartbeat: Heartbeat = Heartbeat(
+            another, rank, pulses, lost(hung=True), keeper=keeper, **pace
+        )
         heartbeat.announce()
         heartbeat.start(connecting.awaits)  # from here on a rank that fails to connect is noticed
         try:
@@ -176,13 +179,18 @@ def _stores(rank: int, world_size: int) -> tuple[dist.Store, dist.Store]:
 
     It is torchrun's, or without one rank 0's."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    serves = rank == 0 and _rank_0_serves()
     one, two = (
         dist.TCPStore(host, port, world_size, serving, FOREVER, wait_for_workers=False)
         for serving in (serves, False)
     )
     attempt = f"flowspec/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     return dist.PrefixStore(attempt, one), dist.PrefixStore(attempt, two)
+
+
+def _rank_0_serves() -> bool:
+    """Return whether rank 0 holds the run's store, and not torchrun."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 CONNECTING = "connecting to the other ranks"

@@ -35,11 +35,12 @@ class Site:
         self.path = folder / "cluster.yaml"
         self.write()
 
-    def write(self, stages: int = 4, **changed: dict) -> None:
-        """Write the cluster file, for the demo model in so many stages; `changed` are keys of hosts, by the host's name."""
-        names = self.rig.names[: stages + 1]
+    def write(self, stages: int = 4, spares: int = 0, **changed: dict) -> None:
+        """Write the cluster file, for the demo model in so many stages, with spare hosts; `changed`: keys of hosts, by the host's name."""
+        names = self.rig.names[: stages + 1 + spares]
         hosts = [
-            {"name": name, "address": self.rig.address(name), "ranks": [k], "folder": str(self.home(name)), "python": sys.executable}
+            {"name": name, "address": self.rig.address(name), "folder": str(self.home(name)), "python": sys.executable}
+            | ({"ranks": [k]} if k <= stages else {"spare": True})
             | changed.get(name, {})
             for k, name in enumerate(names)
         ]  # fmt: skip

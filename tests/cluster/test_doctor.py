@@ -106,6 +106,30 @@ def test_nothing_is_found_where_nothing_is_wrong():
     assert {finding.host for finding in found} == {"nano0", "nano1", "nano2", "all hosts"}
 
 
+def test_a_run_can_start_without_its_spare_hosts():
+    spare = {"ranks": (), "spare": (1,), "devices": ("cuda",)}
+    said = "needs 2.0 GB of memory to take rank 1 (spare), 1.0 GB are free"
+    small = host(2, **spare, facts=facts("10.0.0.3", memory_free=GB))
+    broken = (Link(source="nano0", target="nano2", error="timed out"),)
+    for report, where, words in [
+        (
+            cluster(host(2, **spare, facts=None, silent="timed out")),
+            "nano2",
+            "no answer (timed out)",
+        ),
+        (cluster(small), "nano2", said),
+        (cluster(small), "nano2", "rank 1 computes on cuda, and torch sees no GPU"),
+        (cluster(host(2, **spare), links=broken), "nano0", "does not reach a free port of nano2"),
+        (
+            cluster(host(2, **spare), doors=(Door(source="nano2", error="refused"),)),
+            "nano2",
+            "does not reach port 29500",
+        ),
+    ]:
+        assert can_start(judge(report))
+        assert any(state == WARNING and who == where and words in line for state, who, line in complaints(report))  # fmt: skip
+
+
 PLANTED = {
     "a host that is down": (
         cluster(host(2, facts=None, silent="connect to host 10.0.0.3 port 22: timed out")),

@@ -6,6 +6,7 @@ import pytest
 
 from flowspec.cli import main as cli
 from flowspec.cluster.hosts import load_cluster
+from flowspec.config import Config
 from flowspec.core.topology import Topology
 from flowspec.errors import UserError
 from tests.dist.conftest import ROOT
@@ -32,6 +33,30 @@ def test_ranks_are_counted_where_no_host_lists_any(tmp_path):
         ("x", "b", (1,)),
     ]
     assert cluster.host_of(1).name == "x"
+
+
+def test_a_spare_host_takes_the_ranks_and_the_place_of_another(tmp_path):
+    text = """
+    hosts: [{address: a}, {address: s, spare: true}, {address: b, device: cuda}, {address: t, spare: true, device: cpu}]
+    """
+    cluster = load_cluster(written(tmp_path, text))
+    assert [(host.name, host.ranks) for host in cluster.holding] == [("a", (0,)), ("b", (1,))]
+    assert [host.name for host in cluster.spares] == ["s", "t"]
+    away, (one, other) = cluster.host_of(1), cluster.spares
+    first = cluster.instead(away, one)
+    assert [(host.name, host.ranks) for host in first.hosts] == [
+        ("a", (0,)),
+        ("s", (1,)),
+        ("t", ()),
+    ]
+    assert [host.name for host in first.spares] == ["t"]
+    config = Config(stages="x", device="cuda:1")
+    devices = [
+        each.placed(config).device for each in (cluster, first, cluster.instead(away, other))
+    ]
+    assert devices == [("cuda:1", "cuda"), ("cuda:1", "cuda:1"), ("cuda:1", "cpu")]
+    with pytest.raises(UserError, match="device lists ranks, and so do hosts"):
+        cluster.placed(Config(stages="x", device=("cpu", "cpu")))
 
 
 @pytest.mark.parametrize("bare", [False, True])
@@ -68,6 +93,8 @@ def test_the_hostfile_of_mlx_launch(tmp_path, bare):
         ("hosts: [{address: a, ranks: [0, 1]}, {address: b, ranks: [1]}]", "the rank 1 is given twice"),
         ("hosts: [{address: a, ranks: [0]}, {address: b}]", "hosts.1.ranks is missing"),
         ("hosts: [{address: a, ranks: [1]}]", "no host lists rank 0"),
+        ("hosts: [{address: a}, {address: b, spare: true, ranks: [1]}]", "hosts.1.ranks: a spare host has none"),
+        ("hosts: [{address: a, spare: true}]", "hosts are spare all of them"),
         ("hosts: [{address: a, ranks: [0, -1]}]", "hosts.0.ranks lists -1"),
         ('{"hosts": [{"ssh": "a"}, {"ssh": "b", "ips": []}]}', "hosts.0 must have `ssh`, a name, and `ips`"),
         ("just words", "no mapping; it must be a cluster file"),

@@ -1,5 +1,6 @@
 """What a cluster run does on each host, by its words; copying, with agents that are started without ssh."""
 
+import base64
 import hashlib
 import json
 import subprocess
@@ -9,13 +10,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flowspec.cluster import ssh
+from flowspec.cluster import launch, ssh
 from flowspec.cluster.agent import Refused, Store, interfaces
 from flowspec.cluster.hosts import load_cluster
+from flowspec.cluster.launch import Job
 from flowspec.cluster.shipping import copy, of_text
 from flowspec.commands.cluster import main
 from flowspec.config import Config, load_config
 from flowspec.errors import RankLost, UserError
+from flowspec.launcher import LOST
 from flowspec.schema import build, plain
 from tests.dist.conftest import ROOT
 
@@ -25,6 +28,7 @@ stages: {stages}
 hosts:
   - {{name: a, address: 10.9.9.1, ranks: [0], python: "x; touch /tmp/y", folder: "~/$(id)"}}
   - {{name: b, address: 10.9.9.2, ranks: [2, 1], user: me, ssh_port: 2222, interface: eth7, device: cuda}}
+  - {{name: c, address: 10.9.9.3, spare: true}}
 """
 
 
@@ -66,7 +70,9 @@ def test_a_dry_run_says_each_host_s_commands_and_needs_no_stages(cluster, capsys
     assert [line for line in out.splitlines() if line[0] != " "] == [
         "host a (10.9.9.1), rank 0",
         "host b (10.9.9.2), ranks 2, 1",
+        "host c (10.9.9.3), spare",
     ]
+    assert out.endswith("  nothing, unless it takes the place of a host that is away for 10 s\n")
     first, *_ = [line for line in out.splitlines() if "RANK=0" in line]
     assert first.endswith(
         "-m flowspec run run.yaml --log-level warning --stop 'a b' --prompt-file prompts.jsonl --json results.jsonl"
@@ -92,7 +98,7 @@ def test_a_dry_run_counts_the_files_of_a_split(cluster, pair, capsys):
 
 def test_values_reach_ssh_as_arguments_and_no_remote_shell(cluster):
     made = load_cluster(cluster)
-    for host in made.hosts:
+    for host in made.holding:
         *argv, remote = ssh.command(made, host)
         assert remote == ssh.REMOTE and argv[-2:] == ["--", host.ssh]
     assert argv[-6:-2] == ["-p", "2222", "-l", "me"]
@@ -237,6 +243,89 @@ def test_a_connection_that_ends_is_no_bad_input(session, tmp_path):
         session.answer()
 
 
+# ---- starting again
+NOTING = """
+import os
+with open(os.environ["FLOWSPEC_JOURNAL"], "a") as journal:
+    for k in range(200):
+        journal.write(f"{k}\\n")
+        journal.flush()
+        os.write(1, f"{k}\\n".encode())
+    journal.write("the end\\n")
+"""
+
+
+def test_what_rank_0_notes_is_told_before_what_it_shows(session, tmp_path):
+    """So a run that goes on with what was told shows nothing twice."""
+    greet(session, tmp_path)
+    (tmp_path / "journal").write_text("earlier\n")
+    env = {"FLOWSPEC_JOURNAL": "journal"}
+    session.send(
+        "start", rank=0, argv=["-c", NOTING], env=env, code="code", talks=False, notes="journal"
+    )
+    noted, shown = b"", b""
+    while (event := session.answer())["event"] != "ended":
+        if event["event"] == "noted":
+            noted += base64.b64decode(event["data"])
+        else:
+            shown += base64.b64decode(event["data"])
+        assert noted.startswith(shown)
+    assert event["code"] == 0 and len(shown.split()) == 200
+    while not noted.endswith(b"the end\n"):
+        noted += base64.b64decode(session.answer()["data"])
+
+
+class Clock:
+    """Time that passes only where somebody sleeps, and while a host is tried."""
+
+    now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+@pytest.mark.parametrize(
+    ("spares", "away", "took", "seconds"),
+    [
+        ("c", {"b"}, ["a", "c"], (10, 15)),
+        ("c d", {"b", "c"}, ["a", "d"], (10, 20)),
+        ("c d", {"a", "b"}, ["c", "d"], (10, 20)),
+        ("", {"b"}, None, (60, 65)),
+        ("c", {"b", "c"}, None, (60, 65)),
+    ],
+)
+def test_spare_hosts_take_the_places_of_those_that_stay_away(
+    tmp_path, monkeypatch, spares, away, took, seconds
+):
+    names = [f"{{address: {name}}}" for name in "ab"]
+    names += [f"{{address: {name}, spare: true}}" for name in spares.split()]
+    (tmp_path / "c.yaml").write_text(f"hosts: [{', '.join(names)}]")
+    job = Job(load_cluster(tmp_path / "c.yaml"), Config(stages="x"), (), (), (), {}, False, 1)
+    clock, tried = Clock(), []
+
+    def once(job, *_):
+        tried.append([host.name for host in job.cluster.holding])
+        if len(tried) == 1:
+            return LOST
+        clock.sleep(2.0)
+        for host in job.cluster.holding:
+            if host.name in away:
+                raise launch._Away(host, UserError(f"{host.name} is not there"))
+        return 0
+
+    monkeypatch.setattr(launch, "_once", once)
+    monkeypatch.setattr(launch, "time", clock)
+    if took is None:
+        with pytest.raises(RankLost, match="is not there"):
+            launch.run(job, None)
+    else:
+        assert launch.run(job, None) == 0 and tried[-1] == took
+    assert seconds[0] <= clock.now <= seconds[1]
+
+
 def test_the_agent_leaves_with_its_ranks_when_its_input_ends(tmp_path):
     """A rank that ignores SIGTERM, and has started a process of its own."""
     stubborn = """
@@ -266,6 +355,7 @@ time.sleep(1000)
             "env": {"MARK": str(tmp_path)},
             "code": "code",
             "talks": False,
+            "notes": None,
         },
     ):
         process.stdin.write(json.dumps(request).encode() + b"\n")

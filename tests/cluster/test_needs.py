@@ -76,6 +76,20 @@ def test_hosts_are_asked_for_their_own_files(file):
     assert any(name.startswith("drafter_0/") for name in names[0])
 
 
+def test_a_spare_host_is_asked_for_what_the_neediest_needs(file, pair):
+    hosts = [{"address": f"10.0.0.{k}"} for k in range(3)]
+    plain, own = {"address": "10.0.0.8", "spare": True}, {"address": "10.0.0.9", "spare": True}
+    found = wanted(file(hosts=[*hosts, plain, own | {"device": "cuda"}]))
+    *ranked, spare, on_gpu = found.hosts
+    most = max(ranked, key=lambda host: host.needs.memory)
+    assert found.devices == ("cpu", "cpu", "cpu")
+    assert (spare.ranks, spare.spare, spare.devices) == ((), most.ranks, ("cpu",))
+    assert (spare.needs, spare.files) == (most.needs, most.files)
+    assert on_gpu.devices == ("cuda",) and on_gpu.needs.gpu > CUDA
+    later = wanted(file(hosts=[*hosts, plain], stages="none")).hosts[-1]
+    assert later.spare and not later.files and not later.ranks
+
+
 def test_a_model_may_be_split_later(file, tmp_path):
     found = wanted(file(stages=str(tmp_path / "none")))
     assert "split the model first" in found.unsplit and not found.hosts[0].files

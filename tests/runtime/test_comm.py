@@ -722,7 +722,14 @@ class Silent(dist.HashStore):
         super().set(*words)
 
 
-def test_a_store_that_goes_silent_is_the_launcher_s_end_within_the_limit():
+@pytest.mark.parametrize(
+    ("keeper", "said"),
+    [
+        (-1, "the launcher or the first rank's host is gone (torch's store was silent for 0.3 s)"),
+        (0, "torch's store was silent for 0.3 s"),
+    ],
+)
+def test_a_store_that_goes_silent_is_its_keeper_s_end_within_the_limit(keeper, said):
     store = Silent()
     begun = time.monotonic()
     lost, told = [], threading.Event()
@@ -731,16 +738,14 @@ def test_a_store_that_goes_silent_is_the_launcher_s_end_within_the_limit():
         lost.append(what)
         told.set()
 
-    heart = Heartbeat(store, 0, [Pulse()], note, every=0.02, limit=0.3)
+    heart = Heartbeat(store, 0, [Pulse()], note, every=0.02, limit=0.3, keeper=keeper)
     heart._store = store  # torch's prefix would not call what a class of ours overrides
     heart.announce()
     heart.start()
     assert not told.wait(0.6)
     store.stopped.set()
     assert told.wait(PATIENCE)
-    assert lost == [
-        (-1, "the launcher or the first rank's host is gone (torch's store was silent for 0.3 s)")
-    ]
+    assert lost == [(keeper, said)]
     heart.stop()
     assert time.monotonic() - begun < PATIENCE, "nobody waited for the store"
     store.over.set()
