@@ -77,10 +77,8 @@ def model_of(source: Source, config: Config, tell: Tell) -> Model:
     tensors = source.tensors
     used = [source.layer_names(k, k + 1) for k in range(source.num_layers)]
     head = _weights(tensors, [source.head])
-    held, drafting = 0, 0
-    for drafter in config.drafters:
-        mine, multiplied = _drafter(drafter, config, tell)
-        held, drafting = held + mine, drafting + multiplied
+    drafters = [_drafter(drafter, config, tell) for drafter in config.drafters]
+    held, embedded, drafting = map(sum, zip(*drafters, strict=True))
     return Model(
         layers=tuple(_weights(tensors, names) for names in used),
         embedding=_weights(tensors, source.entrance),
@@ -89,6 +87,7 @@ def model_of(source: Source, config: Config, tell: Tell) -> Model:
         cache=0 if config.cache_mb is not None else cache_numbers(source.config),
         draft=drafting + (head if config.needs_lm_head else 0),
         drafter=held + (head if config.needs_lm_head else 0),
+        draft_embedding=embedded,
     )
 
 
@@ -96,17 +95,20 @@ def _weights(tensors: Tensors, names: Iterable[str]) -> int:
     return sum(math.prod(tensors.info(name).shape) for name in names)
 
 
-def _drafter(drafter: DrafterConfig, config: Config, tell: Tell) -> tuple[int, int]:
-    """Return how many weights a drafter holds, and with how many its forward multiplies."""
+def _drafter(drafter: DrafterConfig, config: Config, tell: Tell) -> tuple[int, int, int]:
+    """Return how many weights a drafter holds but for its embedding, how many that has, and with
+    how many a forward multiplies."""
     tensors = drafter_tensors(drafter, config.folder)
     if tensors is None:
         if drafter.computes:
             tell(f"{drafter.setting} {drafter.path} is not here: its drafts count as free")
-        return 0, 0
+        return 0, 0, 0
+    embeddings = [name for name in tensors.names if name.endswith(EMBEDDED)]
+    embedded = _weights(tensors, embeddings)
+    held = _weights(tensors, tensors.names) - embedded
     # where there is no lm_head the embedding is one
-    looked_up = HEAD in tensors.names or drafter.reads_features
-    names = [name for name in tensors.names if not (looked_up and name.endswith(EMBEDDED))]
-    return _weights(tensors, tensors.names), _weights(tensors, names)
+    tied = HEAD not in tensors.names and not drafter.reads_features
+    return held, embedded, held + (embedded if tied else 0)
 
 
 def group_sizes(source: Source, hosts: int) -> list[int]:

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from flowspec.core.cost import Emulate
 from flowspec.core.topology import Topology
 from flowspec.errors import UserError, need
 from flowspec.files import replacing
@@ -59,6 +60,8 @@ class Prediction:
     ar: float
     flowspec: float | None = None
     """None if nothing drafts."""
+    emulate: Emulate = field(default_factory=Emulate)
+    """So long the ring's parts were taken to need; lm_head on rank 0 stands behind the stages."""
 
 
 @dataclass(frozen=True, kw_only=True)

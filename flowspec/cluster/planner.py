@@ -60,7 +60,9 @@ class Model:
     draft: int = 0
     """A drafter's forward multiplies with so many weights; 0 if no drafter computes."""
     drafter: int = 0
-    """Rank 0 holds so many weights for drafting."""
+    """Rank 0 holds so many weights for drafting,"""
+    draft_embedding: int = 0
+    """and so many of embeddings."""
 
     @cached_property
     def before(self) -> np.ndarray:
@@ -259,9 +261,10 @@ class Candidate:
         setting = self.setting
         found = {setting.coordinator.name: setting.lacking} if setting.lacking else {}
         for placed in self._placed:
-            lack = float(setting.lack[placed])
-            for name in setting.rooms[placed[0]].names if lack else ():
-                found[name] = found.get(name, 0.0) + lack
+            room, lack = setting.rooms[placed[0]], float(setting.lack[placed])
+            for box in room.boxes:
+                own = lack - (box.free - room.free)
+                found |= {box.name: found.get(box.name, 0.0) + own} if own > 0 else {}
         return found
 
     @cached_property
@@ -279,10 +282,10 @@ class Candidate:
             names.append(box.name)
         way = setting.ways.along([*names, box.name])
         emulate = Emulate(
-            stage_ms=tuple(1e3 * base for base, _ in times),
-            token_ms=tuple(1e3 * slope for _, slope in times),
-            draft_ms=1e3 * model.draft * box.seconds(),
-            link_ms=way.ms,
+            stage_ms=tuple(_ms(base) for base, _ in times),
+            token_ms=tuple(_ms(slope) for _, slope in times),
+            draft_ms=_ms(model.draft * box.seconds()),
+            link_ms=round(way.ms, 4),
             link_mbps=way.mbps,
             hidden_scale=box.number / 2,
         )
@@ -295,6 +298,10 @@ class Candidate:
         each = [emulate.stage_seconds(k, ROWS) for k in range(1, 1 + count)]
         hops = 1e-3 * emulate.link_ms * (1 + count)
         return max(each), sum(each) + hops + 1e-3 * emulate.draft_ms
+
+
+def _ms(seconds: float) -> float:
+    return round(1e3 * seconds, 4)
 
 
 Rates = tuple[float, float | None]
@@ -455,8 +462,9 @@ class _Start(NamedTuple):
 
     @property
     def _held(self) -> float:
-        weights = self.model.drafter + (self.model.head if self.picks else 0)
-        return self.box.program + self.box.weight * weights
+        model, box = self.model, self.box
+        weights = model.drafter + (model.head if self.picks else 0)
+        return box.program + box.weight * weights + box.looked_up * model.draft_embedding
 
     @property
     def _here(self) -> Box:

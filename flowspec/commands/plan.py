@@ -150,6 +150,7 @@ def _prediction(found: Alternative) -> Prediction:
         verify_on=best.setting.verify_on,
         ar=round(ar, 3),
         flowspec=None if flowspec is None else round(flowspec, 3),
+        emulate=best.ring[0],
     )
 
 
@@ -195,7 +196,7 @@ def _advice(plan: Plan, model: str, out: str | None) -> Iterator[str]:
         for each in plan.simulated
     }
     mine = rates.pop(plan.chosen)
-    against = (f"{mine / rate:.2f} times the {name}" for name, rate in rates.items())
+    against = (f"{mine / rate:.2f} x {name}" for name, rate in rates.items())
     yield f"chosen: {plan.chosen} ({', '.join(against) or 'nothing else fits'}, simulated)"
     ranks = (f"{name} {held}" for name, held in plan.ranks.items())
     yield f"ranks in the cluster file: {', '.join(ranks)}; in the run's: verify_on: {plan.verify_on}"
