@@ -35,6 +35,7 @@ from flowspec.cluster.report import HostReport, Link, Report, Speed
 from flowspec.commands import plan as command
 from flowspec.commands.split import main as split
 from flowspec.config import load_config
+from flowspec.core.cost import Group
 from flowspec.models.families import read_config
 from flowspec.models.manifest import Manifest
 from flowspec.models.split import Source
@@ -210,6 +211,19 @@ def test_groups_pay_on_quick_links_alone(ms, mbps, pays):
     kinds = {each.best.kind for each in found}
     assert {"groups of 2", "groups of 4"} <= kinds
     assert chosen(found).best.kind.startswith("groups") == pays
+
+
+def test_a_group_takes_as_long_as_one_that_is_emulated():
+    """A stage of two ranks with 16 layers between them weighs as Emulate's, of 8 layers a rank."""
+    boxes = boards(1, 1, 1)
+    none = replace(model(16, head=0), draft=0, drafter=0)
+    tried = candidates(none, boxes, ways(boxes), (2,))
+    one = next(c for c in tried if len(set(c.hosts)) == 3 and c.setting.verify_on == "last")
+    emulate, stages = one.ring
+    like = replace(emulate, stage_ms=1000 * BASE, token_ms=1000 * ROW)
+    for rows in (1, 8, 16):
+        wanted = like.group_seconds(1, rows, Group(2), like.row_bytes(4096))
+        assert stages == 1 and emulate.stage_seconds(1, rows) == pytest.approx(wanted, rel=1e-3)
 
 
 def test_a_large_lm_head_moves_layers_away_from_where_it_is():
