@@ -20,7 +20,7 @@ from flowspec.cluster.planner import (
     shortage,
     unfit,
 )
-from flowspec.cluster.report import Report, load_report
+from flowspec.cluster.report import Needs, Report, load_report
 from flowspec.commands.options import numbers
 from flowspec.config import Config
 from flowspec.core.cost import Emulate
@@ -101,7 +101,9 @@ def _note(text: str) -> None:
 
 
 def _tell_faults(report: Report) -> None:
-    for finding in judge(report):
+    """Tell what the doctor finds, but for what a split that is there already needs."""
+    hosts = (dataclasses.replace(host, needs=Needs(), files=()) for host in report.hosts)
+    for finding in judge(dataclasses.replace(report, hosts=tuple(hosts))):
         if finding.state == FAULT:
             _note(f"no run can start before this is mended: {finding.line}")
 

@@ -12,8 +12,9 @@ import yaml
 
 from flowspec import UserError
 from flowspec.cluster import fleet
+from flowspec.cluster.doctor import TIGHT
 from flowspec.cluster.hosts import load_cluster
-from flowspec.cluster.needs import needs_of
+from flowspec.cluster.needs import CUDA, PROGRAM, needs_of
 from flowspec.cluster.plan import Plan, PlannedModel, PlannedStage, load_plan
 from flowspec.cluster.planner import (
     EQUAL,
@@ -31,7 +32,7 @@ from flowspec.cluster.planner import (
     shortage,
     unfit,
 )
-from flowspec.cluster.report import HostReport, Link, Report, Speed
+from flowspec.cluster.report import Gpu, HostReport, Link, Needs, Report, Speed
 from flowspec.commands import plan as command
 from flowspec.commands.split import main as split
 from flowspec.config import load_config
@@ -442,6 +443,37 @@ def test_a_host_that_does_not_answer_is_left_out(fleet_of, capsys):
     assert fleet_of.plan() == 0
     said = capsys.readouterr()
     assert "nano3 is left out: no answer (timed out)" in said.err and "nano3" not in said.out
+
+
+def test_what_the_doctor_finds_is_told_but_not_what_an_older_split_needs(fleet_of, capsys):
+    fleet_of.run(method="ar")
+    found = report(1, 1, 3, 1, 1)
+    lame = replace(found.hosts[1], facts=facts(gloo=False), needs=Needs(memory=10**12))
+    fleet_of.keep(replace(found, hosts=(found.hosts[0], lame, *found.hosts[2:])))
+    assert fleet_of.plan() == 0
+    told = capsys.readouterr().err
+    assert "nano1: torch has no gloo" in told and "memory" not in told
+
+
+@pytest.mark.parametrize(
+    ("device", "changed", "free", "program"),
+    [
+        ("cpu", {}, 6e9, PROGRAM),
+        ("cuda", {"driver": "L4T 36.4"}, 6e9, PROGRAM + CUDA),
+        ("cuda", {"driver": "570.1", "gpus": (Gpu(name="x", free=9 * 10**9, total=10**10),)}, 9e9, CUDA),
+        ("cuda:0", {}, 0, CUDA),
+    ],
+)  # fmt: skip
+def test_memory_is_that_of_the_device(fleet_of, device, changed, free, program):
+    host = told("nano0", 1, **changed)
+    fast = tuple(replace(s, device="cuda", dtype="float16") for s in host.speeds)
+    found = Report(hosts=(replace(host, speeds=(*host.speeds, *fast)),))
+    hosts = [{"name": "nano0", "address": "10.0.0.1", "device": device}]
+    fleet_of.path.write_text(yaml.safe_dump({"config": "run.yaml", "hosts": hosts}))
+    cluster = load_cluster(fleet_of.path)
+    (box,) = fleet.boxes_of(found, cluster, fleet.run_of(cluster), "float16", "report", print)
+    assert (box.free, box.program) == (pytest.approx(TIGHT * free), program)
+    assert (box.weight, box.number) == ((4, 4) if device == "cpu" else (2, 2))
 
 
 WRONG = {
