@@ -318,19 +318,22 @@ class Forecaster:
         return f"{self.models.name}, {'' if self.config.policy.coupled else 'not '}coupled"
 
 
-def made_up(config: Config, profile: Sequence[float], requests: int) -> Forecaster:
+def made_up(
+    config: Config, profile: Sequence[float], requests: int, hidden: int | None = None
+) -> Forecaster:
     """Return a forecaster without models, whose acceptance is random.
 
-    `profile[k]` is the probability that the target's token is the draft's k-th choice."""
+    `profile[k]` is the probability that the target's token is the draft's k-th choice. A row of
+    features has `hidden` elements; None stands for as many as weigh like 4096."""
     need(
         all(p >= 0 for p in profile) and 0 < sum(profile) <= 1,
         "--synthetic: shares between 0 and 1 that sum up to at most 1",
     )
-    scale = config.emulate.hidden_scale
-    forecaster = Forecaster(
-        config,
-        Models(name="synthetic", vocabulary=1 << 31, hidden=round(4096 / scale) if scale else 0),
-    )
+    if hidden is None:
+        scale = config.emulate.hidden_scale
+        hidden = round(4096 / scale) if scale else 0
+    models = Models(name="synthetic", vocabulary=1 << 31, hidden=hidden)
+    forecaster = Forecaster(config, models)
     forecaster.profile = profile
     for k in range(requests):
         sampling = dataclasses.replace(config.sampling, seed=k)

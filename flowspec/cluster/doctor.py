@@ -238,7 +238,7 @@ def _devices(report: Report, host: HostReport) -> Iterator[tuple[int, str]]:
 
 
 def _memory(host: HostReport, facts: Facts, report: Report) -> Found:
-    shared = (facts.driver or "").startswith("L4T")  # a Jetson's GPU has the host's memory
+    shared = facts.memory_is_shared
     memory = host.needs.memory + (host.needs.gpu if shared else 0)
     yield from _room(host, "memory", memory, facts.memory_free)
     if host.needs.gpu and facts.gpus and not shared:

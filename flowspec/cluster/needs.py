@@ -23,6 +23,7 @@ from flowspec.errors import UserError
 from flowspec.models.families import EMBEDDING, read_config
 from flowspec.models.manifest import FILE_NAME, Manifest
 from flowspec.models.quantised import Tensors, plain
+from flowspec.models.shard import heads
 from flowspec.models.weights import Checkpoint, TensorFile
 from flowspec.preflight import manifest_of
 
@@ -130,9 +131,11 @@ def needs_of(manifest: Manifest, config: Config, ranks: Iterable[int]) -> Needs:
 
 def _held(manifest: Manifest, config: Config, rank: int) -> int:
     """Return the bytes of a rank's weights and caches, where it computes."""
-    topology, dtype = manifest.topology, _dtype(config, manifest, rank)
+    topology = manifest.topology
+    dtype = dtype_on(config.device_of(rank), config.dtype, manifest.dtype)
     drafters = config.drafters_on(topology, rank)
-    held = sum(_drafter(drafter, config.folder, dtype) for drafter in drafters)
+    tensors = (drafter_tensors(drafter, config.folder) for drafter in drafters)
+    held = sum(_bytes(each, dtype) for each in tensors if each)
     if topology.drafts(rank):
         return held
     entry = manifest.entry(rank)
@@ -143,21 +146,31 @@ def _held(manifest: Manifest, config: Config, rank: int) -> int:
     return held + _cache(manifest, config, rank, model, dtype)
 
 
-def _dtype(config: Config, manifest: Manifest, rank: int) -> str:
-    """Return the name of the dtype in which a rank computes (rank.compute_dtype, without torch)."""
-    stored = "float32" if config.device_of(rank) == "cpu" else manifest.dtype
-    return stored if config.dtype == "auto" else config.dtype
+def dtype_on(device: str, asked: str, stored: str) -> str:
+    """Return the name of the dtype in which a rank computes (rank.compute_dtype, without torch).
+
+    `asked` is the configuration's, `stored` the split's."""
+    found = "float32" if device == "cpu" else stored
+    return found if asked == "auto" else asked
 
 
 def _cache(manifest: Manifest, config: Config, rank: int, model: dict, dtype: str) -> int:
     layers = manifest.entry(rank).num_layers
     if config.cache_mb is not None and layers:
         return int(config.cache_mb * 1e6)
-    heads = model.get("num_key_value_heads") or model["num_attention_heads"]
-    width = model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"]
+    return layers * cache_numbers(model) * number_bytes(config.device_of(rank), dtype)
+
+
+def cache_numbers(model: dict) -> int:
+    """Return of how many numbers a layer's keys and values are, for CONTEXT tokens."""
+    _, groups, width = heads(model)
+    return 2 * groups * width * min(CONTEXT, model["max_position_embeddings"])
+
+
+def number_bytes(device: str, dtype: str) -> int:
+    """Return the size of a number of rows, keys and values on a device."""
     # our kernels on a CPU have rows of float32, whatever the weights are
-    size = BYTES["float32"] if config.device_of(rank) == "cpu" else BYTES[dtype]
-    return layers * 2 * heads * width * size * min(CONTEXT, manifest.max_positions)
+    return BYTES["float32"] if device == "cpu" else BYTES[dtype]
 
 
 def _bytes(file: Tensors, dtype: str) -> int:
@@ -172,13 +185,13 @@ def _bytes(file: Tensors, dtype: str) -> int:
     )
 
 
-def _drafter(drafter: DrafterConfig, folder: Path, dtype: str) -> int:
-    """Return the bytes of a drafter's weights; 0 if they are not on this machine, or not read."""
+def drafter_tensors(drafter: DrafterConfig, folder: Path) -> Tensors | None:
+    """Return a drafter's weights; None if they are not on this machine, or cannot be read."""
     if not drafter.computes or not (folder / (drafter.path or "")).is_dir():
-        return 0
+        return None
     path = drafter.checkpoint(folder)
     try:
         model = {} if drafter.reads_features else read_config(path)
-        return _bytes(plain(Checkpoint(path), model, str(path)), dtype)
+        return plain(Checkpoint(path), model, str(path))
     except UserError:  # preflight says what is wrong with it
-        return 0
+        return None

@@ -99,6 +99,11 @@ class Facts:
     other: tuple[str, ...]
     """Files of its ranks whose size or sha256 is another."""
 
+    @property
+    def memory_is_shared(self) -> bool:
+        """Return whether the GPU has the host's memory, as a Jetson's has."""
+        return (self.driver or "").startswith("L4T")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Clock:

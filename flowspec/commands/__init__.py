@@ -11,6 +11,7 @@ COMMANDS = {
     "simulate": "predict tokens/s of any ring and method in virtual time",
     "estimate": "measure how good and how fast a pair of models is (estimate acceptance|latency)",
     "doctor": "say what is wrong with this machine, or the hosts of a cluster file",
+    "plan": "say which layers go to which host of a cluster file, and how fast that is",
     "trace": "say where the time of a traced run went, and draw it",
     "split": "cut a checkpoint into a file a stage (split_models.py)",
 }

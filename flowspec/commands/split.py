@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
+from flowspec.cluster.plan import load_plan
 from flowspec.errors import need
+from flowspec.models.families import read_config
+from flowspec.models.hub import MODEL_FILES, local_folder
 from flowspec.models.split import Screen, split
 from flowspec.output import Parser, command, sigterm_interrupts
 
@@ -44,6 +48,11 @@ def parser() -> Parser:
         help="layers of each stage (default: near equal, the later stages get the remainder)",
     )
     each.add_argument(
+        "--plan",
+        metavar="FILE",
+        help="what flowspec plan --out wrote, instead of --stages, --layers and --tensor-parallel",
+    )
+    each.add_argument(
         "--dtype",
         default="auto",
         metavar="auto|float32|float16|bfloat16",
@@ -57,18 +66,39 @@ def main(argv: Sequence[str]) -> int:
     """Split and return the exit code: 0, 2 for bad input (one line on stderr), 130 when
     interrupted."""
     args = parser().parse_args(argv)
-    need(
-        args.stages is not None or args.tensor_parallel is not None,
-        "give --stages N, --tensor-parallel T or both",
-    )
+    stages, members, layers = _planned(args) if args.plan else _asked(args)
     with sigterm_interrupts():
         split(
             args.model,
-            1 if args.stages is None else args.stages,
+            stages,
             args.output,
-            members=1 if args.tensor_parallel is None else args.tensor_parallel,
-            layers=args.layers,
+            members=members,
+            layers=layers,
             dtype=args.dtype,
             progress=Screen(),
         )
     return 0
+
+
+def _asked(args: argparse.Namespace) -> tuple[int, int, str | None]:
+    """Return the number of stages, the ranks of each, and its layers, as flags say."""
+    need(
+        args.stages is not None or args.tensor_parallel is not None,
+        "give --stages N, --tensor-parallel T or both, or --plan FILE",
+    )
+    stages, members = (
+        1 if number is None else number for number in (args.stages, args.tensor_parallel)
+    )
+    return stages, members, args.layers
+
+
+def _planned(args: argparse.Namespace) -> tuple[int, int, Sequence[int]]:
+    """Return the same as a plan says. Raise UserError if it is one of another model."""
+    for name in ("stages", "layers", "tensor_parallel"):
+        flag = "--" + name.replace("_", "-")
+        need(getattr(args, name) is None, f"--plan says it already: leave out {flag}")
+    plan = load_plan(args.plan)
+    plan.check_model(
+        read_config(local_folder(args.model, "--model", MODEL_FILES)), f"--plan {args.plan}"
+    )
+    return len(plan.stages), plan.members, plan.layers
