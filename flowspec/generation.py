@@ -27,6 +27,12 @@ class Token(NamedTuple):
     gap: float
     """This is the target's lead of this token over the next best one: of the logit, above
     temperature 0 of the perturbed log-probability."""
+    logprob: float | None = None
+    """This is the token's log-probability by the target's logits as they are; None unless
+    `sampling.logprobs` asks for it."""
+    top: tuple[tuple[int, float], ...] = ()
+    """These are the `sampling.logprobs` likeliest tokens at its place and their log-probabilities,
+    from the top; the token itself is among them only if it is so likely."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,9 @@ class Generation:
         piece = stream.push(token.id) + (stream.flush() if token.final else "")
         if stream.stopped:
             self._stop()
-        return Token(token.id, piece, token.accepted, token.gap)
+        if token.logprobs is None:
+            return Token(token.id, piece, token.accepted, token.gap)
+        return Token(token.id, piece, token.accepted, token.gap, *token.logprobs)
 
     def _stop(self) -> None:
         if not self._stopped:

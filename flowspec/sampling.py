@@ -196,6 +196,17 @@ def _blocks(x: np.ndarray, width: int) -> np.ndarray:
 
 
 # ---- picks ---------------------------------------------------------------------------------------
+class Logprobs(NamedTuple):
+    """Logprobs are what the target makes of a token, in log-probability.
+
+    They are of its logits as they are, before anything is done to them for a pick."""
+
+    own: float
+    """That of the token itself."""
+    top: tuple[tuple[int, float], ...] = ()
+    """These are the likeliest tokens and theirs, from the top."""
+
+
 class Pick(NamedTuple):
     """A pick is a chosen token and how clear the choice was.
 
@@ -203,6 +214,8 @@ class Pick(NamedTuple):
 
     token: int
     gap: float
+    logprobs: Logprobs | None = None
+    """None unless the request asks for them."""
 
 
 def pick(logits: Tensor, sampling: Sampling, noise: NoiseRows | None, position: int) -> Pick:

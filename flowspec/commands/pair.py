@@ -180,7 +180,7 @@ def _prompts(
 def _sampling(options: argparse.Namespace) -> Sampling:
     given = given_sampling(options)
     try:
-        return Sampling(**given)  # type: ignore[arg-type]
+        return Sampling(**given)
     except UserError as error:
         raise UserError(f"--{str(error).removeprefix('sampling.').replace('_', '-', 2)}") from None
 

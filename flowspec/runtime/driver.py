@@ -50,7 +50,7 @@ from flowspec.runtime.pool import LOST, PoolDrafter
 from flowspec.runtime.stream import Stream
 from flowspec.runtime.tracing import SpanLog, merged
 from flowspec.runtime.waiting import receive
-from flowspec.sampling import NoiseRows, Pick, noise_for
+from flowspec.sampling import Logprobs, NoiseRows, Pick, noise_for
 from flowspec.trace import Fates, Span
 
 log = logging.getLogger(__name__)
@@ -68,6 +68,8 @@ class Committed(NamedTuple):
     gap: float
     """This is the lead over the runner-up: in logits at temperature 0, else in log-probability
     perturbed by the sampling noise."""
+    logprobs: Logprobs | None = None
+    """None unless the request asks for them."""
     final: bool = False
     """This is the last token of the text."""
 
@@ -482,10 +484,11 @@ class Driver:
         if live.log.on:
             live.fates.decided(commit.path, commit.root, stats.last_token)
         stats.first_token = stats.first_token or stats.last_token
-        gaps = [live.picks[node].gap for node in commit.path]
+        picks = [live.picks[node] for node in commit.path]
         live.picks = {}
         return [
-            Committed(*token) for token in zip(commit.tokens, commit.accepted, gaps, strict=True)
+            Committed(token, accepted, pick.gap, pick.logprobs)
+            for token, accepted, pick in zip(commit.tokens, commit.accepted, picks, strict=True)
         ]
 
     def _features_of(self, live: _Live, path: tuple[int, ...]) -> torch.Tensor:
