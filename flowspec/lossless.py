@@ -28,7 +28,7 @@ from flowspec.engine import Engine
 from flowspec.errors import need
 from flowspec.generation import Token
 from flowspec.models.unsplit import load_unsplit
-from flowspec.sampling import NoiseRows, noise_for, pick
+from flowspec.sampling import NoiseRows, adjusted, noise_for, past_of, pick
 
 ROWS = 64
 """At most this many rows of logits are held at a time."""
@@ -247,9 +247,13 @@ def replay(
         dataclasses.replace(engine.config.sampling, **setting),
     )
     noise, doubts, worst = noise_for(sampling, engine.manifest.vocab_size), [], 0.0
-    rows = reference.logits(start, [token.id for token in text])
-    for position, (token, logits) in enumerate(zip(text, rows, strict=True), len(start)):
-        allowed = tolerance_of(engine, float(logits.abs().max()))
+    ids, past, times = [token.id for token in text], past_of(sampling, start), _times(sampling)
+    rows, whole = reference.logits(start, ids), [*start, *ids]
+    for position, (token, row) in enumerate(zip(text, rows, strict=True), len(start)):
+        if past is not None:
+            past.reach(position - 1, whole[position - 1])
+        logits = adjusted(row, sampling, past)
+        allowed = times * tolerance_of(engine, float(row.abs().max()))
         chosen = pick(logits, sampling, noise, position)
         if chosen.token != token.id:
             doubts.append(
@@ -269,6 +273,11 @@ def replay(
             if not apart < allowed:
                 doubts.append(Doubt(position, token.id, token.id, apart, allowed))
     return Replay(len(text), doubts, worst)
+
+
+def _times(sampling: Sampling) -> float:
+    """Return how many times a logit's error may be what it was, once it is penalised."""
+    return max(sampling.repetition_penalty, 1 / sampling.repetition_penalty)
 
 
 # ---- verify --------------------------------------------------------------------------------------

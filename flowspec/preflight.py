@@ -57,6 +57,7 @@ def check_run(config: Config, ranks: Sequence[int] | None = None) -> Manifest:
     need(devices in (1, topology.world_size), f"device lists {devices} ranks, {split}")
     config.emulate.check_stages(topology.stages, topology.servers)
     check_servers(config, topology)
+    config.sampling.check(manifest.vocab_size)
     config.check_method(topology.members)
     if config.shares_by_autotp(topology):
         check_autotp(config, manifest)

@@ -6,6 +6,7 @@ fast the reader is, or whether it is still there, is no matter to the ring.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import sys
@@ -50,7 +51,7 @@ from flowspec.runtime.pool import LOST, PoolDrafter
 from flowspec.runtime.stream import Stream
 from flowspec.runtime.tracing import SpanLog, merged
 from flowspec.runtime.waiting import receive
-from flowspec.sampling import Logprobs, NoiseRows, Pick, noise_for
+from flowspec.sampling import Logprobs, NoiseRows, Past, Pick, noise_for, past_of
 from flowspec.trace import Fates, Span
 
 log = logging.getLogger(__name__)
@@ -180,6 +181,7 @@ class _Live:
         self.drafts = drafts
         self.decoding: Decoding
         self.noise: NoiseRows | None = None
+        self.past: Past | None = None
         self.features: dict[int, tuple[torch.Tensor, int]] = {}
         """This maps a node that came back to (feature rows, index of its row there), if the drafter
         reads them."""
@@ -398,6 +400,7 @@ class Driver:
         self._live[request.id] = live
         live.before = self._bookkeeping
         live.noise = noise_for(request.sampling, self._vocabulary)
+        live.past = past_of(request.sampling, request.prompt, request.known)
         features, layers = draft is not None and draft.features, draft.layers if draft else ()
         start = wire.start(
             request,
@@ -407,6 +410,7 @@ class Driver:
             live.submission.switches,
             self._fresh,
             live.submission.spread,
+            request.sampling.counts and self._head is None,
         )
         if self._fresh and self._draft:
             self._draft.forget()
@@ -526,7 +530,9 @@ class Driver:
         """Return an answer of a server with its nodes as rank 0 calls them."""
         nodes = self._scheduler.nodes(server, answer.request, answer.number, answer.ids)
         return (
-            answer._replace(ids=[*nodes]) if nodes else answer._replace(ids=[], tokens=[], gaps=[])
+            answer._replace(ids=[*nodes])
+            if nodes
+            else answer._replace(ids=[], tokens=[], gaps=[], logprobs=())
         )
 
     def _returned(self, live: _Live, answer: wire.Answer) -> Returned:
@@ -535,7 +541,7 @@ class Driver:
             live.features.update((id, (rows, k)) for k, id in enumerate(answer.ids))
         picks: Mapping[int, Pick]
         if answer.positions is None:
-            found = map(Pick, answer.tokens, answer.gaps)
+            found = map(Pick, answer.tokens, answer.gaps, answer.logprobs or itertools.repeat(None))
             picks = dict(zip(answer.ids, found, strict=True))
         else:
             picks = self._to_pick(live, answer)
@@ -555,9 +561,17 @@ class Driver:
         nodes = live.decoding.tree.nodes
         alive = [k for k, id in enumerate(answer.ids) if id in nodes]
         ids = [answer.ids[k] for k in alive]
-        parents = [nodes[id].parent for id in ids]
-        positions, rows = answer.positions[alive], answer.rows[alive]
-        return Picks(self._head, live.request.sampling, live.noise, ids, parents, positions, rows)
+        return Picks(
+            self._head,
+            live.request.sampling,
+            live.noise,
+            ids,
+            [nodes[id].parent for id in ids],
+            answer.positions[alive],
+            answer.rows[alive],
+            past=live.past,
+            tokens=[nodes[id].token for id in ids],
+        )
 
     # ---- the end ---------------------------------------------------------------------------------
     def _cancel(self, request: int) -> None:
