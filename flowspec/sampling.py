@@ -165,12 +165,13 @@ def adjusted(logits: Tensor, sampling: Sampling, past: Past | None) -> Tensor:
 
     They are as they were if there are none. The logits are on the host. A bias is added. Then the
     repetition penalty r makes x / r of a logit x > 0 and x r of another; then the presence and the
-    frequency penalty are taken away (Sampling says of which tokens)."""
+    frequency penalty are taken away (Sampling says of which tokens). A draft model's vocabulary may
+    lack some of these."""
     if not sampling.adjusts:
         return logits
     x = logits.to(torch.float64, copy=True).numpy()
     for token, bias in sampling.logit_bias:
-        x[token] += bias
+        x[token : token + 1] += bias
     if past is not None:
         _penalise(x, sampling, past)
     return torch.from_numpy(x)
@@ -179,9 +180,9 @@ def adjusted(logits: Tensor, sampling: Sampling, past: Past | None) -> Tensor:
 def _penalise(x: np.ndarray, sampling: Sampling, past: Past) -> None:
     repetition = sampling.repetition_penalty
     if repetition != 1:
-        some = past.all
+        some = [token for token in past.all if token < len(x)]
         x[some] = np.where(x[some] > 0, x[some] / repetition, x[some] * repetition)
-    if new := past.new:
+    if new := {token: times for token, times in past.new.items() if token < len(x)}:
         times = np.fromiter(new.values(), np.float64)
         x[[*new]] -= sampling.presence_penalty + sampling.frequency_penalty * times
 
