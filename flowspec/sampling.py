@@ -297,8 +297,6 @@ class Pick(NamedTuple):
 
     token: int
     gap: float
-    logprobs: Logprobs | None = None
-    """None unless the request asks for them."""
 
 
 def pick(logits: Tensor, sampling: Sampling, noise: NoiseRows | None, position: int) -> Pick:

@@ -46,12 +46,12 @@ from flowspec.models.cache import RowCache
 from flowspec.models.stage import Head
 from flowspec.runtime import wire
 from flowspec.runtime.drafting import DraftThread, Local
-from flowspec.runtime.picking import Picks
+from flowspec.runtime.picking import Picked, Picks
 from flowspec.runtime.pool import LOST, PoolDrafter
 from flowspec.runtime.stream import Stream
 from flowspec.runtime.tracing import SpanLog, merged
 from flowspec.runtime.waiting import receive
-from flowspec.sampling import Logprobs, NoiseRows, Past, Pick, noise_for, past_of
+from flowspec.sampling import Logprobs, NoiseRows, Past, noise_for, past_of
 from flowspec.trace import Fates, Span
 
 log = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ class _Live:
         self.features: dict[int, tuple[torch.Tensor, int]] = {}
         """This maps a node that came back to (feature rows, index of its row there), if the drafter
         reads them."""
-        self.picks: dict[int, Pick] = {}
+        self.picks: dict[int, Picked] = {}
         self.before = 0.0
         """The shared bookkeeping of the run was this when the request began."""
         self.pongs: dict[int, list[tuple[float, float]]] = {}
@@ -539,9 +539,11 @@ class Driver:
         if answer.rows is not None and live.drafts and self._draft and self._draft.features:
             rows = answer.rows
             live.features.update((id, (rows, k)) for k, id in enumerate(answer.ids))
-        picks: Mapping[int, Pick]
+        picks: Mapping[int, Picked]
         if answer.positions is None:
-            found = map(Pick, answer.tokens, answer.gaps, answer.logprobs or itertools.repeat(None))
+            found = map(
+                Picked, answer.tokens, answer.gaps, answer.logprobs or itertools.repeat(None)
+            )
             picks = dict(zip(answer.ids, found, strict=True))
         else:
             picks = self._to_pick(live, answer)

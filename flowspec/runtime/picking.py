@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -10,10 +11,20 @@ from flowspec.core.request import Sampling
 from flowspec.models.device import on_host
 from flowspec.models.logits import TreeLogits
 from flowspec.models.stage import Head
-from flowspec.sampling import NoiseRows, Past, Pick, adjusted, logprobs_of, pick
+from flowspec.sampling import Logprobs, NoiseRows, Past, adjusted, logprobs_of, pick
 
 
-class Picks(Mapping[int, Pick]):
+class Picked(NamedTuple):
+    """Picked is a token that was picked, and what the request wants to know of it."""
+
+    token: int
+    gap: float
+    """This is its lead, as a Pick has it."""
+    logprobs: Logprobs | None = None
+    """None unless the request asks for them."""
+
+
+class Picks(Mapping[int, Picked]):
     """Picks map a node of one segment to the target's pick after it.
 
     Filters and noise are applied to the node alone. Where a penalty counts the tokens of the node's
@@ -42,7 +53,7 @@ class Picks(Mapping[int, Pick]):
         self._sampling, self._noise, self._positions = sampling, noise, positions
         self._past, self._tokens = past, tokens
 
-    def __getitem__(self, id: int) -> Pick:
+    def __getitem__(self, id: int) -> Picked:
         """Return the pick after node `id`; KeyError if the segment has no such node."""
         sampling, k = self._sampling, self._logits.index[id]
         logits, position = on_host(self._logits[id]), int(self._positions[k])
@@ -50,8 +61,8 @@ class Picks(Mapping[int, Pick]):
             self._past.reach(position, self._tokens[k])
         found = pick(adjusted(logits, sampling, self._past), sampling, self._noise, position + 1)
         if sampling.logprobs is None:
-            return found
-        return found._replace(logprobs=logprobs_of(logits, found.token, sampling.logprobs))
+            return Picked(*found)
+        return Picked(*found, logprobs_of(logits, found.token, sampling.logprobs))
 
     def __len__(self) -> int:
         return len(self._logits)

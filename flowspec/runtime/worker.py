@@ -43,9 +43,9 @@ from flowspec.models.stage import Cached, Head, Share, StageModel, Tapped, forwa
 from flowspec.runtime import wire
 from flowspec.runtime.group import SHARING, Crew
 from flowspec.runtime.memory import peak_memory
-from flowspec.runtime.picking import Picks
+from flowspec.runtime.picking import Picked, Picks
 from flowspec.runtime.tracing import SpanLog
-from flowspec.sampling import NoiseRows, Past, Pick, noise_for
+from flowspec.sampling import NoiseRows, Past, noise_for
 
 log = logging.getLogger(__name__)
 
@@ -287,7 +287,7 @@ class Worker:
             live.past,
             segment.tokens,
         )
-        found: list[Pick] = []
+        found: list[Picked] = []
 
         def choose(k: int) -> int:
             found.append(picks[segment.ids[k]])
