@@ -23,12 +23,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flowspec.core.past import past_of
 from flowspec.core.request import Sampling
 from flowspec.engine import Engine
 from flowspec.errors import need
 from flowspec.generation import Token
 from flowspec.models.unsplit import load_unsplit
-from flowspec.sampling import NoiseRows, adjusted, noise_for, past_of, pick
+from flowspec.sampling import NoiseRows, adjusted, noise_for, pick
 
 ROWS = 64
 """At most this many rows of logits are held at a time."""

@@ -18,14 +18,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
-from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flowspec.core.past import Past, adjust
 from flowspec.core.request import Sampling
 
 _M32 = (1 << 32) - 1
@@ -119,72 +119,11 @@ def noise_for(sampling: Sampling, vocabulary: int) -> NoiseRows | None:
 
 
 # ---- biases and penalties ------------------------------------------------------------------------
-class Past:
-    """The past is the text before a token, as penalties see it.
-
-    It follows a walk down a tree: what a node's token is picked from counts the node's path."""
-
-    def __init__(self, prompt: Sequence[int], known: int = 0):
-        """The last `known` tokens of the prompt are new ones of a text that is gone on with."""
-        self._first = len(prompt) - known  # the position of the first new token
-        self._tokens = [*prompt]  # by position
-        self._asked = frozenset(prompt[: self._first])
-        self._new = Counter(prompt[self._first :])
-
-    def reach(self, position: int, token: int) -> None:
-        """Let the text end with this token at this absolute position, which is not beyond its end.
-
-        What stood there and behind it is gone."""
-        assert position <= len(self._tokens), "a walk leaves out a token"
-        for at in range(len(self._tokens) - 1, position - 1, -1):
-            gone = self._tokens.pop()
-            if at >= self._first:
-                self._new[gone] -= 1
-        self._tokens.append(token)
-        if position >= self._first:
-            self._new[token] += 1
-
-    @property
-    def new(self) -> dict[int, int]:
-        """Return how often each of the new tokens is there."""
-        return {token: times for token, times in self._new.items() if times}
-
-    @property
-    def all(self) -> list[int]:
-        """Return the tokens of the prompt and the new ones, each once."""
-        return [*self._asked.union(self.new)]
-
-
-def past_of(sampling: Sampling, prompt: Sequence[int], known: int = 0) -> Past | None:
-    """Return the past of a text that begins with this prompt; None if no penalty looks at it."""
-    return Past(prompt, known) if sampling.counts else None
-
-
 def adjusted(logits: Tensor, sampling: Sampling, past: Past | None) -> Tensor:
     """Return the logits [vocabulary] after biases and penalties, float64.
 
-    They are as they were if there are none. The logits are on the host. A bias is added. Then the
-    repetition penalty r makes x / r of a logit x > 0 and x r of another; then the presence and the
-    frequency penalty are taken away (Sampling says of which tokens). A draft model's vocabulary may
-    lack some of these."""
-    if not sampling.adjusts:
-        return logits
-    x = logits.to(torch.float64, copy=True).numpy()
-    for token, bias in sampling.logit_bias:
-        x[token : token + 1] += bias
-    if past is not None:
-        _penalise(x, sampling, past)
-    return torch.from_numpy(x)
-
-
-def _penalise(x: np.ndarray, sampling: Sampling, past: Past) -> None:
-    repetition = sampling.repetition_penalty
-    if repetition != 1:
-        some = [token for token in past.all if token < len(x)]
-        x[some] = np.where(x[some] > 0, x[some] / repetition, x[some] * repetition)
-    if new := {token: times for token, times in past.new.items() if token < len(x)}:
-        times = np.fromiter(new.values(), np.float64)
-        x[[*new]] -= sampling.presence_penalty + sampling.frequency_penalty * times
+    They are as they were if there are none. The logits are on the host."""
+    return torch.from_numpy(adjust(logits.numpy(), sampling, past)) if sampling.adjusts else logits
 
 
 def logprobs_of(logits: Tensor, token: int, top: int) -> Logprobs:

@@ -11,17 +11,18 @@ import itertools
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from flowspec.core.messages import Commit, DraftNode
+from flowspec.core.past import past_of
 from flowspec.core.request import Request
+from flowspec.draft.base import Alike
 from flowspec.draft.lm import LmSession
 from flowspec.host.reader import Reader, Rows, Whole
 from flowspec.host.rules import Keyed, Rejection, Rule
 from flowspec.host.trees import Grower, Tree
 from flowspec.models.logits import TreeLogits
-from flowspec.sampling import Logprobs, adjusted, logprobs_of, past_of
+from flowspec.sampling import Logprobs, adjusted, logprobs_of
 
 ORIGINS = ("draft", "resampled", "bonus", "plain")
 """A token was accepted from the draft, drawn by the target in the place of rejected ones, drawn by
@@ -79,6 +80,7 @@ class Text:
         self._ids = itertools.count(1)
         self._root = DraftNode(0, -1, request.prompt[-1])
         self._position = request.prompt_length - 1
+        self._alike = Alike(request)
         self._past = past_of(request.sampling, request.prompt, request.known)
         self.left = request.sampling.max_new_tokens
         """So many tokens are still to come."""
@@ -107,7 +109,6 @@ class Text:
             self._root, self._ids, self._rule, self._position, self.left - 1
         )
         logits: Tensor | None = None
-        known: dict[int, DraftNode] = {}
         for asked in itertools.count():
             try:
                 nodes = growing.send(logits)  # type: ignore[arg-type]  # None begins it
@@ -116,26 +117,8 @@ class Text:
                 tree.asked = asked
                 return tree
             made = yield Ask("draft", Rows(self._draft, nodes))
-            logits = self._alike(nodes, known, made.all())
+            logits = self._alike(nodes, made.all())
         raise AssertionError("a grower comes to an end")
-
-    def _alike(
-        self, nodes: Sequence[DraftNode], known: dict[int, DraftNode], logits: Tensor
-    ) -> Tensor:
-        """Return the draft model's logits [n, vocabulary] after nodes, adjusted as the target's.
-
-        `known` are the nodes of the tree that it was asked for before, by id; these are added."""
-        sampling = self._request.sampling
-        if not sampling.adjusts:
-            return logits
-        known.update((node.id, node) for node in nodes)
-        rows = []
-        for node, row in zip(nodes, logits, strict=True):
-            if self._past is not None:
-                for position, each in enumerate(path_to(node, known), self._position):
-                    self._past.reach(position, each.token)
-            rows.append(adjusted(row, sampling, self._past))
-        return torch.stack(rows)
 
     def _walk(self, tree: Tree, logits: TreeLogits) -> tuple[list[DraftNode], int]:
         """Return the nodes that are text, the root first, and the token that follows them."""
@@ -173,15 +156,8 @@ class Text:
         commit = Commit(tuple(node.id for node in path), tokens, guessed, root.id)
         for session in (self._target, self._draft) if self._draft else (self._target,):
             session.commit(commit)
+        self._alike.commit(path, root.id)
         self._root, self._position = root, self._position + len(path)
-
-
-def path_to(node: DraftNode, known: Mapping[int, DraftNode]) -> list[DraftNode]:
-    """Return those of the known nodes from which the node descends, the oldest first, and it."""
-    path = [node]
-    while path[-1].parent in known:
-        path.append(known[path[-1].parent])
-    return path[::-1]
 
 
 class InStep:

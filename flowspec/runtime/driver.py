@@ -36,6 +36,7 @@ from flowspec.core.messages import (
     Wake,
     Woke,
 )
+from flowspec.core.past import Past, past_of
 from flowspec.core.policy import Policy, PolicyConfig
 from flowspec.core.request import Request
 from flowspec.core.ring import Ring
@@ -51,7 +52,7 @@ from flowspec.runtime.pool import LOST, PoolDrafter
 from flowspec.runtime.stream import Stream
 from flowspec.runtime.tracing import SpanLog, merged
 from flowspec.runtime.waiting import receive
-from flowspec.sampling import Logprobs, NoiseRows, Past, noise_for, past_of
+from flowspec.sampling import Logprobs, NoiseRows, noise_for
 from flowspec.trace import Fates, Span
 
 log = logging.getLogger(__name__)

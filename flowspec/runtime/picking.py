@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from flowspec.core.past import Past
 from flowspec.core.request import Sampling
 from flowspec.models.device import on_host
 from flowspec.models.logits import TreeLogits
 from flowspec.models.stage import Head
-from flowspec.sampling import Logprobs, NoiseRows, Past, adjusted, logprobs_of, pick
+from flowspec.sampling import Logprobs, NoiseRows, adjusted, logprobs_of, pick
 
 
 class Picked(NamedTuple):

@@ -31,10 +31,11 @@ from flowspec.core.messages import (
     Segment,
     Started,
 )
+from flowspec.core.past import Past
 from flowspec.core.policy import PolicyConfig
 from flowspec.core.request import MOST_LOGPROBS, Request, Sampling
 from flowspec.core.stage import Admitted, Gather
-from flowspec.sampling import Logprobs, Past
+from flowspec.sampling import Logprobs
 from flowspec.trace import Span
 
 FORMAT = 8
@@ -427,6 +428,7 @@ def take_on(request: Request, coupled: bool) -> Message:
     about = {
         "request": request.id,
         "coupled": coupled,
+        "known": request.known,
         "sampling": dataclasses.asdict(request.sampling),
     }
     return Message("take_on", about, (torch.tensor(request.prompt, dtype=torch.int32),))
@@ -434,7 +436,9 @@ def take_on(request: Request, coupled: bool) -> Message:
 
 def read_take_on(message: Message) -> tuple[Request, bool]:
     prompt, about = tuple(message.tensors[0].tolist()), message.meta
-    request = Request(id=about["request"], prompt=prompt, sampling=read_sampling(message))
+    request = Request(
+        id=about["request"], prompt=prompt, sampling=read_sampling(message), known=about["known"]
+    )
     return request, about["coupled"]
 
 

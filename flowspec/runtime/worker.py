@@ -37,6 +37,7 @@ from flowspec.core.machine import (
     StageMachine,
     Tell,
 )
+from flowspec.core.past import Past
 from flowspec.core.request import Sampling
 from flowspec.models.parallel import Way
 from flowspec.models.stage import Cached, Head, Share, StageModel, Tapped, forward_together
@@ -45,7 +46,7 @@ from flowspec.runtime.group import SHARING, Crew
 from flowspec.runtime.memory import peak_memory
 from flowspec.runtime.picking import Picked, Picks
 from flowspec.runtime.tracing import SpanLog
-from flowspec.sampling import NoiseRows, Past, noise_for
+from flowspec.sampling import NoiseRows, noise_for
 
 log = logging.getLogger(__name__)
 

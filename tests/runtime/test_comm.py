@@ -272,7 +272,7 @@ def proposed(ids, k=KEPT) -> Drafted:
 
 
 def test_what_rank_0_and_its_drafters_tell_each_other_arrives():
-    request = Request(id=3, prompt=(4, 5), sampling=Sampling(temperature=0.7, seed=9))
+    request = Request(id=3, prompt=(4, 5), sampling=Sampling(temperature=0.7, seed=9), known=1)
     assert wire.read_take_on(sent(wire.take_on(request, True))) == (request, True)
     asked = {3: [DraftNode(7, 6, 5)], 4: [DraftNode(1, 0, 2), DraftNode(2, 1, 3)]}
     assert wire.read_ask(sent(wire.ask(asked))) == asked

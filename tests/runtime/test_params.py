@@ -17,13 +17,16 @@ from flowspec.cli import main as cli
 from flowspec.commands.options import add_shared, configuration
 from flowspec.config import load_config
 from flowspec.core import dsi
+from flowspec.core.messages import DraftNode
+from flowspec.core.past import Past
 from flowspec.core.policies import METHODS
 from flowspec.core.request import MOST_BIASES, Sampling
+from flowspec.draft.base import Alike
 from flowspec.host.decoding import Pair
 from flowspec.host.reader import Whole
 from flowspec.host.trees import Branches, Likeliest
 from flowspec.lossless import Reference, replay
-from flowspec.sampling import Past, adjusted, noise_for, pick
+from flowspec.sampling import adjusted, noise_for, pick
 from tests.runtime.test_generate import asked
 from tests.runtime.test_identity import assert_same, slow
 
@@ -215,6 +218,37 @@ def test_other_drafters(pair, oracle, drafter):
             for method in ("serial", "flowspec"):
                 found = engine.generate(PROMPT, method=method, max_new_tokens=N, **ALL, **how)
                 assert_same(ids(found), oracle(**ALL, **how)[0])
+
+
+def test_a_drafter_is_adjusted_as_the_target_is(pair):
+    """The target drafts for itself, one guess at a place: all are right."""
+    words = [f"drafter.path={pair.target}", "tree.top_k=1", "tree.depth=3"]
+    with Engine.from_config(pair.config(1), words) as engine:
+        for each in EACH[:4]:
+            generation = engine.generate(PROMPT, method="serial", max_new_tokens=N, **each)
+            assert len(list(generation)) == N and generation.accepted == N - N // 4, each
+
+
+def test_a_drafter_counts_the_path_of_a_node():
+    """Nodes of a tree before and after a commit, one of them below a node that nobody asked for."""
+    request = asked([3, 4, 3], presence_penalty=1.0, logit_bias={9: 0.5})
+    alike, names = Alike(request), torch.tensor([0, 3, 5, 7, 9])
+    root, left, right, below = (
+        DraftNode(0, -1, 3),
+        DraftNode(1, 0, 5),
+        DraftNode(2, 0, 7),
+        DraftNode(3, 1, 9),
+    )
+
+    def penalised(*nodes):
+        rows = alike(nodes, torch.zeros(len(nodes), 5), names)
+        return [{int(names[k]) for k in range(4) if row[k] == -1.0} for row in rows]
+
+    assert penalised(root, left, right) == [set(), {5}, {7}]
+    assert float(alike([below], torch.zeros(1, 5), names)[0, 4]) == -0.5, "biased and penalised"
+    assert penalised(DraftNode(9, 8, 3)) == [set()], "what is not known is not counted"
+    alike.commit([root, left], 3)
+    assert penalised(below) == [{5}] and penalised(DraftNode(4, 3, 7), below) == [{5, 7}, {5}]
 
 
 def test_verify_asks_the_unsplit_model_for_the_same(pair, rings):
