@@ -410,7 +410,7 @@ def may_be_a_tie(engine: Engine, found: Divergence, replays: Collection[Replay])
     return (
         not any(replayed.bugs for replayed in replays)
         if replays
-        else found.gap < tolerance_of(engine)
+        else found.gap < _times(engine.config.sampling) * tolerance_of(engine)
     )
 
 

@@ -110,8 +110,15 @@ def assert_told(tokens, rows, top):
 
 
 # ---- over a ring ---------------------------------------------------------------------------------
-@pytest.mark.parametrize("verify_on", VERIFY_ON)
-@pytest.mark.parametrize("how", HOW, ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "verify_on,how",
+    [
+        ("last", HOW[1]),
+        ("coordinator", HOW[0]),
+        slow("last", HOW[0]),
+        slow("coordinator", HOW[1]),
+    ],
+)
 def test_every_method_writes_what_the_unsplit_model_would(rings, oracle, how, verify_on):
     want, rows = oracle(**ALL, **how)
     several = 0
@@ -145,7 +152,8 @@ def test_each_parameter_alone(rings, oracle, one, how, verify_on):
             assert all(token.logprob is None and token.top == () for token in tokens)
 
 
-def test_penalties_need_the_path_of_a_node(rings, oracle, monkeypatch):
+@pytest.mark.parametrize("verify_on", VERIFY_ON)
+def test_penalties_need_the_path_of_a_node(rings, oracle, verify_on, monkeypatch):
     """The defect planted: what counts is the text up to the root of the walk."""
     plain, how = Past.reach, HOW[0]
 
@@ -156,7 +164,7 @@ def test_penalties_need_the_path_of_a_node(rings, oracle, monkeypatch):
 
     want = oracle(**ALL, **how)[0]
     monkeypatch.setattr(Past, "reach", forgetful)
-    found = rings["last"].generate(PROMPT, method="serial", max_new_tokens=N, **ALL, **how)
+    found = rings[verify_on].generate(PROMPT, method="serial", max_new_tokens=N, **ALL, **how)
     assert ids(found) != want
 
 
@@ -193,7 +201,6 @@ def test_requests_side_by_side_have_each_its_own(rings, oracle):
         (1, 2, []),
         (1, 1, ["dsi.servers=3"]),
         slow(2, 2, ["dsi.servers=2", "verify_on=coordinator"]),
-        slow(2, 1, ["dsi.servers=2", "emulate.stage_ms=[1,6,3,1]"]),
     ],
 )
 def test_stages_of_several_ranks_and_several_servers(
@@ -203,7 +210,7 @@ def test_stages_of_several_ranks_and_several_servers(
     with Engine.from_config(pair.config(stages, None, "lm", members), words) as engine:
         for how in HOW:
             want, rows = oracle(**ALL, **how)
-            for method in ("flowspec", "dsi", "ar") if members == 1 else ("flowspec", "galaxy"):
+            for method in ("flowspec", "dsi") if members == 1 else ("flowspec", "galaxy"):
                 tokens = list(
                     engine.generate(PROMPT, method=method, max_new_tokens=N, **ALL, **how)
                 )
