@@ -96,8 +96,10 @@ class Sampling:
             f"sampling.repetition_penalty is {self.repetition_penalty}: it must be more than 0",
         )
         need(
-            self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS,
-            f"sampling.logprobs is {self.logprobs}: it must lie in [0, {MOST_LOGPROBS}]",
+            self.logprobs is None
+            or (isinstance(self.logprobs, int) and 0 <= self.logprobs <= MOST_LOGPROBS),
+            f"sampling.logprobs is {self.logprobs}: it must be a whole number in "
+            f"[0, {MOST_LOGPROBS}]",
         )
         need(
             0 <= self.temperature < math.inf,
