@@ -168,10 +168,11 @@ class Engine:
 
         Return an iterator of Token, to be read from any thread or by `async for`. Any number of
         requests may be in the ring; the text of none depends on the others. `method`, `policy` and
-        the keywords of `Sampling` (temperature, top_p, top_k, min_p, seed, max_new_tokens) default
-        to the configuration's. Generation ends before a text in `stop`. The first tokens of the
-        text may be `known`, as of a run that broke: with the same seed it goes on as it would have,
-        and they count as new tokens. Raise UserError, which says what is wrong with the request."""
+        the keywords of `Sampling` (temperature, top_p, presence_penalty, logit_bias, logprobs,
+        seed, max_new_tokens and the others) default to the configuration's. Generation ends before
+        a text in `stop`. The first tokens of the text may be `known`, as of a run that broke: with
+        the same seed it goes on as it would have, and they count as new tokens. Raise UserError,
+        which says what is wrong with the request."""
         config = dataclasses.replace(
             self.config, method=method or self.config.method, policy=policy or self.config.policy
         )
@@ -179,11 +180,12 @@ class Engine:
         tokens = (*asked, *known)
         check_prompt(tokens, self.manifest)
         settings = dataclasses.replace(config.sampling, **sampling)
+        settings.check(self.manifest.vocab_size)
         left = dataclasses.replace(settings, max_new_tokens=settings.max_new_tokens - len(known))
         config.check_method(self.topology.members)
         with self._lock:
             self._requests += 1
-            request = self.request(tokens, left, self._requests)
+            request = self.request(tokens, left, self._requests, len(known))
         features = self._draft is not None and self._draft.features
         chosen = make_policy(
             config.method, config.tree, config.policy, self.topology, features, config.dsi
@@ -324,12 +326,14 @@ class Engine:
             pools,
         )
 
-    def request(self, tokens: tuple[int, ...], sampling: Sampling, id: int = 0) -> Request:
-        """Return the request for these tokens.
+    def request(
+        self, tokens: tuple[int, ...], sampling: Sampling, id: int = 0, known: int = 0
+    ) -> Request:
+        """Return the request for these tokens, of which the last are `known` ones of its text.
 
         It has a seed, and at most as many new tokens as the model has positions for."""
         sampling = settled(sampling, self.manifest.max_positions - len(tokens))
-        return Request(id=id, prompt=tokens, sampling=sampling, eos=self.text.eos)
+        return Request(id=id, prompt=tokens, sampling=sampling, eos=self.text.eos, known=known)
 
     def _finished(self, config: Config, generation: Generation) -> Result:
         """Return the result of a generation whose stream has ended."""
@@ -368,6 +372,7 @@ class Engine:
             seed=request.sampling.seed or 0,
             temperature=request.sampling.temperature,
             emulated=config.emulate.active,
+            logprobs=generation.logprobs,
         )
 
     def _costs(self, stats: Stats, stages: list[wire.Report]) -> Costs:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from flowspec.core.request import Request
 from flowspec.runtime.driver import Committed, Stats, Ticket
 from flowspec.runtime.stream import Ended
+from flowspec.sampling import Logprobs
 from flowspec.text import TextStream
 from flowspec.trace import Span
 
@@ -27,6 +28,12 @@ class Token(NamedTuple):
     gap: float
     """This is the target's lead of this token over the next best one: of the logit, above
     temperature 0 of the perturbed log-probability."""
+    logprob: float | None = None
+    """This is the token's log-probability by the target's logits as they are; None unless
+    `sampling.logprobs` asks for it."""
+    top: tuple[tuple[int, float], ...] = ()
+    """These are the `sampling.logprobs` likeliest tokens at its place and their log-probabilities,
+    from the top; the token itself is among them only if it is so likely."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,9 @@ class Result:
     temperature: float
     emulated: bool
     """This is True if the times are those of an emulated cluster."""
+    logprobs: list[Logprobs] | None = None
+    """These are `logprob` and `top` (see Token) of each new token that was not known, if
+    `sampling.logprobs` asks for them."""
 
     def line(self) -> str:
         """Return the result as a line of JSON, without its end."""
@@ -105,6 +115,8 @@ class Generation:
             stream.push(token)
         self.accepted = 0
         """So many of them the draft had sent before the target picked them."""
+        self.logprobs: list[Logprobs] | None = None if request.sampling.logprobs is None else []
+        """They belong to the tokens that were not known; None unless the request asks for them."""
         self._stopped = False  # the reader wants no more
         self.done = False
         """Nothing more comes: there is a result, or the run has broken."""
@@ -159,7 +171,10 @@ class Generation:
         piece = stream.push(token.id) + (stream.flush() if token.final else "")
         if stream.stopped:
             self._stop()
-        return Token(token.id, piece, token.accepted, token.gap)
+        if token.logprobs is None or self.logprobs is None:
+            return Token(token.id, piece, token.accepted, token.gap)
+        self.logprobs.append(token.logprobs)
+        return Token(token.id, piece, token.accepted, token.gap, *token.logprobs)
 
     def _stop(self) -> None:
         if not self._stopped:

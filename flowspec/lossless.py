@@ -23,12 +23,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flowspec.core.past import past_of
 from flowspec.core.request import Sampling
 from flowspec.engine import Engine
 from flowspec.errors import need
 from flowspec.generation import Token
 from flowspec.models.unsplit import load_unsplit
-from flowspec.sampling import NoiseRows, noise_for, pick
+from flowspec.sampling import NoiseRows, adjusted, noise_for, pick
 
 ROWS = 64
 """At most this many rows of logits are held at a time."""
@@ -247,9 +248,13 @@ def replay(
         dataclasses.replace(engine.config.sampling, **setting),
     )
     noise, doubts, worst = noise_for(sampling, engine.manifest.vocab_size), [], 0.0
-    rows = reference.logits(start, [token.id for token in text])
-    for position, (token, logits) in enumerate(zip(text, rows, strict=True), len(start)):
-        allowed = tolerance_of(engine, float(logits.abs().max()))
+    ids, past, times = [token.id for token in text], past_of(sampling, start), _times(sampling)
+    rows, whole = reference.logits(start, ids), [*start, *ids]
+    for position, (token, row) in enumerate(zip(text, rows, strict=True), len(start)):
+        if past is not None:
+            past.reach(position - 1, whole[position - 1])
+        logits = adjusted(row, sampling, past)
+        allowed = times * tolerance_of(engine, float(row.abs().max()))
         chosen = pick(logits, sampling, noise, position)
         if chosen.token != token.id:
             doubts.append(
@@ -269,6 +274,11 @@ def replay(
             if not apart < allowed:
                 doubts.append(Doubt(position, token.id, token.id, apart, allowed))
     return Replay(len(text), doubts, worst)
+
+
+def _times(sampling: Sampling) -> float:
+    """Return how many times a logit's error may be what it was, once it is penalised."""
+    return max(sampling.repetition_penalty, 1 / sampling.repetition_penalty)
 
 
 # ---- verify --------------------------------------------------------------------------------------
@@ -400,7 +410,7 @@ def may_be_a_tie(engine: Engine, found: Divergence, replays: Collection[Replay])
     return (
         not any(replayed.bugs for replayed in replays)
         if replays
-        else found.gap < tolerance_of(engine)
+        else found.gap < _times(engine.config.sampling) * tolerance_of(engine)
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from flowspec.config import Config
+from flowspec.core.request import Sampling
 from flowspec.core.topology import Topology
 from flowspec.draft.config import DrafterConfig
 from flowspec.errors import UserError, need
@@ -57,6 +58,7 @@ def check_run(config: Config, ranks: Sequence[int] | None = None) -> Manifest:
     need(devices in (1, topology.world_size), f"device lists {devices} ranks, {split}")
     config.emulate.check_stages(topology.stages, topology.servers)
     check_servers(config, topology)
+    config.sampling.check(manifest.vocab_size)
     config.check_method(topology.members)
     if config.shares_by_autotp(topology):
         check_autotp(config, manifest)
@@ -137,6 +139,14 @@ def check_reference(reference: str, manifest: Manifest, dtype: str) -> Source:
         f"{manifest.root / FILE_NAME} is a split of: {advice}",
     )
     return source
+
+
+def check_rivals(sampling: Sampling) -> None:
+    """Raise UserError unless transformers' generate, as it is asked here, can sample like this."""
+    need(
+        not sampling.adjusts,
+        "--against: transformers is asked for no penalties and no logit_bias, leave them out",
+    )
 
 
 def check_drafter(drafter: DrafterConfig, folder: Path, manifest: Manifest) -> None:

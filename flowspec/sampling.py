@@ -8,6 +8,9 @@ the text was made, it is the same text.
 A pick costs about one pass over the logits: the filters sort few of them, and only tokens that can
 still win get exact noise. All that decides is computed in float64 from the logits as they are
 (float32 or wider). Of exact equals the lowest id wins.
+
+Biases and penalties change logits before that. A penalty counts tokens of the text before the
+token, in a tree those of the node's path, so the pick is a pure function still, of the path too.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowspec.core.past import Past, adjust
 from flowspec.core.request import Sampling
 
 _M32 = (1 << 32) - 1
@@ -114,6 +118,24 @@ def noise_for(sampling: Sampling, vocabulary: int) -> NoiseRows | None:
     return NoiseRows(sampling.seed, vocabulary)
 
 
+# ---- biases and penalties ------------------------------------------------------------------------
+def adjusted(logits: Tensor, sampling: Sampling, past: Past | None) -> Tensor:
+    """Return the logits [vocabulary] after biases and penalties, float64.
+
+    They are as they were if there are none. The logits are on the host."""
+    return torch.from_numpy(adjust(logits.numpy(), sampling, past)) if sampling.adjusts else logits
+
+
+def logprobs_of(logits: Tensor, token: int, top: int) -> Logprobs:
+    """Return the log-probabilities of a token and of so many of the likeliest tokens.
+
+    They are of these logits [vocabulary] on the host, of any floating-point type."""
+    found = torch.log_softmax(logits.double(), -1)
+    values, tokens = found.topk(min(top, len(found)))
+    likeliest = zip(tokens.tolist(), values.tolist(), strict=True)
+    return Logprobs(float(found[token]), tuple(likeliest))
+
+
 # ---- filters -------------------------------------------------------------------------------------
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     """Return the log-probabilities after temperature, top-k, top-p and min-p, float64 [vocabulary].
@@ -196,6 +218,17 @@ def _blocks(x: np.ndarray, width: int) -> np.ndarray:
 
 
 # ---- picks ---------------------------------------------------------------------------------------
+class Logprobs(NamedTuple):
+    """Logprobs are what the target makes of a token, in log-probability.
+
+    They are of its logits as they are, before anything is done to them for a pick."""
+
+    own: float
+    """That of the token itself."""
+    top: tuple[tuple[int, float], ...] = ()
+    """These are the likeliest tokens and theirs, from the top."""
+
+
 class Pick(NamedTuple):
     """A pick is a chosen token and how clear the choice was.
 

@@ -114,8 +114,8 @@ def plain(value: Any) -> Any:
 def _convert(hint: Any, value: Any, name: str) -> Any:
     """Return `value` as the field's type.
 
-    A dataclass comes from a mapping, a tuple from a list, None from auto, and a float from an int
-    or from a text that is a number."""
+    A dataclass comes from a mapping, a tuple from a list, one of pairs also from a mapping, None
+    from auto, and a float from an int or from a text that is a number."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if type(None) in options and (value is None or value == "auto"):
         return None
@@ -123,6 +123,12 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if isinstance(inner, type) and not (len(options) > 1 and isinstance(value, list)):
         return build(inner, {} if value is None else value, name)
     for option in options:
+        if _is_pairs(option) and isinstance(value, dict):
+            key, held = typing.get_args(typing.get_args(option)[0])
+            return tuple(
+                (_convert(key, k, f"a key of {name}"), _convert(held, v, f"{name}.{k}"))
+                for k, v in value.items()
+            )
         if typing.get_origin(option) is tuple and isinstance(value, list):
             kinds = typing.get_args(option)
             if kinds[-1] is Ellipsis:
@@ -139,8 +145,16 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     raise UserError(f"{name} is {value!r}: expected {' or '.join(map(_named, options))}")
 
 
+def _is_pairs(hint: Any) -> bool:
+    """Return whether values of this type are tuples of pairs."""
+    kinds = typing.get_args(hint)
+    return typing.get_origin(hint) is tuple and len(typing.get_args(kinds[0])) == 2
+
+
 def _named(hint: Any) -> str:
     """Return what a value of this type is called in a message."""
+    if _is_pairs(hint):
+        return "a mapping"
     kinds = typing.get_args(hint)
     if kinds:
         return "a list" if kinds[-1] is Ellipsis else f"a list of {len(kinds)}"

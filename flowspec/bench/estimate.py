@@ -131,11 +131,12 @@ def acceptance(
     assert sampling.seed is not None
     judged = []
     for number, prompt in enumerate(prompts):
-        own = {
-            "seed": (sampling.seed + number) % SEEDS,
-            "max_new_tokens": min(sampling.max_new_tokens, positions - len(prompt)),
-        }
-        judged.append(judge(pair, prompt, dataclasses.replace(sampling, **own), eos))
+        own = dataclasses.replace(
+            sampling,
+            seed=(sampling.seed + number) % SEEDS,
+            max_new_tokens=min(sampling.max_new_tokens, positions - len(prompt)),
+        )
+        judged.append(judge(pair, prompt, own, eos))
     matches = [each.matches for each in judged]
     if sampling.temperature == 0:
         return [_observed(pair, "greedy", sampling, matches)]

@@ -23,7 +23,7 @@ from flowspec.core.policies import ALL_METHODS, METHODS
 from flowspec.core.policy import SWITCHES
 from flowspec.errors import need
 from flowspec.models.manifest import Manifest
-from flowspec.preflight import check_reference, check_writable
+from flowspec.preflight import check_reference, check_rivals, check_writable
 
 if TYPE_CHECKING:
     from flowspec.bench.compare import Rivals
@@ -124,6 +124,7 @@ def _check_rivals(options: argparse.Namespace, config: Config, manifest: Manifes
     )
     if asked:
         need(not config.emulate.active, "--against: emulated times compare with no real ones")
+        check_rivals(config.sampling)
         check_reference(options.reference, manifest, config.dtype)
 
 

@@ -14,7 +14,7 @@ from flowspec.core.request import Request
 from flowspec.errors import need
 from flowspec.files import kept_lines
 from flowspec.output import Parser
-from flowspec.preflight import check_writable
+from flowspec.preflight import check_rivals, check_writable
 
 if TYPE_CHECKING:
     from flowspec.bench.sampling import Run, Side
@@ -57,6 +57,7 @@ def rivals(task: Task, options: argparse.Namespace) -> dict[str, Side]:
     )
     if not (options.against and task.draft):
         return {}
+    check_rivals(task.sampling)
     from flowspec.bench.sampling import transformers
 
     return transformers(task.target, task.draft, options.dtype)

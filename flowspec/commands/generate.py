@@ -157,6 +157,7 @@ class _Text:
         self._stream = TextStream(task.text.tokenizer, prompt=request.prompt)
         self.shown = Coloured(task.text.decode(request.prompt))
         self._tokens, self._origins = list[int](), Counter[str]()
+        self._logprobs = list[Any]()
         self._times, self._nodes, self._asked = list[float](), 0, 0
 
     def add(self, block: Block, verbose: bool) -> Coloured:
@@ -167,8 +168,9 @@ class _Text:
         self._nodes += block.nodes
         self._asked += block.asked
         new = Coloured()
-        for token, origin in block.written:
+        for token, origin, logprobs in block.written:
             self._tokens.append(token)
+            self._logprobs.append(logprobs)
             self._origins[origin] += 1
             new.append(self._stream.push(token), COLOURS[origin] if verbose else "")
         self.shown.append_text(new)
@@ -202,6 +204,7 @@ class _Text:
             **task.facts,
             "draft_forwards": self._asked,
             "drafted": self._nodes,
+            "logprobs": None if request.sampling.logprobs is None else self._logprobs,
         }
 
 

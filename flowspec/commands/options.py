@@ -8,6 +8,7 @@ import argparse
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from flowspec.config import Config, load_config
 from flowspec.core.policies import ALL_METHODS
@@ -24,10 +25,19 @@ SAMPLING = {
     "top_p": (float, "keep the likeliest tokens until their probability reaches X"),
     "top_k": (int, "keep the N likeliest tokens; 0 keeps all"),
     "min_p": (float, "keep tokens of at least X times the likeliest one's probability"),
+    "presence_penalty": (float, "taken from the logits of tokens that are in the new text"),
+    "frequency_penalty": (float, "the same, for each time that a token is there"),
+    "repetition_penalty": (float, "logits of tokens of prompt and new text shrink by this factor"),
+    "logit_bias": (dict, "added to the logits of these tokens, such as 13:-100,50:2.5"),
+    "logprobs": (
+        int,
+        "with --json: log-probabilities of tokens and of the N likeliest beside them",
+    ),
     "seed": (int, "of the keyed noise; the same seed writes the same text with every method"),
     "max_new_tokens": (int, "the limit of new tokens"),
 }
 """This maps a flag to its type and its help."""
+_METAVARS = {int: "N", float: "X", dict: "ID:X,ID:X"}
 
 
 def add_shared(parser: argparse.ArgumentParser) -> None:
@@ -66,18 +76,29 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Add what `given_sampling` reads."""
     for name, (kind, what) in SAMPLING.items():
-        parser.add_argument(
-            "--" + name.replace("_", "-"), metavar="N" if kind is int else "X", help=what
-        )
+        parser.add_argument("--" + name.replace("_", "-"), metavar=_METAVARS[kind], help=what)
 
 
-def given_sampling(options: argparse.Namespace) -> dict[str, int | float]:
+def given_sampling(options: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of Sampling that flags give."""
     return {
-        name: number(text, kind, "--" + name.replace("_", "-"))
+        name: (_biases if kind is dict else number)(text, kind, "--" + name.replace("_", "-"))
         for name, (kind, _) in SAMPLING.items()
         if (text := getattr(options, name)) is not None
     }
+
+
+def _biases(text: str, kind: type, flag: str) -> dict[int, float]:
+    """Return the tokens of a list with commas, and what is added to the logit of each."""
+    found = {}
+    for part in text.split(","):
+        token, colon, bias = part.partition(":")
+        need(
+            bool(colon),
+            f"{flag} is {text!r}: it must be tokens with biases, such as 13:-100,50:2.5",
+        )
+        found[int(number(token, int, flag))] = float(number(bias, float, flag))
+    return found
 
 
 def configuration(options: argparse.Namespace) -> tuple[Path, Config]:

@@ -133,7 +133,7 @@ def task_of(options: argparse.Namespace, method: str) -> Task:
         target=target,
         draft=draft,
         prompts=_prompts(options, text, positions, config["vocab_size"]),
-        sampling=_sampling(options),
+        sampling=_sampling(options, config["vocab_size"]),
         positions=positions,
         method=method,
         rule=_rule(options.rule, method),
@@ -177,10 +177,12 @@ def _prompts(
     return encoded
 
 
-def _sampling(options: argparse.Namespace) -> Sampling:
+def _sampling(options: argparse.Namespace, vocabulary: int) -> Sampling:
     given = given_sampling(options)
     try:
-        return Sampling(**given)  # type: ignore[arg-type]
+        sampling = Sampling(**given)
+        sampling.check(vocabulary)
+        return sampling
     except UserError as error:
         raise UserError(f"--{str(error).removeprefix('sampling.').replace('_', '-', 2)}") from None
 

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from flowspec.core.messages import KEPT, Commit, Drafted, DraftNode
+from flowspec.core.past import adjust, past_of
 from flowspec.core.request import Request
+from flowspec.models.device import on_host
 
 Noise = Callable[[int], Tensor]
 """A noise maps a position to the target's keyed Gumbel noise, float64 [vocabulary]."""
@@ -115,6 +117,61 @@ class Lineage:
     @classmethod
     def of(cls, request: Request) -> Lineage:
         return cls(-1, 0, request.prompt[-1])
+
+
+class Alike:
+    """Alike adjusts a draft model's logits as the target's are, by biases and penalties.
+
+    A penalty counts the path of a node, so nodes and commits are told. It only improves guesses."""
+
+    def __init__(self, request: Request):
+        self._sampling = request.sampling
+        self._past = past_of(request.sampling, request.prompt, request.known)
+        self._root, self._position = 0, request.prompt_length - 1
+        self._nodes: dict[int, DraftNode] = {}  # those that were asked for, by id
+
+    def commit(self, path: Sequence[DraftNode], root: int) -> None:
+        """Take in that these nodes are text now, and what the new root's id is."""
+        self._reach(path)
+        self._root, self._position = root, self._position + len(path)
+        self._nodes = {id: node for id, node in self._nodes.items() if id >= root}
+
+    def __call__(
+        self, nodes: Sequence[DraftNode], logits: Tensor, names: Tensor | None = None
+    ) -> Tensor:
+        """Return the logits [n, vocabulary] after these nodes, adjusted.
+
+        `names` are as for `best`. Without biases and penalties they are as they were; otherwise
+        they are float64 on the host."""
+        if not self._sampling.adjusts:
+            return logits
+        self._nodes.update((node.id, node) for node in nodes)
+        rows = []
+        for node, row in zip(nodes, on_host(logits), strict=True):
+            self._reach(self._path(node))
+            rows.append(self._adjusted(row, names))
+        return torch.from_numpy(np.stack(rows))
+
+    def _path(self, node: DraftNode) -> list[DraftNode]:
+        """Return the nodes from the root to this one; none if one of them was never asked for."""
+        path = [node]
+        while path[-1].id != self._root and path[-1].parent in self._nodes:
+            path.append(self._nodes[path[-1].parent])
+        return path[::-1] if path[-1].id == self._root else []
+
+    def _reach(self, path: Sequence[DraftNode]) -> None:
+        """Let the text end with these nodes, of which the first is the root."""
+        if self._past is not None:
+            self._past.cut(self._position)
+            for position, node in enumerate(path, self._position):
+                self._past.reach(position, node.token)
+
+    def _adjusted(self, row: Tensor, names: Tensor | None) -> np.ndarray:
+        if names is None:
+            return adjust(row.numpy(), self._sampling, self._past)
+        wide = row.new_full((int(names.max()) + 1,), -torch.inf)
+        wide[names] = row
+        return adjust(wide.numpy(), self._sampling, self._past)[names.numpy()]
 
 
 def best(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowspec.core.messages import Commit, Drafted, DraftNode, Prune
 from flowspec.core.request import Request
-from flowspec.draft.base import COVERAGE, Asks, Drafter, Lineage, Noise, Session, best
+from flowspec.draft.base import COVERAGE, Alike, Asks, Drafter, Lineage, Noise, Session, best
 from flowspec.models import stage
 
 PREFILL_ROWS = 256
@@ -34,6 +34,7 @@ class RowsSession(Session, ABC):
         self.noise = noise
         self._sequence = stage.CachedText(model)
         self._lineage = Lineage.of(request)
+        self.alike = Alike(request)
         self._version = 0
 
     @property
@@ -64,6 +65,7 @@ class RowsSession(Session, ABC):
         path = self._lineage.path(commit)
         held = [n.id for n in path if n.id in self._sequence.state.row]
         self._lineage = self._lineage.after(commit)
+        self.alike.commit(path, commit.root)
         self._version += 1
         self._sequence.prune(Prune(self._version, held[-1] if held else -1, commit.root))
         return path, len(held)
@@ -103,6 +105,7 @@ class RowsDrafter(Drafter, ABC):
     def _answer(
         self, session: RowsSession, nodes: list[DraftNode], positions: np.ndarray, logits: Tensor
     ) -> Drafted:
+        logits = session.alike(nodes, logits, self.names)
         logq = torch.log_softmax(logits / session.temperature, -1).cpu()
         candidates = best(logq, (positions + session.ahead).tolist(), session.noise, self.names)
         return Drafted(tuple(n.id for n in nodes), *candidates, np.full(len(nodes), COVERAGE))

@@ -14,12 +14,15 @@ from typing import NamedTuple
 from torch import Tensor
 
 from flowspec.core.messages import Commit, DraftNode
+from flowspec.core.past import past_of
 from flowspec.core.request import Request
+from flowspec.draft.base import Alike
 from flowspec.draft.lm import LmSession
 from flowspec.host.reader import Reader, Rows, Whole
 from flowspec.host.rules import Keyed, Rejection, Rule
 from flowspec.host.trees import Grower, Tree
 from flowspec.models.logits import TreeLogits
+from flowspec.sampling import Logprobs, adjusted, logprobs_of
 
 ORIGINS = ("draft", "resampled", "bonus", "plain")
 """A token was accepted from the draft, drawn by the target in the place of rejected ones, drawn by
@@ -32,6 +35,8 @@ class Written(NamedTuple):
     token: int
     origin: str
     """It is one of ORIGINS."""
+    logprobs: Logprobs | None = None
+    """None unless the request asks for them."""
 
 
 class Block(NamedTuple):
@@ -75,6 +80,8 @@ class Text:
         self._ids = itertools.count(1)
         self._root = DraftNode(0, -1, request.prompt[-1])
         self._position = request.prompt_length - 1
+        self._alike = Alike(request)
+        self._past = past_of(request.sampling, request.prompt, request.known)
         self.left = request.sampling.max_new_tokens
         """So many tokens are still to come."""
 
@@ -85,9 +92,12 @@ class Text:
         path, token = self._walk(tree, logits)
         origin = "plain" if len(tree.nodes) == 1 else "bonus"
         origin = "resampled" if tree.children.get(path[-1].id) else origin
-        written = [Written(node.token, "draft") for node in path[1:]] + [Written(token, origin)]
+        tokens = [*(node.token for node in path[1:]), token]
+        origins = ["draft"] * (len(path) - 1) + [origin]
+        told = self._told(path, tokens, logits)
+        written = [Written(*each) for each in zip(tokens, origins, told, strict=True)]
         self._commit(path, token)
-        ends = [k for k, (token, _) in enumerate(written, 1) if token in self._request.eos]
+        ends = [k for k, each in enumerate(written, 1) if each.token in self._request.eos]
         written = written[: min(ends, default=len(written))]
         self.left = 0 if ends else self.left - len(written)
         return written, tree
@@ -107,24 +117,36 @@ class Text:
                 tree.asked = asked
                 return tree
             made = yield Ask("draft", Rows(self._draft, nodes))
-            logits = made.all()
+            logits = self._alike(nodes, made.all())
         raise AssertionError("a grower comes to an end")
 
     def _walk(self, tree: Tree, logits: TreeLogits) -> tuple[list[DraftNode], int]:
         """Return the nodes that are text, the root first, and the token that follows them."""
         path = tree.nodes[:1]
         while True:
-            node = path[-1]
+            node, position = path[-1], self._position + len(path)
             children = tree.children.get(node.id, [])
+            if self._past is not None:
+                self._past.reach(position - 1, node.token)
             which, token = self._rule.judge(
-                logits[node.id],
-                self._position + len(path),
+                adjusted(logits[node.id], self._request.sampling, self._past),
+                position,
                 [child.token for child in children],
                 tree.q.get(node.id),
             )
             if which is None:
                 return path, token
             path.append(children[which])
+
+    def _told(
+        self, path: list[DraftNode], tokens: list[int], logits: TreeLogits
+    ) -> list[Logprobs | None]:
+        """Return what is told of the tokens behind the nodes of a path."""
+        top = self._request.sampling.logprobs
+        if top is None:
+            return [None] * len(path)
+        pairs = zip(path, tokens, strict=True)
+        return [logprobs_of(logits[node.id], token, top) for node, token in pairs]
 
     def _commit(self, path: list[DraftNode], token: int) -> None:
         """Make the path and the token behind it text, in all books."""
@@ -134,6 +156,7 @@ class Text:
         commit = Commit(tuple(node.id for node in path), tokens, guessed, root.id)
         for session in (self._target, self._draft) if self._draft else (self._target,):
             session.commit(commit)
+        self._alike.commit(path, root.id)
         self._root, self._position = root, self._position + len(path)
 
 

@@ -6,6 +6,7 @@ fast the reader is, or whether it is still there, is no matter to the ring.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import sys
@@ -35,6 +36,7 @@ from flowspec.core.messages import (
     Wake,
     Woke,
 )
+from flowspec.core.past import Past, past_of
 from flowspec.core.policy import Policy, PolicyConfig
 from flowspec.core.request import Request
 from flowspec.core.ring import Ring
@@ -45,12 +47,12 @@ from flowspec.models.cache import RowCache
 from flowspec.models.stage import Head
 from flowspec.runtime import wire
 from flowspec.runtime.drafting import DraftThread, Local
-from flowspec.runtime.picking import Picks
+from flowspec.runtime.picking import Picked, Picks
 from flowspec.runtime.pool import LOST, PoolDrafter
 from flowspec.runtime.stream import Stream
 from flowspec.runtime.tracing import SpanLog, merged
 from flowspec.runtime.waiting import receive
-from flowspec.sampling import NoiseRows, Pick, noise_for
+from flowspec.sampling import Logprobs, NoiseRows, noise_for
 from flowspec.trace import Fates, Span
 
 log = logging.getLogger(__name__)
@@ -68,6 +70,8 @@ class Committed(NamedTuple):
     gap: float
     """This is the lead over the runner-up: in logits at temperature 0, else in log-probability
     perturbed by the sampling noise."""
+    logprobs: Logprobs | None = None
+    """None unless the request asks for them."""
     final: bool = False
     """This is the last token of the text."""
 
@@ -178,10 +182,11 @@ class _Live:
         self.drafts = drafts
         self.decoding: Decoding
         self.noise: NoiseRows | None = None
+        self.past: Past | None = None
         self.features: dict[int, tuple[torch.Tensor, int]] = {}
         """This maps a node that came back to (feature rows, index of its row there), if the drafter
         reads them."""
-        self.picks: dict[int, Pick] = {}
+        self.picks: dict[int, Picked] = {}
         self.before = 0.0
         """The shared bookkeeping of the run was this when the request began."""
         self.pongs: dict[int, list[tuple[float, float]]] = {}
@@ -396,6 +401,7 @@ class Driver:
         self._live[request.id] = live
         live.before = self._bookkeeping
         live.noise = noise_for(request.sampling, self._vocabulary)
+        live.past = past_of(request.sampling, request.prompt, request.known)
         features, layers = draft is not None and draft.features, draft.layers if draft else ()
         start = wire.start(
             request,
@@ -405,6 +411,7 @@ class Driver:
             live.submission.switches,
             self._fresh,
             live.submission.spread,
+            request.sampling.counts and self._head is None,
         )
         if self._fresh and self._draft:
             self._draft.forget()
@@ -482,10 +489,11 @@ class Driver:
         if live.log.on:
             live.fates.decided(commit.path, commit.root, stats.last_token)
         stats.first_token = stats.first_token or stats.last_token
-        gaps = [live.picks[node].gap for node in commit.path]
+        picks = [live.picks[node] for node in commit.path]
         live.picks = {}
         return [
-            Committed(*token) for token in zip(commit.tokens, commit.accepted, gaps, strict=True)
+            Committed(token, accepted, pick.gap, pick.logprobs)
+            for token, accepted, pick in zip(commit.tokens, commit.accepted, picks, strict=True)
         ]
 
     def _features_of(self, live: _Live, path: tuple[int, ...]) -> torch.Tensor:
@@ -523,16 +531,20 @@ class Driver:
         """Return an answer of a server with its nodes as rank 0 calls them."""
         nodes = self._scheduler.nodes(server, answer.request, answer.number, answer.ids)
         return (
-            answer._replace(ids=[*nodes]) if nodes else answer._replace(ids=[], tokens=[], gaps=[])
+            answer._replace(ids=[*nodes])
+            if nodes
+            else answer._replace(ids=[], tokens=[], gaps=[], logprobs=())
         )
 
     def _returned(self, live: _Live, answer: wire.Answer) -> Returned:
         if answer.rows is not None and live.drafts and self._draft and self._draft.features:
             rows = answer.rows
             live.features.update((id, (rows, k)) for k, id in enumerate(answer.ids))
-        picks: Mapping[int, Pick]
+        picks: Mapping[int, Picked]
         if answer.positions is None:
-            found = map(Pick, answer.tokens, answer.gaps)
+            found = map(
+                Picked, answer.tokens, answer.gaps, answer.logprobs or itertools.repeat(None)
+            )
             picks = dict(zip(answer.ids, found, strict=True))
         else:
             picks = self._to_pick(live, answer)
@@ -552,9 +564,17 @@ class Driver:
         nodes = live.decoding.tree.nodes
         alive = [k for k, id in enumerate(answer.ids) if id in nodes]
         ids = [answer.ids[k] for k in alive]
-        parents = [nodes[id].parent for id in ids]
-        positions, rows = answer.positions[alive], answer.rows[alive]
-        return Picks(self._head, live.request.sampling, live.noise, ids, parents, positions, rows)
+        return Picks(
+            self._head,
+            live.request.sampling,
+            live.noise,
+            ids,
+            [nodes[id].parent for id in ids],
+            answer.positions[alive],
+            answer.rows[alive],
+            past=live.past,
+            tokens=[nodes[id].token for id in ids],
+        )
 
     # ---- the end ---------------------------------------------------------------------------------
     def _cancel(self, request: int) -> None:

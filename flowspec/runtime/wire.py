@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -30,12 +31,14 @@ from flowspec.core.messages import (
     Segment,
     Started,
 )
+from flowspec.core.past import Past
 from flowspec.core.policy import PolicyConfig
-from flowspec.core.request import Request, Sampling
+from flowspec.core.request import MOST_LOGPROBS, Request, Sampling
 from flowspec.core.stage import Admitted, Gather
+from flowspec.sampling import Logprobs
 from flowspec.trace import Span
 
-FORMAT = 7
+FORMAT = 8
 """This is the version of the messages below, of their names and contents. Raise it with every
 change: ranks that would misread each other then do not start."""
 
@@ -49,6 +52,7 @@ def start(
     switches: PolicyConfig,
     fresh: bool = False,
     spread: bool = False,
+    past: bool = False,
 ) -> Message:
     """A request begins: stages make room for it, and note what they do if `trace` is set.
 
@@ -56,7 +60,8 @@ def start(
     nodes that become text. `layers` are the layers whose inputs it reads at these tokens.
     `switches` are those of the request's policy. If `fresh` is set, stages forget what they
     measured in earlier requests. If `spread` is set, the members of a tensor-parallel stage each
-    keep a part of the rows between the layers' products (method galaxy)."""
+    keep a part of the rows between the layers' products (method galaxy). If `past` is set, the
+    prompt's tokens go along, for penalties of a last stage that picks."""
     about = {
         "request": request.id,
         "trace": trace,
@@ -65,12 +70,19 @@ def start(
         "fresh": fresh,
         "spread": spread,
     }
-    about |= {"drop_dead": switches.drop_dead, "abort": switches.abort}
-    return Message("start", about | {"sampling": dataclasses.asdict(request.sampling)})
+    about |= {"drop_dead": switches.drop_dead, "abort": switches.abort, "known": request.known}
+    about["sampling"] = dataclasses.asdict(request.sampling)
+    prompt = (torch.tensor(request.prompt, dtype=torch.int32),) if past else ()
+    return Message("start", about, prompt)
 
 
 def read_sampling(message: Message) -> Sampling:
     return Sampling(**message.meta["sampling"])
+
+
+def read_past(message: Message) -> Past | None:
+    """Return what penalties count when a request begins; None if the prompt did not go along."""
+    return Past(message.tensors[0].tolist(), message.meta["known"]) if message.tensors else None
 
 
 def prefill(request: int, rows: Tensor) -> Message:
@@ -147,16 +159,37 @@ class Answer(NamedTuple):
     rows: Tensor | None
     """These are the nodes' features [n, hidden]; None unless rank 0 verifies or its drafter reads
     them."""
+    logprobs: Sequence[Logprobs] = ()
+    """These are the target's of the tokens, each with as many alternatives; empty unless the
+    request asks for them."""
 
 
 def choices(answers: Sequence[Answer]) -> Message:
     """A batch is back from a last stage that verifies."""
-    about = [[a.request, a.number, len(a.ids), a.rows is not None] for a in answers]
+    about = [
+        [a.request, a.number, len(a.ids), a.rows is not None, *(len(p.top) for p in a.logprobs[:1])]
+        for a in answers
+    ]
     table = [[i for a in answers for i in a.ids], [t for a in answers for t in a.tokens]]
     gaps = torch.tensor([gap for a in answers for gap in a.gaps], dtype=torch.float64)
     rows = [a.rows for a in answers if a.rows is not None]
-    more = (torch.cat(rows),) if rows else ()
+    more = [torch.cat(rows)] if rows else []
+    told = [number for a in answers for each in a.logprobs for number in _numbers(each)]
+    more += [torch.tensor(told, dtype=torch.float64)] if told else []
     return Message("choices", _sent(about), (torch.tensor(table, dtype=torch.int32), gaps, *more))
+
+
+def _numbers(logprobs: Logprobs) -> list[float]:
+    """Return a token's own log-probability, then tokens and theirs."""
+    return [logprobs.own, *itertools.chain.from_iterable(logprobs.top)]
+
+
+def _read_logprobs(n: int, top: int, numbers: Iterator[float]) -> list[Logprobs]:
+    """Return those of the next n tokens, with so many alternatives each."""
+    return [
+        Logprobs(next(numbers), tuple((int(next(numbers)), next(numbers)) for _ in range(top)))
+        for _ in range(n)
+    ]
 
 
 def features(answers: Sequence[Answer]) -> Message:
@@ -175,11 +208,14 @@ def read_answers(message: Message) -> list[Answer]:
     verified = message.kind == "choices"
     table, second, *features = message.tensors
     ids, tokens = table.tolist() if verified else (table.tolist(), [])
-    for request, number, n, wanted in message.meta["pieces"]:
+    asks = any(top for _, _, _, _, *top in message.meta["pieces"])
+    numbers = iter(features[-1].tolist() if asks else ())
+    for request, number, n, wanted, *top in message.meta["pieces"]:
         own = slice(first, first + n)
         rows = features[0][read : read + n] if wanted else None
         gaps, positions = (second[own].tolist(), None) if verified else ([], second[own])
-        answers.append(Answer(request, number, ids[own], tokens[own], gaps, positions, rows))
+        told = [each for k in top for each in _read_logprobs(n, k, numbers)]
+        answers.append(Answer(request, number, ids[own], tokens[own], gaps, positions, rows, told))
         first, read = first + n, read + (n if wanted else 0)
     return answers
 
@@ -392,6 +428,7 @@ def take_on(request: Request, coupled: bool) -> Message:
     about = {
         "request": request.id,
         "coupled": coupled,
+        "known": request.known,
         "sampling": dataclasses.asdict(request.sampling),
     }
     return Message("take_on", about, (torch.tensor(request.prompt, dtype=torch.int32),))
@@ -399,7 +436,9 @@ def take_on(request: Request, coupled: bool) -> Message:
 
 def read_take_on(message: Message) -> tuple[Request, bool]:
     prompt, about = tuple(message.tensors[0].tolist()), message.meta
-    request = Request(id=about["request"], prompt=prompt, sampling=read_sampling(message))
+    request = Request(
+        id=about["request"], prompt=prompt, sampling=read_sampling(message), known=about["known"]
+    )
     return request, about["coupled"]
 
 
@@ -480,11 +519,11 @@ def limits(tree: int, hidden: int, layers: int, positions: int) -> Limits:
     )
     features = ELEMENT * rows * hidden
     ring = dict.fromkeys(
-        ("prefill", "batch", "features", "choices", "prompt_features"),
+        ("prefill", "batch", "features", "prompt_features"),
         Limit(FACTS, numbers + features),
     )
+    logprobs = ELEMENT * (1 + 2 * MOST_LOGPROBS) * rows
     words = (
-        "start",
         "prunes",
         "started",
         "cost",
@@ -503,6 +542,8 @@ def limits(tree: int, hidden: int, layers: int, positions: int) -> Limits:
     return {
         **ring,
         **dict.fromkeys(words, Limit(FACTS, 0)),
+        "start": Limit(FACTS, ELEMENT * positions),
+        "choices": Limit(FACTS, numbers + features + logprobs),
         "multiply": Limit(FACTS, numbers + features),
         "compute": Limit(FACTS, numbers + features + 4 * rows * (rows + positions)),
         "move": Limit(FACTS, 4 * positions + numbers),

@@ -37,15 +37,16 @@ from flowspec.core.machine import (
     StageMachine,
     Tell,
 )
+from flowspec.core.past import Past
 from flowspec.core.request import Sampling
 from flowspec.models.parallel import Way
 from flowspec.models.stage import Cached, Head, Share, StageModel, Tapped, forward_together
 from flowspec.runtime import wire
 from flowspec.runtime.group import SHARING, Crew
 from flowspec.runtime.memory import peak_memory
-from flowspec.runtime.picking import Picks
+from flowspec.runtime.picking import Picked, Picks
 from flowspec.runtime.tracing import SpanLog
-from flowspec.sampling import NoiseRows, Pick, noise_for
+from flowspec.sampling import NoiseRows, noise_for
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class _Live:
     rows: Cached
     sampling: Sampling
     noise: NoiseRows | None
+    past: Past | None
     log: SpanLog
     layers: list[int]
     """Rank 0's drafter reads what enters these layers of the stage at tokens of the text."""
@@ -150,6 +152,7 @@ class Worker:
                 rows,
                 sampling,
                 noise,
+                wire.read_past(message),
                 notes,
                 layers,
                 about["features"],
@@ -257,9 +260,8 @@ class Worker:
         first = [*itertools.accumulate((len(p.rows) for p in forward.parts), initial=0)]
         assert self.head is not None
         # several requests' first nodes, which are mostly asked for, are one product with lm_head
-        multiply = (
-            self.head if any(live.noise is not None for live in lives) else self.head.two_best
-        )
+        two = all(live.sampling.highest for live in lives)
+        multiply = self.head.two_best if two else self.head
         heads = multiply(out[first[:-1]]) if len(lives) > 1 else [None]
         walked = {}
         for part, live, at, logits in zip(forward.parts, lives, first, heads, strict=False):
@@ -283,8 +285,10 @@ class Worker:
             torch.from_numpy(part.admitted.positions),
             out,
             logits,
+            live.past,
+            segment.tokens,
         )
-        found: list[Pick] = []
+        found: list[Picked] = []
 
         def choose(k: int) -> int:
             found.append(picks[segment.ids[k]])
@@ -299,6 +303,7 @@ class Worker:
             [pick.gap for pick in found],
             None,
             out[text] if live.features else None,
+            [pick.logprobs for pick in found if pick.logprobs],
         )
 
     def _pass_prompt(self, live: _Live, part: Part, out: Tensor) -> None:

@@ -41,11 +41,12 @@ from flowspec.core.messages import (
     Started,
 )
 from flowspec.core.policy import PolicyConfig
-from flowspec.core.request import Request, Sampling
+from flowspec.core.request import MOST_BIASES, MOST_LOGPROBS, Request, Sampling
 from flowspec.core.topology import Topology
 from flowspec.errors import RankLost, UserError
 from flowspec.runtime import process, waiting, wire
 from flowspec.runtime.process import check_world
+from flowspec.sampling import Logprobs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORLD = 3
@@ -222,6 +223,9 @@ def test_a_frame_with_bytes_changed_is_refused_or_a_message_and_nothing_else():
     assert 0 < refused < 3000
 
 
+TWO = [Logprobs(-1.5, ((6, -1.5), (9, -2.25))), Logprobs(-3.0, ((9, -0.25), (2, -3.0)))]
+
+
 def one(segment: Segment) -> Batch:
     return Batch((Piece(1, segment),))
 
@@ -236,9 +240,13 @@ def test_segments_of_several_requests_are_read_as_they_were_sent():
         wire.Answer(3, 7, [0, 1], [6, 2], [0.5, 0.25], None, rows[:2]),
         wire.Answer(4, 8, [], [], [], None, None),
         wire.Answer(9, 9, [4], [8], [1.0], None, rows[2:]),
+        wire.Answer(2, 9, [5], [3], [1.0], None, None, [Logprobs(-0.5)]),
+        wire.Answer(5, 9, [2, 3], [6, 2], [0.5, 0.25], None, None, TWO),
+        wire.Answer(6, 9, [], [], [], None, None),
     ]
     for said, heard in zip(told, wire.read_answers(wire.choices(told)), strict=True):
         assert said[:5] == heard[:5] and heard.positions is None
+        assert [*said.logprobs] == heard.logprobs
         assert heard.rows is None if said.rows is None else heard.rows.equal(said.rows)
     told = [
         answer._replace(
@@ -264,7 +272,7 @@ def proposed(ids, k=KEPT) -> Drafted:
 
 
 def test_what_rank_0_and_its_drafters_tell_each_other_arrives():
-    request = Request(id=3, prompt=(4, 5), sampling=Sampling(temperature=0.7, seed=9))
+    request = Request(id=3, prompt=(4, 5), sampling=Sampling(temperature=0.7, seed=9), known=1)
     assert wire.read_take_on(sent(wire.take_on(request, True))) == (request, True)
     asked = {3: [DraftNode(7, 6, 5)], 4: [DraftNode(1, 0, 2), DraftNode(2, 1, 3)]}
     assert wire.read_ask(sent(wire.ask(asked))) == asked
@@ -288,14 +296,18 @@ def test_all_that_a_ring_says_is_within_the_limits_of_its_kind():
     tree, hidden, layers = 200, 64, 4
     limits = wire.limits(tree, hidden, layers, 1000)
     ids, rows = list(range(tree)), torch.zeros(tree, hidden, dtype=torch.float64)
-    request = Request(id=1, prompt=(1, 2), sampling=Sampling(seed=2**64 - 1))
+    biases = {2**31 - k: 1 / 3 for k in range(MOST_BIASES)}
+    request = Request(id=1, prompt=(1, 2), sampling=Sampling(seed=2**64 - 1, logit_bias=biases))
+    much = dataclasses.replace(request, prompt=(2**31 - 1,) * 1000)
+    told = [Logprobs(-1 / 3, ((2**31 - 1, -1 / 3),) * MOST_LOGPROBS)] * tree
     said = [
         wire.start(request, True, True, range(layers), PolicyConfig()),
+        wire.start(much, True, True, range(layers), PolicyConfig(), past=True),
         wire.prefill(1, torch.zeros(PREFILL_ROWS, hidden, dtype=torch.float64)),
         wire.prompt_features(1, rows),
         wire.batch(one(Segment(9, tuple(ids), tuple(ids), tuple(ids))), rows),
         wire.features([wire.Answer(1, 9, ids, [], [], torch.arange(tree), rows)]),
-        wire.choices([wire.Answer(1, 9, ids, ids, [0.5] * tree, None, rows)]),
+        wire.choices([wire.Answer(1, 9, ids, ids, [0.5] * tree, None, rows, told)]),
         wire.text_features(1, range(layers), 0, rows.repeat(1, layers)),
         wire.report(1, wire.Report(0.0, 0, 0, 0.0, [], 0.0, 0.0, [])),
         wire.pong(wire.ping(1)),

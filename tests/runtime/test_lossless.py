@@ -31,7 +31,7 @@ FILTERS = [
 class FakeEngine:
     """Plain decoding says 1 2 3 4; the method says `speculative`."""
 
-    config = SimpleNamespace(method="flowspec")
+    config = SimpleNamespace(method="flowspec", sampling=Sampling())
     sums_in = "float32"
     manifest = SimpleNamespace(num_layers=8, hidden_size=256)
     text = SimpleNamespace(encode=lambda prompt: (0,) * 10, decode=str)
