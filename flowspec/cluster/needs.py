@@ -109,23 +109,20 @@ def needs_of(manifest: Manifest, config: Config, ranks: Iterable[int]) -> Needs:
 
 def _held(manifest: Manifest, config: Config, rank: int) -> int:
     """Return the bytes of a rank's weights and caches, where it computes."""
-    topology, dtype = manifest.topology, _dtype(config, manifest, rank)
+    topology = manifest.topology
+    dtype = config.dtype_of(topology, rank, manifest.dtype)
+    beside = config.plain_dtype(rank, manifest.dtype) if dtype == "nf4" else dtype
     drafters = config.drafters_on(topology, rank)
-    held = sum(_drafter(drafter, config.folder, dtype) for drafter in drafters)
+    held = sum(_drafter(drafter, config.folder, beside) for drafter in drafters)
     if topology.drafts(rank):
         return held
     entry = manifest.entry(rank)
     path, model = manifest.path(entry), read_config(manifest.folder(rank))
-    held += _bytes(plain(TensorFile(path), model, str(path)), dtype)
+    file = plain(TensorFile(path), model, str(path))
+    held += _in_four_bits(file, beside) if dtype == "nf4" else _bytes(file, dtype)
     if entry.lm_head and rank in config.head_ranks(topology):
-        held += _bytes(TensorFile(manifest.path(entry.lm_head)), dtype)
-    return held + _cache(manifest, config, rank, model, dtype)
-
-
-def _dtype(config: Config, manifest: Manifest, rank: int) -> str:
-    """Return the name of the dtype in which a rank computes (rank.compute_dtype, without torch)."""
-    stored = "float32" if config.device_of(rank) == "cpu" else manifest.dtype
-    return stored if config.dtype == "auto" else config.dtype
+        held += _bytes(TensorFile(manifest.path(entry.lm_head)), beside)
+    return held + _cache(manifest, config, rank, model, beside)
 
 
 def _cache(manifest: Manifest, config: Config, rank: int, model: dict, dtype: str) -> int:
@@ -148,6 +145,17 @@ def _bytes(file: Tensors, dtype: str) -> int:
         if name == EMBEDDING and dtype == "int8"
         else math.prod(info.shape) * BYTES[dtype]
         for name, info in infos.items()
+    )
+
+
+def _in_four_bits(file: Tensors, beside: str) -> int:
+    """Return the same of matrices in nf4, each 64 weights with a float32, and all else `beside`."""
+    infos = [(name, file.info(name).shape) for name in file.names]
+    return sum(
+        math.prod(shape) * 9 // 16
+        if len(shape) == 2 and name != EMBEDDING
+        else math.prod(shape) * BYTES[beside]
+        for name, shape in infos
     )
 
 
