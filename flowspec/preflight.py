@@ -52,10 +52,10 @@ def check_run(config: Config, ranks: Sequence[int] | None = None) -> Manifest:
     topology = manifest.topology
     ranks = topology.ranks if ranks is None else ranks
     config = config.found() if topology.COORDINATOR in ranks else config
-    check_dtypes(config, topology, ranks)
     devices = 1 if isinstance(config.device, str) else len(config.device)
     split = f"the run is of {topology.world_size} (rank 0 and {topology.words})"
     need(devices in (1, topology.world_size), f"device lists {devices} ranks, {split}")
+    check_dtypes(config, topology, ranks)
     config.emulate.check_stages(topology.stages, topology.servers)
     check_servers(config, topology)
     config.check_method(topology.members)
