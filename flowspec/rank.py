@@ -97,7 +97,7 @@ def warm_up(config: Config, manifest: Manifest, rank: int) -> None:
     if rank > 0 and not manifest.topology.drafts(rank):
         family_of(read_config(manifest.folder(rank))).classes()
         if dtype_name(config, manifest, rank) == "nf4":
-            fourbit.check(device)
+            fourbit.check(device)  # which imports it
     for drafter in config.drafters_on(manifest.topology, rank):
         if drafter.computes:
             read = read_head if drafter.reads_features else read_config

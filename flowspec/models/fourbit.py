@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
@@ -34,6 +35,9 @@ SUMS_ON_CPU = "bfloat16"
 """The kernel on a CPU rounds to this dtype."""
 
 
+_LOADING = threading.Lock()
+
+
 def fits(weight: Tensor) -> bool:
     """Return whether a matrix [outputs, inputs] is of whole blocks; others stay as they are."""
     return weight.shape[0] % OUTPUTS == 0 and weight.shape[1] % BLOCK == 0
@@ -46,14 +50,15 @@ def library() -> ModuleType:
     While it is imported on a CPU, the package `kernels` is hidden from it: through that it would
     load code from the Hugging Face hub, and compute otherwise than on a host without."""
     hub = "kernels"
-    hidden = {name: sys.modules[name] for name in [hub] if name in sys.modules}
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    sys.modules[hub] = None  # type: ignore[assignment]
-    try:
-        import bitsandbytes
-    finally:
-        del sys.modules[hub]
-        sys.modules |= hidden
+    with _LOADING:  # ranks may be threads
+        hidden = {name: sys.modules[name] for name in [hub] if name in sys.modules}
+        sys.modules[hub] = None  # type: ignore[assignment]
+        try:
+            import bitsandbytes
+        finally:
+            del sys.modules[hub]
+            sys.modules.update(hidden)
     return bitsandbytes
 
 

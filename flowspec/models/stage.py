@@ -109,10 +109,12 @@ class StageModel(nn.Module):
         (fourbit.py), and `dtype` is that of all else. Raise UserError if tensors are missing or of
         another shape.
         The layers `apart` have none: they stay on the meta device, as the dtype of the rows."""
-        need(
-            not nf4 or family_of(self.config.to_dict()).linear,
-            "dtype nf4 is for the matrices of linear layers, and experts are none",
-        )
+        if nf4:
+            need(
+                family_of(self.config.to_dict()).linear,
+                "dtype nf4 is for the matrices of linear layers, and experts are none",
+            )
+            fourbit.check(device)
         waiting = self.state_dict(keep_vars=True)
         packs = not self._whole and packs_weights(self.config.to_dict(), dtype, device)
         self.dtype = torch.float32 if packs else dtype

@@ -76,13 +76,13 @@ def config(folder, pair, tmp_path_factory):
     return home / "four.yaml"
 
 
-def whole(at, nf4=True):
+def whole(at, nf4=True, device="cpu"):
     """A checkpoint as one stage, with its matrices in four bits, and its head."""
     config = read_config(at)
     model = StageModel(config, config["num_hidden_layers"], first=True, last=True)
     checkpoint = Checkpoint(at, family_of(config).named)
     tensors = module_tensors(checkpoint, 0, torch.float32)
-    model.load(tensors, "cpu", str(at), torch.float32, nf4=nf4)
+    model.load(tensors, device, str(at), torch.float32, nf4=nf4)
     return model, Head(Checkpoint(at).read("lm_head.weight")) if config[
         "model_type"
     ] == "llama" else None
@@ -186,6 +186,24 @@ def test_a_ring_writes_what_one_process_does(folder, config):
     assert sampled[0] == sampled[1] != text
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None,
+    reason="no GPU here, or no bitsandbytes",
+)
+def test_on_a_gpu_layers_and_rings_do_so_too(folder, config):
+    at, _ = folder("llama")
+    model, _ = whole(at, device="cuda")
+    plain, tokens = whole(at, nf4=False)[0], torch.tensor(PROMPT)
+    ours, other = Hand(model, to_host=True).prefill(tokens), Hand(plain).prefill(tokens)
+    assert 0.05 < (ours - other).norm() / other.norm() < 0.5
+    with Engine.from_config(config, ["device=cuda", "deterministic=true"]) as engine:
+        made = [
+            [t.id for t in engine.generate(PROMPT, method=m, max_new_tokens=NEW, temperature=0)]
+            for m in ("ar", "flowspec")
+        ]
+    assert made[0] == made[1]
+
+
 @computes
 def test_each_stage_may_have_its_own_dtype(config):
     mixed = load_config(config, ["dtype=[nf4, int8]"])
@@ -234,6 +252,13 @@ def test_a_processor_without_the_kernel_is_refused(monkeypatch):
     monkeypatch.setattr(fourbit, "library", lambda: fake(has_avx512bf16=lambda: False))
     with pytest.raises(UserError, match=r"dtype nf4 on a CPU works on x86 with AVX512-BF16.*int8"):
         fourbit.check("cpu")
+
+
+def test_so_it_is_where_ranks_are_threads(pair, monkeypatch):
+    monkeypatch.setattr(fourbit, "library", lambda: fake(has_avx512bf16=lambda: False))
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(UserError, match="dtype nf4 on a CPU works on x86"):
+        Engine.from_config(pair.config(2), ["dtype=nf4"])
 
 
 def test_a_gpu_that_the_library_was_not_built_for_is_refused(monkeypatch):
