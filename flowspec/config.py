@@ -21,7 +21,9 @@ from flowspec.draft.config import HEAD, DrafterConfig
 from flowspec.errors import UserError, need
 from flowspec.schema import build, choice, parse, read_mapping
 
-DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
+DTYPES = ("auto", "float32", "float16", "bfloat16", "int8", "nf4")
+QUANTISED = ("int8", "nf4")
+"""These dtypes are made as a rank loads its weights; no unsplit model has them."""
 VERIFY_ON = ("auto", "coordinator", "last")
 BACKENDS = ("native", "deepspeed")
 OWN = {
@@ -68,9 +70,11 @@ class Config:
     emulate: Emulate = field(default_factory=Emulate)
     tensor_parallel: TensorParallel = field(default_factory=TensorParallel)
     dsi: Dsi = field(default_factory=Dsi)
-    dtype: str = "auto"
-    """This is the dtype of the weights (int8 has a scale for each output and runs on a CPU). `auto`
-    is float32 on a CPU and the stored dtype elsewhere."""
+    dtype: str | tuple[str, ...] = "auto"
+    """This is the dtype of the weights: one for all ranks, or one for each stage (rank 0 then has
+    that of the last). int8 has a scale for each output and runs on a CPU. nf4 is four bits, by
+    bitsandbytes, for the matrices of layers; lm_head and drafters are `auto` beside it. `auto` is
+    float32 on a CPU and the stored dtype elsewhere."""
     deterministic: bool = False
     """A token's logits do not depend on what else is in the batch, to the bit, in any dtype. Native
     layers on a CPU are like that anyway; others then compute one row at a time."""
@@ -94,7 +98,12 @@ class Config:
 
     def __post_init__(self) -> None:
         choice("method", self.method, ALL_METHODS)
-        choice("dtype", self.dtype, DTYPES)
+        for dtype in self.dtypes:
+            choice("dtype", dtype, DTYPES)
+        need(
+            not self.many_dtypes or "auto" not in self.dtypes,
+            "dtype lists auto, which each rank takes for what its device does: name the dtype",
+        )
         choice("verify_on", self.verify_on, VERIFY_ON)
         need(len(self.drafters) > 0, "drafter is an empty list: name one at least, or kind: none")
         silent = [drafter.where for drafter in self.drafters if drafter.kind == "none"]
@@ -121,6 +130,25 @@ class Config:
             self.cache_mb is None or self.cache_mb > 0,
             f"cache_mb is {self.cache_mb}: it must be more than 0 MB, or auto",
         )
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        return (self.dtype,) if isinstance(self.dtype, str) else self.dtype
+
+    @property
+    def many_dtypes(self) -> bool:
+        """Return whether there is a dtype for each stage."""
+        return not isinstance(self.dtype, str)
+
+    def plain_dtype(self, rank: int, stored: str) -> str:
+        """Return what `auto` is on a rank, for a split whose dtype is `stored`."""
+        return plain_dtype(self.device_of(rank), stored)
+
+    def dtype_of(self, topology: Topology, rank: int, stored: str) -> str:
+        """Return the dtype of a rank's weights by its name, for a split whose dtype is `stored`."""
+        stage = topology.stage(rank) or topology.stages
+        name = self.dtypes[stage - 1 if self.many_dtypes else 0]
+        return self.plain_dtype(rank, stored) if name == "auto" else name
 
     @property
     def stages_path(self) -> Path:
@@ -218,6 +246,13 @@ class Config:
     def device_of(self, rank: int) -> str:
         devices = (self.device,) if isinstance(self.device, str) else self.device
         return devices[rank] if len(devices) > 1 else devices[0]
+
+
+def plain_dtype(device: str, stored: str) -> str:
+    """Return what dtype `auto` is on a device, for a split whose dtype is `stored`.
+
+    float32 on a CPU is exact, and no slower on small models."""
+    return "float32" if device == "cpu" else stored
 
 
 def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:

@@ -14,6 +14,8 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from flowspec import trace
 from flowspec.comm import inproc
 from flowspec.comm.base import STILL, Transport
@@ -27,6 +29,7 @@ from flowspec.draft.config import DrafterConfig
 from flowspec.draft.registry import make_drafter
 from flowspec.errors import need
 from flowspec.generation import Generation, Result
+from flowspec.models import fourbit
 from flowspec.models.families import read_config
 from flowspec.models.manifest import Manifest
 from flowspec.models.stage import load_head, packs_weights
@@ -267,15 +270,20 @@ class Engine:
 
     @property
     def sums_in(self) -> str:
-        """Return the dtype of the last stage's rows and sums, where `dtype_name` is that of its
+        """Return the coarsest dtype of any stage's rows and sums, where `dtype_name` is that of
         weights."""
-        last = self.topology.last
-        dtype = compute_dtype(self.config, self.manifest, last)
-        packs = packs_weights(
-            read_config(self.manifest.folder(last)), dtype, self.config.device_of(last)
-        )
+        found = [self._sums_of(leader) for leader in self.topology.ring(0)]
+        return max(found, key=lambda name: torch.finfo(getattr(torch, name)).eps)
+
+    def _sums_of(self, rank: int) -> str:
+        """Return the dtype of the rows and sums of the stage that this rank leads."""
+        device = self.config.device_of(rank)
+        if device == "cpu" and dtype_name(self.config, self.manifest, rank) == "nf4":
+            return fourbit.SUMS_ON_CPU
+        dtype = compute_dtype(self.config, self.manifest, rank)
+        packs = packs_weights(read_config(self.manifest.folder(0)), dtype, device)
         shared = self.topology.members > 1 and self.config.tensor_parallel.backend != "native"
-        return "float32" if packs and not shared else self.dtype_name
+        return "float32" if packs and not shared else str(dtype).removeprefix("torch.")
 
     # ---- inside ----------------------------------------------------------------------------------
     def _make_driver(self) -> Driver:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from flowspec.config import Config
+from flowspec.config import QUANTISED, Config
 from flowspec.core.request import Sampling
 from flowspec.core.topology import Topology
 from flowspec.draft.config import DrafterConfig
@@ -56,6 +56,7 @@ def check_run(config: Config, ranks: Sequence[int] | None = None) -> Manifest:
     devices = 1 if isinstance(config.device, str) else len(config.device)
     split = f"the run is of {topology.world_size} (rank 0 and {topology.words})"
     need(devices in (1, topology.world_size), f"device lists {devices} ranks, {split}")
+    check_dtypes(config, topology, ranks)
     config.emulate.check_stages(topology.stages, topology.servers)
     check_servers(config, topology)
     config.sampling.check(manifest.vocab_size)
@@ -70,6 +71,20 @@ def check_run(config: Config, ranks: Sequence[int] | None = None) -> Manifest:
     for drafter in dict.fromkeys(d for rank in ranks for d in config.drafters_on(topology, rank)):
         check_drafter(drafter, config.folder, manifest)
     return manifest
+
+
+def check_dtypes(config: Config, topology: Topology, ranks: Sequence[int]) -> None:
+    """Raise UserError unless there is a dtype for each stage, and what these ranks' dtypes need."""
+    need(
+        not config.many_dtypes or len(config.dtypes) == topology.stages,
+        f"dtype lists {len(config.dtypes)} stages, the split has {topology.stages}",
+    )
+    held = {config.dtype_of(topology, rank, "") for rank in ranks if topology.stage(rank)}
+    need(
+        "nf4" not in held or importlib.util.find_spec("bitsandbytes") is not None,
+        "dtype is nf4, which needs bitsandbytes: .venv/bin/pip install -r requirements_quant.txt "
+        "(the extra `quant`; on a Jetson: docs/jetson.md), or set it to int8 or float16",
+    )
 
 
 def check_servers(config: Config, topology: Topology) -> None:
@@ -91,10 +106,11 @@ def check_autotp(config: Config, manifest: Manifest) -> None:
         f"{key}, which is not installed: .venv/bin/pip install -r requirements_deepspeed.txt (the "
         "extra `deepspeed`), or set it to native",
     )
-    need(
-        config.dtype != "int8",
-        f"{key}, which has no int8 weights here: set another dtype, or native",
-    )
+    for dtype in config.dtypes:
+        need(
+            dtype not in QUANTISED,
+            f"{key}, which has no {dtype} weights here: set another dtype, or native",
+        )
     model, members = read_config(manifest.folder(0)), manifest.tensor_parallel
     need(
         copies(model, members) == 1,
@@ -115,16 +131,21 @@ def check_same_model(manifest: Manifest, config: dict, where: str, advice: str) 
         )
 
 
-def check_reference(reference: str, manifest: Manifest, dtype: str) -> Source:
-    """Return the unsplit model, for a run that computes in `dtype`.
+def check_reference(reference: str, manifest: Manifest, dtypes: Sequence[str]) -> Source:
+    """Return the unsplit model, for a run whose stages compute in `dtypes`.
 
     Raise UserError unless it is a whole checkpoint and, as far as can be known, the one that was
     split."""
     option, advice = "--reference", "give the model that was split"
+    itself = "without it the ring is compared with itself"
+    for dtype in dtypes:
+        need(
+            dtype not in QUANTISED,
+            f"{option}: the unsplit model has no {dtype} weights; {itself}",
+        )
     need(
-        dtype != "int8",
-        f"{option}: the unsplit model has no int8 weights; without it the ring is compared with "
-        "itself",
+        len(set(dtypes)) == 1,
+        f"{option}: the unsplit model has one dtype, the stages have several; {itself}",
     )
     folder = local_folder(reference, option, MODEL_FILES)
     try:

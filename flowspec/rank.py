@@ -18,6 +18,7 @@ from flowspec.config import Config, load_config
 from flowspec.core.policies.continuous import Continuous
 from flowspec.draft.registry import make_drafter
 from flowspec.errors import RankLost, need
+from flowspec.models import fourbit
 from flowspec.models.device import free_bytes
 from flowspec.models.families import family_of, read_config
 from flowspec.models.heads import read_head
@@ -58,9 +59,8 @@ def join(config: Config) -> Member:
     warm_up(config, manifest, rank)
     coordinates = rank == topology.COORDINATOR and config.verifies_last
     takes_part = not (coordinates or topology.drafts(rank))
-    facts = facts_of(
-        config.shared(), manifest, dtype_name(config, manifest, rank) if takes_part else None
-    )
+    dtypes = ", ".join(config.dtypes) if config.many_dtypes else dtype_name(config, manifest, rank)
+    facts = facts_of(config.shared(), manifest, dtypes if takes_part else None)
     limits = wire_limits(config, manifest)
     own_gpu = has_own_gpu(config)
     losses = Losses(topology, rank)
@@ -96,6 +96,8 @@ def warm_up(config: Config, manifest: Manifest, rank: int) -> None:
         torch.mm(one, one)
     if rank > 0 and not manifest.topology.drafts(rank):
         family_of(read_config(manifest.folder(rank))).classes()
+        if dtype_name(config, manifest, rank) == "nf4":
+            fourbit.check(device)  # which imports it
     for drafter in config.drafters_on(manifest.topology, rank):
         if drafter.computes:
             read = read_head if drafter.reads_features else read_config
@@ -141,19 +143,14 @@ def has_own_gpu(config: Config) -> bool:
 
 
 def compute_dtype(config: Config, manifest: Manifest, rank: int) -> torch.dtype:
-    """Return the dtype in which a rank computes.
-
-    `auto` is float32 on a CPU (exact, and no slower on small models) and the stored dtype
-    elsewhere."""
-    name = config.dtype
-    if name == "auto":
-        name = "float32" if config.device_of(rank) == "cpu" else manifest.dtype
-    return getattr(torch, name)
+    """Return the dtype in which a rank computes; with matrices of nf4, that of all else."""
+    name = dtype_name(config, manifest, rank)
+    return getattr(torch, config.plain_dtype(rank, manifest.dtype) if name == "nf4" else name)
 
 
 def dtype_name(config: Config, manifest: Manifest, rank: int) -> str:
-    """Return the computing dtype of a rank by its name, such as float32."""
-    return str(compute_dtype(config, manifest, rank)).removeprefix("torch.")
+    """Return the dtype of a rank's weights by its name, such as float32 or nf4."""
+    return config.dtype_of(manifest.topology, rank, manifest.dtype)
 
 
 def work(config: Config, manifest: Manifest, transport: Transport) -> None:
@@ -202,7 +199,8 @@ def compute(config: Config, manifest: Manifest, transport: Transport) -> None:
     topology, links = transport.topology, transport.links
     leader = topology.leader(rank)
     autotp = links is not None and config.tensor_parallel.backend == "deepspeed"
-    model = load_stage(manifest, rank, dtype, device, progress, links, autotp)
+    nf4 = dtype_name(config, manifest, rank) == "nf4"
+    model = load_stage(manifest, rank, dtype, device, progress, links, autotp, nf4)
     head = (
         load_head(manifest, rank, dtype, device)
         if topology.is_last(leader) and config.verifies_last

@@ -79,7 +79,14 @@ CMAKE = (
     "CMAKE_BUILD_TYPE=Release", "GGML_RPC=ON", "GGML_NATIVE=ON", "BUILD_SHARED_LIBS=OFF", "LLAMA_OPENSSL=OFF", "LLAMA_BUILD_TESTS=OFF",
     "LLAMA_BUILD_EXAMPLES=OFF", "LLAMA_BUILD_APP=OFF", "LLAMA_USE_PREBUILT_UI=OFF",
 )  # fmt: skip
-WEIGHT_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int8": 1.0, "q8_0": 34 / 32}
+WEIGHT_BYTES = {
+    "float32": 4.0,
+    "float16": 2.0,
+    "bfloat16": 2.0,
+    "int8": 1.0,
+    "nf4": 17 / 32,
+    "q8_0": 34 / 32,
+}
 """q8_0 has a float16 scale for every 32 weights."""
 LOADING, ANSWERING = 120.0, 600.0
 """llama.cpp may take so many seconds to be ready, and to answer."""

@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2154  # root is set where this is sourced
 # Sourced with the requirement files to install: makes .venv in $root where it is missing or out of date, sets $python.
 python=$root/.venv/bin/python
 wanted=$(cd "$root" && cat "$@" | cksum)

@@ -17,13 +17,12 @@ from flowspec.cluster.needs import (
     PROGRAM,
     cache_numbers,
     drafter_tensors,
-    dtype_on,
     number_bytes,
 )
 from flowspec.cluster.planner import Box, Model, Way, Ways
 from flowspec.cluster.report import Facts, HostReport, Report, Speed
 from flowspec.cluster.visit import examine, sites_of
-from flowspec.config import Config, load_config
+from flowspec.config import Config, load_config, plain_dtype
 from flowspec.draft.config import DrafterConfig
 from flowspec.errors import UserError, need
 from flowspec.models.families import HEAD
@@ -56,6 +55,10 @@ def run_of(cluster: Cluster) -> Config:
             not drafter.ranks,
             f"{path}: {drafter.where}.ranks is {drafter.ranks}: plans are for drafters on rank 0",
         )
+    need(
+        not config.many_dtypes and "nf4" not in config.dtypes,
+        f"{path}: dtype is {config.dtype}: plans are for one dtype, and the doctor measures no nf4",
+    )
     need(
         isinstance(config.device, str) or all(host.device for host in cluster.hosts),
         f"{path}: device is a list by rank, and a plan gives out the ranks: write `device` at the "
@@ -149,7 +152,8 @@ def _box(
     host: Host, found: HostReport, facts: Facts, config: Config, stored: str, where: str
 ) -> Box:
     device = host.device or (config.device if isinstance(config.device, str) else "cpu")
-    dtype = dtype_on(device, config.dtype, stored)
+    [asked] = config.dtypes
+    dtype = plain_dtype(device, stored) if asked == "auto" else asked
     base, slope = _speed(found, device, dtype, where)
     cache = 0 if config.cache_mb is None else int(config.cache_mb * 1e6)
     free, program = _memory(facts, device)

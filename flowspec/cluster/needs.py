@@ -132,26 +132,20 @@ def needs_of(manifest: Manifest, config: Config, ranks: Iterable[int]) -> Needs:
 def _held(manifest: Manifest, config: Config, rank: int) -> int:
     """Return the bytes of a rank's weights and caches, where it computes."""
     topology = manifest.topology
-    dtype = dtype_on(config.device_of(rank), config.dtype, manifest.dtype)
+    dtype = config.dtype_of(topology, rank, manifest.dtype)
+    beside = config.plain_dtype(rank, manifest.dtype) if dtype == "nf4" else dtype
     drafters = config.drafters_on(topology, rank)
     tensors = (drafter_tensors(drafter, config.folder) for drafter in drafters)
-    held = sum(_bytes(each, dtype) for each in tensors if each)
+    held = sum(_bytes(each, beside) for each in tensors if each)
     if topology.drafts(rank):
         return held
     entry = manifest.entry(rank)
     path, model = manifest.path(entry), read_config(manifest.folder(rank))
-    held += _bytes(plain(TensorFile(path), model, str(path)), dtype)
+    file = plain(TensorFile(path), model, str(path))
+    held += _in_four_bits(file, beside) if dtype == "nf4" else _bytes(file, dtype)
     if entry.lm_head and rank in config.head_ranks(topology):
-        held += _bytes(TensorFile(manifest.path(entry.lm_head)), dtype)
-    return held + _cache(manifest, config, rank, model, dtype)
-
-
-def dtype_on(device: str, asked: str, stored: str) -> str:
-    """Return the name of the dtype in which a rank computes (rank.compute_dtype, without torch).
-
-    `asked` is the configuration's, `stored` the split's."""
-    found = "float32" if device == "cpu" else stored
-    return found if asked == "auto" else asked
+        held += _bytes(TensorFile(manifest.path(entry.lm_head)), beside)
+    return held + _cache(manifest, config, rank, model, beside)
 
 
 def _cache(manifest: Manifest, config: Config, rank: int, model: dict, dtype: str) -> int:
@@ -182,6 +176,17 @@ def _bytes(file: Tensors, dtype: str) -> int:
         if name == EMBEDDING and dtype == "int8"
         else math.prod(info.shape) * BYTES[dtype]
         for name, info in infos.items()
+    )
+
+
+def _in_four_bits(file: Tensors, beside: str) -> int:
+    """Return the same of matrices in nf4, each 64 weights with a float32, and all else `beside`."""
+    infos = [(name, file.info(name).shape) for name in file.names]
+    return sum(
+        math.prod(shape) * 9 // 16
+        if len(shape) == 2 and name != EMBEDDING
+        else math.prod(shape) * BYTES[beside]
+        for name, shape in infos
     )
 
 

@@ -125,7 +125,7 @@ def _check_rivals(options: argparse.Namespace, config: Config, manifest: Manifes
     if asked:
         need(not config.emulate.active, "--against: emulated times compare with no real ones")
         check_rivals(config.sampling)
-        check_reference(options.reference, manifest, config.dtype)
+        check_reference(options.reference, manifest, config.dtypes)
 
 
 @contextmanager
@@ -142,7 +142,7 @@ def _rivals(engine: Engine, options: argparse.Namespace) -> Iterator[Rivals | No
 
     config, threads = engine.config, engine.topology.stages * torch.get_num_threads()
     drafts = [d.checkpoint(config.folder) for d in config.drafters if d.kind == "lm"]
-    source = check_reference(options.reference, engine.manifest, config.dtype)
+    source = check_reference(options.reference, engine.manifest, config.dtypes)
     words = [str(source.folder), str(drafts[0]) if drafts else "", str(threads), engine.dtype_name]
     words = ["-m", "flowspec.bench.unsplit", *words]
     with Rival("transformers", words, threads) as rival:

@@ -39,7 +39,7 @@ def _prompts(options: argparse.Namespace, path: Path) -> list[str]:
 
 def _check(options: argparse.Namespace, config: Config, manifest: Manifest) -> None:
     if options.reference is not None:
-        check_reference(options.reference, manifest, config.dtype)
+        check_reference(options.reference, manifest, config.dtypes)
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -53,7 +53,7 @@ def _lead(engine: Engine, options: argparse.Namespace, prompts: list[str]) -> in
 
     reference = None
     if options.reference is not None:
-        source = check_reference(options.reference, engine.manifest, engine.config.dtype)
+        source = check_reference(options.reference, engine.manifest, engine.config.dtypes)
         reference = lossless.Reference(
             source.folder, engine.sums_in, (engine.manifest.dtype, engine.dtype_name)
         )

@@ -18,14 +18,15 @@ from flowspec.models import vector
 from flowspec.models.attention import Form, Seen, attend
 from flowspec.models.cache import Caches
 from flowspec.models.families import FAMILIES
+from flowspec.models.fourbit import Beside, FourBitLinear
 from flowspec.models.kernels import WIDTH, PackedLinear, stacked
 
 
 def suits(layer: nn.Module, config: Any) -> bool:
     """Return whether a NativeLayer can be made of this layer.
 
-    It must be of Llama's kind, its matrices packed and of whole vectors, and its MLP gated by
-    silu."""
+    It must be of Llama's kind, its matrices packed (or of four bits) and of whole vectors, and its
+    MLP gated by silu."""
     if not FAMILIES[config.model_type].llama:
         return False
     linears = [
@@ -37,7 +38,7 @@ def suits(layer: nn.Module, config: Any) -> bool:
     packed = [
         linear
         for linear in linears
-        if isinstance(linear, PackedLinear) and linear.out_features % WIDTH == 0
+        if isinstance(linear, PackedLinear | FourBitLinear) and linear.out_features % WIDTH == 0
     ]
     # an EAGLE-3 layer's attention reads an embedding, too
     if len(packed) < len(linears) or packed[0].in_features != config.hidden_size:
@@ -97,7 +98,7 @@ class NativeLayer(nn.Module):
         self.form = Form(getattr(attention, "sliding_window", every))
         self.eps = config.rms_norm_eps
         self.before, self.between = layer.input_layernorm, layer.post_attention_layernorm
-        self.qkv = stacked([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.qkv = _beside([attention.q_proj, attention.k_proj, attention.v_proj])
         self.q_norm, self.k_norm = (
             getattr(attention, "q_norm", None),
             getattr(attention, "k_norm", None),
@@ -108,7 +109,7 @@ class NativeLayer(nn.Module):
             else (self.q_norm.weight, self.k_norm.weight)
         )
         self.out, self.down = attention.o_proj, mlp.down_proj
-        self.gate_up = stacked([mlp.gate_proj, mlp.up_proj])
+        self.gate_up = _beside([mlp.gate_proj, mlp.up_proj])
         vector.prepare(self.width)
         weights = tuple(
             None if isinstance(norm, nn.Identity) else norm.weight
@@ -188,6 +189,12 @@ class NativeLayer(nn.Module):
         if weight is None:
             return x
         return vector.norm(x.reshape(-1, x.shape[-1]), weight, self.eps).view(x.shape)
+
+
+def _beside(layers: list[Any]) -> PackedLinear | Beside:
+    """Return one layer whose outputs are those of the given ones, side by side."""
+    packed = all(isinstance(layer, PackedLinear) for layer in layers)
+    return stacked(layers) if packed else Beside(layers)
 
 
 def _turned(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from flowspec.core.messages import PREFILL_ROWS, Prune
 from flowspec.core.stage import Admitted, StageState, Waiting
 from flowspec.core.topology import WHOLE, Shard
 from flowspec.errors import UserError, need
-from flowspec.models import attention, jit, kernels, native, vector
+from flowspec.models import attention, fourbit, jit, kernels, native, vector
 from flowspec.models.adapted import adapted, as_held
 from flowspec.models.attention import Seen
 from flowspec.models.cache import Caches, Part, RowCache, joined, split
@@ -100,12 +100,21 @@ class StageModel(nn.Module):
         source: str,
         dtype: torch.dtype,
         apart: Iterable[int] = (),
+        nf4: bool = False,
     ) -> StageModel:
         """Take each tensor as it comes (the caller holds one at a time) and return the model.
 
         On a CPU that has kernels for `dtype` the matrices are packed as they come, and everything
-        else is float32 (kernels.py). Raise UserError if tensors are missing or of another shape.
+        else is float32 (kernels.py). If `nf4` is set, they become four bits a weight as they come
+        (fourbit.py), and `dtype` is that of all else. Raise UserError if tensors are missing or of
+        another shape.
         The layers `apart` have none: they stay on the meta device, as the dtype of the rows."""
+        if nf4:
+            need(
+                family_of(self.config.to_dict()).linear,
+                "dtype nf4 is for the matrices of linear layers, and experts are none",
+            )
+            fourbit.check(device)
         waiting = self.state_dict(keep_vars=True)
         packs = not self._whole and packs_weights(self.config.to_dict(), dtype, device)
         self.dtype = torch.float32 if packs else dtype
@@ -125,9 +134,11 @@ class StageModel(nn.Module):
                     f"{source}: {name} has shape {tuple(tensor.shape)}, config.json asks for "
                     f"{tuple(expected.shape)}"
                 )
-            if packs and leaf == "weight" and isinstance(module, nn.Linear):
-                self.set_submodule(path, PackedLinear(tensor, module.bias, dtype))
-                continue
+            if leaf == "weight" and isinstance(module, nn.Linear):
+                made = self._made(tensor, module.bias, dtype, device, nf4, packs)
+                if made is not None:
+                    self.set_submodule(path, made)
+                    continue
             tensor = (
                 tensor.to(device) if not packs or module is self.embed_tokens else tensor.float()
             )
@@ -140,13 +151,31 @@ class StageModel(nn.Module):
             )
         for module, leaf in self._computed():
             setattr(module, leaf, getattr(module, leaf).to(device))
+        self._prepare(packs)
+        return self
+
+    def _prepare(self, packs: bool) -> None:
+        """Make of the loaded layers what computes on this device and among these members."""
         self.native = packs and all(native.suits(layer, self.config) for layer in self.layers)
         for k in range(len(self.layers)):  # one by one: a native layer copies matrices
             if self.native:
                 self.layers[k] = native.NativeLayer(self.layers[k], self.config)
             if self.links and not self._whole:
                 self.layers[k] = ParallelLayer(self.layers[k])
-        return self
+
+    def _made(
+        self,
+        weight: Tensor,
+        bias: nn.Parameter | None,
+        dtype: torch.dtype,
+        device: str,
+        nf4: bool,
+        packs: bool,
+    ) -> nn.Module | None:
+        """Return what multiplies with a matrix of a linear layer; None means torch's own."""
+        if nf4 and fourbit.fits(weight):
+            return fourbit.FourBitLinear(weight, bias, self.dtype, device)
+        return PackedLinear(weight, bias, dtype) if packs else None
 
     def _computed(self) -> list[tuple[nn.Module, str]]:
         """Return the tensors that are in no file: modules, and the tensor's name in each."""
@@ -649,12 +678,14 @@ def load_stage(
     progress: Callable[[int], None] = lambda size: None,
     links: Links | None = None,
     autotp: bool = False,
+    nf4: bool = False,
 ) -> StageModel:
     """Return the layers of one rank of a split model, or its shard of them.
 
     `links` lead to the other members of its stage. If `autotp` is set, DeepSpeed shards the layers
-    (autotp.py), and `links` are those of processes. `progress(bytes)` is called after each tensor
-    with all bytes so far, counted in the dtype in which they are read."""
+    (autotp.py), and `links` are those of processes. `nf4` is as for `StageModel.load`.
+    `progress(bytes)` is called after each tensor with all bytes so far, counted in the dtype in
+    which they are read."""
     config, entry, ring = (
         read_config(manifest.folder(rank)),
         manifest.entry(rank),
@@ -679,7 +710,7 @@ def load_stage(
         files = [TensorFile(manifest.path(manifest.entry(each))) for each in ring.group(rank)]
         file = JoinedFile(files, ring.member(rank), config)
     tensors = module_tensors(file, entry.layers[0], stored_as(dtype))
-    return model.load(_counted(tensors, progress), device, str(path), dtype)
+    return model.load(_counted(tensors, progress), device, str(path), dtype, nf4=nf4)
 
 
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, PREFILL_ROWS)

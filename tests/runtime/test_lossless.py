@@ -168,16 +168,16 @@ def test_a_ring_that_is_wrong_by_a_little_is_found_by_its_leads(pair, reference,
 
 def test_a_reference_that_cannot_be_is_refused_by_name(pair, tmp_path):
     manifest = Manifest.load(pair.split(2))
-    assert check_reference(str(pair.target), manifest, "auto").folder == pair.target
+    assert check_reference(str(pair.target), manifest, ["auto"]).folder == pair.target
     for folder, words in ((tmp_path / "none", "no such folder"), (tmp_path, "config.json")):
         with pytest.raises(UserError, match=f"^--reference.*{words}"):
-            check_reference(str(folder), manifest, "auto")
+            check_reference(str(folder), manifest, ["auto"])
     with pytest.raises(
         UserError, match=r"hidden_size is 48, .*stages.yaml says 64: give the model that was split"
     ):
-        check_reference(str(pair.target), dataclasses.replace(manifest, hidden_size=64), "auto")
+        check_reference(str(pair.target), dataclasses.replace(manifest, hidden_size=64), ["auto"])
     with pytest.raises(UserError, match="another embedding"):
-        check_reference(str(pair.draft), manifest, "auto")
+        check_reference(str(pair.draft), manifest, ["auto"])
 
 
 # ---- distances -------------------------------------------------------------------------------------
