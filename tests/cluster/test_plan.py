@@ -487,6 +487,7 @@ WRONG = {
         "drafter.ranks is 1",
     ),
     "devices by rank": (lambda f: f.run(device=["cpu", "cuda"]), "device is a list by rank"),
+    "four bits": (lambda f: f.run(dtype="nf4"), "dtype is nf4: plans are for one dtype"),
     "no config": (
         lambda f: f.path.write_text(yaml.safe_dump({"hosts": [{"address": "10.0.0.1"}]})),
         "config is missing",
