@@ -52,8 +52,13 @@ class Text:
         self.eos = frozenset(_end_tokens(folder))
 
     def encode(self, prompt: str) -> tuple[int, ...]:
-        """Return the prompt's tokens, with the special ones that the tokenizer adds by itself."""
-        return tuple(self.tokenizer.encode(prompt).ids)
+        """Return the prompt's tokens, with the special ones that the tokenizer adds by itself.
+
+        Raise UserError if it holds halves of surrogate pairs, which are no characters."""
+        try:
+            return tuple(self.tokenizer.encode(prompt).ids)
+        except TypeError:
+            raise UserError("the prompt is not valid Unicode text") from None
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(list(tokens), skip_special_tokens=True)

@@ -188,16 +188,17 @@ async def _invalid(request: Request, error: Any) -> JSONResponse:
     """Say which parameter is wrong; what stands in the body is not repeated."""
     found = error.errors()
     first = found[0]
-    place = [part for part in first["loc"] if part != "body"]
-    param = place[0] if place and isinstance(place[0], str) else None
+    loc = first["loc"][1:]
+    # a name of theirs may be long, or no text
+    place = [str(part)[:100].encode("utf-8", "replace").decode() for part in loc]
+    param = place[0] if loc and isinstance(loc[0], str) else None
     if first["type"] == "extra_forbidden":
-        name = ".".join(map(str, place))
-        return _error(request, 400, f"{name} is not supported", param)
+        return _error(request, 400, f"{'.'.join(place)} is not supported", param)
     if first["type"] == "json_invalid":
         return _error(request, 400, "the body is not JSON")
     if param is None:
         return _error(
             request, 400, "the body must be a JSON object, sent as Content-Type: application/json"
         )
-    same = dict.fromkeys(each["msg"] for each in found if param in each["loc"])
+    same = dict.fromkeys(each["msg"] for each in found if each["loc"][:2] == first["loc"][:2])
     return _error(request, 400, f"{param}: {'; '.join(same)}", param)

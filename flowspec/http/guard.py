@@ -59,7 +59,7 @@ class Guard:
             return None
         kind, _, bearer = headers.get("authorization", "").partition(" ")
         shown = bearer if kind.lower() == "bearer" else headers.get("x-api-key", "")
-        if hmac.compare_digest(shown.encode(), self._key.encode()):
+        if hmac.compare_digest(shown.encode("latin-1"), self._key.encode()):
             return None
         told = {"WWW-Authenticate": "Bearer"}
         return Refusal(
