@@ -6,7 +6,9 @@ from contextlib import contextmanager
 import pytest
 
 for package in ("fastapi", "uvicorn", "openai"):
-    pytest.importorskip(package, reason=f"{package} is not installed (requirements_serve.txt, _dev)")
+    pytest.importorskip(
+        package, reason=f"{package} is not installed (requirements_serve.txt, _dev)"
+    )
 
 import httpx
 import openai
@@ -42,10 +44,14 @@ class Served:
     def idle(self) -> bool:
         """Whether nothing is left of any request: no row, no text, no place."""
         load = self.engine.load
-        return (load.running, load.waiting, load.rows, self.calls.taken, len(self.calls.open)) == (0,) * 5
+        return (load.running, load.waiting, load.rows, self.calls.taken, len(self.calls.open)) == (
+            0,
+        ) * 5
 
     def counted(self, name: str, value: str = "") -> int:
-        return sum(n for key, n in self.calls.metrics.counts.items() if key[0] == name and key[2] == value)
+        return sum(
+            n for key, n in self.calls.metrics.counts.items() if key[0] == name and key[2] == value
+        )
 
 
 def wait_until(condition) -> None:
@@ -71,7 +77,9 @@ def demo(tmp_path_factory):
     split(str(ROOT / "demo" / "target"), 2, folder / "split")
     path = folder / "tiny.yaml"
     draft = ROOT / "demo" / "draft"
-    path.write_text(f"stages: split\nmethod: serial\ntree: {{budget: 16}}\ndrafter: {{kind: lm, path: {draft}}}\nthreads: 1\nsampling: {{max_new_tokens: 6}}\n")
+    path.write_text(
+        f"stages: split\nmethod: serial\ntree: {{budget: 16}}\ndrafter: {{kind: lm, path: {draft}}}\nthreads: 1\nsampling: {{max_new_tokens: 6}}\n"
+    )
     return path
 
 
@@ -94,5 +102,7 @@ def fragile(pair):
     """One whose ring can be broken: `break_it()` loses rank 1."""
     engine = Engine.from_config(pair.config(1), ["method=ar", "emulate.stage_ms=40"])
     with serving(engine) as served:
-        served.break_it = lambda: engine._transport.inbox.fail(RankLost("rank 1 (stage 1) died: a test"))
+        served.break_it = lambda: engine._transport.inbox.fail(
+            RankLost("rank 1 (stage 1) died: a test")
+        )
         yield served

@@ -47,7 +47,9 @@ BAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("path,body,param", BAD, ids=[f"{k}-{p}" for k, (_, _, p) in enumerate(BAD)])
+@pytest.mark.parametrize(
+    "path,body,param", BAD, ids=[f"{k}-{p}" for k, (_, _, p) in enumerate(BAD)]
+)
 def test_what_is_wrong_is_named(served, path, body, param):
     answer = served.http.post(path, json=body)
     error = answer.json()["error"]
@@ -57,8 +59,22 @@ def test_what_is_wrong_is_named(served, path, body, param):
 
 
 def test_what_asks_for_nothing_is_taken(served):
-    body = {"prompt": "x", "max_tokens": 1, "user": "me", "logprobs": None, "echo": False, "best_of": 1, "suffix": None}
-    body |= {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "logit_bias": {}, "stop": None}
+    body = {
+        "prompt": "x",
+        "max_tokens": 1,
+        "user": "me",
+        "logprobs": None,
+        "echo": False,
+        "best_of": 1,
+        "suffix": None,
+    }
+    body |= {
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "logit_bias": {},
+        "stop": None,
+    }
     assert served.http.post(COMPLETION, json=body).status_code == 200
 
 
@@ -124,7 +140,10 @@ def test_the_key_is_asked_for_everywhere_but_at_health(served):
         for shown in ("Bearer sesame", "Bearer", "Basic sésame", "sésame"):
             headers = {"Authorization": shown.encode()}
             assert locked.http.get("/v1/models", headers=headers).status_code == 401
-        for headers in ({"Authorization": "Bearer sésame".encode()}, {"x-api-key": "sésame".encode()}):
+        for headers in (
+            {"Authorization": "Bearer sésame".encode()},
+            {"x-api-key": "sésame".encode()},
+        ):
             assert locked.http.get("/v1/models", headers=headers).status_code == 200
         with pytest.raises(openai.AuthenticationError):
             locked.client.with_options(api_key="wrong").models.list()
@@ -135,11 +154,18 @@ def test_each_request_has_an_id_and_a_line_in_the_log(served, capsys):
     with serving(served.engine, log=True) as logged:
         body = {"prompt": "def", "max_tokens": 5}
         answer = logged.http.post(COMPLETION, json=body, headers={"X-Request-Id": "mine-1"})
-        other = logged.http.post(COMPLETION, json={"prompt": "x"} | {"n": -1}, headers={"X-Request-Id": "bad id"})
+        other = logged.http.post(
+            COMPLETION, json={"prompt": "x"} | {"n": -1}, headers={"X-Request-Id": "bad id"}
+        )
     assert answer.headers["x-request-id"] == "mine-1" and answer.json()["id"] == "cmpl-mine-1"
     assert re.fullmatch("[0-9a-f]{32}", other.headers["x-request-id"])
     one, two = (json.loads(line) for line in capsys.readouterr().err.splitlines())
-    assert (one["id"], one["status"], one["path"], one["completion"]) == ("mine-1", 200, COMPLETION, 5)
+    assert (one["id"], one["status"], one["path"], one["completion"]) == (
+        "mine-1",
+        200,
+        COMPLETION,
+        5,
+    )
     assert (two["id"], two["status"]) == (other.headers["x-request-id"], 400)
 
 
@@ -151,7 +177,9 @@ def test_metrics_are_counted(served, compat):
     with serving(served.engine, compat=compat) as counted:
         before = counted.http.get("/metrics").text
         for _ in range(2):
-            usage = counted.client.completions.create(model="tiny", prompt="import os\n", max_tokens=20).usage
+            usage = counted.client.completions.create(
+                model="tiny", prompt="import os\n", max_tokens=20
+            ).usage
         found: dict[str, float] = {}
         for line in counted.http.get("/metrics").text.splitlines():
             if not line.startswith("#"):
@@ -207,7 +235,10 @@ def heard(connection: socket.socket, end: bytes) -> bytes:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_a_client_that_leaves_frees_its_rows(slow, stream):
-    made, ended = slow.counted("generated_tokens_total"), slow.counted("requests_total", "cancelled")
+    made, ended = (
+        slow.counted("generated_tokens_total"),
+        slow.counted("requests_total", "cancelled"),
+    )
     connection = raw(slow, {**LONG, "stream": stream})
     wait_until(lambda: slow.engine.load.running == 1)
     if stream:
