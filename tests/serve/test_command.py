@@ -9,10 +9,11 @@ import pytest
 
 from flowspec import UserError
 from flowspec.commands.serve import SERVE, _settings
-from flowspec.http.server import Server
 from flowspec.http.settings import Settings, warn_if_open
 from tests.cluster.conftest import LONG
 from tests.dist.conftest import command  # noqa: F401
+
+pytest.importorskip("fastapi", reason="fastapi is not installed (requirements_serve.txt)")
 
 
 def settings(*words: str, demo) -> Settings:
@@ -66,6 +67,8 @@ def test_what_is_not_installed_is_named_with_its_extra(demo, monkeypatch):
 
 
 def test_a_port_that_is_taken_is_named():
+    from flowspec.http.server import Server
+
     first = Server(Settings(name="tiny", port=0))
     with pytest.raises(UserError, match=f"--port {first.port}: .*in use"):
         Server(Settings(name="tiny", port=first.port))

@@ -7,12 +7,10 @@ import re
 import socket
 import string
 
-import openai
 import pytest
 
 from flowspec import RankLost
-from flowspec.http import guard
-from tests.serve.conftest import PATIENCE, serving, wait_until
+from tests.serve.serving import PATIENCE, openai, serving, wait_until
 
 COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = [{"role": "user", "content": "Hi"}]
@@ -98,8 +96,8 @@ def garbage(rng: random.Random) -> bytes:
         lambda: b'{"prompt": "x", "model": "\\udc80"}',
         lambda: b'{"prompt": "x", "temperature": ' + rng.choice([b"NaN", b"1e999", b"-Infinity", b"9" * 5000]) + b"}",
         lambda: b'{"prompt": "x", "seed": ' + b"9" * rng.randint(18, 30) + b', "max_tokens": 1}',
-        lambda: json.dumps({"prompt": [rng.choice([-1, 0, 5, 2**31, 2**70, None, "a", 1.5]) for _ in range(3)], "max_tokens": 1}).encode(),
-        lambda: json.dumps({"messages": [{"role": rng.choice(["user", 1, None]), "content": rng.choice(["x", None, 7, [], {}])}], "max_tokens": 1}).encode(),
+        lambda: json.dumps({"prompt": rng.choices([-1, 0, 5, 2**31, 2**70, None, "a", 1.5], k=3), "max_tokens": 1}).encode(),
+        lambda: json.dumps({"messages": [{"role": rng.choice(["user", 1]), "content": rng.choice(["x", None, 7, [], {}])}]}).encode(),
         lambda: json.dumps({"prompt": "x", "max_tokens": 1, "stop": rng.choice([[[]], {}, 0, ["\x00"], ["é" * 1001]])}).encode(),
     ])()  # fmt: skip
     if value and rng.random() < 0.3:
@@ -279,6 +277,8 @@ def test_who_reads_nothing_holds_nobody_up(slow):
 
 
 def test_who_takes_nothing_for_long_is_let_go(monkeypatch):
+    from flowspec.http import guard
+
     monkeypatch.setattr(guard, "STALLED", 0.05)
 
     async def app(scope, receive, send):
