@@ -189,7 +189,10 @@ class ChatAnswer(Choices):
 
     def _one(self, token: int, logprob: float | None) -> Event:
         text = self.text_of(token)
-        return {"token": text, "logprob": logprob, "bytes": [*text.encode()]}
+        whole = (
+            "\ufffd" not in text
+        )  # else it is a part of a character, of which no bytes are known
+        return {"token": text, "logprob": logprob, "bytes": [*text.encode()] if whole else None}
 
 
 # ---- the adapters --------------------------------------------------------------------------------

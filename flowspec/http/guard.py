@@ -50,6 +50,9 @@ class Guard:
                 told = body(refusal.status_code, refusal.detail, None, None, scope["path"])
                 answer = JSONResponse(told, refusal.status_code, refusal.headers)
                 await answer(scope, visit.receive, visit.send)
+        except Exception:
+            if not visit.stalled:
+                raise
         finally:
             if self._log:
                 self._log(visit.line())
@@ -76,6 +79,8 @@ class _Visit:
         asked = self.headers.get("x-request-id", "")
         self.id = asked if ID.fullmatch(asked) else uuid.uuid4().hex
         self.facts: dict[str, Any] = {}
+        self.stalled = False
+        """The client takes nothing."""
         scope["flowspec"] = self
         self._begun, self._status, self._size = time.monotonic(), 0, 0
 
@@ -97,8 +102,10 @@ class _Visit:
         if message["type"] == "http.response.start":
             self._status = message["status"]
             MutableHeaders(scope=message)["x-request-id"] = self.id
+        self.stalled = True
         with anyio.fail_after(STALLED):
             await self._send(message)
+            self.stalled = False
 
     def line(self) -> str:
         """Return what is logged of it, as JSON."""

@@ -247,6 +247,7 @@ def test_a_client_that_leaves_frees_its_rows(slow, stream):
     assert slow.counted("generated_tokens_total") - made < 140
 
 
+@pytest.mark.slow
 def test_a_stream_can_be_closed(slow):
     stream = slow.client.completions.create(model="tiny", stream=True, n=2, **LONG)
     next(iter(stream))
@@ -280,16 +281,21 @@ def test_who_takes_nothing_for_long_is_let_go(monkeypatch):
     from flowspec.http import guard
 
     monkeypatch.setattr(guard, "STALLED", 0.05)
+    told, lines = [], []
 
     async def app(scope, receive, send):
-        await send({"type": "http.response.start", "status": 200, "headers": []})
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        except TimeoutError:
+            told.append("stalled")
+            raise
 
     async def never(message):
         await asyncio.Event().wait()
 
     scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
-    with pytest.raises(TimeoutError):
-        asyncio.run(guard.Guard(app, None, 100)(scope, None, never))
+    asyncio.run(guard.Guard(app, None, 100, lines.append)(scope, None, never))
+    assert told == ["stalled"] and len(lines) == 1
 
 
 # ---- a ring that breaks --------------------------------------------------------------------------
@@ -312,6 +318,7 @@ def test_a_lost_rank_ends_all_that_is_open_with_its_name(fragile):
     assert fragile.calls.taken == 0 and not fragile.calls.open
 
 
+@pytest.mark.slow
 def test_an_idle_ring_that_breaks_ends_the_server(fragile):
     fragile.http.post(COMPLETION, json={"prompt": "x", "max_tokens": 1})
     fragile.break_it()
