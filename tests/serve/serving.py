@@ -27,7 +27,9 @@ class Served:
         self.server = Server(Settings(name="tiny", port=0, **settings))
         self.calls, self.url = self.server.calls, self.server.url
         key = settings.get("key") or "none"
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+        self.client = openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=PATIENCE
+        )
         self.http = httpx.Client(base_url=self.url, timeout=PATIENCE)
         self.server.attach(engine)
         wait_until(lambda: self.calls.engine is not None)

@@ -6,6 +6,7 @@ import random
 import re
 import socket
 import string
+from collections import Counter
 
 import pytest
 
@@ -208,6 +209,18 @@ def test_metrics_are_counted(served, compat):
         "request_seconds_count": 2,
         "inter_token_seconds_count": 38,
     }
+
+
+def test_accepted_tokens_are_counted_by_their_place_in_a_run(served):
+    place, places = 0, Counter()
+    for token in served.engine.submit("import os\n", max_new_tokens=30):
+        places[str(place)] += token.accepted
+        place = place + 1 if token.accepted else 0
+    with serving(served.engine) as counted:
+        counted.http.post(COMPLETION, json={"prompt": "import os\n", "max_tokens": 30})
+        name = "accepted_tokens_per_position_total"
+        assert places["1"] > 0
+        assert {at: counted.counted(name, at) for at in places} == places
 
 
 # ---- many, slow and leaving clients --------------------------------------------------------------
