@@ -69,12 +69,12 @@ class Server:
     def wait(self, engine: Engine) -> None:
         """Wait until the run breaks, and raise what broke it. An interruption ends it too."""
         try:
-            while engine.error is None and not self.calls.broken:
+            while engine.error is None and not self.calls.broken and self._thread.is_alive():
                 time.sleep(0.2)
         except KeyboardInterrupt:
             self.stop("the server is being stopped")
             raise
-        why = str(engine.error) if engine.error else str(self.calls.why_not)
+        why = str(engine.error or self.calls.why_not or "the HTTP server has ended by itself")
         self.stop(why)
         raise engine.error or RankLost(why)
 

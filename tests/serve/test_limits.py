@@ -107,19 +107,19 @@ def garbage(rng: random.Random) -> bytes:
     return value
 
 
+@pytest.mark.slow
 def test_garbage_is_refused_and_nothing_of_it_stays(served):
     seed = random.randrange(2**32)
     print("seed", seed)
-    rng, found = random.Random(seed), set()
+    rng = random.Random(seed)
     for _ in range(300):
         path = rng.choice([COMPLETION, CHAT, "/v1/responses", "/v1/messages"])
         body, kind = garbage(rng), rng.choice(["application/json"] * 9 + ["text/plain"])
         answer = served.http.post(path, content=body, headers={"Content-Type": kind})
         assert answer.status_code in (200, 400, 404), (answer.status_code, path, body[:200])
         assert answer.json()
-        found.add(answer.status_code)
-    assert found == {200, 400, 404}
     wait_until(served.idle)
+    assert served.http.post(COMPLETION, json={"prompt": "x", "max_tokens": 1}).status_code == 200
 
 
 def test_a_body_that_is_too_large_is_refused(served):
@@ -281,6 +281,7 @@ def test_beyond_the_limit_clients_are_told_to_come_again(slow):
     assert slow.http.post(COMPLETION, json={"prompt": "x", "n": 3}).json()["error"]["param"] == "n"
 
 
+@pytest.mark.slow
 def test_who_reads_nothing_holds_nobody_up(slow):
     deaf = raw(slow, {**LONG, "max_tokens": 20, "stream": True})
     other = slow.http.post(COMPLETION, json={"prompt": [6], "max_tokens": 10})

@@ -117,6 +117,7 @@ def test_seeds_are_the_engines_and_n_counts_them_up(served):
     assert streamed == wanted
 
 
+@pytest.mark.slow
 def test_several_prompts_are_several_choices(served):
     made = served.client.completions.create(
         model="tiny", prompt=[PROMPT, "for i"], max_tokens=9, n=2
