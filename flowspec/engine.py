@@ -44,7 +44,7 @@ from flowspec.rank import (
 )
 from flowspec.runtime import wire
 from flowspec.runtime.drafting import DraftThread
-from flowspec.runtime.driver import Driver, Stats, Submission
+from flowspec.runtime.driver import Driver, Load, Stats, Submission
 from flowspec.runtime.pool import PoolDrafter
 from flowspec.runtime.waiting import receive
 from flowspec.sampling import settled
@@ -156,6 +156,22 @@ class Engine:
                     self._driver.has_room(rank, message.meta["cache_rows"])
         if self._losses:
             self._losses.tell = self._driver.lost
+
+    def before_the_end(self, tell: Callable[[str], None]) -> None:
+        """Have `tell` called, in any thread, with what became of a lost rank before this process
+        ends for it."""
+        if self._losses:
+            self._losses.before_the_end = tell
+
+    @property
+    def error(self) -> BaseException | None:
+        """Return what broke the run, if something did."""
+        return self._driver.error
+
+    @property
+    def load(self) -> Load:
+        """Return how full the ring is."""
+        return self._driver.load
 
     def submit(
         self,

@@ -170,13 +170,20 @@ class Generation:
         stream = self._stream
         piece = stream.push(token.id) + (stream.flush() if token.final else "")
         if stream.stopped:
-            self._stop()
+            self.cancel()
         if token.logprobs is None or self.logprobs is None:
             return Token(token.id, piece, token.accepted, token.gap)
         self.logprobs.append(token.logprobs)
         return Token(token.id, piece, token.accepted, token.gap, *token.logprobs)
 
-    def _stop(self) -> None:
+    @property
+    def met(self) -> str | None:
+        """Return the stop text that ended it."""
+        return self._stream.met
+
+    def cancel(self) -> None:
+        """Ask for no more: its rows in the ring are freed at once, and what is read next is its
+        end."""
         if not self._stopped:
             self._stopped = True
             self._ticket.cancel()
@@ -196,7 +203,7 @@ class Generation:
 
     def close(self) -> None:
         """Cancel what is not generated yet; the result says what was read."""
-        self._stop()
+        self.cancel()
         for _ in self:
             raise AssertionError("a token after the end")
 

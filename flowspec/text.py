@@ -6,8 +6,10 @@ It needs no torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -50,33 +52,61 @@ class Text:
         self.eos = frozenset(_end_tokens(folder))
 
     def encode(self, prompt: str) -> tuple[int, ...]:
-        """Return the prompt's tokens, with the special ones that the tokenizer adds by itself."""
-        return tuple(self.tokenizer.encode(prompt).ids)
+        """Return the prompt's tokens, with the special ones that the tokenizer adds by itself.
+
+        Raise UserError if it holds halves of surrogate pairs, which are no characters."""
+        try:
+            return tuple(self.tokenizer.encode(prompt).ids)
+        except TypeError:
+            raise UserError("the prompt is not valid Unicode text") from None
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
 
-    def encode_chat(self, turns: Sequence[dict[str, str]]) -> tuple[int, ...]:
+    def encode_chat(
+        self, turns: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[int, ...]:
         """Return the tokens of the turns [{role, content}, ...].
 
-        They follow the chat template, or are plain lines where there is none."""
+        They follow the chat template, which is told of the tools, or are plain lines where there is
+        none. Raise UserError if the template cannot make a prompt of them."""
         if not self.has_template:
             lines = "".join(f"{turn['role'].capitalize()}: {turn['content']}\n" for turn in turns)
             return self.encode(lines + "Assistant:")
+        told = {"tools": [*tools]} if tools else {}
+        try:
+            return tuple(
+                self._templated.apply_chat_template(
+                    list(turns), add_generation_prompt=True, return_dict=False, **told
+                )
+            )
+        except Exception as error:  # whatever a model's template raises or trips over
+            raise UserError(f"the model's chat template refuses these turns: {error}") from None
+
+    @cached_property
+    def _templated(self) -> Any:
+        """transformers' view of the tokenizer, which knows the template."""
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        return tuple(
-            tokenizer.apply_chat_template(
-                list(turns), add_generation_prompt=True, return_dict=False
-            )
-        )
+        return AutoTokenizer.from_pretrained(self.folder)
+
+    @cached_property
+    def template(self) -> str:
+        """Return the chat template, or where there are several all of them; empty if none."""
+        path = self.folder / "chat_template.jinja"
+        if path.exists():
+            return path.read_text()
+        found = _json(self.folder / "tokenizer_config.json").get("chat_template")
+        return found if isinstance(found, str) else json.dumps(found) if found else ""
 
     @property
     def has_template(self) -> bool:
-        return (self.folder / "chat_template.jinja").exists() or bool(
-            _json(self.folder / "tokenizer_config.json").get("chat_template")
-        )
+        return self.template != ""
+
+    @property
+    def chat_stops(self) -> tuple[str, ...]:
+        """Return the texts before which an answer ends, beside its end token."""
+        return () if self.has_template else ("\nUser:",)
 
 
 class TextStream:
@@ -97,18 +127,22 @@ class TextStream:
         self._decided = len(self._window)
         self.text = ""
         """This is everything given out so far."""
-        self.stopped = False
-        """A stop text was met."""
+        self.met: str | None = None
+        """This stop text was met."""
 
     def push(self, token: int) -> str:
         """Return the text that this token makes certain."""
         self._held += self._decode(token)
-        cuts = [at for s in self._stop if (at := self._held.find(s)) >= 0]
+        cuts = [(at, s) for s in self._stop if (at := self._held.find(s)) >= 0]
         if cuts:
-            self.stopped = True
-            return self._give(min(cuts))
+            cut, self.met = min(cuts)
+            return self._give(cut)
         doubtful = max((_overlap(self._held, s) for s in self._stop), default=0)
         return self._give(len(self._held) - doubtful)
+
+    @property
+    def stopped(self) -> bool:
+        return self.met is not None
 
     def _decode(self, token: int) -> str:
         self._window.append(token)

@@ -2,7 +2,7 @@
 # Set up if need be, then lint and test: bash scripts/test.sh [pytest options, such as -m 'not slow']
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-source "$root/scripts/setup.sh" requirements.txt requirements_plots.txt requirements_llama.txt requirements_offload.txt requirements_dev.txt
+source "$root/scripts/setup.sh" requirements.txt requirements_plots.txt requirements_llama.txt requirements_offload.txt requirements_serve.txt requirements_dev.txt
 cd "$root"
 "$python" -m ruff check .
 "$python" -m ruff format --check .

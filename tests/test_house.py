@@ -24,7 +24,7 @@ LAYERS = [
     {"draft"},
     {"runtime", "host"},
     {"config", "preflight", "rank", "generation", "engine", "lossless", "launcher"},
-    {"bench", "cluster", ""},  # "" is flowspec/__init__.py
+    {"bench", "cluster", "http", ""},  # "" is flowspec/__init__.py
     {"commands"},
     {"cli", "__main__"},
 ]

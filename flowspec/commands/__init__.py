@@ -6,6 +6,7 @@ COMMANDS = {
     "run": "generate text over the ring of stages",
     "cluster": "the same over several machines, by ssh (run_cluster.sh)",
     "generate": "generate text in one process, without ranks: ar, speculative",
+    "serve": "serve the model by OpenAI's HTTP interface, over the ring",
     "verify": "prove that speculation changes no token",
     "bench": "compare methods on the same prompts in one call (bench compare CONFIG)",
     "simulate": "predict tokens/s of any ring and method in virtual time",

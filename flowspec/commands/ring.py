@@ -1,4 +1,4 @@
-"""The commands that run on a ring of ranks share this: `run`, `verify` and `bench`.
+"""The commands that run on a ring of ranks share this: `run`, `serve`, `verify` and `bench`.
 
 Such a command is started twice: first as the launcher, which checks all that can be checked without
 importing torch, then by torchrun as each rank. Over several hosts it is started as the ranks alone

@@ -40,7 +40,7 @@ class Decoding:
         self.asked = self.drafts
         """An answer of the drafter is to come; at first it reads the prompt."""
         self.anchor = -1
-        self.version = self.segments = self.returned_segments = 0
+        self.version = self.segments = self.returned_segments = self.guesses = 0
         self.tokens: list[int] = []
         self.text: list[tuple[int, int]] = []
         """These are the nodes that have become text, and their tokens."""
@@ -78,6 +78,7 @@ class Decoding:
         for node in nodes:
             node.sent = True
         self.segments += 1
+        self.guesses += sum(node is not self.tree.root for node in nodes)
         ids, parents, tokens = zip(*((n.id, n.parent, n.token) for n in nodes), strict=True)
         segment = Segment(number, ids, parents, tokens)
         self.out[number] = segment.ids

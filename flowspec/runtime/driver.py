@@ -86,6 +86,8 @@ class Stats:
     ended: float = 0.0
     finish_reason: str = "cancelled"
     drafted: int = 0
+    guesses: int = 0
+    """So many drafted tokens were sent into the ring."""
     segments: int = 0
     returned_segments: int = 0
     bookkeeping: float = 0.0
@@ -100,6 +102,18 @@ class Stats:
     spans: list[Span] = field(default_factory=list)
     """These spans say what all ranks did, on rank 0's clock; empty unless the request was
     traced."""
+
+
+class Load(NamedTuple):
+    """A load says how full the ring is."""
+
+    running: int
+    waiting: int
+    """So many requests wait for room."""
+    rows: int
+    """The requests in the ring may need so many rows of a stage's cache."""
+    room: float
+    """The stage with the least room has so many; infinite if none says so."""
 
 
 class _Submit(NamedTuple):
@@ -232,6 +246,7 @@ class Driver:
         self._waiting: deque[_Live] = deque()  # until there is room for them
         self._abandoned: deque[int] = deque()  # requests whose readers are gone
         self._live: dict[int, _Live] = {}
+        self._held = 0  # rows that those in the ring may need
         self._ending: dict[int, _Live] = {}  # over, but not all stages have reported
         self._wake_at: float | None = None
         self._verifying = self._bookkeeping = 0.0
@@ -274,6 +289,17 @@ class Driver:
                 self._thread.start()
         self._transport.inbox.put(_Submit(_Live(submission, ticket, drafts, self._hidden_scale)))
         return ticket
+
+    @property
+    def error(self) -> BaseException | None:
+        """Return what broke the run, if something did."""
+        return self._error
+
+    @property
+    def load(self) -> Load:
+        """Return how full the ring is."""
+        running, room = len(self._live) + len(self._ending), [*self._room.values()]
+        return Load(running, len(self._waiting), self._held, min(room, default=math.inf))
 
     def forget(self) -> None:
         """Make the next request like the first of the run: nothing that was learnt is kept.
@@ -395,6 +421,7 @@ class Driver:
         while self._waiting and held + self._waiting[0].submission.rows <= room:
             held += self._waiting[0].submission.rows
             self._begin(self._waiting.popleft())
+        self._held = held
 
     def _begin(self, live: _Live) -> None:
         request, draft = live.request, self._draft if live.drafts else None
@@ -596,6 +623,7 @@ class Driver:
             self._draft.end(request)
         stats.ended = self._clock.now()
         stats.drafted, stats.segments = decoding.tree.drafted, decoding.segments
+        stats.guesses = decoding.guesses
         stats.returned_segments = decoding.returned_segments
         stats.explanation = decoding.policy.explain()
         stats.hop = self._scheduler.ring.usual_hop

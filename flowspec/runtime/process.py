@@ -291,6 +291,8 @@ class Losses:
         self._topology, self._rank = topology, rank
         self.tell: Callable[[int, str], None] | None = None
         """Rank 0 calls this with a rank that is lost and what became of it, once it is set."""
+        self.before_the_end: Callable[[str], None] = lambda line: None
+        """This is called with what became of a rank, before this process ends for it."""
 
     def __call__(self, heartbeat: Heartbeat, loss: Loss) -> None:
         without = self._topology.spare(loss.rank) if loss.rank > 0 else ()
@@ -302,7 +304,7 @@ class Losses:
             if self._rank in without:
                 leave(WITHOUT)
         else:
-            end_process(heartbeat, loss)
+            end_process(heartbeat, loss, self.before_the_end)
 
 
 def obituary(heartbeat: Heartbeat, loss: Loss) -> str:
@@ -311,11 +313,15 @@ def obituary(heartbeat: Heartbeat, loss: Loss) -> str:
     return f"{rank_name(loss.rank, heartbeat.host(loss.rank))} {how}: {loss.reason}"
 
 
-def end_process(heartbeat: Heartbeat, loss: Loss) -> NoReturn:
-    """End this process because a rank is lost, come what may.
+def end_process(
+    heartbeat: Heartbeat, loss: Loss, before: Callable[[str], None] = lambda line: None
+) -> NoReturn:
+    """End this process because a rank is lost, come what may; `before` is told so first.
 
     Say which rank, and why, and end a process of it that hangs on this machine."""
     rank, reason, hung = loss
+    with contextlib.suppress(Exception):
+        before(reason if rank < 0 else obituary(heartbeat, loss))
     if not hung:
         time.sleep(
             1.0

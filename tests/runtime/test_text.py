@@ -148,6 +148,44 @@ def test_a_chat_template_is_applied(tokenizer, tmp_path):
     assert text.decode(text.encode_chat([{"role": "user", "content": "Hi"}])) == "<user>Hi<bot>"
 
 
+TOOLS = (
+    "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}{{ messages[0].content }}"
+)
+
+
+def test_a_chat_template_is_told_of_tools(tokenizer, tmp_path):
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert Text(tmp_path).chat_stops == ("\nUser:",)
+    (tmp_path / "chat_template.jinja").write_text(TOOLS)
+    text, turns = Text(tmp_path), [{"role": "user", "content": "Hi"}]
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    assert text.template == TOOLS and text.chat_stops == ()
+    assert text.decode(text.encode_chat(turns)) == "Hi"
+    assert text.decode(text.encode_chat(turns, tools)) == "[look]Hi"
+
+
+def test_what_a_chat_template_raises_is_said(tokenizer, tmp_path):
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings["chat_template"] = "{{ raise_exception('turns must alternate') }}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="turns must alternate"):
+        Text(tmp_path).encode_chat([{"role": "user", "content": "Hi"}])
+
+
+def test_half_a_character_is_no_prompt(tokenizer, tmp_path):
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="not valid Unicode"):
+        Text(tmp_path).encode("\ud800")
+
+
+def test_the_stop_text_that_was_met_is_known(tokenizer):
+    assert pieces(tokenizer, "one two", ["nothing", "two", "tw"])[1].met == "tw"
+    assert pieces(tokenizer, "one two", ["three"])[1].met is None
+
+
 def test_a_missing_tokenizer_is_named(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer\.json"):
         Text(tmp_path)
