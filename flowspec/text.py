@@ -73,6 +73,11 @@ class Text:
         )
 
     @property
+    def chat_stops(self) -> list[str]:
+        """Return the texts at which an answer of a conversation ends, beside the end tokens."""
+        return [] if self.has_template else ["\nUser:"]
+
+    @property
     def has_template(self) -> bool:
         return (self.folder / "chat_template.jinja").exists() or bool(
             _json(self.folder / "tokenizer_config.json").get("chat_template")

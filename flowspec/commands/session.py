@@ -133,7 +133,7 @@ def converse(
 ) -> None:
     """Read a line, answer it and remember both; an empty line or the end of input ends this."""
     turns: list[dict[str, str]] = []
-    stops = [*stop] if engine.text.has_template else [*stop, "\nUser:"]
+    stops = [*stop, *engine.text.chat_stops]
     while line := _ask():
         turns.append({"role": "user", "content": line})
         try:
