@@ -252,6 +252,9 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
         same = json.dumps({k: v for k, v in said.items() if k not in apart}, sort_keys=True)
         run = runs.setdefault(same, Run(folder.name, said, [], []))
         for each in read_lines(folder):
-            (run.skipped if isinstance(each, Skipped) else run.answers).append(each)
+            if isinstance(each, Skipped):
+                run.skipped.append(each)
+            else:
+                run.answers.append(each)
     need(any(run.answers for run in runs.values()), "no answers to report yet")
     return list(runs.values())

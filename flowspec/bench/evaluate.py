@@ -18,6 +18,7 @@ from flowspec.bench.compare import WARM_UP_TOKENS, Variant, measure, progress
 from flowspec.bench.questions import Question
 from flowspec.core.request import Sampling
 from flowspec.engine import Engine
+from flowspec.text import Text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +70,7 @@ def _turns(
         said.append({"role": "user", "content": words or ""})
         missing = [method for method in plan.methods if answers.of(place, method) is None]
         if missing:
-            prompt = (
-                engine.text.encode_chat(said)
-                if plan.length is None
-                else _of_length(engine, plan.questions, question, plan.length)
-            )
+            prompt = prompt_of(engine.text, plan, question, said)
             if why := _too_long(engine, prompt):
                 answers.keep(Skipped(place, why))
                 print(f"skipped: {', '.join(map(str, place))}: {why}", file=sys.stderr)
@@ -92,16 +89,18 @@ def _too_long(engine: Engine, prompt: Sequence[int]) -> str | None:
     return f"{len(prompt)} tokens of prompt and {most} new ones; the model takes {room}"
 
 
-def _of_length(
-    engine: Engine, questions: Sequence[Question], first: Question, length: int
+def prompt_of(
+    text: Text, plan: Plan, question: Question, said: Sequence[dict[str, str]]
 ) -> tuple[int, ...]:
-    """Return so many tokens of the questions' texts, from `first` on and around."""
-    at, tokens = questions.index(first), list[int]()
-    for question in itertools.cycle([*questions[at:], *questions[:at]]):
-        tokens += engine.text.encode("\n".join(question.turns) + "\n")
-        if len(tokens) >= length:
-            return tuple(tokens[:length])
-    raise AssertionError("there is a question")
+    """Return the tokens of what was said, or of a prompt of the plan's length."""
+    if plan.length is None:
+        return text.encode_chat(said)
+    at, tokens = plan.questions.index(question), list[int]()
+    for each in itertools.cycle([*plan.questions[at:], *plan.questions[:at]]):
+        tokens += text.encode("\n".join(each.turns) + "\n")
+        if len(tokens) >= plan.length:
+            break
+    return tuple(tokens[: plan.length])
 
 
 def _rotated(methods: Sequence[str], by: int) -> list[str]:
@@ -125,7 +124,8 @@ def _answer(
 ) -> Answer:
     config, stops = engine.config, engine.text.chat_stops
     variant = Variant(method, method, config.policy)
-    run = measure(engine, number + 1, 1, prompt, variant, _sampling(engine, question, place), stops)
+    sampling = sampling_of(config.sampling, question, place.temperature)
+    run = measure(engine, number + 1, 1, prompt, variant, sampling, stops)
     result = run.result
     return Answer(
         **vars(run.record()),
@@ -142,8 +142,7 @@ def _answer(
     )
 
 
-def _sampling(engine: Engine, question: Question, place: Place) -> Sampling:
-    """Return how a turn is answered: with noise of its own, so questions are independent."""
-    base = engine.config.sampling
+def sampling_of(base: Sampling, question: Question, temperature: float) -> Sampling:
+    """Return how a question is answered: with noise of its own, so questions are independent."""
     seed = (base.seed or 0) + question.place
-    return dataclasses.replace(base, temperature=place.temperature, seed=seed)
+    return dataclasses.replace(base, temperature=temperature, seed=seed)

@@ -309,8 +309,8 @@ def _cells(row: Row) -> list[str]:
         row.dataset,
         row.method,
         f"{row.questions}{skipped}",
-        _ranged(row.speed, ".1f"),
-        *(_ranged(row.over[base], ".2f") for base in BASES),
+        ranged(row.speed, ".1f"),
+        *(ranged(row.over[base], ".2f") for base in BASES),
         f"{row.prefill_seconds:.2f}",
         maybe(row.accepted, ".2f"),
         maybe(row.utilisation, ".0%"),
@@ -318,11 +318,12 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _ranged(found: Interval | None, digits: str) -> str:
+def ranged(found: Interval | None, digits: str) -> str:
+    """Return a value with its interval, where that says something."""
     if found is None:
         return "-"
     value, low, high = (format(each, digits) for each in found)
-    return f"{value} ({low}..{high})"
+    return value if low == high else f"{value} ({low}..{high})"
 
 
 def markdown(runs: Sequence[Run], rows: Sequence[Row], changed: Sequence[Change]) -> str:
@@ -333,7 +334,7 @@ def markdown(runs: Sequence[Run], rows: Sequence[Row], changed: Sequence[Change]
     parts += [pipes(([*HEADS], [_cells(row) for row in rows])), LEGEND]
     if changed:
         lines = [
-            [c.run, f"{c.temperature:g}", c.dataset, c.method, _ranged(c.ratio, ".2f")]
+            [c.run, f"{c.temperature:g}", c.dataset, c.method, ranged(c.ratio, ".2f")]
             for c in changed
         ]
         heads = ["run", "T", "dataset", "method", f"over {changed[0].first}"]

@@ -1,10 +1,12 @@
-"""`flowspec eval` asks the questions of several datasets of several methods over a ring, and reports
-how they stand against each other; `eval report` does so for runs that are there, and `eval sweep`
-repeats a run over a range of one setting."""
+"""`flowspec eval` asks several methods the questions of datasets, and reports how they stand.
+
+`eval report` does the latter for runs that are there, `eval sweep` repeats a run over a range of
+one setting."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -107,14 +109,12 @@ def _said(
     """Return what is kept of the run beside its answers."""
     from flowspec.bench.answers import asked, noted
 
-    plan = _plan(options, config)
-    said = asked(
-        config, manifest, plan.methods, plan.temperatures, plan.questions, plan.length
-    )
+    plan = plan_of(options, config)
+    said = asked(config, manifest, plan.methods, plan.temperatures, plan.questions, plan.length)
     return said, noted(options.given)
 
 
-def _plan(options: argparse.Namespace, config: Config) -> Plan:
+def plan_of(options: argparse.Namespace, config: Config) -> Plan:
     from flowspec.bench.evaluate import Plan
 
     return Plan(
@@ -131,14 +131,12 @@ def _lead(engine: Engine, options: argparse.Namespace, prompts: list[str]) -> in
 
     config, folder = configuration(options)[1], Path(options.out)
     with Answers(folder, *_said(options, config, engine.manifest)) as answers:
-        evaluate(engine, _plan(options, config), answers)
+        evaluate(engine, plan_of(options, config), answers)
     return report([folder], folder)
 
 
 def report(folders: Sequence[Path], output: Path) -> int:
     """Write the report of runs into a folder and print it; return 1 if a text is another."""
-    import sys
-
     from flowspec.bench.answers import read_runs
     from flowspec.bench.standing import write
     from flowspec.bench.timeline import MISSING, can_draw
@@ -166,9 +164,7 @@ def _report(words: Sequence[str]) -> int:
     return report(folders, output)
 
 
-EVAL = RingCommand(
-    "eval", ABOUT, add_arguments, lambda options, path: [], _lead, _check, _prepare
-)
+EVAL = RingCommand("eval", ABOUT, add_arguments, lambda options, path: [], _lead, _check, _prepare)
 
 
 def main(words: Sequence[str]) -> int:
