@@ -31,6 +31,8 @@ answer, and a report with intervals of confidence. What was interrupted goes on 
 REPORT = """eval report DIR ...: the report of runs of flowspec eval. Those of the same configuration
 are put together, others are compared with the first."""
 TURNS = "ar,naive,pipedec,flowspec"
+OWN_WORDS = ("datasets", "questions", "data", "methods", "temperatures", "out", "prompt_tokens")
+"""These are the options that say what is asked, and of whom."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
