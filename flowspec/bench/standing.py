@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 BASES = ("naive", REFERENCE)
 MEAN = "mean"
 DRAWS, SEED, LEVEL = 2000, 0, 95
-DEEPEST = 16
-"""Acceptance is drawn up to this position."""
+DEEPEST, TRIES = 16, 10
+"""Acceptance is drawn up to this position, and where it was tried so often."""
 Difference = Callable[[Sequence[int], Sequence[int]], "int | None"]
 """This returns where two texts differ first (lossless.first_difference)."""
 
@@ -53,7 +53,8 @@ class Draws(NamedTuple):
     @property
     def interval(self) -> Interval:
         low, high = np.percentile(self.samples, [50 - LEVEL / 2, 50 + LEVEL / 2])
-        return Interval(self.value, float(low), float(high))
+        # rounding, or few questions, may leave the value itself outside
+        return Interval(self.value, min(float(low), self.value), max(float(high), self.value))
 
 
 Spent = Mapping[str, "tuple[float, float]"]
@@ -96,11 +97,11 @@ def averaged(each: Sequence[Draws | None]) -> Draws | None:
     return Draws(mean(draws.value for draws in found), samples)
 
 
-def acceptance(runs: Iterable[Sequence[int]]) -> list[float]:
+def acceptance(runs: Iterable[Sequence[int]], least: int = 1) -> list[float]:
     """Return how often the draft is right at its 1st, 2nd ... token behind one of the target's.
 
     Each of `runs` is as in Record.accepted_runs: what the text's end cut off says nothing of the
-    token that would have come next. The list ends where nothing was tried."""
+    token that would have come next. The list ends where less than `least` were tried."""
     tried, right = [0] * DEEPEST, [0] * DEEPEST
     for run in runs:
         for k, length in enumerate(run):
@@ -108,7 +109,7 @@ def acceptance(runs: Iterable[Sequence[int]]) -> list[float]:
             for position in range(min(length + (not cut), DEEPEST)):
                 tried[position] += 1
                 right[position] += position < length
-    return [r / t for r, t in zip(right, tried, strict=True) if t]
+    return [r / t for r, t in zip(right, tried, strict=True) if t >= least]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +128,8 @@ class Row:
     tokens: int
     speed: Interval | None
     """In tokens/s."""
+    whole: Interval | None
+    """In tokens/s, of all tokens over all seconds from the request on."""
     over: dict[str, Interval | None]
     """This maps a method of BASES to the speed-up over it."""
     prefill_seconds: float
@@ -187,9 +190,8 @@ def _row(
 ) -> Row:
     """Return the row of a method over the parts of these datasets."""
     answers = [answer for part in parts for answer in part[method].values()]
-    speeds = _compared(parts, method, None)
     skipped = {
-        each.place.question
+        each.place[:2]
         for each in run.skipped
         if each.place.temperature == temperature and each.place.dataset in datasets
     }
@@ -205,7 +207,8 @@ def _row(
         turns=len(answers),
         skipped=len(skipped),
         tokens=sum(answer.new_tokens for answer in answers),
-        speed=speeds,
+        speed=_compared(parts, method, None),
+        whole=_compared(parts, method, None, whole=True),
         over={base: _compared(parts, method, base) for base in BASES},
         prefill_seconds=mean(answer.prefill_seconds for answer in answers),
         accepted=mean(segments) if segments else None,
@@ -214,26 +217,27 @@ def _row(
     )
 
 
-def _spent(texts: Texts, others: Texts) -> dict[str, tuple[float, float]]:
-    """Return what each question's turns took that are in `others` too."""
+def _spent(texts: Texts, others: Texts, whole: bool = False) -> dict[str, tuple[float, float]]:
+    """Return what each question's turns took that are in `others` too, if `whole` with prefill."""
     spent: dict[str, tuple[float, float]] = {}
     for place in sorted(texts.keys() & others.keys()):
         tokens, seconds = spent.get(place.question, (0.0, 0.0))
         answer = texts[place]
-        more = answer.new_tokens - 1, answer.decode_seconds
-        spent[place.question] = tokens + more[0], seconds + more[1]
+        before = (1, answer.prefill_seconds) if whole else (0, 0.0)
+        tokens += answer.new_tokens - 1 + before[0]
+        spent[place.question] = tokens, seconds + answer.decode_seconds + before[1]
     return spent
 
 
 def _compared(
-    parts: Sequence[Mapping[str, Texts]], method: str, base: str | None
+    parts: Sequence[Mapping[str, Texts]], method: str, base: str | None, whole: bool = False
 ) -> Interval | None:
     """Return the speed-up of a method over another one, or without one the tokens/s."""
     each = []
     for seed, part in enumerate(parts, SEED):
         own, other = part[method], part.get(base or method, {})
-        old = None if base is None else _spent(other, own)
-        each.append(over(_spent(own, other), old, seed))
+        old = None if base is None else _spent(other, own, whole)
+        each.append(over(_spent(own, other, whole), old, seed))
     found = averaged(each)
     return found and found.interval
 
@@ -289,15 +293,17 @@ def changes(runs: Sequence[Run]) -> list[Change]:
 # ---- written -------------------------------------------------------------------------------------
 HEADS = (
     "run", "T", "dataset", "method", "questions", "tokens/s", "over naive", "over ar",
-    "prefill s", "accepted", "busy", "text",
+    "with prefill", "prefill s", "accepted", "busy", "text",
 )  # fmt: skip
 LEGEND = (
     "tokens/s: all tokens but each answer's first, over the seconds that they took. over: the same "
     "turns, the ratio of two speeds. In brackets the 95 % interval over questions (bootstrap, "
-    f"{DRAWS} draws, seed {SEED}). prefill s: from the request to the first token, the mean. "
-    "accepted: new tokens a returned segment, the mean. busy: the stages' share of decoding in "
-    "forwards. text: against ar, token by token, with the first position that differs. mean: of "
-    "the datasets' values. (N skipped): questions that the model's context does not hold."
+    f"{DRAWS} draws, seed {SEED}). with prefill: tokens/s of all tokens, from the request on (what "
+    "a round brings beside its first token costs no decoding: of short answers, this column says "
+    "more). prefill s: from the request to the first token, the mean. accepted: new tokens a "
+    "returned segment, the mean. busy: the stages' share of decoding in forwards. text: against "
+    "ar, token by token, with the first position that differs. mean: of the datasets' values. (N "
+    "skipped): questions that the model's context does not hold."
 )
 
 
@@ -311,6 +317,7 @@ def _cells(row: Row) -> list[str]:
         f"{row.questions}{skipped}",
         ranged(row.speed, ".1f"),
         *(ranged(row.over[base], ".2f") for base in BASES),
+        ranged(row.whole, ".1f"),
         f"{row.prefill_seconds:.2f}",
         maybe(row.accepted, ".2f"),
         maybe(row.utilisation, ".0%"),
@@ -354,8 +361,12 @@ def _about(run: Run) -> str:
 
 def _flat(row: Row) -> dict[str, Any]:
     """Return a row for CSV: a number a column."""
-    flat = {name: value for name, value in vars(row).items() if name not in ("speed", "over")}
-    ranges = {"tokens_per_second": row.speed} | {f"over_{b}": row.over[b] for b in BASES}
+    flat = {
+        name: value for name, value in vars(row).items() if name not in ("speed", "whole", "over")
+    }
+    ranges = {"tokens_per_second": row.speed, "with_prefill": row.whole} | {
+        f"over_{b}": row.over[b] for b in BASES
+    }
     for name, found in ranges.items():
         low, high = (found.low, found.high) if found else ("", "")
         flat |= {name: found.value if found else "", f"{name}_low": low, f"{name}_high": high}
@@ -443,13 +454,15 @@ def draw_acceptance(runs: Sequence[Run], path: Path) -> None:
     for on, (run, temperature) in zip(axes, panels, strict=True):
         for method, texts in _by_method(run.answers).items():
             own = [a.accepted_runs for p, a in texts.items() if p.temperature == temperature]
-            found = acceptance(own)
+            found = acceptance(own, TRIES)
             if method != REFERENCE and found:
                 colour = COLOURS.get(method, OTHER)
                 on.plot(range(1, len(found) + 1), found, "o-", color=colour, label=method)
         on.set_xlabel("tokens behind the target's own")
         on.set_ylabel("the draft is right")
         on.set_ylim(0, 1.02)
-        on.set_title(f"{run.name}, temperature {temperature:g}", loc="left")
-    axes[-1].legend(frameon=False)
+        mark = " (emulated)" if run.emulated else ""
+        on.set_title(f"{run.name}{mark}, temperature {temperature:g}", loc="left")
+    if any(on.lines for on in axes):
+        axes[-1].legend(frameon=False)
     save_figure(figure, path)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from flowspec.bench import answers as kept
@@ -307,6 +308,8 @@ def test_the_report_s_figures_are_those_worked_out_by_hand():
     assert (nq.speed.value, nq.over["ar"].value, nq.over["naive"].value) == (8.0, 4.0, 2.0)
     # drawn are the questions 1 and 1 (10 and 5 times ar), 1 and 2, or 2 and 2 (7.5 and 3.75 times)
     assert nq.speed[1:] == (7.5, 10.0) and nq.over["ar"][1:] == (3.75, 5.0)
+    # with the first tokens: 42 in 5.5 s
+    assert nq.whole.value == 42 / 5.5
     # what both sides share is no doubt: naive is twice as fast as ar at each question
     assert rows["nq", "naive"].over["ar"] == (2.0, 2.0, 2.0)
     assert (nq.questions, nq.turns, nq.skipped, nq.tokens) == (2, 2, 1, 42)
@@ -322,6 +325,11 @@ def test_acceptance_by_position_does_not_count_what_the_end_cut_off():
     # tried at the first position: 3 runs, of which 2 went on; the last run ends with the text
     assert standing.acceptance([[2, 0, 1]]) == [2 / 3, 1 / 1, 0 / 1]
     assert standing.acceptance([[0, 0], [1, 0]]) == [1 / 2, 0.0]
+
+
+def test_an_interval_holds_its_value():
+    draws = standing.Draws(2.0, np.array([2.0 + 1e-12, 3.0]))
+    assert draws.interval.low == 2.0 and draws.interval.high > 2.9
 
 
 def test_the_files_of_a_report(tmp_path):
