@@ -45,7 +45,7 @@ def test_the_shipped_questions_are_enough_and_fit_the_demo_model():
     text = Text(ROOT / "demo" / "target")
     for dataset in DATASETS:
         questions = chosen(DATA, [dataset], ":")
-        assert len(questions) >= 20 and len({q.turns for q in questions}) == len(questions)
+        assert len(questions) == 50 and len({q.turns for q in questions}) == len(questions)
         assert {len(q.turns) for q in questions} == {2 if dataset == "mt_bench" else 1}
         said = [[{"role": "user", "content": turn} for turn in q.turns] for q in questions]
         # each with 128 new tokens a turn
