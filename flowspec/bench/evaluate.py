@@ -71,7 +71,7 @@ def _turns(
         missing = [method for method in plan.methods if answers.of(place, method) is None]
         if missing:
             prompt = prompt_of(engine.text, plan, question, said)
-            if why := _too_long(engine, prompt):
+            if why := too_long(engine, prompt):
                 answers.keep(Skipped(place, why))
                 print(f"skipped: {', '.join(map(str, place))}: {why}", file=sys.stderr)
                 return
@@ -81,7 +81,7 @@ def _turns(
         said.append({"role": "assistant", "content": told.text})
 
 
-def _too_long(engine: Engine, prompt: Sequence[int]) -> str | None:
+def too_long(engine: Engine, prompt: Sequence[int]) -> str | None:
     """Return why a prompt does not fit, with all of its answer, into the model's positions."""
     most, room = engine.config.sampling.max_new_tokens, engine.manifest.max_positions
     if len(prompt) + most <= room:

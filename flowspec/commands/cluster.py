@@ -40,7 +40,7 @@ def main(words: Sequence[str]) -> int:
         action="store_true",
         help="say what would be done on each host, and contact none",
     )
-    options = parser.parse_intermixed_args(words[asks:])
+    options = parser.parse_intermixed_args(words[1:] if asks else words)
     cluster = _cluster(options)
     path, config = configuration(options)
     made = _eval_job if asks else _job

@@ -18,7 +18,7 @@ import pytest
 from flowspec.bench import answers as kept
 from flowspec.bench import standing, sweep
 from flowspec.bench.answers import Answer, Answers, Place, Run, Skipped, asked, noted, read_runs
-from flowspec.bench.evaluate import Plan, evaluate, prompt_of, sampling_of
+from flowspec.bench.evaluate import Plan, evaluate, prompt_of, sampling_of, too_long
 from flowspec.bench.questions import DATA, DATASETS, chosen
 from flowspec.commands.eval import main, report
 from flowspec.config import load_config
@@ -187,6 +187,11 @@ def test_every_turn_is_asked_of_every_method_and_later_ones_read_the_reference_s
     means = [row for row in found["rows"] if row[0] == "mean"]
     assert [row[1:6] for row in means[:2]] == [[0.0, m, 3, 4, 1] for m in METHODS]
     assert {row[-1] for row in found["rows"]} == {"reference", "identical"}
+
+
+def test_a_prompt_must_leave_room_for_the_whole_answer(engine):
+    assert too_long(engine, [1] * 154) is None
+    assert "155 tokens of prompt and 6 new ones" in too_long(engine, [1] * 155)
 
 
 def test_who_begins_rotates_and_each_question_has_noise_of_its_own(whole, plan, engine):
