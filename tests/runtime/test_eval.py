@@ -20,11 +20,13 @@ from flowspec.bench import standing, sweep
 from flowspec.bench.answers import Answer, Answers, Place, Run, Skipped, asked, noted, read_runs
 from flowspec.bench.evaluate import Plan, evaluate, prompt_of, sampling_of, too_long
 from flowspec.bench.questions import DATA, DATASETS, chosen
-from flowspec.commands.eval import main, report
+from flowspec.commands import sweep as sweeps
+from flowspec.commands.eval import EVAL, main, report
 from flowspec.config import load_config
 from flowspec.core.topology import Topology
 from flowspec.engine import Engine
 from flowspec.errors import UserError
+from flowspec.files import BUILD
 from flowspec.lossless import first_difference
 from flowspec.models.manifest import Manifest
 from flowspec.text import Text
@@ -409,6 +411,51 @@ def test_what_was_measured_of_a_sweep_stands_beside_what_is_simulated(pair, plan
     assert "| 3 | 0 | ar | - | " in (tmp_path / "sweep.md").read_text()
     assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 5
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.fixture
+def asked_for(monkeypatch):
+    """The words of the runs that a sweep would start, on a machine of two cores."""
+    found: list[list[str]] = []
+    starts = SimpleNamespace(parser=EVAL.parser, main=lambda words: found.append(words) or 0)
+    monkeypatch.setattr(sweeps, "EVAL", starts)
+    monkeypatch.setattr(sweeps, "_report", lambda *about: 0)
+    monkeypatch.setattr(sweeps.os, "cpu_count", lambda: 2)
+    return found
+
+
+def test_more_stages_take_together_what_the_configured_ones_take(asked_for, tmp_path):
+    """Four of 50 ms are two of 100; nine ranks are too many to be measured."""
+    words = ["--over", "stages", "--values", "2,4,8", "--seed", "3", "--out", str(tmp_path)]
+    assert sweeps.main([str(ROOT / "configs/devices/orin_nano.yaml"), *words]) == 0
+    two, four = asked_for
+    assert {"emulate.stage_ms=100", "emulate.token_ms=1", "sampling.seed=3"} <= {*two}
+    assert f"stages={BUILD / 'demo_s2'}" in two and "emulate.stage_ms=50" in four
+    assert two[-2:] == ["--out", str(tmp_path / "stages_2")]
+
+
+def test_prompts_reach_what_the_model_holds(asked_for, pair, data, tmp_path):
+    words = ["--over", "prompt", "--datasets", "nq", "--data", str(data), "--out", str(tmp_path)]
+    assert sweeps.main([str(pair.config(2)), *words]) == 0
+    lengths = [run[run.index("--prompt-tokens") + 1] for run in asked_for]
+    assert lengths == ["64", "120"]  # 160 positions, 40 new tokens
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--over", "bandwidth"], "--over bandwidth is of emulated links: give emulate"),
+        (["--over", "stages", "emulate.stage_ms=[1,2]"], "must be one number"),
+        (["--over", "stages", "--values", "3"], "this machine can run none of --values"),
+        (["--over", "budget", "--values", "0,2"], "different numbers from 1"),
+        (["--over", "prompt", "--prompt-tokens", "9"], "a sweep --over prompt sets it"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_one_line(asked_for, pair, data, tmp_path, words, said):
+    given = ["--datasets", "nq", "--data", str(data), "--out", str(tmp_path)]
+    with pytest.raises(UserError, match=said):
+        sweeps.main([str(pair.config(2)), *given, *words])
+    assert not asked_for
 
 
 # ---- the command ---------------------------------------------------------------------------------
