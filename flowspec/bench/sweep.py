@@ -42,8 +42,8 @@ NAMES = {
     "budget": "tree, nodes",
 }
 """This maps a setting to what its values are."""
-BESIDE = {"prompt": "prefill_seconds", "budget": "bookkeeping_ms"}
-"""A picture of such a sweep shows this field of Point, too."""
+BESIDE = {"prompt": ("token_ms", "prefill_seconds"), "budget": ("bookkeeping_ms",)}
+"""A picture of such a sweep shows these fields of Point, too, at the first temperature."""
 Cell = tuple[int, str, float]
 """A value, a method and a temperature."""
 
@@ -208,8 +208,8 @@ def _flat(point: Point) -> dict[str, object]:
 def draw(over: str, found: Sequence[Point], path: Path) -> None:
     """Draw tokens/s against the values: measured with a line, simulated hollow and dashed."""
     temperatures = list(dict.fromkeys(point.temperature for point in found))
-    beside = BESIDE.get(over)
-    figure, axes = canvas(len(temperatures) + bool(beside))
+    beside = BESIDE.get(over, ())
+    figure, axes = canvas(len(temperatures) + len(beside), 5.0)
     for on, temperature in zip(axes, temperatures, strict=False):
         for method, own in _by_method(found, temperature).items():
             _lines(on, method, own)
@@ -217,14 +217,13 @@ def draw(over: str, found: Sequence[Point], path: Path) -> None:
         on.set_title(f"temperature {temperature:g}{mark}", loc="left")
         on.set_ylabel("tokens/s")
         on.set_ylim(bottom=0)
-    if beside:
+    for on, name in zip(axes[len(temperatures) :], beside, strict=True):
         for method, own in _by_method(found, temperatures[0]).items():
-            known = [point for point in own if getattr(point, beside) is not None]
-            heights = [getattr(point, beside) for point in known]
-            places = [point.value for point in known]
-            axes[-1].plot(places, heights, "o-", color=COLOURS.get(method, OTHER), label=method)
-        axes[-1].set_ylabel(beside.replace("_", " "))
-        axes[-1].set_ylim(bottom=0)
+            known = [p for p in own if getattr(p, name) is not None]
+            heights = [getattr(p, name) for p in known]
+            on.plot([p.value for p in known], heights, "o-", color=COLOURS.get(method, OTHER))
+        on.set_ylabel(name.replace("_", " "))
+        on.set_ylim(bottom=0)
     for on in axes:
         on.set_xlabel(NAMES[over])
     axes[0].legend(frameon=False)

@@ -411,6 +411,8 @@ def test_what_was_measured_of_a_sweep_stands_beside_what_is_simulated(pair, plan
     assert "| 3 | 0 | ar | - | " in (tmp_path / "sweep.md").read_text()
     assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 5
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+    sweep.draw("prompt", found, tmp_path / "prompt.png")
+    assert (tmp_path / "prompt.png").stat().st_size > (tmp_path / "sweep.png").stat().st_size
 
 
 @pytest.fixture
