@@ -3,12 +3,7 @@
 import csv
 import dataclasses
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +27,7 @@ from flowspec.models.manifest import Manifest
 from flowspec.text import Text
 from scripts import fetch_datasets
 from tests.cluster.conftest import LONG
+from tests.dist.conftest import Command
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 METHODS = ["ar", "flowspec"]
@@ -461,10 +457,6 @@ def test_a_sweep_that_cannot_be_is_one_line(asked_for, pair, data, tmp_path, wor
 
 
 # ---- the command ---------------------------------------------------------------------------------
-def command(*words: object) -> list[str]:
-    return [sys.executable, "-m", "flowspec", "eval", *map(str, words)]
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -490,28 +482,25 @@ def test_a_run_killed_three_times_at_random_gives_the_same_report(pair, data, tm
     print(f"seed {seed}")
     draw = random.Random(seed)
     about = ["--data", data, "--datasets", "mt_bench,nq", "--methods", ",".join(METHODS)]
-    about += ["--temperatures", "0,0.8", "sampling.max_new_tokens=8", "emulate={stage_ms: 10}"]
+    about += ["--temperatures", "0,0.8", "sampling.max_new_tokens=8", "emulate={stage_ms: 20}"]
 
-    def start(folder: Path) -> subprocess.Popen:
-        words = command(pair.config(2), *about, "--out", folder)
-        return subprocess.Popen(
-            words, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+    def start(name: str) -> Command:
+        words = pair.config(2), *about, "--out", tmp_path / name
+        return Command(tmp_path, *words, start=("-m", "flowspec", "eval"))
 
     def held() -> int:
         path = tmp_path / "broken" / "answers.jsonl"
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
     for _ in range(3):
-        process, wanted = start(tmp_path / "broken"), held() + draw.randrange(1, 5)
-        while held() < wanted:
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        wanted = held() + draw.randrange(1, 5)
+        with start("broken") as killed:  # all of its processes, with SIGKILL
+            killed.wait_until(lambda wanted=wanted: held() >= wanted)
+        killed.wait_until_gone()
+    assert held() < 22  # 20 answers, and two turns that do not fit
     for name in ("broken", "whole"):
-        process = start(tmp_path / name)
-        assert process.wait(120) == 0, process.stderr.read()
+        with start(name) as undisturbed:
+            assert undisturbed.end() == 0, undisturbed.err
     tables = []
     for name in ("broken", "whole"):
         with open(tmp_path / name / "report.csv") as file:
