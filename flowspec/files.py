@@ -5,12 +5,14 @@ A result file is written beside its name and gets the name when it is whole.
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, BinaryIO, TextIO
 
 from flowspec.errors import UserError
 
@@ -114,3 +116,51 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
                 with suppress(OSError):
                     beside.unlink()
             raise
+
+
+# ---- what is gone on with ------------------------------------------------------------------------
+def extended(path: str | os.PathLike[str], flag: str) -> BinaryIO:
+    """Open a file of lines to go on with, without the line in which a kill cut it off.
+
+    It is this process's alone until it is closed. Raise UserError, which begins with `flag`, if
+    another process has it, and OSError if it cannot be written."""
+    file = open(path, "a+b")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"{flag}: another run is writing it") from None
+    file.seek(0)
+    file.truncate(file.read().rfind(b"\n") + 1)
+    return file
+
+
+def add_json(file: BinaryIO, value: Mapping[str, Any], flag: str) -> None:
+    """Add a line to a file that was opened by `extended`; raise UserError if the disk is full."""
+    try:
+        file.write(json.dumps(value).encode() + b"\n")
+        file.flush()
+    except OSError as error:
+        told = f"cannot write {file.name}: {error.strerror}; what it holds is kept"
+        raise UserError(f"{flag}: {told}") from None
+
+
+def whole_lines(path: Path) -> list[str]:
+    """Return the lines of a file that have an end."""
+    return path.read_text().split("\n")[:-1]
+
+
+def begun_with(path: Path, asked: Mapping[str, Any], noted: Mapping[str, Any]) -> dict[str, Any]:
+    """Note in a file what is asked for, or return what it said before, if that is something else.
+
+    Both are plain values. What is `noted` beside is not compared. The result holds what was said
+    by the names of what differs, and is empty if nothing does."""
+    if not path.exists():
+        with replacing(path) as beside:
+            beside.write_text(json.dumps({**asked, **noted}, indent=1) + "\n")
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        raise UserError(f"{path} is not JSON, and says not what was begun: remove it") from None
+    asked = json.loads(json.dumps(asked))
+    return {name: found.get(name) for name in asked if found.get(name) != asked[name]}

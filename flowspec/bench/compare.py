@@ -88,6 +88,8 @@ class Run(NamedTuple):
     """This is the median time of the drafter's forwards."""
     gaps: list[float]
     """These are the target's leads of each token over the next best."""
+    accepted: list[bool]
+    """This says of each token whether the draft had it on its way."""
 
     @property
     def token_ids(self) -> list[int]:
@@ -113,9 +115,10 @@ class Run(NamedTuple):
             stage_overhead_ms=result.stage_overhead_ms,
             drafted_tokens=result.drafted_tokens,
             forwarded_tokens=result.forwarded_tokens,
+            accepted_runs=_runs_of(self.accepted),
             simulated=simulated,
             costs=result.costs,
-            tokens_sha=_hash(result.token_ids),
+            tokens_sha=hash_of(result.token_ids),
         )
 
 
@@ -140,7 +143,7 @@ class Beside(NamedTuple):
             new_tokens=count,
             tokens_per_second=(count - 1) / self.decode_seconds if self.decode_seconds else None,
             prefill_seconds=self.prefill_seconds,
-            tokens_sha=_hash(self.token_ids),
+            tokens_sha=hash_of(self.token_ids),
         )
 
 
@@ -247,7 +250,7 @@ def _runs(
 
     def run(side: Variant | str, k: int, repeat: int, sampling: Sampling) -> Run | Beside:
         if isinstance(side, Variant):
-            return _run(engine, k + 1, repeat, prompts[k], side, sampling)
+            return measure(engine, k + 1, repeat, prompts[k], side, sampling)
         assert plan.rivals is not None
         return plan.rivals.run(side, k + 1, repeat, tokens[k], sampling)
 
@@ -262,23 +265,31 @@ def _runs(
             for side in order.sample(sides, len(sides)):
                 yield run(side, k, repeat, sampling)
                 done += 1
-                _progress(done, total, time.monotonic() - began)
+                progress(done, total, time.monotonic() - began)
 
 
-def _run(
-    engine: Engine, number: int, repeat: int, prompt: str, variant: Variant, sampling: Sampling
+def measure(
+    engine: Engine,
+    number: int,
+    repeat: int,
+    prompt: str | Sequence[int],
+    variant: Variant,
+    sampling: Sampling,
+    stop: Sequence[str] = (),
 ) -> Run:
+    """Return a measured generation of a ring that is traced; the text ends before one in `stop`."""
     # each run is as the first of a ring: what one has learnt is no gift to the next
     engine.forget()
     generation = engine.generate(
         prompt,
         method=variant.method,
         policy=variant.policy,
+        stop=stop,
         max_new_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,
         seed=sampling.seed or 0,
     )
-    gaps = [token.gap for token in generation]
+    tokens = list(generation)
     assert generation.result is not None
     drafts = [1000 * (s.end - s.begin) for s in generation.spans if s.row == "draft"]
     return Run(
@@ -289,11 +300,18 @@ def _run(
         generation.result,
         timeline.summary(generation.spans, engine.topology.stages),
         statistics.median(drafts) if drafts else None,
-        gaps,
+        [token.gap for token in tokens],
+        [token.accepted for token in tokens],
     )
 
 
-def _progress(done: int, total: int, seconds: float) -> None:
+def _runs_of(accepted: Sequence[bool]) -> list[int]:
+    """Return how many tokens were accepted before each one that was not, and behind the last."""
+    ends = [k for k, taken in enumerate(accepted) if not taken]
+    return [b - a - 1 for a, b in itertools.pairwise([-1, *ends, len(accepted)])]
+
+
+def progress(done: int, total: int, seconds: float) -> None:
     """Show a line that counts on a terminal, and ten lines in all elsewhere."""
     live = sys.stderr.isatty()
     if live or done == total or done % max(1, total // 10) == 0:
@@ -301,7 +319,7 @@ def _progress(done: int, total: int, seconds: float) -> None:
         print(f"{done} of {total} runs, {seconds:.0f} s", end=end, file=sys.stderr, flush=True)
 
 
-def _hash(token_ids: Sequence[int]) -> str:
+def hash_of(token_ids: Sequence[int]) -> str:
     return hashlib.sha256(str(token_ids).encode()).hexdigest()[:16]
 
 

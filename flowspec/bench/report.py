@@ -73,6 +73,9 @@ class Record:
     stage_overhead_ms: list[float] = field(default_factory=list)
     drafted_tokens: int | None = None
     forwarded_tokens: int | None = None
+    accepted_runs: list[int] = field(default_factory=list)
+    """So many tokens the draft had on its way before each one that the target added by itself; the
+    last number is of the run that the text's end cut off."""
     simulated: float | None = None
     """The simulation predicts these tokens/s for this prompt; None if it was not simulated."""
     tokens_sha: str
@@ -137,7 +140,7 @@ def summarise(records: Sequence[Record]) -> list[Row]:
     rows = []
     for same in _grouped(records, lambda r: r.temperature).values():
         methods = _grouped(same, lambda r: r.method)
-        rows += [_row(methods[method], methods) for method in _ordered(methods)]
+        rows += [_row(methods[method], methods) for method in ordered(methods)]
     return rows
 
 
@@ -148,7 +151,7 @@ def _grouped(records: Iterable[Record], key: Callable[[Record], Key]) -> dict[Ke
     return groups
 
 
-def _ordered(methods: Iterable[str]) -> list[str]:
+def ordered(methods: Iterable[str]) -> list[str]:
     """Return each method once, in the order of METHODS, others after them."""
     return sorted(
         dict.fromkeys(methods),
@@ -238,8 +241,8 @@ def identical(records: Sequence[Record]) -> list[str]:
         records, lambda r: (r.temperature, r.prompt)
     ).items():
         methods = _grouped(same, lambda r: r.method)
-        base = min(methods[_ordered(methods)[0]], key=lambda r: r.repeat)
-        wrong = [name for method in _ordered(methods) if (name := _unlike(methods[method], base))]
+        base = min(methods[ordered(methods)[0]], key=lambda r: r.repeat)
+        wrong = [name for method in ordered(methods) if (name := _unlike(methods[method], base))]
         if wrong:
             who = (
                 f"{', '.join(wrong)} wrote other tokens than {base.method} in repeat {base.repeat}"
@@ -284,7 +287,7 @@ def ranged(spread: Spread | None, digits: str, unit: str = "") -> str:
     return f"{middle}{unit}" if least == most else f"{middle}{unit} ({least}..{most})"
 
 
-def _maybe(value: float | None, digits: str) -> str:
+def maybe(value: float | None, digits: str) -> str:
     return _NONE if value is None else format(value, digits)
 
 
@@ -298,17 +301,17 @@ _KEYS = (
 )
 _SPEED = (
     _Column("tokens/s", lambda row: ranged(row.rate, ".1f")),
-    _Column("noise", lambda row: _maybe(row.noise, ".0%")),
+    _Column("noise", lambda row: maybe(row.noise, ".0%")),
     *(_Column(f"vs {base}", functools.partial(_over, base)) for base in BASES),
-    _Column("sim.", lambda row: _maybe(row.simulated, ".1f")),
-    _Column("off", lambda row: _maybe(row.off, "+.0%")),
+    _Column("sim.", lambda row: maybe(row.simulated, ".1f")),
+    _Column("off", lambda row: maybe(row.off, "+.0%")),
 )
 _WORK = (
-    _Column("accepted", lambda row: _maybe(row.accepted_per_segment, ".2f")),
-    _Column("busy", lambda row: _maybe(row.utilisation, ".0%")),
-    _Column("bubbles", lambda row: _maybe(row.bubbles, ".0%")),
-    _Column("wasted", lambda row: _maybe(row.wasted, ".0%")),
-    _Column("dead", lambda row: _maybe(row.dead_rows, ".1%")),
+    _Column("accepted", lambda row: maybe(row.accepted_per_segment, ".2f")),
+    _Column("busy", lambda row: maybe(row.utilisation, ".0%")),
+    _Column("bubbles", lambda row: maybe(row.bubbles, ".0%")),
+    _Column("wasted", lambda row: maybe(row.wasted, ".0%")),
+    _Column("dead", lambda row: maybe(row.dead_rows, ".1%")),
     _Column(
         "kB/token",
         lambda row: " ".join(f"{link / 1e3:.1f}" for link in row.bytes_per_token) or _NONE,
@@ -329,7 +332,7 @@ def _prompts(rows: Sequence[Row]) -> _Grid:
     """Return a line for each temperature and prompt, and a column for each method.
 
     A cell holds the tokens/s and the speed-up over ar."""
-    methods = _ordered(row.method for row in rows)
+    methods = ordered(row.method for row in rows)
     known = {(row.temperature, row.method): row for row in rows}
     lines = []
     for temperature in dict.fromkeys(row.temperature for row in rows):
@@ -407,8 +410,8 @@ def markdown(records: Sequence[Record], title: str, facts: dict[str, Any]) -> st
     `facts` are machine, command, emulated, simulated and date as far as known, and others by
     name."""
     rows = summarise(records)
-    parts = [f"## {title}", _facts(facts, records), _pipes(_summaries(rows)), LEGEND]
-    return "\n\n".join([*parts, f"{PROMPTS}:", _pipes(_prompts(rows))]) + "\n"
+    parts = [f"## {title}", _facts(facts, records), pipes(_summaries(rows)), LEGEND]
+    return "\n\n".join([*parts, f"{PROMPTS}:", pipes(_prompts(rows))]) + "\n"
 
 
 def _facts(facts: dict[str, Any], records: Sequence[Record]) -> str:
@@ -432,7 +435,7 @@ def _clock(facts: dict[str, Any]) -> str | None:
     return f"{known[0]} times" if known else None
 
 
-def _pipes(grid: _Grid) -> str:
+def pipes(grid: _Grid) -> str:
     heads, lines = grid
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *lines))
 
@@ -450,7 +453,7 @@ def line(record: Record) -> str:
 
 
 # ---- picture -------------------------------------------------------------------------------------
-_COLOURS = {  # Okabe and Ito's palette, which every kind of colour vision tells apart
+COLOURS = {  # Okabe and Ito's palette, which every kind of colour vision tells apart
     "ar": "#999999",
     "serial": "#f0b64a",
     "naive": "#56b4e9",
@@ -458,7 +461,7 @@ _COLOURS = {  # Okabe and Ito's palette, which every kind of colour vision tells
     "pipedec": "#0072b2",
     "flowspec": "#009e73",
 }
-_OTHER = "#d55e00"
+OTHER = "#d55e00"
 _OVER_BARS = "over each bar: the median speed-up over ar, of the same prompt and repeat"
 _BAR = 0.72
 """A bar has this width, where bars stand 1 apart."""
@@ -528,7 +531,7 @@ def _places(rows: list[Row]) -> list[float]:
 
 def _bar(axes: Axes, x: float, row: Row) -> None:
     assert row.rate is not None
-    axes.bar(x, row.rate.median, _BAR, color=_COLOURS.get(row.method, _OTHER), zorder=2)
+    axes.bar(x, row.rate.median, _BAR, color=COLOURS.get(row.method, OTHER), zorder=2)
     below, above = row.rate.median - row.rate.least, row.rate.most - row.rate.median
     axes.errorbar(
         x - _ASIDE,
@@ -614,7 +617,7 @@ def best(trials: Iterable[Trial]) -> dict[str, tuple[str, float]]:
     for setting, method, rate in trials:
         if method not in found or rate > found[method][1]:
             found[method] = (setting, rate)
-    return {method: found[method] for method in _ordered(found)}
+    return {method: found[method] for method in ordered(found)}
 
 
 def sweep_table(trials: Sequence[Trial], title: str) -> Table:
@@ -631,4 +634,4 @@ def sweep_table(trials: Sequence[Trial], title: str) -> Table:
 
 
 def _tried(rate: float | None, is_best: bool) -> str:
-    return f"{'* ' if is_best else ''}{_maybe(rate, '.1f')}"
+    return f"{'* ' if is_best else ''}{maybe(rate, '.1f')}"

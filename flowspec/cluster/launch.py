@@ -49,6 +49,8 @@ END = 5.0
 class Job:
     """A job is what is to be run on a cluster."""
 
+    command: str
+    """This sub-command of flowspec takes the words."""
     cluster: Cluster
     config: Config
     """It is without the devices that hosts name."""
@@ -73,7 +75,7 @@ class Job:
     def argv(self, rank: int) -> list[str]:
         """Return the words behind the python of a rank."""
         own = self.first if rank == Topology.COORDINATOR else ()
-        return ["-m", "flowspec", "run", RUN, *self.words, *own]
+        return ["-m", "flowspec", self.command, RUN, *self.words, *own]
 
     def environment(self, rank: int) -> dict[str, str]:
         """Return the variables of a rank; its host adds those that only it knows."""

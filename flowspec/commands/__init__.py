@@ -9,6 +9,7 @@ COMMANDS = {
     "serve": "serve the model by OpenAI's HTTP interface, over the ring",
     "verify": "prove that speculation changes no token",
     "bench": "compare methods on the same prompts in one call (bench compare CONFIG)",
+    "eval": "ask questions of several datasets of several methods, with a report (docs/eval.md)",
     "simulate": "predict tokens/s of any ring and method in virtual time",
     "estimate": "measure how good and how fast a pair of models is (estimate acceptance|latency)",
     "doctor": "say what is wrong with this machine, or the hosts of a cluster file",

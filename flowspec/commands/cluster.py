@@ -1,4 +1,6 @@
-"""`flowspec cluster` (run_cluster.sh) is `flowspec run` over the hosts of a cluster file."""
+"""`flowspec cluster` (run_cluster.sh) is `flowspec run` over the hosts of a cluster file.
+
+`flowspec cluster eval` (scripts/run_eval.sh) is `flowspec eval` over them."""
 
 from __future__ import annotations
 
@@ -7,9 +9,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from flowspec.bench.answers import ANSWERS, CONFIG
 from flowspec.cluster.hosts import Cluster, load_cluster
 from flowspec.cluster.launch import Job, describe, run
-from flowspec.cluster.shipping import TRACE, of_text
+from flowspec.cluster.shipping import TRACE, Parcel, of_text
+from flowspec.commands.eval import EVAL, OWN_WORDS, report
 from flowspec.commands.options import configuration, split_demo
 from flowspec.commands.run import RUN, restarts
 from flowspec.config import Config
@@ -18,35 +22,42 @@ from flowspec.models.manifest import FILE_NAME, Manifest
 from flowspec.output import sigterm_interrupts
 from flowspec.preflight import manifest_of
 
-PROMPTS, RESULTS = "prompts.jsonl", "results.jsonl"
+PROMPTS, RESULTS, DATA = "prompts.jsonl", "results.jsonl", "questions"
 """These are names in the folder of rank 0's host."""
 ABOUT = (
     "Generate text over the hosts of a cluster file: CLUSTER [CONFIG] and the words of `flowspec "
-    "run`. Each host gets the files of its own ranks by ssh."
+    "run`; or first the word `eval`, and those of `flowspec eval`. Each host gets the files of its "
+    "own ranks by ssh."
 )
 
 
 def main(words: Sequence[str]) -> int:
-    parser = RUN.parser("cluster", ABOUT)
+    asks = list(words[:1]) == ["eval"]
+    command = EVAL if asks else RUN
+    parser = command.parser("cluster", ABOUT)
     parser.add_argument(
         "--dry-run",
         action="store_true",
         help="say what would be done on each host, and contact none",
     )
-    options = parser.parse_intermixed_args(words)
+    options = parser.parse_intermixed_args(words[1:] if asks else words)
     cluster = _cluster(options)
     path, config = configuration(options)
     placed = cluster.placed(config)
+    made = _eval_job if asks else _job
     if options.dry_run and not (config.stages_path / FILE_NAME).exists():
-        return _describe(_job(options, cluster, config, RUN.prompts(options, path)), None)
+        return _describe(made(options, cluster, config, command.prompts(options, path)), None)
     split_demo(config)
     cluster.check_ranks(manifest_of(config).topology)
-    manifest, prompts = RUN.checked(options, path, placed)
-    job = _job(options, cluster, config, prompts)
+    manifest, prompts = command.checked(options, path, placed)
+    job = made(options, cluster, config, prompts)
     if options.dry_run:
         return _describe(job, manifest)
+    for path in job.results.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
     with sigterm_interrupts():
-        return run(job, manifest)
+        code = run(job, manifest)
+    return report([Path(options.out)], Path(options.out)) if asks and code == 0 else code
 
 
 def _describe(job: Job, manifest: Manifest | None) -> int:
@@ -78,6 +89,7 @@ def _job(
     first += ["--json", RESULTS] if options.json else []
     first += [f"--{name}" for name in ("chat", "explain") if getattr(options, name)]
     return Job(
+        command="run",
         cluster=cluster,
         config=config,
         words=("--log-level", options.log_level),
@@ -88,3 +100,33 @@ def _job(
         # a conversation is not gone on with
         restart=0 if options.chat else restarts(options) or cluster.restart,
     )
+
+
+def _eval_job(
+    options: argparse.Namespace, cluster: Cluster, config: Config, prompts: Sequence[str]
+) -> Job:
+    """Return the job whose answers grow on rank 0's host, and come here when they are complete.
+
+    So a run that was interrupted goes on there, if it is started again."""
+    need(options.out is not None, "eval writes a folder: say which by --out DIR")
+    here, there = Path(options.out), f"eval_{Path(options.out).resolve().name}"
+    given = {name: getattr(options, name) for name in OWN_WORDS} | {"data": DATA, "out": there}
+    words = [
+        (f"--{name.replace('_', '-')}", value) for name, value in given.items() if value is not None
+    ]
+    return Job(
+        command="eval",
+        cluster=cluster,
+        config=config,
+        words=("--log-level", options.log_level),
+        first=tuple(word for pair in words for word in pair),
+        files=tuple(_of_data(Path(options.data), options.datasets.split(","))),
+        results={f"{there}/{name}": here / name for name in (CONFIG, ANSWERS)},
+        talks=False,
+        restart=cluster.restart,
+    )
+
+
+def _of_data(folder: Path, datasets: Sequence[str]) -> list[Parcel]:
+    paths = [folder / f"{dataset}.jsonl" for dataset in datasets]
+    return [of_text(f"{DATA}/{path.name}", path.read_text()) for path in paths]

@@ -106,12 +106,17 @@ def configuration(options: argparse.Namespace) -> tuple[Path, Config]:
     files = [word for word in options.words if "=" not in word]
     need(len(files) <= 1, f"one configuration at a time: {' and '.join(files)} were given")
     path = Path(files[0]).resolve() if files else DEMO
+    return path, load_config(path, overrides_of(options, path))
+
+
+def overrides_of(options: argparse.Namespace, path: Path) -> list[str]:
+    """Return what overrides keys of a configuration: words key=value, and flags."""
     # an installed package may lie where nothing can be written: its demo is split elsewhere
     overrides = [] if CHECKOUT or path != DEMO else [f"stages={BUILD / 'demo'}"]
     overrides += [word for word in options.words if "=" in word]
     overrides += [f"method={options.method}"] if options.method is not None else []
     overrides += [f"sampling.{name}={value}" for name, value in given_sampling(options).items()]
-    return path, load_config(path, overrides)
+    return overrides
 
 
 def count(text: str, flag: str) -> int:

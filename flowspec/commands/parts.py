@@ -6,17 +6,16 @@ parts outlive a kill; when all prompts are there, they become the output, in the
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from flowspec.errors import UserError, need
-from flowspec.files import replacing
+from flowspec.files import add_json, begun_with, extended, replacing, whole_lines
 
 WAIT = 0.2
 """Seconds between two looks at what the other processes have finished."""
@@ -35,36 +34,18 @@ class Parts:
         need(not self._out.is_dir(), f"--out {out} is a folder: name a file")
         try:
             self._folder.mkdir(exist_ok=True)
-            self._check(json.loads(json.dumps(asked)))
-            self._file = self._own()
+            self._check(asked)
+            self._file = extended(self._folder / f"{rank}.jsonl", f"--out {out}")
         except OSError as error:
             raise UserError(f"--out {out}: cannot write {self._folder}: {error.strerror}") from None
 
-    def _check(self, asked: dict[str, Any]) -> None:
-        said = self._folder / "asked.json"
-        if not said.exists():
-            with replacing(said) as beside:
-                beside.write_text(json.dumps(asked))
-            return
-        found = json.loads(said.read_bytes())
-        other = [name for name in asked if found.get(name) != asked[name]]
+    def _check(self, asked: Mapping[str, Any]) -> None:
+        other = begun_with(self._folder / "asked.json", asked, {})
         need(
             not other,
             f"--out {self._out}: {self._folder} was begun with another {', '.join(other)}: ask for "
             "the same to go on, or remove that folder",
         )
-
-    def _own(self) -> BinaryIO:
-        """Return this process's part, without the line in which a kill cut it off."""
-        file = open(self._folder / f"{self._rank}.jsonl", "a+b")  # noqa: SIM115
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise UserError(f"--out {self._out}: another run is writing it") from None
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-        return file
 
     def mine(self) -> list[int]:
         """Return which prompts this process has still to write.
@@ -75,12 +56,7 @@ class Parts:
 
     def keep(self, k: int, record: Mapping[str, Any]) -> None:
         """Keep what was written to the k-th prompt."""
-        try:
-            self._file.write(json.dumps({"prompt": k, **record}).encode() + b"\n")
-            self._file.flush()
-        except OSError as error:
-            told = f"cannot write {self._file.name}: {error.strerror}; what it holds is kept"
-            raise UserError(f"--out {self._out}: {told}") from None
+        add_json(self._file, {"prompt": k, **record}, f"--out {self._out}")
 
     def settle(self) -> None:
         """Make the parts the output; the first process does that, when all have done theirs."""
@@ -95,14 +71,8 @@ class Parts:
 
     def _finished(self) -> dict[int, str]:
         """Return the lines of the finished prompts."""
-        lines = (line for part in self._folder.glob("*.jsonl") for line in _whole_lines(part))
+        lines = (line for part in self._folder.glob("*.jsonl") for line in whole_lines(part))
         return {json.loads(line)["prompt"]: line for line in lines}
-
-
-def _whole_lines(part: Path) -> Iterable[str]:
-    """Return the lines of a part that have an end."""
-    *lines, _ = part.read_text().split("\n")
-    return lines
 
 
 def shared_by() -> tuple[int, int]:

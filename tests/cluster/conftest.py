@@ -58,10 +58,12 @@ class Site:
     def home(self, name: str) -> Path:
         return self.folder / name
 
-    def start(self, *words: object, heartbeat: str = "0.5,30") -> Command:
-        """What run_cluster.sh runs, at the desk."""
+    def start(
+        self, *words: object, heartbeat: str = "0.5,30", first: tuple[str, ...] = ()
+    ) -> Command:
+        """What run_cluster.sh runs, at the desk; `first` are words before the cluster file."""
         enter = "import os, sys; os.execvp('ip', ['ip', 'netns', 'exec', *sys.argv[1:]])"
-        run = (self.rig.space("desk"), sys.executable, "-m", "flowspec", "cluster")
+        run = (self.rig.space("desk"), sys.executable, "-m", "flowspec", "cluster", *first)
         env = {"FLOWSPEC_HEARTBEAT": heartbeat}
         command = Command(self.folder, self.path, *words, start=("-c", enter, *run), env=env)
         return self._stack.enter_context(command)

@@ -153,3 +153,19 @@ def test_links_that_are_slow_lose_packets_and_stall_change_no_token(far_site):
     assert command.end() == 0, command.err
     assert tokens(results) == far_site.alone(*PROMPT)
     assert json.loads(results.read_text())["costs"]["hop_ms"] > 25
+
+
+@LONG
+def test_questions_are_answered_on_a_cluster_and_come_home(site):
+    """A second start finds all answers on rank 0's host."""
+    site.write(stages=2)
+    home = site.folder / "run"
+    words = ("--datasets", "nq,gsm8k", "--questions", "1", "--methods", "ar,flowspec")
+    for _ in range(2):
+        command = site.start(*words, "--out", home, "--max-new-tokens", "8", first=("eval",))
+        assert command.end() == 0, command.err
+        assert len((home / "answers.jsonl").read_text().splitlines()) == 4
+        assert command.out.count("identical") == 2 * 3
+        site.rig.wait_until_clean(1)
+    assert "4 answers" in command.err and "of 4 runs" not in command.err
+    assert json.loads((home / "config.json").read_text())["config.stages"] == "stages"

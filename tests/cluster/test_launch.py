@@ -96,6 +96,24 @@ def test_a_dry_run_counts_the_files_of_a_split(cluster, pair, capsys):
         main([str(cluster), "--dry-run", "--prompt", "x"])
 
 
+def test_a_dry_run_of_eval_gives_the_questions_to_rank_0_s_host(cluster, pair, tmp_path, capsys):
+    config = cluster.with_name("run.yaml")
+    config.write_text(f"stages: x\ndrafter: {{kind: lm, path: {pair.draft}}}\n")
+    cluster.write_text(HOSTS.format(config=config, stages=pair.split(2)))
+    (tmp_path / "nq.jsonl").write_text('{"question_id": 1, "turns": ["x"]}')
+    words = ["--datasets", "nq", "--data", str(tmp_path), "--out", str(tmp_path / "my run")]
+    assert main(["eval", str(cluster), "--dry-run", *words]) == 0
+    found = [line for line in capsys.readouterr().out.splitlines() if "RANK=" in line]
+    assert found[0].endswith(
+        "-m flowspec eval run.yaml --log-level warning --datasets nq --questions : --data questions "
+        "--methods ar,naive,pipedec,flowspec --out 'eval_my run'"
+    )
+    assert all(line.endswith("-m flowspec eval run.yaml --log-level warning") for line in found[1:])
+    assert not (tmp_path / "my run").exists()
+    with pytest.raises(UserError, match="eval writes a folder"):
+        main(["eval", str(cluster), "--dry-run", *words[:4]])
+
+
 def test_values_reach_ssh_as_arguments_and_no_remote_shell(cluster):
     made = load_cluster(cluster)
     for host in made.holding:
@@ -303,7 +321,8 @@ def test_spare_hosts_take_the_places_of_those_that_stay_away(
     names = [f"{{address: {name}}}" for name in "ab"]
     names += [f"{{address: {name}, spare: true}}" for name in spares.split()]
     (tmp_path / "c.yaml").write_text(f"hosts: [{', '.join(names)}]")
-    job = Job(load_cluster(tmp_path / "c.yaml"), Config(stages="x"), (), (), (), {}, False, 1)
+    cluster = load_cluster(tmp_path / "c.yaml")
+    job = Job("run", cluster, Config(stages="x"), (), (), (), {}, False, 1)
     clock, tried = Clock(), []
 
     def once(job, *_):

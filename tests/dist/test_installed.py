@@ -25,6 +25,7 @@ def test_an_installed_package_runs_its_demo_from_an_empty_folder(tmp_path):
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(place), str(source)]
     subprocess.run(pip, check=True, timeout=300)
     files = sorted(place.rglob("*.safetensors"))
+    assert len([*(place / "flowspec" / "shipped" / "configs" / "eval").glob("*.jsonl")]) == 6
     env = os.environ | {"PYTHONPATH": str(place), "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
 
     def said(*words) -> str:

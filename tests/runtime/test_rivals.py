@@ -93,7 +93,7 @@ def test_no_text_is_longer_than_the_model_has_positions(pair):
 def test_a_parting_is_found_and_told_a_tie_from_a_bug(monkeypatch, gap, other, said):
     monkeypatch.setattr(Run, "token_ids", [1, 2, 3])
     result = type("Result", (), {"temperature": 0.0})
-    own = Run(None, 1, 1, None, result, None, None, [1.0, gap, 1.0])
+    own = Run(None, 1, 1, None, result, None, None, [1.0, gap, 1.0], [])
     hot = Beside("transformers", 0.9, 1, 1, [7], 1.0, 1.0)
     found = partings([own], [Beside("transformers", 0.0, 1, 1, other, 1.0, 1.0), hot], 1e-3)
     assert {name: str(count) for name, count in found.items()} == {"transformers": said}
