@@ -415,8 +415,14 @@ class Agent:
     def settle(self) -> None:
         self._tell(event="settled", bad=self._store.settle())
 
-    def start(self, rank: int, argv: list, env: dict, code: str, talks: bool) -> None:
-        own = {"GLOO_SOCKET_IFNAME": self._interface, "PYTHONPATH": str(self._folder / code)}
+    def start(self, rank: int, argv: list, env: dict, code: str, talks: bool, secret: str) -> None:
+        own = {
+            "GLOO_SOCKET_IFNAME": self._interface,
+            "FLOWSPEC_LISTEN": interfaces()[self._interface],
+            "FLOWSPEC_SECRET": secret,
+            "FLOWSPEC_SECRET_FILE": "",
+            "PYTHONPATH": str(self._folder / code),
+        }
         self._ranks.start(rank, [self._python, *argv], {**env, **own}, self._folder, talks)
 
     def type(self, rank: int, typed: str | None) -> None:

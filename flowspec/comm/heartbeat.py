@@ -7,7 +7,8 @@ how often its working thread has moved. A rank that waits for work need not move
 on for days. If the store itself is gone or silent, its host or launcher is. Calls to a silent store
 block, so one thread speaks with the store and another one watches.
 
-The store asks nobody who they are: what comes from it is shown, compared and checked, never obeyed.
+The store asks nobody who they are. What ranks tell is sealed (comm/seal.py), and all the same it is
+shown, compared and checked, never obeyed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from flowspec.comm.base import STILL, Awake, Lost, Pulse
+from flowspec.comm.seal import Sealed
 
 GONE = "the launcher or the first rank's host is gone"
 _GRACE = 1.0
@@ -69,15 +71,19 @@ def is_rank_of_this_run(pid: object, rank: int) -> bool:
     )
 
 
-def _told(text: bytes, types: list[type]) -> list:
+LONGEST = 1 << 12
+"""Nobody has more to tell here, in bytes."""
+
+
+def told(text: bytes, types: list[type]) -> list:
     """Return what stands in the store for a rank: a list of these types.
 
     Raise ValueError if it is anything else."""
     with contextlib.suppress(ValueError, RecursionError):
-        told = json.loads(text)
-        if isinstance(told, list) and [type(part) for part in told] == types:
-            return told
-    raise ValueError(f"its heartbeat is none of ours: {_shown(repr(text[:40]))}")
+        found = json.loads(text if len(text) <= LONGEST else b"")
+        if isinstance(found, list) and [type(part) for part in found] == types:
+            return found
+    raise ValueError(f"its heartbeat is none of ours: {shown(repr(text[:40]))}")
 
 
 class _Who(NamedTuple):
@@ -88,11 +94,11 @@ class _Who(NamedTuple):
 
 def _who(text: bytes) -> _Who:
     """Return who a rank says it is; raise ValueError for what no rank of ours announces."""
-    host, where, pid = _told(text, [str, list, int])
-    return _Who(_shown(host), where, pid)
+    host, where, pid = told(text, [str, list, int])
+    return _Who(shown(host), where, pid)
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """Return the text made fit for a line of a terminal."""
     return "".join(c if c.isprintable() else "?" for c in text[:80])
 
@@ -109,8 +115,8 @@ class _Beat(NamedTuple):
 
 def _beat(text: bytes) -> _Beat:
     """Return a rank's beat; raise ValueError for what no rank of ours tells."""
-    number, moves, doing = _told(text, [int, int, str])
-    return _Beat(number, moves, _shown(doing))
+    number, moves, doing = told(text, [int, int, str])
+    return _Beat(number, moves, shown(doing))
 
 
 class _Unchanged:
@@ -135,7 +141,7 @@ class Heartbeat:
 
     def __init__(
         self,
-        store: dist.Store,
+        store: dist.Store | Sealed,
         rank: int,
         pulses: list[Pulse],
         lost: Lost,
@@ -143,7 +149,7 @@ class Heartbeat:
         limit: float = 3.0,
         still: float = STILL,
     ):
-        self._store = dist.PrefixStore("flowspec/heartbeat", store)
+        self._store = store
         self._rank, self._pulses, self._others = (
             rank,
             pulses,

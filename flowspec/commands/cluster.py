@@ -17,6 +17,7 @@ from flowspec.errors import need
 from flowspec.models.manifest import FILE_NAME, Manifest
 from flowspec.output import sigterm_interrupts
 from flowspec.preflight import manifest_of
+from flowspec.secret import own_secret
 
 PROMPTS, RESULTS = "prompts.jsonl", "results.jsonl"
 """These are names in the folder of rank 0's host."""
@@ -44,6 +45,7 @@ def main(words: Sequence[str]) -> int:
     job = _job(options, cluster, config, prompts)
     if options.dry_run:
         return _describe(job, manifest)
+    own_secret()  # a wrong one is said before any host is contacted
     with sigterm_interrupts():
         return run(job, manifest)
 
