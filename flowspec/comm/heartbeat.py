@@ -29,6 +29,10 @@ from flowspec.comm.base import STILL, Awake, Lost, Pulse
 from flowspec.comm.seal import Sealed
 
 GONE = "the launcher or the first rank's host is gone"
+EVERY, LIMIT = 0.2, 4.2
+"""A dead rank is to be named within 5 s, and a link may stall for 3 s. A rank's silence is seen to
+begin up to 2 EVERY late, and to last too long up to EVERY late: LIMIT + 3 EVERY = 4.8 s. A stall
+looks as long as it is and 2 EVERY longer: 3.4 s."""
 _GRACE = 1.0
 """After the store's end it takes so many seconds to conclude that nobody told us to leave."""
 RUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
@@ -145,8 +149,8 @@ class Heartbeat:
         rank: int,
         pulses: list[Pulse],
         lost: Lost,
-        every: float = 0.5,
-        limit: float = 3.0,
+        every: float = EVERY,
+        limit: float = LIMIT,
         still: float = STILL,
     ):
         self._store = store
@@ -156,6 +160,8 @@ class Heartbeat:
             [r for r in range(len(pulses)) if r != rank],
         )
         self._lost, self._every, self._limit, self._still = lost, every, limit, still
+        self._step = max(2 * every, limit / 4)
+        """Between two looks at the others no more seconds count: we or the store may have slept."""
         self._unchanged = _Unchanged()
         self._who: dict[int, _Who] = {}
         # how often the store has answered, and what it said
@@ -228,7 +234,7 @@ class Heartbeat:
 
         The others' silence counts only while the store answers, and the store's only while this
         process is awake."""
-        awake, answering = Awake(2 * self._every), 0.0
+        awake, answering = Awake(self._step), 0.0
         answered, at = 0, awake()
         while not self._stop.wait(self._every):
             now, (number, beats) = awake(), self._heard
@@ -238,7 +244,7 @@ class Heartbeat:
                     self._lost(-1, f"{GONE} (torch's store does not answer)")
                 return
             if number != answered:
-                answering += min(now - at, 2 * self._every)
+                answering += min(now - at, self._step)
                 answered, at = number, now
                 for rank, reason in self._judge(beats, answering):
                     self._gone.add(rank)

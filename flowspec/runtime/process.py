@@ -22,7 +22,7 @@ from flowspec.comm.base import STILL, Lost, Pulse
 from flowspec.comm.codec import Limits
 from flowspec.comm.doors import doors, listening, shut
 from flowspec.comm.gloo import FOREVER, GlooTransport, Stranger
-from flowspec.comm.heartbeat import Heartbeat, host_name
+from flowspec.comm.heartbeat import EVERY, LIMIT, Heartbeat, host_name
 from flowspec.comm.seal import Sealed
 from flowspec.core.cost import Emulate
 from flowspec.core.topology import Topology
@@ -315,7 +315,7 @@ def _pace() -> dict[str, float]:
     need(
         ok,
         f"FLOWSPEC_HEARTBEAT is {text!r}: it must be two or three numbers of seconds, such as "
-        f"0.5,3 or 0.5,3,{STILL:g}",
+        f"{EVERY:g},{LIMIT:g} or {EVERY:g},{LIMIT:g},{STILL:g}",
     )
     return {"every": every, "limit": limit, "still": still}
 

@@ -153,3 +153,19 @@ def test_links_that_are_slow_lose_packets_and_stall_change_no_token(far_site):
     assert command.end() == 0, command.err
     assert tokens(results) == far_site.alone(*PROMPT)
     assert json.loads(results.read_text())["costs"]["hop_ms"] > 25
+
+
+@LONG
+@pytest.mark.parametrize("how", ["stall", "cut"])
+def test_a_link_that_is_silent_for_3_s_costs_no_token_and_no_rank(far_site, how):
+    """At the heartbeat's own pace. What is on a stalled link waits; on one that is cut it is lost, and sent again."""
+    far_site.write(stages=2)
+    results = far_site.folder / "results.jsonl"
+    command = far_site.start("emulate.stage_ms=60", *PROMPT, "--json", results, heartbeat="")
+    command.wait_until(lambda: len(command.out) > len("def add(a, b):") + 8)
+    of = far_site.rig.address("h1")
+    far_site.rig.change(of=of, **{how: True})
+    time.sleep(3.0)
+    far_site.rig.change(of=of, **{how: False})
+    assert command.end() == 0, command.err
+    assert tokens(results) == far_site.alone(*PROMPT)
