@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from flowspec.comm.base import STILL, Lost, Pulse
 from flowspec.comm.codec import Limits
-from flowspec.comm.doors import doors, listening, shut
+from flowspec.comm.doors import hasten, listening, shut, sockets
 from flowspec.comm.gloo import FOREVER, GlooTransport, Stranger
 from flowspec.comm.heartbeat import EVERY, LIMIT, Heartbeat, host_name
 from flowspec.comm.seal import Sealed
@@ -147,7 +147,7 @@ def join_run(
     _check_environment()
     rank, pulses, pace = int(os.environ["RANK"]), [Pulse() for _ in topology.ranks], _pace()
     with _Connecting(_seconds_to_connect()) as connecting:
-        before = doors()
+        before = sockets()
         store, another = _stores(rank, topology.world_size)
         key = introduce(store, topology, rank, secret, rank_name, connecting.awaits)
 
@@ -177,8 +177,10 @@ def join_run(
         except Stranger as stranger:
             heartbeat.stop()
             raise RankLost(_IMPOSTOR.format(name(stranger.rank))) from None
+        opened = dict(sockets().items() - before.items())
+        hasten(opened)
         if topology.members == 1 or not own_gpu:  # NCCL connects when it is first used
-            shut(dict(doors().items() - before.items()))
+            shut(opened)
         pulses[rank].at()
     log.info("joined a run of %d ranks as %s", topology.world_size, rank_name(rank, host_name()))
 

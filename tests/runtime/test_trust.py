@@ -8,13 +8,15 @@ import socket
 import struct
 import sys
 import threading
+from contextlib import suppress
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
 from flowspec import launcher
-from flowspec.comm.doors import doors, listening, shut
+from flowspec.comm import doors
+from flowspec.comm.doors import hasten, listening, shut, sockets
 from flowspec.comm.gloo import Stranger, prove
 from flowspec.comm.seal import Sealed
 from flowspec.core.topology import Topology
@@ -206,16 +208,19 @@ def test_a_door_is_at_one_address_alone():
 @linux
 def test_a_shut_door_lets_nobody_in_and_who_is_in_stays():
     with listening("127.0.0.1", 0) as door, listening("127.0.0.1", 0) as other:
-        assert {door.fileno(), other.fileno()} <= set(doors().values())
+        assert {door.fileno(), other.fileno()} <= set(sockets().values())
         with socket.create_connection(door.getsockname(), PATIENCE) as guest:
             inside, _ = door.accept()
             with inside:
-                shut({name: n for name, n in doors().items() if n == door.fileno()})
+                shut({name: n for name, n in sockets().items() if n != other.fileno()})
                 with pytest.raises(TimeoutError):
                     socket.create_connection(door.getsockname(), 0.2)
                 socket.create_connection(other.getsockname(), PATIENCE).close()
+                hasten(sockets())
                 guest.sendall(b"here")
                 assert inside.recv(4) == b"here"
+                linear = guest.getsockopt(socket.IPPROTO_TCP, doors._THIN_LINEAR_TIMEOUTS)
+                assert linear == 1
 
 
 @pytest.fixture
@@ -226,7 +231,7 @@ def meshed(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
 
     def mesh(keys, meanwhile=lambda addresses: None) -> list:
-        store, before, said, groups = dist.HashStore(), doors(), [None, None], []
+        store, before, said, groups = dist.HashStore(), sockets(), [None, None], []
 
         def rank(k):
             group = dist.ProcessGroupGloo(store, k, 2, timedelta(seconds=PATIENCE))
@@ -238,9 +243,9 @@ def meshed(monkeypatch):
                 said[k] = stranger.rank
 
         def second():
-            while not (opened := {n for name, n in doors().items() if name not in before}):
+            while not (opened := listeners(before)):
                 pass
-            meanwhile([address_of(number) for number in opened])
+            meanwhile(opened)
             rank(1)
 
         together(lambda: rank(0), second)
@@ -249,9 +254,14 @@ def meshed(monkeypatch):
     return mesh
 
 
-def address_of(number: int) -> tuple:
-    with socket.socket(fileno=os.dup(number)) as same:
-        return same.getsockname()
+def listeners(before: dict[str, int]) -> list[tuple]:
+    """The addresses at which this process listens, and did not before."""
+    found = []
+    for number in {n for name, n in sockets().items() if name not in before}:
+        with suppress(OSError), socket.socket(fileno=os.dup(number)) as same:
+            if same.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                found.append(same.getsockname())
+    return found
 
 
 @linux
