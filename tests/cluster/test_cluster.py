@@ -5,10 +5,13 @@ import os
 import re
 import signal
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from tests.cluster.conftest import LONG, tokens
+from tests.dist.test_trust import listeners
 
 pytestmark = pytest.mark.slow
 PROMPT = ("--prompt", "def add(a, b):", "--max-new-tokens", "24")
@@ -41,6 +44,7 @@ def test_from_empty_hosts_to_the_text_and_again_without_copying(site):
 
     command = site.start("--chat", *PROMPT[2:], "--log-level", "info")
     command.wait_until_loaded(4)
+    assert_apart(site)
     assert "[rank2/stage2 h2] INFO " in command.err and "[rank0] INFO " in command.err
     assert {host for host, (new, old) in copied(command.err).items() if old and not new} == set(
         site.rig.names
@@ -50,6 +54,24 @@ def test_from_empty_hosts_to_the_text_and_again_without_copying(site):
     os.kill(site.rig.ranks()[2], signal.SIGKILL)
     assert one_line(command, 1) == "flowspec: rank 2 (stage 2, h2) died: killed by signal 9"
     site.rig.wait_until_clean(1)
+
+
+def assert_apart(site) -> None:
+    """Each rank listens at its host's address alone, and knows a secret of the run that no command line holds."""
+    ranks = site.rig.ranks()
+    for rank, pid in ranks.items():
+        assert {address for address, _ in listeners([pid])} == {site.rig.address(f"h{rank}")}
+    held = {
+        fact.partition(b"=")[2]
+        for pid in ranks.values()
+        for fact in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        if fact.startswith(b"FLOWSPEC_SECRET=")
+    }
+    [secret] = held
+    assert len(secret) == 64
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            assert secret not in entry.read_bytes()
 
 
 def one_line(command, code: int) -> str:
