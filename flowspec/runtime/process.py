@@ -177,10 +177,8 @@ def join_run(
         except Stranger as stranger:
             heartbeat.stop()
             raise RankLost(_IMPOSTOR.format(name(stranger.rank))) from None
-        opened = dict(sockets().items() - before.items())
-        hasten(opened)
-        if topology.members == 1 or not own_gpu:  # NCCL connects when it is first used
-            shut(opened)
+        # NCCL connects when it is first used
+        _settle(before, more_come=topology.members > 1 and own_gpu)
         pulses[rank].at()
     log.info("joined a run of %d ranks as %s", topology.world_size, rank_name(rank, host_name()))
 
@@ -195,6 +193,14 @@ _IMPOSTOR = (
     "somebody who does not know this run's key answered in the place of {}: limit who reaches the "
     "ranks' ports (docs/cluster.md, Trust)"
 )
+
+
+def _settle(before: dict[str, int], more_come: bool) -> None:
+    """Adjust the sockets that were opened since `before`, now that all ranks are connected."""
+    opened = dict(sockets().items() - before.items())
+    hasten(opened)
+    if not more_come:
+        shut(opened)
 
 
 def _name(heartbeat: Heartbeat, rank: int) -> str:
