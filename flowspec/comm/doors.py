@@ -18,9 +18,8 @@ from pathlib import Path
 _BACKLOG = 2048
 _OPEN = Path("/proc/self/fd")
 _SO_ATTACH_FILTER = 26
-_THIN_LINEAR_TIMEOUTS, _RTO_MAX_MS = 16, 44
-"""These are Linux's options of TCP: the first attempts after a loss are RTO apart, from 2.6.34 on,
-and all are at most so far apart, from 6.15 on."""
+_RTO_MAX_MS = 44
+"""This option of TCP, Linux's from 6.15 on, bounds the time between attempts after a loss."""
 _DROP = struct.pack("=HBBI", 0x06, 0, 0, 0)
 """A program for the kernel's filter of packets (struct sock_filter): return 0, keep no byte."""
 
@@ -70,9 +69,7 @@ def hasten(opened: Mapping[str, int]) -> None:
     TCP doubles the time between its attempts: after 3 s of silence it may take 3 s more."""
     for same in _same(opened):
         if same.family in (socket.AF_INET, socket.AF_INET6):
-            for option, value in ((_THIN_LINEAR_TIMEOUTS, 1), (_RTO_MAX_MS, 1000)):
-                with contextlib.suppress(OSError):  # an older kernel
-                    same.setsockopt(socket.IPPROTO_TCP, option, value)
+            same.setsockopt(socket.IPPROTO_TCP, _RTO_MAX_MS, 1000)  # or OSError: an older kernel
 
 
 def _same(opened: Mapping[str, int]) -> Iterator[socket.socket]:
