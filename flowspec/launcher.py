@@ -17,12 +17,17 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from flowspec.comm.doors import listening
 from flowspec.core.topology import Topology
 from flowspec.files import ROOT
 from flowspec.journal import JOURNAL
 from flowspec.output import WITHOUT
+from flowspec.secret import FILE, SECRET, secret_for_run
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 
 QUIET = 128 + signal.SIGPIPE
 """This is the exit code if whoever read standard output had enough, as of a tool that the signal
@@ -37,6 +42,7 @@ def launch(argv: Sequence[str], topology: Topology, restart: int = 0) -> int:
     with tempfile.TemporaryDirectory(prefix="flowspec-") as folder:
         last_words = Path(folder) / "report"
         os.environ.update(_environment(last_words))
+        os.environ.pop(FILE, None)  # what stood in it is SECRET now
         if restart:
             os.environ[JOURNAL] = str(Path(folder) / "journal")
         for left in range(restart, -1, -1):
@@ -74,6 +80,7 @@ def _environment(last_words: Path) -> dict[str, str]:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         "FLOWSPEC_REPORT": str(last_words),
+        SECRET: secret_for_run(),
         # as torchrun would do, but without its warning; the engine sets each rank's threads
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(paths),
@@ -84,19 +91,40 @@ def _environment(last_words: Path) -> dict[str, str]:
 
 def _torchrun(argv: Sequence[str], world_size: int) -> None:
     from torch.distributed import run
+    from torch.distributed.elastic.rendezvous import rendezvous_handler_registry as registry
 
     logging.disable(
         logging.CRITICAL
     )  # this process logs nothing: torchrun's report has 66 lines, ours has one
-    port = os.environ.get("MASTER_PORT") or str(_free_port())
-    where = ["--master-addr", "127.0.0.1", "--master-port", port]
+    registry.register(_MEETING, _meeting)
+    door = listening(HERE, int(os.environ.get("MASTER_PORT") or 0))
+    where = ["--rdzv-backend", _MEETING, "--rdzv-endpoint", f"{HERE}:{door.getsockname()[1]}"]
+    where += ["--rdzv-conf", f"door={door.detach()}"]
     run.run(run.parse_args(["--nproc-per-node", str(world_size), *where, "-m", "flowspec", *argv]))
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+HERE = "127.0.0.1"
+_MEETING = "flowspec"
+_PATIENCE = 600
+"""torchrun's own store has so many seconds for each question, too."""
+
+
+def _meeting(parameters: RendezvousParameters) -> RendezvousHandler:
+    """Return where torchrun's ranks meet: a store that listens at the door, a socket of HERE.
+
+    The store that torchrun would make listens at all addresses of the machine."""
+    from torch.distributed import TCPStore
+    from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+
+    port, door = int(parameters.endpoint.partition(":")[2]), int(parameters.config["door"])
+
+    class Meeting(StaticTCPRendezvous):
+        def get_backend(self) -> str:
+            return _MEETING
+
+    meeting = Meeting(HERE, port, 0, 1, parameters.run_id, _PATIENCE)
+    meeting._store = TCPStore(HERE, port, 1, True, meeting.timeout, master_listen_fd=door)
+    return meeting
 
 
 def _obituary(error: Exception, last_words: Path, topology: Topology) -> End:

@@ -29,6 +29,7 @@ from flowspec.runtime import wire
 from flowspec.runtime.group import Crew, Follower, ShardedHead
 from flowspec.runtime.pool import DrafterRank
 from flowspec.runtime.worker import Worker
+from flowspec.secret import own_secret
 
 if TYPE_CHECKING:
     from flowspec.runtime.process import Losses
@@ -64,7 +65,7 @@ def join(config: Config) -> Member:
     limits = wire_limits(config, manifest)
     own_gpu = has_own_gpu(config)
     losses = Losses(topology, rank)
-    joined = join_run(topology, facts, limits, config.emulate, losses, own_gpu)
+    joined = join_run(topology, facts, limits, config.emulate, losses, own_gpu, own_secret())
     return Member(manifest, *joined, losses)
 
 

@@ -19,7 +19,18 @@ SHIPPED = [
     ROOT / "split_models.py",
 ]
 LAYERS = [
-    {"core", "errors", "version", "files", "output", "schema", "trace", "estimates", "journal"},
+    {
+        "core",
+        "errors",
+        "version",
+        "files",
+        "output",
+        "schema",
+        "trace",
+        "estimates",
+        "journal",
+        "secret",
+    },
     {"models", "sampling", "rejection", "text", "comm", "sim"},
     {"draft"},
     {"runtime", "host"},
@@ -38,6 +49,7 @@ SIDEWAYS = {  # (room, room of the same layer that it may import); everything el
     ("estimates", "schema"),
     ("output", "errors"),
     ("schema", "errors"),
+    ("secret", "errors"),
     ("preflight", "config"),
     ("rank", "config"),
     ("rank", "preflight"),
@@ -58,7 +70,9 @@ DISTRIBUTED = {
     "flowspec/cluster/facts.py",  # asks which backends there are
     *("flowspec/comm/gloo.py", "flowspec/comm/group.py", "flowspec/comm/heartbeat.py"),
     "flowspec/models/zero.py",  # DeepSpeed wants a group of this one process
+    "flowspec/comm/seal.py",
     *("flowspec/runtime/process.py", "flowspec/runtime/agreement.py", "flowspec/launcher.py"),
+    "flowspec/runtime/trust.py",
 }
 LIGHT = [
     *(

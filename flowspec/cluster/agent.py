@@ -451,9 +451,22 @@ class Agent:
         self._tell(event="settled", bad=self._store.settle())
 
     def start(
-        self, rank: int, argv: list, env: dict, code: str, talks: bool, notes: str | None
+        self,
+        rank: int,
+        argv: list,
+        env: dict,
+        code: str,
+        talks: bool,
+        notes: str | None,
+        secret: str,
     ) -> None:
-        own = {"GLOO_SOCKET_IFNAME": self._interface, "PYTHONPATH": str(self._folder / code)}
+        own = {
+            "GLOO_SOCKET_IFNAME": self._interface,
+            "FLOWSPEC_LISTEN": interfaces()[self._interface],
+            "FLOWSPEC_SECRET": secret,
+            "FLOWSPEC_SECRET_FILE": "",
+            "PYTHONPATH": str(self._folder / code),
+        }
         kept = None if notes is None else inside(self._folder, notes)
         self._ranks.start(rank, [self._python, *argv], {**env, **own}, self._folder, talks, kept)
 

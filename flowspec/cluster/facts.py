@@ -7,7 +7,7 @@ flowspec needs, the doctor wants to hear, too. It ends when its input ends, so n
 when a connection breaks.
 
 It listens on the address it is told, never on all of them, and only while links are measured; who
-does not know the measurement's token is not answered."""
+does not prove to know the measurement's token is not answered."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ TIMED = 0.1
 """The seconds that each speed is measured for."""
 PINGS = 12
 BLOCK = 1 << 16
+NONCE, PROOF = 16, 32
+"""A nonce and an HMAC with SHA-256 have so many bytes."""
 MOST = 64 << 20
 """A link is measured with so many bytes at most."""
 BEGUN = 0.1
@@ -418,9 +420,8 @@ class Agent:
         while True:
             door.settimeout(max(0.01, until - time.monotonic()))
             line, _ = door.accept()
-            line.settimeout(1)
             with contextlib.suppress(OSError):
-                if hmac.compare_digest(_exactly(line, len(token)), token):
+                if _welcome(line, token):
                     return line
             line.close()
 
@@ -431,7 +432,8 @@ class Agent:
         seconds, at most MOST of them."""
         with socket.create_connection((address, port), patience) as line:
             line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            line.sendall(bytes.fromhex(token))
+            _enter(line, bytes.fromhex(token), patience)
+            line.settimeout(patience)
             ways = []
             for _ in range(PINGS):
                 begun = time.perf_counter()
@@ -444,10 +446,42 @@ class Agent:
         return {"ms": 1e3 * statistics.median(ways)}
 
 
-def _exactly(line: socket.socket, count: int) -> bytes:
-    """Return so many bytes, or fewer if no more come."""
+def _welcome(line: socket.socket, token: bytes) -> bool:
+    """Return whether a guest proves to know the token, after which we prove it as well.
+
+    It has a second, and nothing else of what it sends is read."""
+    until, own = time.monotonic() + 1, os.urandom(NONCE)
+    line.settimeout(1)
+    line.sendall(own)
+    theirs = _exactly(line, NONCE, until)
+    right = hmac.compare_digest(_exactly(line, PROOF, until), _proof(token, b"guest", own, theirs))
+    if right:
+        line.sendall(_proof(token, b"host", own, theirs))
+    return right
+
+
+def _enter(line: socket.socket, token: bytes, seconds: float) -> None:
+    """Prove to know the token to a host that proves it, too; raise OSError if it does not."""
+    until, own = time.monotonic() + seconds, os.urandom(NONCE)
+    theirs = _exactly(line, NONCE, until)
+    line.sendall(own + _proof(token, b"guest", theirs, own))
+    if not hmac.compare_digest(_exactly(line, PROOF, until), _proof(token, b"host", theirs, own)):
+        raise OSError("another program answers there")
+
+
+def _proof(token: bytes, who: bytes, host: bytes, guest: bytes) -> bytes:
+    """Return the HMAC of both nonces, which have one length, under the name of who proves."""
+    return hmac.digest(token, who + b":" + host + guest, "sha256")
+
+
+def _exactly(line: socket.socket, count: int, until: float) -> bytes:
+    """Return so many bytes, or fewer if no more come; raise TimeoutError if they come late."""
     got = b""
-    while len(got) < count and (piece := line.recv(count - len(got))):
+    while len(got) < count:
+        line.settimeout(max(0.001, until - time.monotonic()))
+        piece = line.recv(count - len(got))
+        if not piece:
+            break
         got += piece
     return got
 

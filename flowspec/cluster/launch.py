@@ -31,6 +31,7 @@ from flowspec.files import replacing
 from flowspec.journal import JOURNAL
 from flowspec.launcher import LOST, ended, say
 from flowspec.models.manifest import Manifest
+from flowspec.secret import secret_for_run
 
 PASSED_ON = ("FLOWSPEC_HEARTBEAT", "FLOWSPEC_CONNECT")
 """These variables of the launcher's environment are the ranks' as well."""
@@ -293,14 +294,14 @@ class _Run:
         return 0
 
     def _start(self) -> None:
-        job = self._job
+        job, secret = self._job, secret_for_run()
         for rank, session in self._sessions.items():
             talks = job.talks and rank == Topology.COORDINATOR
             env, argv = job.environment(rank), job.argv(rank)
-            notes = env.get(JOURNAL)
-            session.send(
-                "start", rank=rank, argv=argv, env=env, code=CODE, talks=talks, notes=notes
-            )
+            about: dict[str, Any] = {"rank": rank, "code": CODE, "talks": talks}
+            about["notes"] = env.get(JOURNAL)
+            # the secret goes beside the environment, which a dry run shows
+            session.send("start", argv=argv, env=env, secret=secret, **about)
         if job.talks:
             threading.Thread(target=self._type, daemon=True).start()
 

@@ -10,6 +10,7 @@ who is alive.
 from __future__ import annotations
 
 import datetime
+import hmac
 import queue
 import threading
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from flowspec.comm.base import Inbox, Links, Lost, Message, Pulse
 from flowspec.comm.codec import HEADER, Limit, Limits, decode, encode, payload_size
 from flowspec.comm.group import ProcessLinks
+from flowspec.comm.seal import SIZE, mac
 from flowspec.comm.shaped import Arrivals
 from flowspec.core.cost import Emulate
 from flowspec.core.topology import Topology
@@ -130,7 +132,7 @@ class _Receiver:
             raise ConnectionError("the connection broke") from None
 
 
-def _stage_links(topology: Topology, rank: int, own_gpu: bool) -> Links | None:
+def _stage_links(topology: Topology, rank: int, own_gpu: bool, key: bytes) -> Links | None:
     """Return the links of a rank in its stage, after making all groups, as torch wants it.
 
     They are NCCL's if it is there and every member has a GPU of its own, else gloo's."""
@@ -144,7 +146,39 @@ def _stage_links(topology: Topology, rank: int, own_gpu: bool) -> Links | None:
         group = dist.new_group([*topology.group(leader)], backend=backend, timeout=FOREVER)
         if rank in topology.group(leader):
             own = ProcessLinks(group)
+            if backend == "gloo":
+                prove(group, [*topology.group(leader)], key, "stage")
     return own
+
+
+class Stranger(Exception):
+    """At the other end of a rank's link is somebody who does not know the run's key."""
+
+    def __init__(self, rank: int):
+        super().__init__(rank)
+        self.rank = rank
+
+
+def prove(group: dist.ProcessGroup, members: Sequence[int], key: bytes, name: str) -> None:
+    """Exchange proofs with every other member of a group, each over its own link.
+
+    gloo takes for a peer who connects first with the right small number. All members call this
+    before they send anything else; raise Stranger for a link whose other end has not this key.
+    `members` are the ranks of the group, of which this process is one."""
+
+    def proof(sender: int, receiver: int) -> torch.Tensor:
+        said = mac(key, *(word.encode() for word in (name, str(sender), str(receiver))))
+        return torch.frombuffer(bytearray(said), dtype=torch.uint8)
+
+    me = group.rank()
+    others = [k for k in range(group.size()) if k != me]
+    theirs = {k: torch.zeros(SIZE, dtype=torch.uint8) for k in others}
+    sent = [group.send([proof(me, k)], k, 0) for k in others]
+    for work in [*sent, *(group.recv([theirs[k]], k, 0) for k in others)]:
+        work.wait()
+    for k in others:
+        if not hmac.compare_digest(theirs[k].numpy().tobytes(), proof(k, me).numpy().tobytes()):
+            raise Stranger(members[k])
 
 
 class GlooTransport:
@@ -152,7 +186,8 @@ class GlooTransport:
 
     torch.distributed must be initialised. `own_gpu` says that this rank computes on a GPU that no
     other rank uses. `limits` say what messages of each kind can hold,
-    `emulate` says what links may delay, and `pulses` are those that the heartbeat keeps."""
+    `emulate` says what links may delay, `pulses` are those that the heartbeat keeps, and with `key`
+    every link of gloo's proves itself: raise Stranger if one does not."""
 
     def __init__(
         self,
@@ -163,6 +198,7 @@ class GlooTransport:
         pulses: list[Pulse],
         still: float,
         own_gpu: bool = False,
+        key: bytes = b"",
     ):
         self.rank, self.topology = dist.get_rank(), topology
         self.pulses, self.still = pulses, still
@@ -171,7 +207,11 @@ class GlooTransport:
         self._abandoned: set[int] = set()
         self._lost_peer = lost
         ring, control = (dist.new_group(backend="gloo", timeout=FOREVER) for _ in range(2))
-        self.links = _stage_links(topology, self.rank, own_gpu)
+        everybody = dist.group.WORLD
+        assert everybody is not None
+        for name, group in (("all", everybody), ("ring", ring), ("control", control)):
+            prove(group, [*topology.ranks], key, name)
+        self.links = _stage_links(topology, self.rank, own_gpu, key)
         peers = topology.control_peers(self.rank)
         limits = {**limits, _BYE.kind: _BYE_LIMIT}
         links = [(peer, control, True) for peer in peers]

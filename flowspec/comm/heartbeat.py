@@ -7,7 +7,8 @@ how often its working thread has moved. A rank that waits for work need not move
 on for days. If the store itself is gone or silent, its host or launcher is. Calls to a silent store
 block, so one thread speaks with the store and another one watches.
 
-The store asks nobody who they are: what comes from it is shown, compared and checked, never obeyed.
+The store asks nobody who they are. What ranks tell is sealed (comm/seal.py), and all the same it is
+shown, compared and checked, never obeyed.
 """
 
 from __future__ import annotations
@@ -25,8 +26,13 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from flowspec.comm.base import STILL, Awake, Lost, Pulse
+from flowspec.comm.seal import Sealed
 
 GONE = "the launcher or the first rank's host is gone"
+EVERY, LIMIT = 0.2, 4.2
+"""A dead rank is to be named within 5 s, and a link may stall for 3 s. A rank's silence is seen to
+begin up to 2 EVERY late, and to last too long up to EVERY late: LIMIT + 3 EVERY = 4.8 s. A stall
+looks as long as it is and 2 EVERY longer: 3.4 s."""
 _GRACE = 1.0
 """After the store's end it takes so many seconds to conclude that nobody told us to leave."""
 RUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
@@ -69,15 +75,19 @@ def is_rank_of_this_run(pid: object, rank: int) -> bool:
     )
 
 
-def _told(text: bytes, types: list[type]) -> list:
+LONGEST = 1 << 12
+"""Nobody has more to tell here, in bytes."""
+
+
+def told(text: bytes, types: list[type]) -> list:
     """Return what stands in the store for a rank: a list of these types.
 
     Raise ValueError if it is anything else."""
     with contextlib.suppress(ValueError, RecursionError):
-        told = json.loads(text)
-        if isinstance(told, list) and [type(part) for part in told] == types:
-            return told
-    raise ValueError(f"its heartbeat is none of ours: {_shown(repr(text[:40]))}")
+        found = json.loads(text if len(text) <= LONGEST else b"")
+        if isinstance(found, list) and [type(part) for part in found] == types:
+            return found
+    raise ValueError(f"its heartbeat is none of ours: {shown(repr(text[:40]))}")
 
 
 class _Who(NamedTuple):
@@ -88,11 +98,11 @@ class _Who(NamedTuple):
 
 def _who(text: bytes) -> _Who:
     """Return who a rank says it is; raise ValueError for what no rank of ours announces."""
-    host, where, pid = _told(text, [str, list, int])
-    return _Who(_shown(host), where, pid)
+    host, where, pid = told(text, [str, list, int])
+    return _Who(shown(host), where, pid)
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """Return the text made fit for a line of a terminal."""
     return "".join(c if c.isprintable() else "?" for c in text[:80])
 
@@ -109,8 +119,8 @@ class _Beat(NamedTuple):
 
 def _beat(text: bytes) -> _Beat:
     """Return a rank's beat; raise ValueError for what no rank of ours tells."""
-    number, moves, doing = _told(text, [int, int, str])
-    return _Beat(number, moves, _shown(doing))
+    number, moves, doing = told(text, [int, int, str])
+    return _Beat(number, moves, shown(doing))
 
 
 class _Unchanged:
@@ -136,23 +146,25 @@ class Heartbeat:
 
     def __init__(
         self,
-        store: dist.Store,
+        store: dist.Store | Sealed,
         rank: int,
         pulses: list[Pulse],
         lost: Lost,
-        every: float = 0.5,
-        limit: float = 3.0,
+        every: float = EVERY,
+        limit: float = LIMIT,
         still: float = STILL,
         keeper: int = -1,
     ):
         self._keeper = keeper
-        self._store = dist.PrefixStore("flowspec/heartbeat", store)
+        self._store = store
         self._rank, self._pulses, self._others = (
             rank,
             pulses,
             [r for r in range(len(pulses)) if r != rank],
         )
         self._lost, self._every, self._limit, self._still = lost, every, limit, still
+        self._step = max(2 * every, limit / 4)
+        """Between two looks at the others no more seconds count: we or the store may have slept."""
         self._unchanged = _Unchanged()
         self._who: dict[int, _Who] = {}
         # how often the store has answered, and what it said
@@ -228,7 +240,7 @@ class Heartbeat:
 
         The others' silence counts only while the store answers, and the store's only while this
         process is awake."""
-        awake, answering = Awake(2 * self._every), 0.0
+        awake, answering = Awake(self._step), 0.0
         answered, at = 0, awake()
         while not self._stop.wait(self._every):
             now, (number, beats) = awake(), self._heard
@@ -238,7 +250,7 @@ class Heartbeat:
                     self._lost(-1, f"{GONE} (torch's store does not answer)")
                 return
             if number != answered:
-                answering += min(now - at, 2 * self._every)
+                answering += min(now - at, self._step)
                 answered, at = number, now
                 for rank, reason in self._judge(beats, answering):
                     self._gone.add(rank)

@@ -21,6 +21,7 @@ from flowspec.errors import need
 from flowspec.models.manifest import FILE_NAME, Manifest
 from flowspec.output import sigterm_interrupts
 from flowspec.preflight import manifest_of
+from flowspec.secret import own_secret
 
 PROMPTS, RESULTS, DATA = "prompts.jsonl", "results.jsonl", "questions"
 """These are names in the folder of rank 0's host."""
@@ -53,6 +54,7 @@ def main(words: Sequence[str]) -> int:
     job = made(options, cluster, config, prompts)
     if options.dry_run:
         return _describe(job, manifest)
+    own_secret()  # a wrong one is said before any host is contacted
     for path in job.results.values():
         path.parent.mkdir(parents=True, exist_ok=True)
     with sigterm_interrupts():

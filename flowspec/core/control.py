@@ -23,6 +23,9 @@ class Stretch:
 
     LATEST = 16
     """The recent window is the shortest run of last commits with at least this many tokens."""
+    STALL = 10.0
+    """A commit that took this many times the usual seconds met a link or a machine that stood
+    still, which says nothing of the mode."""
 
     def __init__(self, now: float, clip: float):
         """`clip` is the longest time counted for a commit, as a multiple of the usual time."""
@@ -36,11 +39,10 @@ class Stretch:
         """Record a commit of `tokens` tokens and return the seconds it took, clipped.
 
         The clip is a multiple of `usual` (the seconds of a token without speculation) or of the
-        recent median per commit, whichever is larger."""
-        most = self._clip * max(
-            usual, median(took for _, took in self._lately) if self._lately else 0.0
-        )
-        seconds, self._last = min(now - self._last, most), now
+        recent median per commit, whichever is larger. A stall counts as the larger of these."""
+        common = max(usual, median(took for _, took in self._lately) if self._lately else 0.0)
+        took, self._last = now - self._last, now
+        seconds = common if took > self.STALL * common else min(took, self._clip * common)
         self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
         self._lately.append((tokens, seconds))
         self._count += tokens

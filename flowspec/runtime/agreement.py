@@ -16,6 +16,7 @@ from importlib import metadata
 
 import torch.distributed as dist
 
+from flowspec.comm.seal import Sealed
 from flowspec.core.topology import Topology
 from flowspec.errors import UserError, need
 from flowspec.models.manifest import Manifest, RankEntry
@@ -38,6 +39,10 @@ WORDS = {
 Kinds are compared in this order: where the code differs, all the rest may differ as well."""
 PATIENCE = timedelta(seconds=30)
 """A rank waits this long for another's facts, which are written right after joining."""
+READING = timedelta(seconds=5)
+"""Once a run will not be, the ranks have this time to read why."""
+LONGEST = 1 << 20
+"""No rank's facts are longer, in bytes."""
 SHORT = 12
 """This many hex digits of a hash are compared and shown: enough to tell files apart."""
 
@@ -85,13 +90,16 @@ def _digest(rank: RankEntry) -> str:
 
 
 def agree(
-    store: dist.Store, topology: Topology, rank: int, facts: Facts, name: Callable[[int], str]
+    store: dist.Store | Sealed,
+    topology: Topology,
+    rank: int,
+    facts: Facts,
+    name: Callable[[int], str],
 ) -> None:
     """Raise UserError, the same on every rank, unless all ranks of the run tell the same facts.
 
     `name(rank)` is how the message calls a rank. UserError is also raised if a rank tells no facts
     within PATIENCE, or something that is none."""
-    store = dist.PrefixStore("flowspec/agreement", store)
     store.set(str(rank), json.dumps(facts))
     told: list[Facts] = []
     for other in topology.ranks:
@@ -107,19 +115,24 @@ def agree(
     difference = first_difference(told, name)
     if difference is None:
         return
-    store.set(f"heard/{rank}", "")
-    if rank == 0:  # this process may host the store: it stays until the others have read it all
-        with contextlib.suppress(RuntimeError):
-            store.wait([f"heard/{other}" for other in topology.ranks], PATIENCE)
+    part(store, topology, rank)
     raise UserError(difference)
+
+
+def part(store: dist.Store | Sealed, topology: Topology, rank: int) -> None:
+    """Leave a run that will not be; rank 0, who may host the store, once all have read it all."""
+    store.set(f"heard/{rank}", "")
+    if rank == 0:
+        with contextlib.suppress(RuntimeError):
+            store.wait([f"heard/{other}" for other in topology.ranks], READING)
 
 
 def _read(text: bytes, who: str) -> Facts:
     """Parse the facts that a rank told.
 
-    The store authenticates nobody, so text that is not of this form raises UserError."""
+    Text that is not of this form raises UserError."""
     with contextlib.suppress(ValueError, RecursionError, AttributeError):
-        told = json.loads(text)
+        told = json.loads(text if len(text) <= LONGEST else b"")
         if all(
             value is None or type(value) is str
             for facts in told.values()

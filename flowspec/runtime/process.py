@@ -13,22 +13,28 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple, NoReturn
+from functools import partial
+from typing import Any, NamedTuple, NoReturn
 
 import torch.distributed as dist
 
 from flowspec.comm.base import STILL, Lost, Pulse
 from flowspec.comm.codec import Limits
-from flowspec.comm.gloo import FOREVER, GlooTransport
-from flowspec.comm.heartbeat import Heartbeat, host_name
+from flowspec.comm.doors import hasten, listening, shut, sockets
+from flowspec.comm.gloo import FOREVER, GlooTransport, Stranger
+from flowspec.comm.heartbeat import EVERY, LIMIT, Heartbeat, host_name
+from flowspec.comm.seal import Sealed
 from flowspec.core.cost import Emulate
 from flowspec.core.topology import Topology
 from flowspec.errors import RankLost, UserError, need
 from flowspec.output import WITHOUT
 from flowspec.runtime.agreement import Facts, agree
+from flowspec.runtime.trust import introduce
 
 log = logging.getLogger(__name__)
 
+LISTEN = "FLOWSPEC_LISTEN"
+"""Rank 0's store listens at this address of its host, or else at MASTER_ADDR; never at all."""
 REPORT = "FLOWSPEC_REPORT"
 """Ranks leave their last words for the launcher in this file; without it they go to stderr."""
 _last_words = threading.Lock()
@@ -111,20 +117,7 @@ class Loss(NamedTuple):
     """This is true if the rank stood still; else its links broke."""
 
 
-def join_run(
-    topology: Topology,
-    facts: Facts,
-    limits: Limits,
-    emulate: Emulate,
-    at_loss: Callable[[Heartbeat, Loss], None],
-    own_gpu: bool = False,
-) -> tuple[GlooTransport, Callable[[], None]]:
-    """Connect to the other ranks; return the transport, and what to call once it was closed.
-
-    `own_gpu` is as for GlooTransport. `at_loss` is called in a thread of its own if a rank is lost,
-    in this run or on the way into it.
-    Raise RankLost if one of them does not come in time, and UserError if they do not run what this
-    one runs: `facts`, which runtime/agreement.py compares."""
+def _check_environment() -> None:
     need(
         {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys(),
         "MASTER_ADDR and MASTER_PORT say where ranks meet: start them by torchrun",
@@ -133,21 +126,44 @@ def join_run(
         os.environ.setdefault(
             "GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0"
         )  # listen on loopback only
+
+
+def join_run(
+    topology: Topology,
+    facts: Facts,
+    limits: Limits,
+    emulate: Emulate,
+    at_loss: Callable[[Heartbeat, Loss], None],
+    own_gpu: bool = False,
+    secret: bytes = b"",
+) -> tuple[GlooTransport, Callable[[], None]]:
+    """Connect to the other ranks; return the transport, and what to call once it was closed.
+
+    `own_gpu` is as for GlooTransport, and all ranks must know the run's `secret`
+    (runtime/trust.py). `at_loss` is called in a thread of its own if a rank is lost, in this run or
+    on the way into it.
+    Raise RankLost if one of them does not come in time, and UserError if they do not run what this
+    one runs: `facts`, which runtime/agreement.py compares."""
+    _check_environment()
     rank, pulses, pace = int(os.environ["RANK"]), [Pulse() for _ in topology.ranks], _pace()
     with _Connecting(_seconds_to_connect()) as connecting:
+        before = sockets()
         store, another = _stores(rank, topology.world_size)
+        key = introduce(store, topology, rank, secret, rank_name, connecting.awaits)
 
         def lost(hung: bool) -> Lost:
             return lambda r, why: at_loss(heartbeat, Loss(r, why, hung))
 
         keeper = 0 if _rank_0_serves() and rank else -1
+        beats = Sealed(another, key, "heartbeat")
         heartbeat: Heartbeat = Heartbeat(
-            another, rank, pulses, lost(hung=True), keeper=keeper, **pace
+            beats, rank, pulses, lost(hung=True), keeper=keeper, **pace
         )
         heartbeat.announce()
         heartbeat.start(connecting.awaits)  # from here on a rank that fails to connect is noticed
+        name = partial(_name, heartbeat)
         try:
-            agree(store, topology, rank, facts, lambda r: rank_name(r, heartbeat.host(r)))
+            agree(Sealed(store, key, "agreement"), topology, rank, facts, name)
         except UserError:
             heartbeat.stop()  # the others leave by themselves: nobody is to be called lost
             raise
@@ -156,9 +172,16 @@ def join_run(
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=topology.world_size, timeout=FOREVER
         )
-        transport = GlooTransport(
-            topology, lost(hung=False), limits, emulate, pulses, pace.get("still", STILL), own_gpu
-        )
+        still = pace.get("still", STILL)
+        try:
+            transport = GlooTransport(
+                topology, lost(hung=False), limits, emulate, pulses, still, own_gpu, key
+            )
+        except Stranger as stranger:
+            heartbeat.stop()
+            raise RankLost(_IMPOSTOR.format(name(stranger.rank))) from None
+        # NCCL connects when it is first used
+        _settle(before, more_come=topology.members > 1 and own_gpu)
         pulses[rank].at()
     log.info("joined a run of %d ranks as %s", topology.world_size, rank_name(rank, host_name()))
 
@@ -169,6 +192,24 @@ def join_run(
     return transport, depart
 
 
+_IMPOSTOR = (
+    "somebody who does not know this run's key answered in the place of {}: limit who reaches the "
+    "ranks' ports (docs/cluster.md, Trust)"
+)
+
+
+def _settle(before: dict[str, int], more_come: bool) -> None:
+    """Adjust the sockets that were opened since `before`, now that all ranks are connected."""
+    opened = dict(sockets().items() - before.items())
+    hasten(opened)
+    if not more_come:
+        shut(opened)
+
+
+def _name(heartbeat: Heartbeat, rank: int) -> str:
+    return rank_name(rank, heartbeat.host(rank))
+
+
 def address() -> str:
     """Return the address at which the ranks of this run meet: that of torch's store."""
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -177,12 +218,15 @@ def address() -> str:
 def _stores(rank: int, world_size: int) -> tuple[dist.Store, dist.Store]:
     """Return two connections to the run's store.
 
-    It is torchrun's, or without one rank 0's."""
+    It is torchrun's, or without one rank 0's, at one address of its host."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    serves = rank == 0 and _rank_0_serves()
+    door: dict[str, Any] = {}
+    if rank == 0 and _rank_0_serves():
+        host = os.environ.get(LISTEN) or host
+        door = {"master_listen_fd": _door(host, port)}
     one, two = (
-        dist.TCPStore(host, port, world_size, serving, FOREVER, wait_for_workers=False)
-        for serving in (serves, False)
+        dist.TCPStore(host, port, world_size, bool(mine), FOREVER, wait_for_workers=False, **mine)
+        for mine in (door, {})
     )
     attempt = f"flowspec/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     return dist.PrefixStore(attempt, one), dist.PrefixStore(attempt, two)
@@ -191,6 +235,17 @@ def _stores(rank: int, world_size: int) -> tuple[dist.Store, dist.Store]:
 def _rank_0_serves() -> bool:
     """Return whether rank 0 holds the run's store, and not torchrun."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def _door(host: str, port: int) -> int:
+    """Return a socket that listens where the ranks meet, which the store then owns."""
+    try:
+        return listening(host, port).detach()
+    except OSError as error:
+        raise UserError(
+            f"rank 0 cannot listen at {host}:{port}: {error.strerror} (MASTER_ADDR, or where that "
+            f"is another machine's, {LISTEN}, is an address of rank 0's host)"
+        ) from None
 
 
 CONNECTING = "connecting to the other ranks"
@@ -276,7 +331,7 @@ def _pace() -> dict[str, float]:
     need(
         ok,
         f"FLOWSPEC_HEARTBEAT is {text!r}: it must be two or three numbers of seconds, such as "
-        f"0.5,3 or 0.5,3,{STILL:g}",
+        f"{EVERY:g},{LIMIT:g} or {EVERY:g},{LIMIT:g},{STILL:g}",
     )
     return {"every": every, "limit": limit, "still": still}
 

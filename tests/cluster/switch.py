@@ -1,7 +1,7 @@
-"""A switch in user space, for kernels without netem: between TUN devices of network namespaces, with delay, loss, rate and cuts.
+"""A switch in user space, for kernels without netem: between TUN devices of network namespaces, with delay, loss, rate, cuts and stalls.
 
 `python switch.py PATH=ADDRESS ...` makes eth0 in the namespace at each PATH, and carries what is sent to ADDRESS
-there. Lines of JSON on standard input change the links: {"ms": 25, "loss": 0.01, "mbps": 150, "cut": false, "seed": 1}
+there. Lines of JSON on standard input change the links: {"ms": 25, "loss": 0.01, "mbps": 150, "cut": false, "stall": false, "seed": 1}
 for all, or with "of": ADDRESS for one. A packet pays at both ends: half of `ms` each, `mbps` where it leaves. The
 devices' MTU is large, so that Python sees few packets."""
 
@@ -36,6 +36,8 @@ class Link:
     loss: float = 0.0
     mbps: float = 0.0
     cut: bool = False
+    stall: bool = False
+    """what comes waits until this is over"""
     free: float = 0.0
     """when the last packet has left"""
 
@@ -57,6 +59,7 @@ class Switch:
         self._links = links
         self._by_device = {link.device: link for link in links.values()}
         self._waiting: list[tuple[float, int, Link, bytes]] = []
+        self._stalled: list[tuple[Link, Link, bytes]] = []
         self._numbers = itertools.count()
         self._random = random.Random(0)
 
@@ -65,6 +68,9 @@ class Switch:
         for address, link in self._links.items():
             if of is None or socket.inet_aton(of) == address:
                 vars(link).update(changed)
+        stalled, self._stalled = self._stalled, []
+        for each in stalled:
+            self._carry(*each, time.monotonic())
 
     def take(self, device: int, now: float) -> None:
         """Read a packet of a device, and let it wait until it is due, or drop it."""
@@ -73,6 +79,12 @@ class Switch:
         if packet[0] >> 4 != 4 or receiver is None or sender.cut or receiver.cut:
             return
         if self._random.random() < 1 - (1 - sender.loss) * (1 - receiver.loss):
+            return
+        self._carry(sender, receiver, packet, now)
+
+    def _carry(self, sender: Link, receiver: Link, packet: bytes, now: float) -> None:
+        if sender.stall or receiver.stall:
+            self._stalled.append((sender, receiver, packet))
             return
         rate = sender.mbps * 1e6 / 8
         if rate and (sender.free - now) * rate > QUEUE:

@@ -5,10 +5,13 @@ import os
 import re
 import signal
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from tests.cluster.conftest import LONG, tokens
+from tests.dist.test_trust import listeners
 
 pytestmark = pytest.mark.slow
 PROMPT = ("--prompt", "def add(a, b):", "--max-new-tokens", "24")
@@ -41,6 +44,7 @@ def test_from_empty_hosts_to_the_text_and_again_without_copying(site):
 
     command = site.start("--chat", *PROMPT[2:], "--log-level", "info")
     command.wait_until_loaded(4)
+    assert_apart(site)
     assert "[rank2/stage2 h2] INFO " in command.err and "[rank0] INFO " in command.err
     assert {host for host, (new, old) in copied(command.err).items() if old and not new} == set(
         site.rig.names
@@ -50,6 +54,24 @@ def test_from_empty_hosts_to_the_text_and_again_without_copying(site):
     os.kill(site.rig.ranks()[2], signal.SIGKILL)
     assert one_line(command, 1) == "flowspec: rank 2 (stage 2, h2) died: killed by signal 9"
     site.rig.wait_until_clean(1)
+
+
+def assert_apart(site) -> None:
+    """Each rank listens at its host's address alone, and knows a secret of the run that no command line holds."""
+    ranks = site.rig.ranks()
+    for rank, pid in ranks.items():
+        assert {address for address, _ in listeners([pid])} == {site.rig.address(f"h{rank}")}
+    held = {
+        fact.partition(b"=")[2]
+        for pid in ranks.values()
+        for fact in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        if fact.startswith(b"FLOWSPEC_SECRET=")
+    }
+    [secret] = held
+    assert len(secret) == 64
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            assert secret not in entry.read_bytes()
 
 
 def one_line(command, code: int) -> str:
@@ -169,3 +191,19 @@ def test_questions_are_answered_on_a_cluster_and_come_home(site):
         site.rig.wait_until_clean(1)
     assert "4 answers" in command.err and "of 4 runs" not in command.err
     assert json.loads((home / "config.json").read_text())["config.stages"] == "stages"
+
+
+@LONG
+@pytest.mark.parametrize("how", ["stall", "cut"])
+def test_a_link_that_is_silent_for_3_s_costs_no_token_and_no_rank(far_site, how):
+    """At the heartbeat's own pace. What is on a stalled link waits; on one that is cut it is lost, and sent again."""
+    far_site.write(stages=2)
+    results = far_site.folder / "results.jsonl"
+    command = far_site.start("emulate.stage_ms=60", *PROMPT, "--json", results, heartbeat="")
+    command.wait_until(lambda: len(command.out) > len("def add(a, b):") + 8)
+    of = far_site.rig.address("h1")
+    far_site.rig.change(of=of, **{how: True})
+    time.sleep(3.0)
+    far_site.rig.change(of=of, **{how: False})
+    assert command.end() == 0, command.err
+    assert tokens(results) == far_site.alone(*PROMPT)

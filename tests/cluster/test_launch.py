@@ -61,7 +61,8 @@ def greet(session, where, **changed):
 
 
 # ---- words
-def test_a_dry_run_says_each_host_s_commands_and_needs_no_stages(cluster, capsys):
+def test_a_dry_run_says_each_host_s_commands_and_needs_no_stages(cluster, capsys, monkeypatch):
+    monkeypatch.setenv("FLOWSPEC_SECRET", secret := "only for the ranks of a run")
     assert (
         main([str(cluster), "--dry-run", "--prompt", "x", "--stop", "a b", "--json", "r.jsonl"])
         == 0
@@ -83,6 +84,7 @@ def test_a_dry_run_says_each_host_s_commands_and_needs_no_stages(cluster, capsys
         in second
     )
     assert "GLOO_SOCKET_IFNAME=eth7" in second and "prompt" not in second
+    assert secret not in out
 
 
 def test_a_dry_run_counts_the_files_of_a_split(cluster, pair, capsys):
@@ -375,6 +377,7 @@ time.sleep(1000)
             "code": "code",
             "talks": False,
             "notes": None,
+            "secret": "",
         },
     ):
         process.stdin.write(json.dumps(request).encode() + b"\n")

@@ -8,6 +8,8 @@ import secrets
 import socket
 import sys
 import threading
+import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -313,9 +315,53 @@ def test_one_who_sends_nothing_ends_with_the_time(talk):
     port = far.ask("listen", 10, address="127.0.0.1", port=0)["port"]
     with pytest.raises(Refused, match="timed out"):
         far.ask("answer", 10, token=token, seconds=0.3)
+    answered: list = []
+    host = threading.Thread(
+        target=lambda: answered.append(far.ask("answer", 10, token=token, seconds=1))
+    )
+    host.start()
     with socket.create_connection(("127.0.0.1", port)) as line:
-        line.sendall(bytes.fromhex(token) + b"s")
-        assert far.ask("answer", 10, token=token, seconds=0.3)["bytes"] == 0
+        facts._enter(line, bytes.fromhex(token), 3)
+        line.sendall(b"s")
+        host.join()
+    assert answered[0]["bytes"] == 0
+
+
+def test_both_ends_of_a_measurement_prove_themselves():
+    """Without the token, with what another connection heard, or drop by drop nobody comes in."""
+    token, heard = secrets.token_bytes(16), []
+
+    def met(guest) -> bool:
+        near, far = socket.socketpair()
+        with near, far:
+            visitor = threading.Thread(target=guest, args=(near,))
+            visitor.start()
+            with suppress(OSError):
+                return facts._welcome(far, token)
+            far.close()
+            visitor.join()
+            return False
+
+    def right(line) -> None:
+        nonce = facts._exactly(line, 16, time.monotonic() + 3)
+        heard.append(bytes(16) + facts._proof(token, b"guest", nonce, bytes(16)))
+        line.sendall(heard[0])
+
+    def slow(line) -> None:
+        with suppress(OSError):
+            for _ in range(48):
+                line.sendall(b"x")
+                time.sleep(0.05)
+
+    assert met(right)
+    assert not met(lambda line: line.sendall(heard[0]))
+    assert not met(lambda line: line.sendall(bytes(48)))
+    assert not met(slow)
+    near, far = socket.socketpair()
+    with near, far:
+        far.sendall(bytes(48))  # a host that only seems to be one
+        with pytest.raises(OSError, match="another program answers there"):
+            facts._enter(near, token, 1)
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from flowspec.core.control import Controller, Findings
+from flowspec.core.control import Controller, Findings, Stretch
 from flowspec.core.curve import Curve
 from flowspec.core.messages import Cost, Started
 from flowspec.core.ring import Ring
@@ -306,3 +306,12 @@ def test_nothing_is_probed_where_probes_slow_plain_decoding():
         now, left = now + 0.1, left - 1
         control.decided(1, now, left, None)
         assert not control.probes
+
+
+def test_a_delay_counts_up_to_a_multiple_of_the_usual_time_and_a_stall_not_at_all():
+    stretch = Stretch(0.0, clip=3.0)
+    for k in range(1, 6):
+        assert stretch.decided(2, 0.1 * k, usual=0.08) == pytest.approx(0.1)
+    assert stretch.decided(1, 1.0, usual=0.08) == pytest.approx(0.3), "a delay of 5 times"
+    assert stretch.decided(1, 4.0, usual=0.08) == pytest.approx(0.1), "a link stood still for 3 s"
+    assert stretch.decided(2, 4.1, usual=0.08) == pytest.approx(0.1), "and is itself again"

@@ -125,7 +125,7 @@ def test_a_rank_that_tells_nothing_is_named(pair, monkeypatch):
 )
 def test_a_rank_that_tells_something_else_is_named(pair, text):
     store = dist.HashStore()
-    dist.PrefixStore("flowspec/agreement", store).set("1", text)
+    store.set("1", text)
     with pytest.raises(UserError, match=r"rank 1 \(HOST\) tells something else"):
         agree(store, Topology(1), 0, facts(pair), name)
 
