@@ -154,11 +154,8 @@ def join_run(
         def lost(hung: bool) -> Lost:
             return lambda r, why: at_loss(heartbeat, Loss(r, why, hung))
 
-        keeper = 0 if _rank_0_serves() and rank else -1
-        beats = Sealed(another, key, "heartbeat")
-        heartbeat: Heartbeat = Heartbeat(
-            beats, rank, pulses, lost(hung=True), keeper=keeper, **pace
-        )
+        keeper, beats, hung = _keeper(rank), Sealed(another, key, "heartbeat"), lost(hung=True)
+        heartbeat: Heartbeat = Heartbeat(beats, rank, pulses, hung, keeper=keeper, **pace)
         heartbeat.announce()
         heartbeat.start(connecting.awaits)  # from here on a rank that fails to connect is noticed
         name = partial(_name, heartbeat)
@@ -230,6 +227,11 @@ def _stores(rank: int, world_size: int) -> tuple[dist.Store, dist.Store]:
     )
     attempt = f"flowspec/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     return dist.PrefixStore(attempt, one), dist.PrefixStore(attempt, two)
+
+
+def _keeper(rank: int) -> int:
+    """Return the other rank that holds the run's store; -1 if none does."""
+    return 0 if rank and _rank_0_serves() else -1
 
 
 def _rank_0_serves() -> bool:

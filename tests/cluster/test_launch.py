@@ -281,7 +281,14 @@ def test_what_rank_0_notes_is_told_before_what_it_shows(session, tmp_path):
     (tmp_path / "journal").write_text("earlier\n")
     env = {"FLOWSPEC_JOURNAL": "journal"}
     session.send(
-        "start", rank=0, argv=["-c", NOTING], env=env, code="code", talks=False, notes="journal"
+        "start",
+        rank=0,
+        argv=["-c", NOTING],
+        env=env,
+        code="code",
+        talks=False,
+        notes="journal",
+        secret="",
     )
     noted, shown = b"", b""
     while (event := session.answer())["event"] != "ended":
