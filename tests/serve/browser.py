@@ -29,7 +29,7 @@ class Browser:
         hears, self._to = os.pipe()
         self._from, says = os.pipe()
         # the browser reads commands at descriptor 3 and answers at 4
-        command = ["sh", "-c", f'exec "$@" 3<&{hears} 4>&{says}', "sh", CHROMIUM, *SWITCHES]
+        command = ["bash", "-c", f'exec "$@" 3<&{hears} 4>&{says}', "bash", CHROMIUM, *SWITCHES]
         self._process = subprocess.Popen(
             [*command, f"--user-data-dir={folder}", "about:blank"],
             pass_fds=(hears, says),
@@ -87,6 +87,7 @@ class Browser:
         page.ask("Emulation.setFocusEmulationEnabled", enabled=True)
         page.prefer(dark)
         page.ask("Page.navigate", url=url)
+        page.wait("location.href !== 'about:blank' && document.readyState === 'complete'")
         return page
 
     def close(self) -> None:
