@@ -37,9 +37,9 @@ def picture(browser: Browser, url: str, width: int, height: int, dark: bool) -> 
     page.type(PROMPT)
     page.press("Enter")
     page.wait(
-        "document.querySelectorAll('.turn.answer span').length > 50"
-        " && document.querySelectorAll('#tree .node').length > 10"
-        " && document.querySelector('#tree .node.text, #tree .node.dead')"
+        "document.querySelectorAll('.turn.answer span').length > 30"
+        " && document.querySelectorAll('#tree .node').length > 4"
+        " && !!document.querySelector('#tree .node.text, #tree .node.dead')"
     )
     page.value("window.scrollTo(0, 0)")
     found = b64decode(page.ask("Page.captureScreenshot", format="png")["data"])
