@@ -1,7 +1,7 @@
 // Drawings of a snapshot: the tree of a request, and the ring.
 
 const SVG = "http://www.w3.org/2000/svg";
-const COLUMN = 74, ROW = 22, BOX = [62, 17], LETTERS = 8;
+const COLUMN = 74, ROW = 22, BOX = [62, 17], LETTERS = 8, MOST = 30;
 
 function make(name, attributes = {}, text) {
   const made = document.createElementNS(SVG, name);
@@ -45,12 +45,20 @@ function drawn(svg, id, text) {
   return node;
 }
 
+/** Return the nodes for which there is room: the oldest in the ring, then the oldest drafted ones. */
+function chosen(nodes) {
+  const ordered = [...nodes.filter((node) => node[3]), ...nodes.filter((node) => !node[3])];
+  const kept = new Set(ordered.slice(0, MOST).map(([id]) => id)); // a node's parent is older, and sent if it is
+  return nodes.filter(([id]) => kept.has(id));
+}
+
 /** Show a tree; null ends it. Nodes that are gone stay for one more snapshot, as text or as pruned. */
 export function drawTree(svg, tree) {
-  const nodes = tree?.nodes ?? [], text = new Set(tree?.text ?? []), at = places(nodes);
+  const all = tree?.nodes ?? [], nodes = chosen(all), alive = new Set(all.map(([id]) => id));
+  const text = new Set(tree?.text ?? []), at = places(nodes);
   for (const [id, node] of shown) {
     if (at.has(id)) continue;
-    if (node.dataset.gone) {
+    if (node.dataset.gone || alive.has(id)) {
       node.remove();
       shown.delete(id);
     } else {
@@ -70,8 +78,8 @@ export function drawTree(svg, tree) {
     }
   });
   fit(svg, [...at.values()]);
-  const sent = nodes.filter((node) => node[3]).length;
-  svg.setAttribute("aria-label", nodes.length ? `${nodes.length + tree.more} nodes, ${sent} of them in the ring` : "no tree: nothing is being made");
+  const sent = all.filter((node) => node[3]).length;
+  svg.setAttribute("aria-label", nodes.length ? `${all.length + tree.more} nodes, ${sent} of them in the ring` : "no tree: nothing is being made");
   if (tree === null && shown.size) setTimeout(() => tidy(), 600);
 }
 

@@ -83,7 +83,7 @@ function show(seen) {
   drawTree($("tree"), seen.tree);
   drawRing($("ring"), seen);
   $("tree-facts").textContent = seen.tree
-    ? `${seen.tree.drafted} nodes drafted, ${seen.tree.sent} of them sent${seen.tree.more ? `; ${seen.tree.more} are not shown` : ""}`
+    ? `${seen.tree.drafted} nodes drafted, ${seen.tree.sent} of them sent; ${seen.tree.nodes.length + seen.tree.more} are alive, of which the oldest are shown`
     : "";
   const others = seen.running + seen.waiting > 1 ? `; ${seen.running} texts in the ring, ${seen.waiting} wait` : "";
   $("ring-facts").textContent = `${seen.batches} batches with ${seen.rows} rows on their way${seen.hop_ms ? `; a hop takes ${ms(seen.hop_ms)}` : ""}${others}`;
