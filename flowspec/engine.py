@@ -11,7 +11,8 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ from flowspec.core.costs import Costs
 from flowspec.core.policies import make_policy, spreads
 from flowspec.core.policy import PolicyConfig
 from flowspec.core.request import Request, Sampling
+from flowspec.core.sight import Sight
 from flowspec.draft.config import DrafterConfig
 from flowspec.draft.registry import make_drafter
 from flowspec.errors import need
@@ -172,6 +174,12 @@ class Engine:
     def load(self) -> Load:
         """Return how full the ring is."""
         return self._driver.load
+
+    def look(self, requests: Collection[int] = ()) -> Future[Sight]:
+        """Ask for what can be seen of the ring, and of the trees of these requests, soon.
+
+        The ring waits for nobody who looks. The future stays without a result if the run breaks."""
+        return self._driver.look(requests)
 
     def submit(
         self,

@@ -203,28 +203,16 @@ class Controller:
         By these costs, that is the time of a token without speculation."""
         return self._ring.lap(self._topology)
 
-    def _round(self, context: int) -> float:
-        """Return the seconds of a forward of one row on every stage, one after the other."""
-        return self._ring.forwards(self._topology.stages, context)
-
     @property
     def _grown(self) -> float:
-        """Return how many times as long a round takes as where plain decoding was last tried.
-
-        It is 1 if that was not tried."""
-        tried = self._ring.plain
-        return self._round(self._ring.context) / self._round(tried[1]) if tried else 1.0
+        """Return how many times as long a round takes as where plain decoding was last tried."""
+        return self._ring.grown(self._topology.stages)
 
     # ---- whether to speculate --------------------------------------------------------------------
     @property
     def plain(self) -> float:
-        """Return the seconds of a token without speculation.
-
-        They are those of the last trial, scaled for the context since. Before any trial they follow
-        from costs, which leave out the time between forwards and include what drafting takes from
-        cores that it shares with the stages."""
-        tried = self._ring.plain
-        return self.lap if tried is None else tried[0] * self._grown
+        """Return the seconds of a token without speculation."""
+        return self._ring.plain_token(self._topology)
 
     def decided(
         self, tokens: int, now: float, left: int, promise: float | None, in_flight: int = 0

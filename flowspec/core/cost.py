@@ -264,6 +264,8 @@ class Meter:
 
     def __init__(self) -> None:
         self.forward, self._hop = RowCost(), LineFit()
+        self.busy = 0.0
+        """Forwards took so many seconds, with those that were abandoned."""
         self._forwards = 0
         self._first: float | None = None  # seconds of the first hop
 
@@ -282,7 +284,7 @@ class Meter:
 
     def cost(self, stage: int, context: float = 0.0) -> Cost:
         """Return what rank 0 is told of this stage."""
-        return Cost(stage, self.forward.curve(context), self.row)
+        return Cost(stage, self.forward.curve(context), self.row, self.busy)
 
     @property
     def row(self) -> float:

@@ -276,6 +276,7 @@ class StageMachine:
         done, self.running = self.running, None
         assert done is not None, "no forward is under way"
         actions: list[StageAction] = []
+        self.meter.busy += event.seconds
         if event.whole and self.meter.forward_over(done.rows, event.seconds, done.context):
             actions.append(Tell(self.meter.cost(self.rank, done.context)))
         if not event.whole and self._is_first:

@@ -287,6 +287,8 @@ class Cost(NamedTuple):
     stage: int
     forward: Curve
     row: float
+    busy: float = 0.0
+    """All forwards so far took so many seconds; only differences count."""
 
 
 class Idle(NamedTuple):

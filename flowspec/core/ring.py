@@ -60,6 +60,8 @@ class Ring:
     """A batch has at most this many rows, unless a method's own pieces are larger."""
     LATEST = 65
     """The usual hop rests on this many latest ones."""
+    NEWS = 8
+    """How busy a stage is follows from its latest so many reports."""
     GUESS = Curve.line(0.02, 0.02 / SHAPE)
     """This is the curve of forwards before a stage has reported its own."""
 
@@ -88,6 +90,8 @@ class Ring:
         """Begin anew behind `context` tokens: nobody waits for what is still in flight."""
         # number of a batch -> when it was sent, until the first stage starts on it
         self.waiting: dict[int, float] = {}
+        # stage -> the latest (time, seconds of its forwards so far)
+        self._busy: dict[int, deque[tuple[float, float]]] = {}
         self._last = 0  # number of the newest batch
         self.free_at = -math.inf  # when the first stage becomes free
         self.context = context
@@ -115,8 +119,10 @@ class Ring:
             - self.known_hop
         )
 
-    def measured(self, event: Cost) -> None:
+    def measured(self, event: Cost, now: float = 0.0) -> None:
         """Take in what a stage has measured."""
+        lately = self._busy.setdefault(event.stage, deque(maxlen=self.NEWS))
+        lately.append((now, event.busy))
         self.costs[event.stage] = event.forward
         self.rows[event.stage] = event.row
         self.news += event.stage == 1
@@ -173,6 +179,32 @@ class Ring:
     def lap(self, topology: Topology) -> float:
         """Return the seconds of a round of the ring with one row alone, links included."""
         return self.forwards(topology.stages, self.context) + topology.hops * self.known_hop
+
+    def busy(self, stage: int) -> float | None:
+        """Return the share of the time in which a stage has computed lately; None if not known."""
+        lately = self._busy.get(stage)
+        if lately is None or lately[-1][0] <= lately[0][0]:
+            return None
+        (since, before), (now, after) = lately[0], lately[-1]
+        return min(1.0, (after - before) / (now - since))
+
+    def grown(self, stages: int) -> float:
+        """Return how many times as long a round takes as where plain decoding was last tried.
+
+        It is 1 if that was not tried."""
+        if self.plain is None:
+            return 1.0
+        return self.forwards(stages, self.context) / self.forwards(stages, self.plain[1])
+
+    def plain_token(self, topology: Topology) -> float:
+        """Return the seconds of a token without speculation.
+
+        They are those of the last trial, scaled for the context since. Before any trial they follow
+        from costs, which leave out the time between forwards and include what drafting takes from
+        cores that it shares with the stages."""
+        if self.plain is None:
+            return self.lap(topology)
+        return self.plain[0] * self.grown(topology.stages)
 
     def credits(self, topology: Topology) -> int:
         """Return the number of batches in flight that keep the slowest stage busy.

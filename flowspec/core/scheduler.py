@@ -148,7 +148,7 @@ class Scheduler:
         elif isinstance(event, Started):
             self.ring.started(event, now)
         elif isinstance(event, Cost):
-            self.ring.measured(event)
+            self.ring.measured(event, now)
         elif isinstance(event, Idle):
             self.ring.idle(now)
         else:

@@ -94,6 +94,8 @@ class Choices(Answer):
             "logprobs": self.logprobs(piece.tokens, len(self.texts[piece.number])),
             "finish_reason": piece.finish,
         }
+        if self.asked.origins:
+            choice["origins"] = [[token.text, token.accepted] for token in piece.tokens]
         return [self._frame(self.chunk_kind, [choice])]
 
     def end(self) -> list[Event]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -23,6 +24,8 @@ from flowspec.http.answers import (
 from flowspec.http.asked import Chat, Completion, Messages, Response
 from flowspec.http.calls import Call, Calls
 from flowspec.http.guard import Guard
+from flowspec.http.page import add_page
+from flowspec.http.pipeline import Pipeline
 from flowspec.http.refusal import Refusal, body
 from flowspec.version import __version__
 
@@ -39,6 +42,8 @@ def make_app(
     `compat` says whose names the metrics have: vllm, or None for our own."""
     app = FastAPI(title="flowspec", version=__version__, docs_url=None, redoc_url=None)
     _add_facts(app, calls, compat)
+    add_page(app)
+    _add_pipeline(app, Pipeline(calls))
     for path, kind, answer in (
         ("/v1/completions", Completion, CompletionAnswer),
         ("/v1/chat/completions", Chat, ChatAnswer),
@@ -81,9 +86,20 @@ def _add_facts(app: FastAPI, calls: Calls, compat: str | None) -> None:
 
 
 def _model(calls: Calls) -> dict[str, Any]:
-    engine = calls.engine
-    length = {"max_model_len": engine.manifest.max_positions} if engine else {}
-    return {"id": calls.name, "object": "model", "created": 0, "owned_by": "flowspec", **length}
+    engine, facts = calls.engine, {}
+    if engine:
+        facts = {
+            "max_model_len": engine.manifest.max_positions,
+            "chat_template": engine.text.has_template,
+        }
+    return {"id": calls.name, "object": "model", "created": 0, "owned_by": "flowspec", **facts}
+
+
+def _add_pipeline(app: FastAPI, pipeline: Pipeline) -> None:
+    @app.get("/pipeline", include_in_schema=False)
+    async def watch(request: str | None = None) -> StreamingResponse:
+        watcher = pipeline.enter(request)
+        return _Streaming(pipeline.events(watcher), functools.partial(pipeline.leave, watcher))
 
 
 # ---- texts ---------------------------------------------------------------------------------------
@@ -92,8 +108,8 @@ def _route(calls: Calls, kind: Any, make: type[Answer]) -> Callable[..., Any]:
 
     async def handle(request: Request, asked: Any) -> Any:
         wanted = asked.asked()
-        call = await calls.begin(wanted)
         visit = request.scope["flowspec"]
+        call = await calls.begin(wanted, visit.id)
         assert calls.engine is not None
         answer = make(call, wanted, visit.id, calls.name, calls.engine.text)
         closing = _Closing(call, visit.facts)
@@ -131,9 +147,9 @@ async def _cancel_if_gone(request: Request, call: Call) -> None:
 
 
 class _Streaming(StreamingResponse):
-    """Server-sent events. Whatever becomes of the client, the call is let go at the end."""
+    """Server-sent events. Whatever becomes of the client, `closing` is called at the end."""
 
-    def __init__(self, events: AsyncIterator[str], closing: _Closing):
+    def __init__(self, events: AsyncIterator[str], closing: Callable[[], None]):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._closing = closing

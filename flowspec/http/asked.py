@@ -42,6 +42,8 @@ class Asked:
     stream: bool = False
     usage: bool = False
     """A stream ends with what it took."""
+    origins: bool = False
+    """A stream says of each token whether the draft had sent it (an addition to OpenAI's)."""
     model: str | None = None
     limit: str = "max_tokens"
     """By this name the interface calls the limit of new tokens."""
@@ -58,6 +60,7 @@ class Body(BaseModel):
 
 class StreamOptions(Body):
     include_usage: bool | None = None
+    include_origins: bool | None = None
 
 
 class Sampled(Body):
@@ -106,7 +109,8 @@ class OpenAI(Sampled):
         if logprobs is not None:
             found["options"]["logprobs"] = logprobs
         usage = bool(options and options.include_usage)
-        return {**found, "n": self.n or 1, "usage": usage}
+        origins = bool(options and options.include_origins)
+        return {**found, "n": self.n or 1, "usage": usage, "origins": origins}
 
 
 def _token(key: str) -> int:

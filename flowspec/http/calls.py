@@ -67,7 +67,6 @@ class Calls:
         """So many texts are asked for and not over."""
         self.open: set[Call] = set()
         self.tasks: set[asyncio.Task] = set()
-        self._ids = 0
 
     # ---- what becomes of the run -----------------------------------------------------------------
     def ready(self) -> Engine:
@@ -90,8 +89,10 @@ class Calls:
                 call.fail(Refusal(503, why))
 
     # ---- a call ----------------------------------------------------------------------------------
-    async def begin(self, asked: Asked) -> Call:
-        """Begin with the texts that are asked for; raise Refusal if that cannot be done."""
+    async def begin(self, asked: Asked, id: str) -> Call:
+        """Begin with the texts that are asked for; raise Refusal if that cannot be done.
+
+        The call is known by this id while it is open."""
         engine = self.ready()
         if asked.model not in (None, self.name):
             message = f"model is {asked.model!r:.100}: this server has {self.name!r}"
@@ -115,8 +116,7 @@ class Calls:
             if isinstance(error, UserError):
                 raise Refusal(400, str(error), _param(str(error), asked)) from None
             raise
-        self._ids += 1
-        return Call(self, generations, sum(map(len, prompts)))
+        return Call(self, id, generations, sum(map(len, prompts)))
 
     def _take(self, texts: int) -> None:
         if texts > self.most:
@@ -137,7 +137,8 @@ class Calls:
 class Call:
     """A call is one client's texts, while they are made."""
 
-    def __init__(self, calls: Calls, generations: Sequence[Generation], prompt: int):
+    def __init__(self, calls: Calls, id: str, generations: Sequence[Generation], prompt: int):
+        self.id = id
         self._calls, self._generations, self._prompt = calls, generations, prompt
         self._begun = time.monotonic()
         self._queue: asyncio.Queue[Piece | Refusal] = asyncio.Queue()

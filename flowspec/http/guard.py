@@ -17,12 +17,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from flowspec.http.page import FILES
 from flowspec.http.refusal import Refusal, body
 
 STALLED = 60.0
 """A client that takes nothing for so many seconds is let go."""
-OPEN = "/health"
-"""This path needs no key."""
+OPEN = {"/health", *FILES}
+"""These paths need no key."""
 ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 
@@ -44,7 +45,7 @@ class Guard:
         visit = _Visit(scope, receive, send, self._most)
         try:
             refusal = self._refusal(visit.headers)
-            if refusal is None or scope["path"] == OPEN:
+            if refusal is None or scope["path"] in OPEN:
                 await self._app(scope, visit.receive, visit.send)
             else:
                 told = body(refusal.status_code, refusal.detail, None, None, scope["path"])

@@ -13,7 +13,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -41,6 +42,7 @@ from flowspec.core.policy import Policy, PolicyConfig
 from flowspec.core.request import Request
 from flowspec.core.ring import Ring
 from flowspec.core.scheduler import Scheduler
+from flowspec.core.sight import Sight, seen
 from flowspec.core.stage import StageState
 from flowspec.errors import RankLost, need
 from flowspec.models.cache import RowCache
@@ -137,6 +139,10 @@ class _Lost(NamedTuple):
 
 class _Forget(NamedTuple):
     """An item of the inbox: forget what was learnt."""
+
+
+class _Watched(NamedTuple):
+    """An item of the inbox: somebody wants to see the ring while nothing is in it."""
 
 
 class _Close(NamedTuple):
@@ -245,6 +251,7 @@ class Driver:
         self._room: dict[int, int] = {}  # rank of a stage -> rows of all requests that fit there
         self._waiting: deque[_Live] = deque()  # until there is room for them
         self._abandoned: deque[int] = deque()  # requests whose readers are gone
+        self._looks: deque[tuple[Collection[int], Future[Sight]]] = deque()
         self._live: dict[int, _Live] = {}
         self._held = 0  # rows that those in the ring may need
         self._ending: dict[int, _Live] = {}  # over, but not all stages have reported
@@ -284,11 +291,28 @@ class Driver:
             self._streams.append(ticket.tokens)
             if self._error:
                 ticket.tokens.end(self._error)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="driver", daemon=True)
-                self._thread.start()
+            self._start()
         self._transport.inbox.put(_Submit(_Live(submission, ticket, drafts, self._hidden_scale)))
         return ticket
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="driver", daemon=True)
+            self._thread.start()
+
+    def look(self, requests: Collection[int]) -> Future[Sight]:
+        """Ask for what can be seen of the ring, and of these requests' trees, when rank 0 has next
+        done something.
+
+        While the ring is at work nothing is woken for it, and nobody's patience with a stage that
+        stands still is lengthened. If the run breaks, the future stays without a result."""
+        found: Future[Sight] = Future()
+        self._looks.append((requests, found))
+        if not self._live and not self._ending:
+            with self._lock:
+                self._start()
+            self._transport.inbox.put(_Watched())
+        return found
 
     @property
     def error(self) -> BaseException | None:
@@ -324,6 +348,9 @@ class Driver:
                 self._take(item)
                 while self._abandoned:
                     self._cancel(self._abandoned.popleft())
+                while self._looks:
+                    requests, found = self._looks.popleft()
+                    found.set_result(seen(self._scheduler, self._topology, requests))
         except BaseException as error:
             self._broken(error)
 
@@ -343,6 +370,8 @@ class Driver:
         return item
 
     def _take(self, item: Any) -> None:
+        if isinstance(item, _Watched):
+            return
         if item is None:
             self._step(Woke())
         elif isinstance(item, Local):

@@ -33,6 +33,8 @@ def test_an_installed_package_runs_its_demo_from_an_empty_folder(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    page = ("flowspec", "http", "assets")
+    assert [*map(len, (p.read_bytes() for p in sorted(place.joinpath(*page).iterdir())))] == [*map(len, (p.read_bytes() for p in sorted(ROOT.joinpath(*page).iterdir())))]
     assert said(sys.executable, place / "bin" / "flowspec", "--version").strip() == f"flowspec {__version__}"
     assert said(sys.executable, "-m", "flowspec", "run", "--max-new-tokens", "8").startswith("import os")
     assert sorted(place.rglob("*.safetensors")) == files and not list(empty.iterdir()), "what it makes goes to the cache"
