@@ -336,10 +336,14 @@ class Driver:
         self._transport.inbox.put(_Lost(rank, why))
 
     def close(self) -> None:
-        """End the thread, if it still runs."""
+        """End the thread, if it still runs.
+
+        Nobody hears what drafters' ranks answer then, so who waits for one waits no more."""
         if self._thread is not None:
             self._transport.inbox.put(_Close())
             self._thread.join()
+        for rank, pool in self._pools.items():
+            pool.hear(rank, LOST)
 
     # ---- the thread ------------------------------------------------------------------------------
     def _run(self) -> None:

@@ -160,7 +160,9 @@ class Rig:
             "PermitRootLogin prohibit-password\n"
         )
         with open(self.folder / f"{name}.sshd.log", "wb") as log:
-            argv = ["ip", "netns", "exec", self.space(name), SSHD, "-D", "-e", "-f", str(path)]
+            # with process ids of its own: a rank ends one that hangs if it is on the same machine
+            own = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+            argv = self.within(name, *own, SSHD, "-D", "-e", "-f", path)
             self._sshds.append(subprocess.Popen(argv, stderr=log, stdin=subprocess.DEVNULL))
         deadline = time.monotonic() + PATIENCE
         while "Server listening" not in (said := (self.folder / f"{name}.sshd.log").read_text()):

@@ -10,7 +10,7 @@ import pytest
 from flowspec.files import ROOT
 from flowspec.version import __version__
 
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "requirements.txt", "requirements_plots.txt", "requirements_llama.txt", "requirements_deepspeed.txt", "requirements_offload.txt", "requirements_quant.txt")
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "requirements.txt", "requirements_plots.txt", "requirements_llama.txt", "requirements_deepspeed.txt", "requirements_offload.txt", "requirements_quant.txt", "requirements_serve.txt")
 
 
 @pytest.mark.slow

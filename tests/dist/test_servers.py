@@ -73,3 +73,14 @@ def test_a_run_without_its_drafter_ends_in_plain_decoding(pair, command, number,
     assert run.err.count(f"flowspec: rank 2 (drafter 1, {HOST}) {reason}; the run goes on without it\n") == 1
     assert run.err.count("goes on") == 1
     assert "Traceback" not in run.err
+
+
+@pytest.mark.slow
+def test_a_run_ends_while_its_stopped_drafter_is_not_missed_yet(pair, command):
+    """The text is done before the heartbeat says anything of the drafter, of which an answer is awaited."""
+    drafter = f"drafter={{kind: lm, path: {pair.draft}, ranks: 1}}"
+    run = command(pair.config(1), "--prompt", PROMPT, drafter, "emulate.stage_ms=25", env={"FLOWSPEC_HEARTBEAT": "0.5,8"})
+    run.wait_until(lambda: len(run.out) > len(PROMPT))
+    run.signal(2, signal.SIGSTOP)
+    assert run.end() in (0, 1), run.err
+    assert "tokens/s" in run.err
