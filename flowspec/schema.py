@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from pathlib import Path
@@ -71,6 +72,19 @@ def choice(name: str, value: str, allowed: tuple[str, ...], note: str = "") -> N
     near = difflib.get_close_matches(str(value), allowed, 1)
     hint = f"did you mean {near[0]}? " if near and not note else ""
     need(value in allowed, f"{name} is {value}: {note}{hint}choose one of {', '.join(allowed)}")
+
+
+def stored(cls: type, path: str | os.PathLike[str], what: str, again: str, format: int) -> Any:
+    """Return the dataclass that one of our own files holds, as `what` is and in this `format`.
+
+    Raise UserError, which names the file and the key, and says how to make it `again`."""
+    values = read_mapping(Path(path), what)
+    try:
+        found = build(cls, values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}: {again}") from None
+    need(found.format == format, f"{path} has format {found.format}, this flowspec reads {format}")
+    return found
 
 
 def build(cls: type, values: Any, where: str = "", **internal: Any) -> Any:

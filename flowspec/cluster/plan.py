@@ -7,16 +7,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from flowspec.core.cost import Emulate
 from flowspec.core.topology import Topology
-from flowspec.errors import UserError, need
+from flowspec.errors import need
 from flowspec.files import replacing
-from flowspec.schema import build, choice, plain, read_mapping
+from flowspec.schema import choice, plain, stored
 
 FORMAT = 1
 """This is the version of a plan's format."""
@@ -140,10 +139,4 @@ class Plan:
 
 def load_plan(path: str | os.PathLike[str]) -> Plan:
     """Return the plan that a file holds; raise UserError, which names the file and the key."""
-    values = read_mapping(Path(path), "a plan as `flowspec plan --out` writes it")
-    try:
-        plan = build(Plan, values)
-    except UserError as error:
-        raise UserError(f"{path}: {error}: {AGAIN}") from None
-    need(plan.format == FORMAT, f"{path} has format {plan.format}, this flowspec reads {FORMAT}")
-    return plan
+    return stored(Plan, path, "a plan as `flowspec plan --out` writes it", AGAIN, FORMAT)

@@ -8,11 +8,9 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from flowspec.errors import UserError, need
 from flowspec.files import replacing
-from flowspec.schema import build, read_mapping
+from flowspec.schema import stored
 
 FORMAT = 1
 """This is the version of a report's format."""
@@ -205,12 +203,8 @@ class Report:
 
 def load_report(path: str | os.PathLike[str]) -> Report:
     """Return the report that a file holds; raise UserError, which names the file and the key."""
-    values = read_mapping(Path(path), "a report as `flowspec doctor --json` writes it")
-    try:
-        report = build(Report, values)
-    except UserError as error:
-        raise UserError(f"{path}: {error}: run flowspec doctor --json again") from None
-    need(
-        report.format == FORMAT, f"{path} has format {report.format}, this flowspec reads {FORMAT}"
+    what, again = (
+        "a report as `flowspec doctor --json` writes it",
+        "run flowspec doctor --json again",
     )
-    return report
+    return stored(Report, path, what, again, FORMAT)

@@ -65,7 +65,7 @@ def _key(options: argparse.Namespace) -> str | None:
     """Return the key that clients must show, or None."""
     given = [options.api_key, options.api_key_file]
     need(None in given, "--api-key and --api-key-file: give one of them")
-    key, name = options.api_key or os.environ.get(KEY), KEY
+    key, name = os.environ.get(KEY), KEY
     if options.api_key is not None:
         key, name = options.api_key, "--api-key"
     if options.api_key_file is not None:

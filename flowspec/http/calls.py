@@ -139,16 +139,12 @@ class Call:
 
     def __init__(self, calls: Calls, id: str, generations: Sequence[Generation], prompt: int):
         self.id = id
-        self._calls, self._generations, self._prompt = calls, generations, prompt
+        self._calls, self.texts, self._prompt = calls, generations, prompt
         self._begun = time.monotonic()
         self._queue: asyncio.Queue[Piece | Refusal] = asyncio.Queue()
         calls.open.add(self)
         for number, generation in enumerate(generations):
             calls.keep(asyncio.create_task(self._read(number, generation)))
-
-    @property
-    def texts(self) -> Sequence[Generation]:
-        return self._generations
 
     def usage(self) -> Usage:
         accepted = sum(each.accepted for each in self.texts)
@@ -160,7 +156,7 @@ class Call:
         """Yield what became certain since the last time, a piece of each text that went on.
 
         Raise Refusal if the run breaks."""
-        left = len(self._generations)
+        left = len(self.texts)
         while left:
             items = [await self._queue.get()]
             while not self._queue.empty():
@@ -172,7 +168,7 @@ class Call:
     def cancel(self) -> None:
         """Let go of it: nobody reads it any more. What is not over yet is cancelled."""
         self._calls.open.discard(self)
-        for generation in self._generations:
+        for generation in self.texts:
             if not generation.done:
                 generation.cancel()
 

@@ -31,6 +31,8 @@ from tests.dist.conftest import Command
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 METHODS = ["ar", "flowspec"]
+SAME = ("dataset", "temperature", "method", "questions", "turns", "skipped", "tokens", "verdict")
+"""Of a row of the report, what a run that was broken off does not change."""
 
 
 # ---- questions -----------------------------------------------------------------------------------
@@ -145,20 +147,10 @@ def ask(engine, plan: Plan, folder: Path) -> dict:
     texts = {(a.place, a.method): (a.token_ids, a.text, a.prompt_tokens) for a in run.answers}
     assert len(texts) == len(run.answers)
     rows = standing.table(run, first_difference)
-    names = (
-        "dataset",
-        "temperature",
-        "method",
-        "questions",
-        "turns",
-        "skipped",
-        "tokens",
-        "verdict",
-    )
     return {
         "texts": texts,
         "skipped": set(run.skipped),
-        "rows": [[getattr(row, name) for name in names] for row in rows],
+        "rows": [[getattr(row, name) for name in SAME] for row in rows],
     }
 
 
@@ -505,17 +497,7 @@ def test_a_run_killed_three_times_at_random_gives_the_same_report(pair, data, tm
     for name in ("broken", "whole"):
         with open(tmp_path / name / "report.csv") as file:
             rows = list(csv.DictReader(file))
-        same = (
-            "dataset",
-            "temperature",
-            "method",
-            "questions",
-            "turns",
-            "skipped",
-            "tokens",
-            "verdict",
-        )
-        tables.append([[row[column] for column in same] for row in rows])
+        tables.append([[row[column] for column in SAME] for row in rows])
         texts = {(a.place, a.method): a.token_ids for a in read_runs([tmp_path / name])[0].answers}
         tables.append(texts)
     assert tables[:2] == tables[2:] and len(tables[1]) == 20

@@ -186,6 +186,14 @@ def test_a_ring_writes_what_one_process_does(folder, config):
     assert sampled[0] == sampled[1] != text
 
 
+def assert_same_text(engine):
+    made = [
+        [t.id for t in engine.generate(PROMPT, method=m, max_new_tokens=NEW, temperature=0)]
+        for m in ("ar", "flowspec")
+    ]
+    assert made[0] == made[1]
+
+
 @pytest.mark.skipif(
     not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None,
     reason="no GPU here, or no bitsandbytes",
@@ -197,11 +205,7 @@ def test_on_a_gpu_layers_and_rings_do_so_too(folder, config):
     ours, other = Hand(model, to_host=True).prefill(tokens), Hand(plain).prefill(tokens)
     assert 0.05 < (ours - other).norm() / other.norm() < 0.5
     with Engine.from_config(config, ["device=cuda", "deterministic=true"]) as engine:
-        made = [
-            [t.id for t in engine.generate(PROMPT, method=m, max_new_tokens=NEW, temperature=0)]
-            for m in ("ar", "flowspec")
-        ]
-    assert made[0] == made[1]
+        assert_same_text(engine)
 
 
 @computes
@@ -212,11 +216,7 @@ def test_each_stage_may_have_its_own_dtype(config):
     assert [compute_dtype(mixed, manifest, rank) for rank in (1, 2)] == [torch.float32, torch.int8]
     with Engine.from_config(config, ["dtype=[nf4, float32]"]) as engine:
         assert engine.sums_in == "bfloat16"
-        made = [
-            [t.id for t in engine.generate(PROMPT, method=m, max_new_tokens=NEW, temperature=0)]
-            for m in ("ar", "flowspec")
-        ]
-    assert made[0] == made[1]
+        assert_same_text(engine)
 
 
 @computes
